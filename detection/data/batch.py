@@ -1,0 +1,119 @@
+"""What crosses from data to model: `Target` (one image's ground truth) and `Batch` (a padded stack of images).
+
+Shape shorthand:
+    B: images in the batch     H, W: padded height and width     N: objects of one image
+    G: objects an image, padded to the largest count of the batch
+Boxes are `(x1, y1, x2, y2)` float32 pixels; label 0 is background and never appears in ground truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Ground truth of one image, in the *original* pixels of its file: what evaluation compares with.
+
+    Attributes:
+        image_id: the data set's own id of the image.
+        file_name: path of the image relative to the data root, for messages and exports.
+        size: `(height, width)` of the original image in pixels.
+        boxes: `(N, 4)` float32 xyxy.
+        labels: `(N,)` int64 in `[1, C]`.
+        areas: `(N,)` float32, the annotation's area in original pixels (mask area where there is one, as COCO has it).
+        iscrowd: `(N,)` bool, COCO crowd regions: matched as "ignore", never trained on.
+        difficult: `(N,)` bool, VOC difficult objects: ignored by VOC evaluation, by default not trained on.
+        masks: one COCO RLE dictionary (`{"size": [h, w], "counts": bytes}`) an object, or None without masks.
+    """
+
+    image_id: int
+    file_name: str
+    size: tuple[int, int]
+    boxes: Tensor
+    labels: Tensor
+    areas: Tensor
+    iscrowd: Tensor
+    difficult: Tensor
+    masks: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Images padded to one size, with the ground truth to train on in the pixels of those images.
+
+    Attributes:
+        images: `(B, 3, H, W)` uint8 RGB, each image in the top left corner, zeros to its right and below.
+        image_sizes: `(B, 2)` int64, `(height, width)` of each image without padding.
+        gt_boxes: `(B, G, 4)` float32 xyxy in the pixels of `images`; rows that are not valid hold zeros.
+        gt_labels: `(B, G)` int64 in `[1, C]`; 0 where not valid.
+        gt_valid: `(B, G)` bool, which rows are objects. Crowds and (by default) difficult objects are left out.
+        original_sizes: `(B, 2)` int64, `(height, width)` of the image files, to which detections are scaled back.
+        targets: the un-augmented ground truth of each image, for evaluation; stays on the CPU.
+    """
+
+    images: Tensor
+    image_sizes: Tensor
+    gt_boxes: Tensor
+    gt_labels: Tensor
+    gt_valid: Tensor
+    original_sizes: Tensor
+    targets: tuple[Target, ...] = ()
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def _map(self, convert: Any) -> Batch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "targets"}
+        return replace(self, **{name: convert(tensor) for name, tensor in tensors.items()})
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """The batch with its tensors on `device`; Lightning calls this to move a batch."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; the DataLoader calls this when `pin_memory=True`."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+
+def pad_images(images: Sequence[Tensor], divisor: int = 32) -> tuple[Tensor, Tensor]:
+    """Stack images of different sizes: zeros on the right and below, sides rounded up to a multiple of `divisor`.
+
+    Args:
+        images: `(3, h, w)` tensors of one dtype.
+        divisor: the coarsest stride of the backbone, so that every level divides evenly.
+
+    Returns:
+        images `(B, 3, H, W)` of the same dtype and image sizes `(B, 2)` int64 as (height, width).
+    """
+    sizes = [tuple(image.shape[-2:]) for image in images]
+    height, width = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
+    padded = images[0].new_zeros((len(images), images[0].shape[0], height, width))
+    for slot, image in zip(padded, images, strict=True):
+        slot[:, : image.shape[-2], : image.shape[-1]].copy_(image)
+    return padded, torch.tensor(sizes, dtype=torch.int64)
+
+
+def pad_objects(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Stack ragged ground truth to the largest count of the batch (at least 1, so that no dimension is empty).
+
+    Args:
+        boxes: `(N_i, 4)` xyxy for each image.
+        labels: `(N_i,)` for each image.
+
+    Returns:
+        gt_boxes `(B, G, 4)` float32, gt_labels `(B, G)` int64 and gt_valid `(B, G)` bool.
+    """
+    count = max(1, *(len(b) for b in boxes)) if boxes else 1
+    device = boxes[0].device if boxes else None
+    gt_boxes = torch.zeros((len(boxes), count, 4), device=device)
+    gt_labels = torch.zeros((len(boxes), count), dtype=torch.int64, device=device)
+    gt_valid = torch.zeros((len(boxes), count), dtype=torch.bool, device=device)
+    for i, (b, l) in enumerate(zip(boxes, labels, strict=True)):
+        gt_boxes[i, : len(b)], gt_labels[i, : len(b)], gt_valid[i, : len(b)] = b, l, True
+    return gt_boxes, gt_labels, gt_valid

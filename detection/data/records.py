@@ -1,0 +1,90 @@
+"""What every reader of annotations returns: records, defects, and the index that holds them.
+
+A record is one image with its objects as numpy arrays, in the original pixels of the file. Readers never drop
+anything silently: whatever they repair or leave out is a `Defect` in the index's report.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Severity = Literal["note", "repairable", "broken"]
+
+
+@dataclass(slots=True)
+class Record:
+    """One image and its N objects.
+
+    Attributes:
+        image_id: the data set's own id of the image (VOC and YOLO: position in the split's list).
+        file_name: image path relative to the index's root, forward slashes.
+        width, height: pixels of the image as it will be decoded.
+        boxes: `(N, 4)` float32 xyxy in original pixels, 0-based, positive width and height, inside the image.
+        labels: `(N,)` int64 in `[1, C]`.
+        areas: `(N,)` float32 annotation area in original pixels.
+        iscrowd, difficult: `(N,)` bool.
+        annotation_ids: `(N,)` int64, the annotation's id (COCO) or its position in the file, for messages.
+        segments: without masks None; else per object COCO polygons (list of flat lists), an RLE dictionary, or None.
+    """
+
+    image_id: int
+    file_name: str
+    width: int
+    height: int
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    areas: NDArray[np.float32]
+    iscrowd: NDArray[np.bool_]
+    difficult: NDArray[np.bool_]
+    annotation_ids: NDArray[np.int64]
+    segments: list[Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """Something wrong in the data: where, what, and what to do about it.
+
+    Attributes:
+        file: the annotation or image file, relative to the root.
+        record: which record in it, e.g. `"image 42, annotation 7"`.
+        problem: one clause, e.g. `"box has zero width"`.
+        fix: one clause, e.g. `"the box is left out; delete or redraw it"`.
+        severity: `note` changes nothing, `repairable` was repaired or skipped, `broken` can't be used.
+    """
+
+    file: str
+    record: str
+    problem: str
+    fix: str
+    severity: Severity = "repairable"
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.record}: {self.problem}; {self.fix}"
+
+
+@dataclass(slots=True)
+class Index:
+    """A split of a data set as read: its images, its classes, and what was wrong.
+
+    Attributes:
+        root: folder that every `file_name` is relative to, and that none may leave.
+        classes: foreground class names; label `i` of a record is `classes[i - 1]`.
+        category_ids: the data set's own id of each class, to export detections with.
+        records: one `Record` an image, images without objects included.
+        defects: what was repaired, skipped or noted while reading.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    records: list[Record]
+    defects: list[Defect] = field(default_factory=list)
+
+
+class DataError(ValueError):
+    """Data that can't be used; the message is one sentence naming file, record and fix."""
