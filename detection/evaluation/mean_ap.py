@@ -1,0 +1,238 @@
+"""COCO mean average precision for one process or many: torchmetrics' metric with the state and merge we can trust.
+
+What differs from the base class: results are keyed by image id and kept on the CPU; processes merge by one object
+gather, without the images that a sampler repeated as padding; all figures, per-class AP too, come in double precision
+from one precision array; and what would silently give a wrong number (NaN, an unknown label, -1) is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch import distributed as dist
+from torchmetrics.detection import MeanAveragePrecision
+
+from detection.data.batch import Target
+from detection.evaluation.results import ImageResult, image_result
+
+IouType = Literal["bbox", "segm"]
+Backend = Literal["faster_coco_eval", "pycocotools"]
+AREAS = ("all", "small", "medium", "large")
+
+
+class MeanAP(MeanAveragePrecision):
+    """The twelve COCO figures and AP by class over everything seen since `reset`, the same on every rank.
+
+    Args:
+        class_names: foreground classes; label `i` is `class_names[i - 1]`.
+        detections_per_img: how many detections of an image and class count (COCO's largest `maxDets`). The figures
+            are at this limit, and the last recall key is named after it: `mar_100`.
+        iou_type: `"bbox"`, `"segm"`, or both, in which case keys start with `bbox_` or `segm_`.
+        backend: who matches and accumulates.
+    """
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        detections_per_img: int = 100,
+        iou_type: IouType | tuple[IouType, ...] = "bbox",
+        backend: Backend = "faster_coco_eval",
+    ) -> None:
+        if detections_per_img < 1:
+            raise ValueError(f"detections_per_img is {detections_per_img}; it must be at least 1")
+        super().__init__(
+            iou_type=iou_type,
+            max_detection_thresholds=[1, min(10, detections_per_img), detections_per_img],
+            backend=backend,
+            extended_summary=True,
+            sync_on_compute=False,
+        )
+        self.class_names = list(class_names)
+        self.warn_on_many_detections = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self._results: dict[int, ImageResult] = {}
+        self._class_ap: dict[str, dict[str, float]] = {}
+        self._absent: dict[str, int] = {}
+
+    def reset(self) -> None:
+        """Forget all images."""
+        super().reset()
+        self._clear()
+
+    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = ()) -> torch.nn.Module:
+        # State stays on the CPU, wherever the module that owns the metric moves.
+        return self
+
+    @property
+    def results(self) -> list[ImageResult]:
+        """Every image seen, by image id; after `compute`, rank 0 holds those of all ranks."""
+        return [self._results[image_id] for image_id in sorted(self._results)]
+
+    def update(self, detections: Sequence[dict[str, Tensor]], targets: Sequence[Target]) -> None:  # type: ignore[override]
+        """Add images.
+
+        Args:
+            detections: for each image `boxes (D, 4)` xyxy in original pixels, `labels (D,)` in `[1, C]`,
+                `scores (D,)`, and for `segm` masks as `encode_masks` takes them.
+            targets: ground truth of the same images, in the same order.
+
+        Raises:
+            ValueError: as `image_result` raises, or two different images with one id.
+        """
+        if len(detections) != len(targets):
+            raise ValueError(f"{len(detections)} detections for {len(targets)} targets; pass one of each an image")
+        masks = "segm" in self.iou_type
+        self._add(
+            image_result(detection, target, len(self.class_names), masks)
+            for detection, target in zip(detections, targets, strict=True)
+        )
+
+    def _add(self, results: Any) -> None:
+        for result in results:
+            first = self._results.setdefault(result.image_id, result)
+            # The same image again is a sampler's padding and counts once; another image under its id is a mistake.
+            if first.file_name != result.file_name:
+                raise ValueError(f"image id {result.image_id} is both {first.file_name} and {result.file_name}")
+
+    def compute(self) -> dict[str, float]:
+        """The twelve COCO figures: `map, map_50, map_75, map_small|medium|large, mar_1, mar_10, mar_100, mar_small...`.
+
+        -1 means what it means in COCO: no ground truth (of that size). Every rank must call this; rank 0 evaluates.
+
+        Raises:
+            RuntimeError: on every rank, where rank 0 failed or an aggregate is -1 although there is ground truth.
+        """
+        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not distributed:
+            figures, self._class_ap, self._absent = self._evaluate()
+            return figures
+        leader = dist.get_rank() == 0
+        shards: list[Any] | None = [None] * dist.get_world_size() if leader else None
+        dist.gather_object(list(self._results.values()), shards, dst=0)
+        answer: list[Any] = [None, None]
+        if leader:
+            try:
+                for shard in (shards or [])[1:]:
+                    self._add(shard)
+                answer = [self._evaluate(), None]
+            except (ValueError, RuntimeError) as error:  # the other ranks wait for an answer: this is theirs
+                answer = [None, str(error)]
+        dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise RuntimeError(f"evaluation failed on rank 0: {answer[1]}")
+        figures, self._class_ap, self._absent = answer[0]
+        return figures
+
+    def per_class(self, iou_type: IouType | None = None) -> dict[str, float]:
+        """AP of each class that has ground truth, from the arrays of the last `compute`."""
+        return dict(self._class_ap.get(iou_type or self.iou_type[0], {}))
+
+    def absent_detections(self) -> dict[str, int]:
+        """Detections on classes that have no ground truth: COCO's mean leaves them out, so they cost nothing."""
+        return dict(self._absent)
+
+    def _evaluate(self) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, int]]:
+        results = self.results
+        figures: dict[str, float] = {}
+        class_ap: dict[str, dict[str, float]] = {}
+        counts = self._ground_truth_counts(results)
+        arrays = self._arrays(results)
+        for iou_type in self.iou_type:
+            precision, recall = arrays[iou_type]
+            summary = summarize(precision, recall, self.max_detection_thresholds)
+            for name, value in summary.items():
+                if value == -1 and counts[next((a for a in AREAS if name.endswith(a)), "all")]:
+                    raise RuntimeError(
+                        f"{name} is -1 although there is ground truth; the {iou_type} evaluator is wrong"
+                    )
+            prefix = f"{iou_type}_" if len(self.iou_type) > 1 else ""
+            figures |= {prefix + name: value for name, value in summary.items()}
+            ap = [mean_valid(precision[:, :, k, 0, -1]) for k in range(len(self.class_names))]
+            class_ap[iou_type] = {n: v for n, v in zip(self.class_names, ap, strict=True) if v > -1}
+        detected = np.bincount(_concat([r.labels for r in results]), minlength=len(self.class_names) + 1)
+        known = class_ap[self.iou_type[0]]
+        absent = {n: int(c) for n, c in zip(self.class_names, detected[1:], strict=True) if c and n not in known}
+        return figures, class_ap, absent
+
+    def _ground_truth_counts(self, results: Sequence[ImageResult]) -> dict[str, int]:
+        areas = np.concatenate([r.gt_areas[~r.gt_iscrowd] for r in results] or [np.zeros(0, np.float32)])
+        limits = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))
+        return {n: int(((areas >= a) & (areas <= b)).sum()) for n, (a, b) in zip(AREAS, limits, strict=True)}
+
+    def _arrays(self, results: Sequence[ImageResult]) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+        """Precision `(T, R, C, A, M)` and recall `(T, C, A, M)` by IoU type, -1 where a class has no ground truth."""
+        self._fill_state(results)
+        try:
+            answer = super().compute()
+        finally:
+            self._fill_state(())
+        arrays = {}
+        for iou_type in self.iou_type:
+            prefix = f"{iou_type}_" if len(self.iou_type) > 1 else ""
+            shape = (10, 101, len(self.class_names), len(AREAS), len(self.max_detection_thresholds))
+            precision, recall = np.full(shape, -1.0), np.full((shape[0], *shape[2:]), -1.0)
+            if f"{prefix}precision" in answer:
+                seen = np.atleast_1d(answer["classes"].numpy()) - 1
+                precision[:, :, seen] = answer[f"{prefix}precision"].numpy()
+                recall[:, seen] = answer[f"{prefix}recall"].numpy()
+            arrays[iou_type] = precision, recall
+        return arrays
+
+    def _fill_state(self, results: Sequence[ImageResult]) -> None:
+        """Hand the images to the base class: its state lists hold boxes as xywh and masks as (size, counts)."""
+        self.detection_labels = [torch.from_numpy(r.labels) for r in results]
+        self.detection_scores = [torch.from_numpy(r.scores) for r in results]
+        self.groundtruth_labels = [torch.from_numpy(r.gt_labels) for r in results]
+        self.groundtruth_crowds = [torch.from_numpy(r.gt_iscrowd.astype(np.int64)) for r in results]
+        self.groundtruth_area = [torch.from_numpy(r.gt_areas) for r in results]
+        self.detection_box, self.groundtruth_box, self.detection_mask, self.groundtruth_mask = [], [], [], []
+        if "bbox" in self.iou_type:
+            self.detection_box = [torch.from_numpy(xywh(r.boxes)) for r in results]
+            self.groundtruth_box = [torch.from_numpy(xywh(r.gt_boxes)) for r in results]
+        if "segm" in self.iou_type:
+            self.detection_mask = [_pairs(r.masks) for r in results]
+            self.groundtruth_mask = [_pairs(r.gt_masks) for r in results]
+
+
+def summarize(precision: NDArray[Any], recall: NDArray[Any], max_detections: Sequence[int]) -> dict[str, float]:
+    """The twelve figures of the official summary.
+
+    Args:
+        precision: `(T, R, C, 4, 3)` at IoU .50:.05:.95 for all, small, medium and large objects, at 3 limits.
+        recall: `(T, C, 4, 3)`.
+        max_detections: the three limits, ascending; they name the recall keys.
+    """
+    figures = {"map": mean_valid(precision[:, :, :, 0, -1])}
+    figures["map_50"] = mean_valid(precision[0, :, :, 0, -1])
+    figures["map_75"] = mean_valid(precision[5, :, :, 0, -1])
+    figures |= {f"map_{area}": mean_valid(precision[:, :, :, a, -1]) for a, area in enumerate(AREAS) if a}
+    figures |= {f"mar_{limit}": mean_valid(recall[:, :, 0, m]) for m, limit in enumerate(max_detections)}
+    figures |= {f"mar_{area}": mean_valid(recall[:, :, a, -1]) for a, area in enumerate(AREAS) if a}
+    return figures
+
+
+def mean_valid(values: NDArray[Any]) -> float:
+    """Mean over the entries that have ground truth; -1 without any, as COCO has it."""
+    valid = values[values > -1]
+    return float(valid.mean()) if len(valid) else -1.0
+
+
+def _concat(arrays: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate(arrays or [np.zeros(0, np.int64)])
+
+
+def xywh(boxes: NDArray[np.float32]) -> NDArray[np.float64]:
+    """`(N, 4)` xyxy as `(N, 4)` x, y, width, height in double precision, so that x + width gives x2 back."""
+    wide = boxes.astype(np.float64)
+    return np.concatenate([wide[:, :2], wide[:, 2:] - wide[:, :2]], axis=1)
+
+
+def _pairs(masks: list[dict[str, Any]] | None) -> Any:
+    return tuple((tuple(mask["size"]), mask["counts"]) for mask in masks or ())

@@ -1,0 +1,115 @@
+"""What evaluation works on: for each image the detections beside the ground truth, as plain numpy arrays.
+
+Shape shorthand:
+    D: detections of one image     N: ground-truth objects of one image
+Boxes are `(x1, y1, x2, y2)` float32 pixels of the original image; labels are in `[1, C]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from faster_coco_eval import mask as mask_api
+from numpy.typing import NDArray
+from torch import Tensor
+
+from detection.data.batch import Target
+
+Rle = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageResult:
+    """Detections and ground truth of one image, on the CPU and cheap to send between processes.
+
+    Attributes:
+        image_id, file_name, size: as in `Target`; size is `(height, width)` in pixels.
+        boxes: `(D, 4)` float32 xyxy detections, in the detector's order.
+        labels: `(D,)` int64 in `[1, C]`.
+        scores: `(D,)` float32.
+        masks: one COCO RLE a detection, or None without masks.
+        gt_boxes, gt_labels, gt_areas, gt_iscrowd, gt_difficult, gt_masks: the fields of `Target`, `N` each.
+    """
+
+    image_id: int
+    file_name: str
+    size: tuple[int, int]
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    masks: list[Rle] | None
+    gt_boxes: NDArray[np.float32]
+    gt_labels: NDArray[np.int64]
+    gt_areas: NDArray[np.float32]
+    gt_iscrowd: NDArray[np.bool_]
+    gt_difficult: NDArray[np.bool_]
+    gt_masks: list[Rle] | None
+
+
+def image_result(detection: Mapping[str, Any], target: Target, num_classes: int, masks: bool = False) -> ImageResult:
+    """Check one image's detections against what an evaluator can take, and bring both sides to the CPU.
+
+    Args:
+        detection: `boxes (D, 4)`, `labels (D,)`, `scores (D,)`, and with `masks` also `masks`: `(D, H, W)` or
+            `(D, 1, H, W)` (bool, or probabilities cut at 0.5), or a list of COCO RLE dictionaries.
+        target: the image's ground truth, in the same pixels.
+        num_classes: C, without background.
+        masks: whether masks are evaluated, and therefore required on both sides.
+
+    Raises:
+        ValueError: naming the image: lengths that differ, a score or box that is not finite, a box whose right or
+            lower side comes before its left or upper one, a label outside `[1, C]`, or masks that are missing.
+    """
+    where = f"image {target.image_id} ({target.file_name})"
+    boxes = _array(detection["boxes"], np.float32).reshape(-1, 4)
+    scores = _array(detection["scores"], np.float32)
+    labels = _array(detection["labels"], np.int64)
+    gt_labels = _array(target.labels, np.int64)
+    if not len(boxes) == len(scores) == len(labels):
+        raise ValueError(f"{where}: {len(boxes)} boxes, {len(scores)} scores and {len(labels)} labels; pass one each")
+    _refuse(~np.isfinite(scores), scores, where, "score is not finite; check the model for NaN")
+    _refuse(~np.isfinite(boxes).all(1), boxes, where, "box is not finite; check the model for NaN")
+    _refuse((boxes[:, 2:] < boxes[:, :2]).any(1), boxes, where, "box ends before it starts; boxes are x1, y1, x2, y2")
+    for side, values in (("detected", labels), ("annotated", gt_labels)):
+        _refuse((values < 1) | (values > num_classes), values, where, f"{side} label is outside [1, {num_classes}]")
+    if masks and ("masks" not in detection or target.masks is None):
+        raise ValueError(f"{where}: mask evaluation needs masks in the detections and in the ground truth")
+    return ImageResult(
+        image_id=int(target.image_id),
+        file_name=target.file_name,
+        size=target.size,
+        boxes=boxes,
+        labels=labels,
+        scores=scores,
+        masks=encode_masks(detection["masks"]) if masks else None,
+        gt_boxes=_array(target.boxes, np.float32).reshape(-1, 4),
+        gt_labels=gt_labels,
+        gt_areas=_array(target.areas, np.float32),
+        gt_iscrowd=_array(target.iscrowd, np.bool_),
+        gt_difficult=_array(target.difficult, np.bool_),
+        gt_masks=target.masks if masks else None,
+    )
+
+
+def encode_masks(masks: Any) -> list[Rle]:
+    """COCO RLE of each mask: `(D, H, W)` or `(D, 1, H, W)` tensor or array (floats cut at 0.5); RLE passes through."""
+    if isinstance(masks, list | tuple):
+        return list(masks)
+    dense = _array(masks, None)
+    binary = (dense > 0.5 if dense.dtype.kind == "f" else dense != 0).astype(np.uint8)
+    return [mask_api.encode(np.asfortranarray(mask.reshape(mask.shape[-2:]))) for mask in binary]
+
+
+def _array(values: Tensor | NDArray[Any], dtype: Any) -> NDArray[Any]:
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    # A copy: a view would keep alive, or follow, whatever buffer the detector hands out next.
+    return np.array(array, dtype=dtype)
+
+
+def _refuse(bad: NDArray[np.bool_], values: NDArray[Any], where: str, problem: str) -> None:
+    if bad.any():
+        index = int(np.flatnonzero(bad)[0])
+        raise ValueError(f"{where}, object {index}: {problem} (got {values[index].tolist()})")
