@@ -22,6 +22,8 @@ from detection.evaluation.results import ImageResult, image_result
 
 IouType = Literal["bbox", "segm"]
 Backend = Literal["faster_coco_eval", "pycocotools"]
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
 AREAS = ("all", "small", "medium", "large")
 
 
@@ -47,6 +49,9 @@ class MeanAP(MeanAveragePrecision):
             raise ValueError(f"detections_per_img is {detections_per_img}; it must be at least 1")
         super().__init__(
             iou_type=iou_type,
+            # The base class takes its own from a float32 linspace (0.6000000238...), which moves AP in the third digit.
+            iou_thresholds=IOU_THRESHOLDS.tolist(),
+            rec_thresholds=RECALL_THRESHOLDS.tolist(),
             max_detection_thresholds=[1, min(10, detections_per_img), detections_per_img],
             backend=backend,
             extended_summary=True,
