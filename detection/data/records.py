@@ -6,6 +6,7 @@ anything silently: whatever they repair or leave out is a `Defect` in the index'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -87,4 +88,12 @@ class Index:
 
 
 class DataError(ValueError):
-    """Data that can't be used; the message is one sentence naming file, record and fix."""
+    """Data that can't be used; the message is one sentence naming file, record and fix.
+
+    Attributes:
+        defects: everything the reader had found when it gave up.
+    """
+
+    def __init__(self, message: str, defects: Sequence[Defect] = ()) -> None:
+        super().__init__(message)
+        self.defects = tuple(defects)

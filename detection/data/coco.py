@@ -1,0 +1,324 @@
+"""Reads COCO instances JSON (https://cocodataset.org/#format-data), with the dirt that real exports carry.
+
+Boxes are `[x, y, width, height]` in 0-based continuous pixels. Ids need not be contiguous, may start at 0 and may be
+strings; they are mapped to labels `1..C` in ascending order of category id, the order of published COCO models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detection.data import rle
+from detection.data.checks import Folder, Objects, checked_size, choose_classes, finish_index
+from detection.data.records import DataError, Defect, Index, Record
+
+
+def read_coco(
+    root: Path, annotations: str, images: str = "", classes: Sequence[str] | None = None, masks: bool = False
+) -> Index:
+    """Read one COCO file.
+
+    Every object left out and every value repaired is a defect of the index. Images without objects are kept.
+
+    Args:
+        root: folder of the data set, which no image may leave.
+        annotations: path of the JSON file, relative to `root` (or absolute).
+        images: folder that `file_name` is relative to, itself relative to `root`.
+        classes: names of the classes to read, in the order of their labels; None for all.
+        masks: read `segmentation` too; polygons stay polygons, run lengths become compressed RLE.
+
+    Returns:
+        Images in the file's order, categories in ascending order of id unless `classes` orders them.
+
+    Raises:
+        DataError: the file is missing or no COCO instances file, an image's path leaves the root, a class is unknown or
+            ambiguous, or no image is left.
+    """
+    root = Path(root)
+    folder = Folder(root)
+    content = _load(root / annotations)
+    reader = _Reader(folder, str(annotations), images, masks)
+    labels, index = reader.categories(content["categories"], classes)
+    by_image = reader.group(content["annotations"])
+    known: set[int | str] = set()
+    names: dict[str, str] = {}
+    for position, image in enumerate(content["images"]):
+        record = reader.image(position, image, by_image, labels, known, names)
+        if record is not None:
+            index.records.append(record)
+    for key in by_image.keys() - known:
+        fix = "its annotations are left out; correct image_id or add the image"
+        reader.report(f"image {key}", f"{len(by_image[key])} annotations name an image that is not listed", fix)
+    if any(isinstance(key, str) for key in known):
+        reader.report("images", "ids are not whole numbers", "images are numbered by position; exports use that number")
+        for number, record in enumerate(index.records):
+            record.image_id = number
+    hint = "" if index.records else _where(folder.root, content["images"], images)
+    return finish_index(index, str(root / annotations), hint)
+
+
+class _Reader:
+    """One pass over the three lists of a file; holds what messages and paths need."""
+
+    def __init__(self, folder: Folder, file: str, images: str, masks: bool) -> None:
+        self.folder, self.file, self.images, self.masks = folder, file, images.strip("/"), masks
+        self.defects: list[Defect] = []
+        self.ids = Counter[int | str]()
+
+    def report(self, record: str, problem: str, fix: str, severity: Any = "repairable") -> None:
+        self.defects.append(Defect(self.file, record, problem, fix, severity))
+
+    def categories(self, items: list[Any], classes: Sequence[str] | None) -> tuple[dict[int | str, int], Index]:
+        """`{category key: label}`, 0 for classes that were not asked for, and the index to fill."""
+        names: dict[int | str, str] = {}
+        for position, item in enumerate(items):
+            key = _key(item.get("id")) if isinstance(item, dict) else None
+            name = item.get("name") if isinstance(item, dict) else None
+            where = f"category {position if key is None else key}"
+            if key is None:
+                self.report(where, "it has no id", "the category is left out; give it one")
+                continue
+            if not isinstance(name, str) or not name.strip():
+                self.report(where, "it has no name", f"it is called 'class {key}'; name it")
+                name = f"class {key}"
+            name = name.strip()
+            if names.get(key, name) != name:
+                raise DataError(
+                    f"{self.file}: {where}: the id names '{names[key]}' and '{name}'; give each category its own id",
+                    self.defects,
+                )
+            if key in names:
+                self.report(where, "it is listed twice", "listed once is enough; delete the copy")
+            elif name in names.values():
+                self.report(
+                    where, f"the name '{name}' is taken by another id", f"it is called '{name} {key}'; rename it"
+                )
+                name = f"{name} {key}"
+            names[key] = name
+        order = sorted(names, key=lambda key: (isinstance(key, str), key))
+        chosen = choose_classes([names[key] for key in order], classes, f"{self.file}: categories")
+        by_name = {name: key for key, name in names.items()}
+        numbers = [by_name[name] for name in chosen]
+        if any(isinstance(key, str) for key in order):
+            self.report(
+                "categories", "ids are not whole numbers", "exports use the position in ascending order, from 1"
+            )
+            numbers = [order.index(key) + 1 for key in numbers]
+        labels = {key: chosen.index(name) + 1 if name in chosen else 0 for key, name in names.items()}
+        return labels, Index(self.folder.root, chosen, tuple(int(n) for n in numbers), [], self.defects)
+
+    def group(self, items: list[Any]) -> dict[int | str, list[tuple[int, dict[str, Any]]]]:
+        """The annotations of each image, each with its position in the file."""
+        by_image: dict[int | str, list[tuple[int, dict[str, Any]]]] = {}
+        for position, item in enumerate(items):
+            key = _key(item.get("image_id")) if isinstance(item, dict) else None
+            if key is None:
+                self.report(f"annotation at {position}", "it has no image_id", "it is left out; add image_id")
+                continue
+            by_image.setdefault(key, []).append((position, item))
+        return by_image
+
+    def image(
+        self,
+        position: int,
+        item: Any,
+        by_image: dict[int | str, list[tuple[int, dict[str, Any]]]],
+        labels: dict[int | str, int],
+        known: set[int | str],
+        names: dict[str, str],
+    ) -> Record | None:
+        """The record of one entry of `images`, or None where it can't be used."""
+        item = item if isinstance(item, dict) else {}
+        key, name = _key(item.get("id")), item.get("file_name")
+        where = f"image at {position}" if key is None else f"image {key}"
+        if key is None or key in known:
+            problem = "it has no id" if key is None else f"the id is used twice, now for {str(name)[:80]!r}"
+            self.report(where, problem, "this image is left out; give it an id of its own", "broken")
+            return None
+        known.add(key)
+        if not isinstance(name, str) or not name.strip("/. "):
+            self.report(where, "it has no file_name", "the image and its annotations are left out; add it", "broken")
+            return None
+        name = f"{self.images}/{name}" if self.images else name
+        path = self.folder.locate(name.replace("\\", "/"), f"{self.file}: {where}")
+        name = path.relative_to(self.folder.root).as_posix()
+        if name in names:
+            self.report(where, f"{name} is listed before as {names[name]}", "both are kept; delete one", "note")
+        names[name] = where
+        width, height = _integer(item.get("width")), _integer(item.get("height"))
+        stated = (height, width) if width and height and width > 0 and height > 0 else None
+        usable = True
+        try:
+            height, width = checked_size(path, stated, self.file, where, self.defects)
+        except DataError as error:
+            problem = str(error).removeprefix(f"{path}: ").split(";")[0]
+            fix = f"the image and its {len(by_image.get(key, ()))} annotations are left out; restore the file"
+            self.defects.append(Defect(name, where, problem, fix, "broken"))
+            usable, (height, width) = False, stated or (0, 0)
+        objects = Objects(self.file, where, width, height, self.defects)
+        if height and width:  # also where the image is missing: one look should find every defect
+            for number, annotation in by_image.get(key, ()):
+                self.annotation(objects, number, annotation, labels)
+        if not usable:
+            return None
+        return objects.finish(key if isinstance(key, int) else position, name, self.masks)
+
+    def annotation(self, objects: Objects, position: int, item: dict[str, Any], labels: dict[int | str, int]) -> None:
+        """Add one annotation to the objects of its image."""
+        key, category = _key(item.get("id")), _key(item.get("category_id"))
+        what = f"annotation at {position}" if key is None else f"annotation {key}"
+        if key is not None:
+            self.ids[key] += 1
+            if self.ids[key] == 2:
+                objects.report(what, "the id is used twice", "both objects are kept; number them anew")
+        if category is None or category not in labels:
+            problem = "it has no category_id" if category is None else f"there is no category {category}"
+            return objects.report(what, problem, "the object is left out; correct category_id")
+        if not labels[category]:
+            return None
+        segment = None
+        bbox, area = _box(item.get("bbox")), _number(item.get("area"))
+        if self.masks or bbox is None or area is None:
+            segment = self.segment(objects, what, item.get("segmentation"))
+        if bbox is None:
+            problem = "bbox is missing" if item.get("bbox") is None else "bbox is not four finite numbers"
+            if segment is None:
+                return objects.report(what, problem, "the object is left out; add its bbox")
+            objects.report(what, problem, "the box of its segmentation is used; add its bbox")
+            bbox = _extent(segment, objects.height)
+        if area is None or area <= 0:
+            area = _area(segment) if segment is not None else None
+            if item.get("area") is not None:
+                objects.report(what, "area is not a positive number", "it is computed anew; correct it")
+        crowd = item.get("iscrowd", 0)
+        if crowd not in (0, 1, None):
+            objects.report(what, f"iscrowd is {str(crowd)[:20]!r}", "it counts as no crowd; use 0 or 1")
+        number = key if isinstance(key, int) else position
+        objects.add(what, bbox, labels[category], number, area, crowd == 1, segment=segment)
+
+    def segment(self, objects: Objects, what: str, value: Any) -> Any:
+        """Polygons or a compressed RLE, or None (reported where masks are wanted) where neither can be had."""
+        problem = "segmentation is missing or empty"
+        if isinstance(value, dict):
+            try:
+                counts = rle.check(value, (objects.height, objects.width))
+            except (ValueError, TypeError) as error:
+                problem = str(error)
+            else:
+                if any(counts[1::2]):
+                    return {"size": [objects.height, objects.width], "counts": rle.compress(counts)}
+                problem = "RLE has no foreground"
+        elif isinstance(value, list) and value:
+            good = [polygon for polygon in value if _is_polygon(polygon)]
+            if len(good) < len(value) and good:
+                fix = "it is left out, the rest is kept; redraw it"
+                objects.report(what, f"{len(value) - len(good)} of its polygons has not 3 finite points", fix)
+            if good:
+                return good
+            problem = "segmentation is not a list of polygons of 3 finite points or more"
+        if self.masks:
+            severity: Any = "note" if not value else "repairable"
+            objects.report(what, problem, "the object has no mask; draw it", severity)
+        return None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """The JSON object of a file with its three lists."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        there = sorted(p.name for p in path.parent.glob("*.json"))[:10] if path.parent.is_dir() else []
+        hint = f"; there are: {', '.join(there)}" if there else "; check the path"
+        raise DataError(f"{path}: the annotation file is missing{hint}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not readable as JSON ({str(error)[:100]}); export the file again") from error
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path}: holds a {type(content).__name__}, not an object with images, annotations and categories"
+        )
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content.get(key), list):
+            problem = "is missing" if content.get(key) is None else f"is a {type(content[key]).__name__}, not a list"
+            raise DataError(f"{path}: '{key}' {problem}; pass a COCO instances file")
+    if not content["categories"]:
+        raise DataError(f"{path}: 'categories' is empty; pass a COCO instances file, which names its classes")
+    return content
+
+
+def _where(root: Path, images: list[Any], tried: str) -> str:
+    """A hint at the folder that holds the first image."""
+    name = images[0].get("file_name") if images and isinstance(images[0], dict) else None
+    if isinstance(name, str):
+        for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name != tried):
+            if ".." not in name and "\0" not in name and len(name) < 200 and (folder / name).is_file():
+                return f"; the images lie in '{folder.name}': pass it as the folder of images"
+    return ""
+
+
+def _key(value: Any) -> int | str | None:
+    """An id as a whole number where it is one in any spelling, else as a string; None where it is no id."""
+    number = _integer(value)
+    if number is not None:
+        return number
+    return value.strip() if isinstance(value, str) and value.strip() else None
+
+
+def _integer(value: Any) -> int | None:
+    if isinstance(value, str) and len(value) < 20 and value.strip().lstrip("-").isdecimal():
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and abs(value) < 2**63 else None
+
+
+def _number(value: Any) -> float | None:
+    """A finite float, or None."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e15:
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def _box(value: Any) -> list[float] | None:
+    """`[x, y, w, h]` as `[x1, y1, x2, y2]`, or None where it is not four finite numbers."""
+    if not isinstance(value, list) or len(value) != 4:
+        return None
+    numbers = [_number(v) for v in value]
+    if any(n is None for n in numbers):
+        return None
+    x, y, width, height = (float(n) for n in numbers if n is not None)
+    return [x, y, x + width, y + height]
+
+
+def _is_polygon(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) >= 6
+        and len(value) % 2 == 0
+        and all(_number(v) is not None for v in value)
+    )
+
+
+def _extent(segment: Any, height: int) -> list[float]:
+    """The box `[x1, y1, x2, y2]` around a segmentation."""
+    if isinstance(segment, dict):
+        return list(rle.box(rle.decompress(segment["counts"]), height))
+    xs, ys = [x for p in segment for x in p[::2]], [y for p in segment for y in p[1::2]]
+    return [min(xs), min(ys), max(xs), max(ys)]
+
+
+def _area(segment: Any) -> float | None:
+    """Pixels of an RLE, or the sum of the polygons' areas (shoelace formula); None where it is zero."""
+    if isinstance(segment, dict):
+        return float(sum(rle.decompress(segment["counts"])[1::2]))
+    total = 0.0
+    for p in segment:
+        xs, ys = p[::2], p[1::2]
+        total += abs(
+            sum(x * y2 - x2 * y for x, y, x2, y2 in zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1], strict=True))
+        )
+    return total / 2 or None

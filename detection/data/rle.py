@@ -1,0 +1,100 @@
+"""COCO run-length masks: the counts, their compressed string, and bitmaps.
+
+A mask of H rows and W columns is read column by column; `counts` are the lengths of its alternating runs, starting with
+background. The compressed string writes each count (from the third on as the difference to the last but one) in groups
+of 5 bits, low group first, bit 6 set while more follow, plus 48 to be printable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def encode(mask: NDArray[Any]) -> dict[str, Any]:
+    """The RLE `{"size": [H, W], "counts": bytes}` of an `(H, W)` mask, true where not zero."""
+    height, width = mask.shape
+    flat = np.concatenate([[0], (mask != 0).ravel(order="F").astype(np.int8), [-1]])
+    edges = np.flatnonzero(np.diff(flat))
+    return {"size": [height, width], "counts": compress(np.diff(edges, prepend=0).tolist())}
+
+
+def decode(rle: dict[str, Any]) -> NDArray[np.bool_]:
+    """The `(H, W)` bool mask of an RLE; raises ValueError like `check`."""
+    height, width = rle["size"]
+    counts = check(rle, (height, width))
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape((width, height)).T
+
+
+def check(rle: dict[str, Any], size: tuple[int, int]) -> list[int]:
+    """The counts of an RLE in either form.
+
+    Args:
+        rle: `{"size": [H, W], "counts": list | str | bytes}`.
+        size: `(H, W)` that it must have.
+
+    Raises:
+        ValueError: a clause that says what is wrong.
+    """
+    if list(rle.get("size") or ()) != list(size):
+        raise ValueError(f"RLE size {str(rle.get('size'))[:40]} is not the image's {list(size)} (height, width)")
+    counts = rle.get("counts")
+    if isinstance(counts, str | bytes):
+        counts = decompress(counts if isinstance(counts, bytes) else counts.encode("ascii", "replace"))
+    if not isinstance(counts, list) or not all(type(count) is int for count in counts):
+        raise ValueError("RLE counts are neither a string nor a list of whole numbers")
+    if any(count < 0 for count in counts) or sum(counts) != size[0] * size[1]:
+        raise ValueError("RLE counts do not add up to the image's pixels")
+    return counts
+
+
+def box(counts: Sequence[int], height: int) -> tuple[float, float, float, float]:
+    """`(x1, y1, x2, y2)` of the foreground of a mask with `height` rows; zeros where there is none."""
+    ends = np.cumsum(counts)
+    first, last = ends[:-1:2], ends[1::2] - 1
+    filled = last >= first
+    first, last = first[filled], last[filled]
+    if not len(first):
+        return 0.0, 0.0, 0.0, 0.0
+    spans = bool(np.any(first // height != last // height))  # a run over a column's end touches bottom and top
+    top = 0 if spans else int(np.min(first % height))
+    bottom = height if spans else int(np.max(last % height)) + 1
+    return float(first[0] // height), float(top), float(last[-1] // height + 1), float(bottom)
+
+
+def compress(counts: Sequence[int]) -> bytes:
+    """The compressed string of counts."""
+    out = bytearray()
+    for i, count in enumerate(counts):
+        value = count - counts[i - 2] if i > 2 else count
+        while True:
+            group, value = value & 0x1F, value >> 5
+            more = value != (-1 if group & 0x10 else 0)
+            out.append((group | 0x20 if more else group) + 48)
+            if not more:
+                break
+    return bytes(out)
+
+
+def decompress(text: bytes) -> list[int]:
+    """The counts of a compressed string; raises ValueError where it is cut off or holds foreign characters."""
+    counts: list[int] = []
+    value = shift = 0
+    for byte in text:
+        code = byte - 48
+        if not 0 <= code < 64 or shift > 40:
+            raise ValueError("RLE string is damaged")
+        value |= (code & 0x1F) << shift
+        shift += 5
+        if not code & 0x20:
+            if code & 0x10:
+                value -= 1 << shift
+            counts.append(value + counts[-2] if len(counts) > 2 else value)
+            value = shift = 0
+    if shift:
+        raise ValueError("RLE string is cut off")
+    return counts
