@@ -8,7 +8,7 @@ from detection.evaluation.mean_ap import MeanAP
 
 KEYS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 KEYS += ("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large")
-BACKENDS = ("faster_coco_eval", "pycocotools")
+BACKENDS = ("arrays", "faster_coco_eval", "pycocotools")
 FAKE_BOXES = "0.505 0.697 0.573 0.586 0.519 0.501 0.387 0.594 0.595 0.640 0.566 0.564"
 FAKE_MASKS = "0.320 0.562 0.299 0.387 0.310 0.327 0.268 0.415 0.417 0.469 0.377 0.381"
 BOXES = "0.503647 0.696973 0.571667 0.593252 0.557991 0.489363 0.386813 0.593680 0.595353 0.654764 0.603130 0.553744"

@@ -1,0 +1,282 @@
+"""The COCO evaluation protocol on flat arrays: the official evaluator's numbers without its loops over images.
+
+Only pairs of detection and object whose IoU reaches the lowest threshold can ever match, and they are few. So the
+greedy matching runs over those pairs alone, the r-th detection of every (class, image) at once, for all thresholds
+and area ranges together.
+
+Shape shorthand:
+    D: detections     N: objects     P: pairs     C: classes     T: IoU thresholds     R: recall thresholds
+    A: area ranges (all, small, medium, large)    M: limits on detections of one class in one image
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from faster_coco_eval import mask as mask_api
+from numpy.typing import NDArray
+
+from detection.evaluation.results import ImageResult, Rle
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
+AREAS = ("all", "small", "medium", "large")
+AREA_LIMITS = np.array([(0, 1e5**2), (0, 32**2), (32**2, 96**2), (96**2, 1e5**2)])  # both ends belong to the range
+PAIRS_AT_ONCE = 1 << 20
+
+
+@dataclass(slots=True)
+class Side:
+    """All detections or all objects, sorted by class, then image, then (detections) by falling score.
+
+    Attributes:
+        image: `(n,)` position of the image in the list of results.
+        label: `(n,)` in `[1, C]`.
+        place: `(n,)` position within the image's own arrays.
+        boxes: `(n, 4)` x, y, width, height; where masks are evaluated, tight around the masks.
+        areas: `(n,)` square pixels.
+        rank: `(n,)` for detections, position among those of the same class and image.
+        scores: `(n,)` of detections; empty for objects.
+        crowd: `(n,)` of objects; empty for detections.
+        masks: one RLE each, where masks are evaluated.
+    """
+
+    image: Ints
+    label: Ints
+    place: Ints
+    boxes: Floats
+    areas: Floats
+    rank: Ints
+    scores: NDArray[np.float32]
+    crowd: Bools
+    masks: list[Rle] | None
+
+
+@dataclass(slots=True)
+class Pairs:
+    """Detections and objects of one group whose IoU is high enough to match, sorted by detection: `(P,)` each."""
+
+    dt: Ints
+    gt: Ints
+    iou: Floats
+
+
+def xywh(boxes: NDArray[np.float32]) -> Floats:
+    """`(N, 4)` xyxy as x, y, width, height in double precision, so that x + width gives x2 back."""
+    wide = boxes.astype(np.float64)
+    return np.concatenate([wide[:, :2], wide[:, 2:] - wide[:, :2]], axis=1)
+
+
+def detections_side(results: Sequence[ImageResult], limit: int, use_masks: bool = False) -> Side:
+    """All detections, the best `limit` of each class and image."""
+    image, place = _places([r.labels for r in results])
+    label = _join([r.labels for r in results], np.int64)
+    scores = _join([r.scores for r in results], np.float32)
+    order = np.lexsort((-scores, image, label))  # stable: equal scores keep the detector's order
+    first = np.flatnonzero(np.diff(label[order], prepend=-1) | np.diff(image[order], prepend=-1))
+    rank = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
+    order, rank = order[rank < limit], rank[rank < limit]
+    masks = _pick([r.masks for r in results], order) if use_masks else None
+    boxes = _mask_boxes(masks) if masks else xywh(_join([r.boxes for r in results], np.float32).reshape(-1, 4))[order]
+    areas = np.asarray(mask_api.area(masks), dtype=np.float64) if masks else boxes[:, 2] * boxes[:, 3]
+    none = np.zeros(0, bool)
+    return Side(image[order], label[order], place[order], boxes, areas, rank, scores[order], none, masks)
+
+
+def objects_side(results: Sequence[ImageResult], use_masks: bool = False) -> Side:
+    """All ground-truth objects, crowds included."""
+    image, place = _places([r.gt_labels for r in results])
+    label = _join([r.gt_labels for r in results], np.int64)
+    order = np.lexsort((image, label))
+    masks = _pick([r.gt_masks for r in results], order) if use_masks else None
+    flat = _join([r.gt_boxes for r in results], np.float32).reshape(-1, 4)
+    boxes = _mask_boxes(masks) if masks else xywh(flat)[order]
+    areas = _join([r.gt_areas for r in results], np.float64)[order]
+    crowd = _join([r.gt_iscrowd for r in results], np.bool_)[order]
+    none = np.zeros(0, np.int64)
+    return Side(image[order], label[order], place[order], boxes, areas, none, none.astype(np.float32), crowd, masks)
+
+
+def find_pairs(dt: Side, gt: Side, floor: float, by_class: bool = True) -> Pairs:
+    """Pairs in one image (and, with `by_class`, of one class) with IoU >= `floor`; a crowd's IoU is over the detection.
+
+    Both sides keep the order of their `Side`; `dt` indices ascend, and `gt` indices ascend within a detection.
+    """
+    images = 1 + max(dt.image.max(initial=0), gt.image.max(initial=0))
+    group_dt = dt.image + (dt.label * images if by_class else 0)
+    group_gt = gt.image + (gt.label * images if by_class else 0)
+    order = np.argsort(group_gt, kind="stable")
+    start = np.searchsorted(group_gt[order], group_dt, "left")
+    count = np.searchsorted(group_gt[order], group_dt, "right") - start
+    has = np.flatnonzero(count)
+    chunks = np.split(has, np.flatnonzero(np.diff(np.cumsum(count[has]) // PAIRS_AT_ONCE)) + 1)
+    found = [_pairs_of(rows, start, count, order, dt, gt, floor) for rows in chunks]
+    return Pairs(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+
+def _pairs_of(rows: Ints, start: Ints, count: Ints, order: Ints, dt: Side, gt: Side, floor: float) -> Any:
+    offset = np.cumsum(count[rows]) - count[rows]
+    d = np.repeat(rows, count[rows])
+    g = order[np.arange(len(d)) - np.repeat(offset, count[rows]) + np.repeat(start[rows], count[rows])]
+    iou = box_iou(dt.boxes[d], gt.boxes[g], gt.crowd[g])
+    if dt.masks and gt.masks:
+        near = np.flatnonzero(iou > 0)
+        iou[near] = [_mask_iou(dt.masks[a], gt.masks[b], gt.crowd[b]) for a, b in zip(d[near], g[near], strict=True)]
+    keep = iou >= floor
+    return d[keep], g[keep], iou[keep]
+
+
+def box_iou(dt: Floats, gt: Floats, crowd: Bools) -> Floats:
+    """IoU of `(P, 4)` against `(P, 4)` xywh row by row, with the operations and their order of the official code."""
+    low, high = np.maximum(dt[:, :2], gt[:, :2]), np.minimum(dt[:, :2] + dt[:, 2:], gt[:, :2] + gt[:, 2:])
+    side = np.maximum(high - low, 0)
+    inter = side[:, 0] * side[:, 1]
+    area = dt[:, 2] * dt[:, 3]
+    union = np.where(crowd, area, area + gt[:, 2] * gt[:, 3] - inter)
+    return np.divide(inter, union, out=np.zeros_like(inter), where=inter > 0)
+
+
+def match(pairs: Pairs, rows: Ints, group: Ints, thresholds: Floats, ignore: Bools, crowd: Bools) -> NDArray[np.int32]:
+    """Greedy matching in the order of score, within each group.
+
+    A detection takes the free object of highest IoU (the last of equals), one that counts before one that is ignored;
+    a crowd is never used up.
+
+    Args:
+        pairs: what may match.
+        rows: `(K,)` the distinct detections in `pairs`, ascending.
+        group: `(K,)` group of each; detections of one group stand in falling order of score.
+        thresholds: `(T,)` inclusive.
+        ignore: `(A, N)` objects that don't count in each area range.
+        crowd: `(N,)`.
+
+    Returns:
+        `(T, A, K)` index of the object matched, -1 for none.
+    """
+    matched = np.full((len(thresholds), len(ignore), len(rows)), -1, np.int32)
+    taken = np.zeros((len(thresholds), len(ignore), len(crowd)), bool)
+    first = np.searchsorted(pairs.dt, rows)
+    count = np.searchsorted(pairs.dt, rows, "right") - first
+    start = np.flatnonzero(np.diff(group, prepend=-1))
+    turn = np.arange(len(rows)) - np.repeat(start, np.diff(start, append=len(rows)))
+    by_turn = np.argsort(turn, kind="stable")
+    floor = np.minimum(thresholds, 1 - 1e-10)[:, None, None, None]
+    for now in np.split(by_turn, np.cumsum(np.bincount(turn))[:-1] if len(turn) else []):
+        slots = np.arange(count[now].max(initial=0))
+        valid = slots < count[now, None]
+        index = np.where(valid, first[now, None] + slots, 0)
+        objects, iou = pairs.gt[index], np.where(valid, pairs.iou[index], -1.0)
+        free = (iou >= floor) & (~taken[:, :, objects] | crowd[objects])
+        ignored = np.broadcast_to(ignore[:, objects], free.shape)
+        regular = free & ~ignored
+        usable = np.where(regular.any(-1, keepdims=True), regular, free)
+        best = len(slots) - 1 - np.argmax(np.where(usable, iou, -1.0)[..., ::-1], axis=-1)
+        chosen = np.where(usable.any(-1), objects[np.arange(len(now)), best], -1)
+        matched[:, :, now] = chosen
+        t, a, n = np.nonzero(chosen >= 0)
+        taken[t, a, chosen[t, a, n]] = True
+    return matched
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """What accumulation gives; -1 where a class has no ground truth.
+
+    Attributes:
+        precision: `(T, R, C, A, M)` interpolated.
+        recall: `(T, C, A, M)` highest reached.
+        scores: `(T, R, C, A, M)` score at which each recall is reached.
+    """
+
+    precision: Floats
+    recall: Floats
+    scores: Floats
+
+
+def evaluate(
+    results: Sequence[ImageResult],
+    num_classes: int,
+    max_detections: Sequence[int] = (1, 10, 100),
+    use_masks: bool = False,
+    thresholds: Floats = IOU_THRESHOLDS,
+) -> Curves:
+    """Match and accumulate as the official evaluator does; `results` must be in the order of image id."""
+    dt, gt = detections_side(results, max(max_detections), use_masks), objects_side(results, use_masks)
+    pairs = find_pairs(dt, gt, min(thresholds.min(), 1 - 1e-10))
+    rows = np.unique(pairs.dt)
+    ignore = gt.crowd | _outside(gt.areas)
+    matched = match(pairs, rows, dt.label[rows] * (len(results) + 1) + dt.image[rows], thresholds, ignore, gt.crowd)
+    shape = (len(thresholds), num_classes, len(AREAS), len(max_detections))
+    precision = np.full((shape[0], len(RECALL_THRESHOLDS), *shape[1:]), -1.0)
+    recall, scores = np.full(shape, -1.0), precision.copy()
+    bounds = np.arange(1, num_classes + 2)
+    gt_at, dt_at = np.searchsorted(gt.label, bounds), np.searchsorted(dt.label, bounds)
+    row_at = np.searchsorted(rows, dt_at)
+    for k in range(num_classes):
+        counted = (~ignore[:, gt_at[k] : gt_at[k + 1]]).sum(1)
+        if not counted.any():
+            continue
+        mine, picked = slice(dt_at[k], dt_at[k + 1]), slice(row_at[k], row_at[k + 1])
+        hit = np.zeros((len(thresholds), len(AREAS), dt_at[k + 1] - dt_at[k]), bool)
+        skip = np.broadcast_to(_outside(dt.areas[mine]), hit.shape).copy()
+        objects, columns = matched[:, :, picked], rows[picked] - dt_at[k]
+        hit[:, :, columns] = objects >= 0
+        on_ignored = ignore[np.arange(len(AREAS))[:, None], objects] if len(gt.crowd) else skip[:, :, columns]
+        skip[:, :, columns] = np.where(objects >= 0, on_ignored, skip[:, :, columns])
+        order = np.argsort(-dt.scores[mine], kind="stable")
+        for m, limit in enumerate(max_detections):
+            kept = order[dt.rank[mine][order] < limit]
+            curves = _accumulate((hit & ~skip)[:, :, kept], (~hit & ~skip)[:, :, kept], counted, dt.scores[mine][kept])
+            precision[:, :, k, :, m], recall[:, k, :, m], scores[:, :, k, :, m] = curves
+    return Curves(precision, recall, scores)
+
+
+def _accumulate(tp: Bools, fp: Bools, counted: Ints, score: NDArray[np.float32]) -> tuple[Floats, Floats, Floats]:
+    """Curves of one class from `(T, A, n)` true and false positives in falling order of score."""
+    tps, fps = np.cumsum(tp, axis=-1, dtype=np.float64), np.cumsum(fp, axis=-1, dtype=np.float64)
+    precision = np.maximum.accumulate((tps / (fps + tps + np.spacing(1)))[..., ::-1], axis=-1)[..., ::-1]
+    shape = (len(tp), len(RECALL_THRESHOLDS), len(counted))
+    at, score_at, reached = np.full(shape, -1.0), np.full(shape, -1.0), np.full((len(tp), len(counted)), -1.0)
+    for t, a in np.ndindex(reached.shape):
+        if counted[a]:
+            recall = tps[t, a] / counted[a]
+            reached[t, a] = recall[-1] if len(recall) else 0.0
+            index = np.searchsorted(recall, RECALL_THRESHOLDS, side="left")
+            index = index[index < len(recall)]
+            at[t, :, a], score_at[t, :, a] = 0.0, 0.0
+            at[t, : len(index), a], score_at[t, : len(index), a] = precision[t, a, index], score[index]
+    return at, reached, score_at
+
+
+def _outside(areas: Floats) -> Bools:
+    return (areas < AREA_LIMITS[:, :1]) | (areas > AREA_LIMITS[:, 1:])
+
+
+def _places(arrays: list[Ints]) -> tuple[Ints, Ints]:
+    counts = np.array([len(a) for a in arrays], dtype=np.int64)
+    image = np.repeat(np.arange(len(arrays)), counts)
+    return image, np.arange(len(image)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _join(arrays: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    return np.concatenate(arrays or [np.zeros(0)]).astype(dtype, copy=False)
+
+
+def _pick(masks: list[list[Rle] | None], order: Ints) -> list[Rle]:
+    flat = [mask for image in masks for mask in image or ()]
+    return [flat[i] for i in order]
+
+
+def _mask_boxes(masks: list[Rle]) -> Floats:
+    return np.asarray(mask_api.toBbox(masks), dtype=np.float64).reshape(-1, 4)
+
+
+def _mask_iou(dt: Rle, gt: Rle, crowd: bool) -> float:
+    return float(mask_api.iou([dt], [gt], [int(crowd)])[0, 0])
