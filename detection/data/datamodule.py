@@ -1,0 +1,263 @@
+"""`DetectionDataModule`: from the name of a data set to loaders of `Batch`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+
+from detection.data import scenes
+from detection.data.augment import eval_transform, train_transform
+from detection.data.batch import Batch
+from detection.data.coco import read_coco
+from detection.data.dataset import DetectionDataset, Sample, collate
+from detection.data.records import DataError, Index
+from detection.data.samplers import TrainBatchSampler, rank_and_world
+from detection.data.voc import read_voc
+from detection.data.yolo import read_yolo
+
+Stage = Literal["train", "val", "test"]
+
+
+def init_worker(worker_id: int) -> None:
+    """One thread a worker: OpenCV would start one a core in each of them."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+class TrainLoader(DataLoader[Sample]):
+    """A DataLoader that Lightning can save and resume in the middle of an epoch.
+
+    Its state counts the batches handed out, not those that workers have fetched ahead, and Lightning keeps it in the
+    checkpoint. A resumed run sees exactly the batches, and the augmentations, that an unbroken run would have seen.
+    """
+
+    batch_sampler: TrainBatchSampler
+
+    def __init__(self, dataset: DetectionDataset, batch_sampler: TrainBatchSampler, **options: Any) -> None:
+        super().__init__(dataset, batch_sampler=batch_sampler, **options)
+        self._handed_out = 0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self._handed_out = self.batch_sampler.start_batch
+        for batch in super().__iter__():
+            self._handed_out += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and batch that come next, and the number of processes that shared the epoch."""
+        epoch, done = self.batch_sampler.epoch, self._handed_out
+        epoch, done = (epoch + 1, 0) if done >= len(self) else (epoch, done)
+        return {"epoch": epoch, "start_batch": done, "world": rank_and_world()[1]}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        start = state["start_batch"]
+        if start and state["world"] != rank_and_world()[1]:
+            rank_zero_warn(
+                f"The run was stopped at batch {start} of an epoch shared by {state['world']} processes, now there are "
+                f"{rank_and_world()[1]}: images of that epoch may be seen twice or not at all."
+            )
+            start = min(start * state["world"] // rank_and_world()[1], len(self))
+        self.batch_sampler.load_state_dict({"epoch": state["epoch"], "start_batch": start})
+        self._handed_out = start
+
+
+class DetectionDataModule(L.LightningDataModule):
+    """Train, validation and test loaders of a data set on disk, or of the scenes that this package draws itself.
+
+    Args:
+        root: folder of the data set. With `format: scenes`, where to draw them; None for a folder in the user's cache.
+        format: how the annotations are written.
+        train_split, val_split, test_split: VOC and YOLO: the split's name. COCO: the annotation file, relative to
+            `root`. `test_split` None is the validation split.
+        train_images, val_images, test_images: COCO only: folder of the split's images, relative to `root`.
+        classes: foreground classes in the order of their labels; None takes all of the training split.
+        batch_size: images a batch, on each device.
+        num_workers: loader processes on each device; 0 loads in the main process.
+        min_size: short side in pixels; a list draws one for each training image and evaluates at the largest.
+        max_size: cap of the long side in pixels.
+        hflip, vflip, photometric: probability of each, see `train_transform`.
+        scale_jitter: large-scale jitter's range of factors, e.g. `[0.1, 2.0]`; off when None.
+        group_by_aspect: batch wide images with wide, high with high.
+        repeat_threshold: show images of classes rarer than this fraction of images more often; 0 is off.
+        with_difficult: train on objects marked difficult too.
+        masks: read instance masks.
+        seed: of the order and the augmentation.
+        timeout: seconds after which a silent worker is an error.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        format: Literal["scenes", "coco", "voc", "yolo"] = "scenes",
+        train_split: str = "train",
+        val_split: str = "val",
+        test_split: str | None = None,
+        train_images: str = "",
+        val_images: str = "",
+        test_images: str = "",
+        classes: list[str] | None = None,
+        batch_size: int = 8,
+        num_workers: int = 2,
+        min_size: int | list[int] = 160,
+        max_size: int = 320,
+        hflip: float = 0.5,
+        vflip: float = 0.0,
+        photometric: float = 0.0,
+        scale_jitter: tuple[float, float] | None = None,
+        group_by_aspect: bool = True,
+        repeat_threshold: float = 0.0,
+        with_difficult: bool = False,
+        masks: bool = False,
+        seed: int = 0,
+        timeout: int = 300,
+    ) -> None:
+        super().__init__()
+        if root is None and format != "scenes":
+            raise ValueError(f"format '{format}' needs root, the folder of the data set")
+        self.save_hyperparameters()
+        self._datasets: dict[Stage, DetectionDataset] = {}
+        self._train_index: Index | None = None
+        self._known: tuple[tuple[str, ...], tuple[int, ...]] | None = None
+
+    @property
+    def class_names(self) -> list[str]:
+        """Foreground classes in the order of their labels; reads the training annotations at the first call."""
+        return list(self._classes()[0])
+
+    @property
+    def category_ids(self) -> list[int]:
+        """The data set's own id of each class."""
+        return list(self._classes()[1])
+
+    def _classes(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        if self._known is None:
+            if self.hparams["format"] == "scenes":
+                self._known = scenes.CLASSES, tuple(range(1, len(scenes.CLASSES) + 1))
+            else:
+                self._train_index = self._read("train")
+                self._known = self._train_index.classes, self._train_index.category_ids
+        return self._known
+
+    def prepare_data(self) -> None:
+        """Draw the embedded scenes unless they lie in the cache; nothing for data on disk."""
+        if self.hparams["format"] == "scenes":
+            scenes.draw(self._root())
+
+    def setup(self, stage: str) -> None:
+        """Read and check the splits that the stage needs; raises `DataError` before anything trains."""
+        needed: dict[str, tuple[Stage, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
+        for split in needed.get(stage, ("test",)):
+            if split not in self._datasets:
+                self._datasets[split] = self._dataset(split)
+
+    def _root(self) -> Path:
+        root = self.hparams["root"]
+        return scenes.default_folder() if root is None else Path(root).expanduser()
+
+    def _read(self, split: Stage) -> Index:
+        hp, root = self.hparams, self._root()
+        classes = hp["classes"] if self._known is None else list(self._known[0])
+        name, images = hp[f"{split}_split"], hp[f"{split}_images"]
+        if name is None:
+            name, images = hp["val_split"], hp["val_images"]
+        if hp["format"] == "voc":
+            return read_voc(root, name, classes, hp["masks"])
+        if hp["format"] == "yolo":
+            return read_yolo(root, name, classes)
+        if hp["format"] == "scenes":
+            root, name, images = scenes.location(root), *scenes.SPLITS["train" if split == "train" else "val"]
+        return read_coco(root, name, images, classes, hp["masks"])
+
+    def _dataset(self, split: Stage) -> DetectionDataset:
+        hp = self.hparams
+        self._classes()  # the training split names the classes of all splits
+        index, self._train_index = (split == "train" and self._train_index) or self._read(split), None
+        _check(index, split)
+        sizes = [hp["min_size"]] if isinstance(hp["min_size"], int) else list(hp["min_size"])
+        if split == "train":
+            transform = train_transform(
+                sizes, hp["max_size"], hp["hflip"], hp["vflip"], hp["photometric"], hp["scale_jitter"]
+            )
+        else:
+            transform = eval_transform(max(sizes), hp["max_size"])
+        rank_zero_info(describe(index, split))
+        return DetectionDataset(index, transform, hp["with_difficult"])
+
+    def train_dataloader(self) -> TrainLoader:
+        """Shuffled batches for this rank, see `TrainBatchSampler`."""
+        hp, dataset = self.hparams, self._datasets["train"]
+        sampler = TrainBatchSampler(
+            dataset.store, hp["batch_size"], hp["seed"], hp["group_by_aspect"], hp["repeat_threshold"]
+        )
+        return TrainLoader(dataset, sampler, **self._loading())
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        return self._eval_loader("test")
+
+    def _eval_loader(self, split: Stage) -> DataLoader[Sample]:
+        """Every image of the split, in order. Of W ranks, rank r has images r, r + W, ...; up to W - 1 images are
+        repeated so that all ranks run equally many steps (a rank less would hang in DDP's buffer broadcast), and the
+        metric counts an image once."""
+        dataset = self._datasets[split]
+        rank, world = rank_and_world()
+        sampler: Any = range(len(dataset))
+        if world > 1:
+            sampler = DistributedSampler(dataset, world, rank, shuffle=False)
+        batches = BatchSampler(sampler, self.hparams["batch_size"], drop_last=False)
+        return DataLoader(dataset, batch_sampler=batches, **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        workers = self.hparams["num_workers"]
+        options = {"num_workers": workers, "collate_fn": collate, "pin_memory": torch.cuda.is_available()}
+        if workers:
+            options |= {
+                "worker_init_fn": init_worker,
+                "persistent_workers": True,
+                "timeout": self.hparams["timeout"],
+            }
+        return options
+
+
+def _check(index: Index, split: str) -> None:
+    """What must hold before anything trains; a reader that keeps its promise never fails here."""
+    count = len(index.classes)
+    if not index.records:
+        raise DataError(f"{index.root}: the {split} split holds no image; check its name and the folder")
+    if split == "train" and not any(len(record.labels) for record in index.records):
+        raise DataError(f"{index.root}: no image of the train split has an object; check the annotations")
+    for record in index.records:
+        boxes, where = record.boxes, f"{index.root / record.file_name}: image {record.image_id}"
+        if ((record.labels < 1) | (record.labels > count)).any():
+            raise DataError(f"{where}: labels {record.labels} are not in 1..{count}; correct the class list")
+        inside = (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= record.width).all()
+        if not (inside and (boxes[:, 3] <= record.height).all() and (boxes[:, 2:] > boxes[:, :2]).all()):
+            raise DataError(f"{where}: a box is empty or outside {record.width}x{record.height}; correct it")
+
+
+def describe(index: Index, split: str) -> str:
+    """A few lines for the log: images, objects by class, and what was repaired or left out."""
+    counts = torch.zeros(len(index.classes) + 1, dtype=torch.int64)
+    for record in index.records:
+        counts += torch.bincount(torch.from_numpy(record.labels), minlength=len(counts))
+    empty = sum(not len(record.labels) for record in index.records)
+    classes = ", ".join(f"{name} {n}" for name, n in zip(index.classes, counts[1:].tolist(), strict=True))
+    lines = [f"{split}: {len(index.records)} images ({empty} without objects), {int(counts.sum())} objects: {classes}"]
+    repaired = [defect for defect in index.defects if defect.severity != "note"]
+    if repaired:
+        lines += [f"{split}: {len(repaired)} records repaired or left out, the first of them:"]
+        lines += [f"  {defect}" for defect in repaired[:3]] + ["  (scripts/check_data.py lists all)"]
+    return "\n".join(lines)

@@ -1,0 +1,237 @@
+"""From records to batches: records in flat buffers, the data set over them, and the collate function.
+
+Shape shorthand:
+    R: records (images)     M: objects of all records     N: objects of one image     B: images of a batch
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from faster_coco_eval.core import mask as rle
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from detection.data.augment import Augmented
+from detection.data.batch import Batch, Target, pad_objects
+from detection.data.images import read_image
+from detection.data.records import Index, Record
+
+ImageTransform = Callable[..., Augmented]
+
+
+class _Strings:
+    """Byte strings laid end to end in one tensor."""
+
+    def __init__(self, items: Iterable[bytes]) -> None:
+        items = list(items)
+        self.ends = torch.tensor([0, *accumulate(map(len, items))], dtype=torch.int64)
+        self.data = torch.frombuffer(bytearray(b"".join(items) or b"\0"), dtype=torch.uint8)
+
+    def __getitem__(self, i: int) -> bytes:
+        start, end = self.ends[i : i + 2].tolist()
+        return self.data[start:end].numpy().tobytes()
+
+
+class RecordStore:
+    """A list of `Record` that holds no Python object per record or object: a dozen tensors do.
+
+    Reading a Python object writes its reference count, and the first write to a page after a fork copies it, so that a
+    list of records ends up once in every worker. Tensors are shared with forked workers for good, and with spawned
+    ones through shared memory.
+
+    Args:
+        records: what a reader returned; may be freed afterwards.
+
+    Attributes:
+        sizes: `(R, 2)` int64 `(height, width)`.
+        object_ends: `(R + 1,)` int64; the objects of record i are rows `object_ends[i]` to `object_ends[i + 1]`.
+        boxes, labels, areas, iscrowd, difficult, annotation_ids: `(M, ...)`, as in `Record`.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        def joined(name: str, empty: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(np.concatenate([empty, *(getattr(r, name) for r in records)], dtype=empty.dtype))
+
+        self.image_ids = torch.tensor([r.image_id for r in records], dtype=torch.int64)
+        self.sizes = torch.tensor([(r.height, r.width) for r in records], dtype=torch.int64).reshape(-1, 2)
+        self.object_ends = torch.tensor([0, *accumulate(len(r.labels) for r in records)], dtype=torch.int64)
+        self.boxes = joined("boxes", np.zeros((0, 4), np.float32))
+        self.labels = joined("labels", np.zeros(0, np.int64))
+        self.areas = joined("areas", np.zeros(0, np.float32))
+        self.iscrowd = joined("iscrowd", np.zeros(0, np.bool_))
+        self.difficult = joined("difficult", np.zeros(0, np.bool_))
+        self.annotation_ids = joined("annotation_ids", np.zeros(0, np.int64))
+        self._names = _Strings(r.file_name.encode() for r in records)
+        self._segments = None
+        if any(r.segments is not None for r in records):
+            self._segments = _Strings(json.dumps(s, default=_jsonable).encode() for r in records for s in _padded(r))
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, i: int) -> Record:
+        """Record i; its arrays are views of the buffers, to be read only."""
+        start, end = self.object_ends[i : i + 2].tolist()
+        height, width = self.sizes[i].tolist()
+        segments = None
+        if self._segments is not None:
+            segments = [json.loads(self._segments[j]) for j in range(start, end)]
+        return Record(
+            image_id=int(self.image_ids[i]),
+            file_name=self._names[i].decode(),
+            width=width,
+            height=height,
+            boxes=self.boxes[start:end].numpy(),
+            labels=self.labels[start:end].numpy(),
+            areas=self.areas[start:end].numpy(),
+            iscrowd=self.iscrowd[start:end].numpy(),
+            difficult=self.difficult[start:end].numpy(),
+            annotation_ids=self.annotation_ids[start:end].numpy(),
+            segments=segments,
+        )
+
+
+def _padded(record: Record) -> list[Any]:
+    return record.segments if record.segments is not None else [None] * len(record.labels)
+
+
+def _jsonable(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value.tolist()
+
+
+def to_rle(segment: Any, box: NDArray[np.float32], height: int, width: int) -> dict[str, Any]:
+    """A segment of a `Record` as a compressed COCO RLE; without a segment, the box filled."""
+    if segment is None:
+        x1, y1, x2, y2 = map(float, box)
+        segment = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+    if isinstance(segment, list):
+        merged: dict[str, Any] = rle.merge(rle.frPyObjects(segment, height, width))
+    elif isinstance(segment["counts"], list):
+        merged = rle.frPyObjects(segment, height, width)
+    else:
+        merged = segment
+    counts = merged["counts"]
+    return {"size": list(merged["size"]), "counts": counts.encode() if isinstance(counts, str) else counts}
+
+
+def make_target(record: Record) -> Target:
+    """The evaluation target of a record: everything in it, in original pixels, copied out of the buffers."""
+    masks = None
+    if record.segments is not None:
+        pairs = zip(record.segments, record.boxes, strict=True)
+        masks = [to_rle(segment, box, record.height, record.width) for segment, box in pairs]
+    return Target(
+        image_id=record.image_id,
+        file_name=record.file_name,
+        size=(record.height, record.width),
+        boxes=torch.tensor(record.boxes),
+        labels=torch.tensor(record.labels),
+        areas=torch.tensor(record.areas),
+        iscrowd=torch.tensor(record.iscrowd),
+        difficult=torch.tensor(record.difficult),
+        masks=masks,
+    )
+
+
+class Sample(NamedTuple):
+    """One image of a batch to be.
+
+    Attributes:
+        image: `(3, h, w)` uint8 RGB, a view of the decoder's (h, w, 3) memory.
+        boxes: `(N, 4)` float32 xyxy in the pixels of `image`; only objects to train on.
+        labels: `(N,)` int64.
+        target: the original ground truth, for evaluation.
+        masks: `(N, h, w)` uint8 0/1 when the data set was asked for masks.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+    target: Target
+    masks: Tensor | None = None
+
+
+class DetectionDataset(Dataset[Sample]):
+    """The images of an index, decoded and transformed.
+
+    Args:
+        index: what a reader returned. Its records are copied into a `RecordStore`.
+        transform: `train_transform(...)` or `eval_transform(...)`.
+        with_difficult: also train on objects marked difficult. Crowds are never trained on.
+
+    A key is an index, or `(index, seed)` as the batch samplers of this package give it: then every random choice
+    follows from the seed, in whatever worker it is made. A plain index draws its seed from torch's generator, which a
+    DataLoader seeds differently for every worker and epoch.
+    """
+
+    def __init__(self, index: Index, transform: ImageTransform, with_difficult: bool = False) -> None:
+        self.root = index.root
+        self.classes = index.classes
+        self.category_ids = index.category_ids
+        self.transform = transform
+        self.with_difficult = with_difficult
+        self.store = RecordStore(index.records)
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        """Decode and transform one image; raises `DataError` naming the file when it can't be read."""
+        i, seed = key if isinstance(key, tuple) else (key, int(torch.randint(2**62, ())))
+        record = self.store[i]
+        image = read_image(self.root / record.file_name, (record.height, record.width))
+        trained = ~record.iscrowd if self.with_difficult else ~(record.iscrowd | record.difficult)
+        masks = None
+        if record.segments is not None:
+            masks = _decode(record, trained)
+        out = self.transform(image, record.boxes[trained], masks, seed=seed)
+        return Sample(
+            image=torch.from_numpy(out.image).permute(2, 0, 1),
+            boxes=torch.from_numpy(out.boxes),
+            labels=torch.from_numpy(record.labels[trained][out.index]),
+            target=make_target(record),
+            masks=None if out.masks is None else torch.from_numpy(out.masks),
+        )
+
+
+def _decode(record: Record, chosen: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    masks = np.zeros((int(chosen.sum()), record.height, record.width), np.uint8)
+    for slot, j in zip(masks, np.flatnonzero(chosen), strict=True):
+        slot[:] = rle.decode(to_rle((record.segments or [])[j], record.boxes[j], record.height, record.width))
+    return masks
+
+
+def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
+    """Samples to a `Batch`, images padded to a multiple of `divisor`; in a worker straight into shared memory."""
+    sizes = [tuple(sample.image.shape[-2:]) for sample in samples]
+    height, width = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
+    images = _zeros((len(samples), 3, height, width))
+    for slot, sample, (h, w) in zip(images.numpy(), samples, sizes, strict=True):
+        # split writes the three planes in one pass: 7 times faster than a strided copy
+        cv2.split(sample.image.permute(1, 2, 0).numpy(), [plane[:h, :w] for plane in slot])
+    gt_boxes, gt_labels, gt_valid = pad_objects([s.boxes for s in samples], [s.labels for s in samples])
+    return Batch(
+        images=images,
+        image_sizes=torch.tensor(sizes, dtype=torch.int64),
+        gt_boxes=gt_boxes,
+        gt_labels=gt_labels,
+        gt_valid=gt_valid,
+        original_sizes=torch.tensor([sample.target.size for sample in samples], dtype=torch.int64),
+        targets=tuple(sample.target for sample in samples),
+    )
+
+
+def _zeros(shape: tuple[int, ...]) -> Tensor:
+    """Zeros of uint8; in a worker in shared memory (as torch's own collate does), which saves a copy of the batch."""
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)))  # fresh shared pages are zero
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
