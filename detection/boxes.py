@@ -1,0 +1,124 @@
+"""Box arithmetic: areas, IoU, clipping, resizing, the box coder and non-maximum suppression.
+
+Shape shorthand:
+    N, M: boxes     ...: any leading dimensions (images, classes)
+Boxes are `(x1, y1, x2, y2)` pixels with x2 > x1 and y2 > y1; widths are `x2 - x1`, without the legacy "+1".
+Everything here runs in float32, whatever the precision of the network around it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import nms
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """Area in square pixels of boxes `(..., N, 4)` -> `(..., N)`."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Intersection over union of every pair: `(..., N, 4)` and `(..., M, 4)` -> `(..., N, M)` float32 in [0, 1].
+
+    Leading dimensions broadcast. Two boxes without area have IoU 0 (not NaN).
+    """
+    a, b = boxes1.float().unsqueeze(-2), boxes2.float().unsqueeze(-3)
+    # Coordinate by coordinate: a trailing dimension of 2 would cost a third more memory and defeat vectorisation.
+    width = (torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0])).clamp_(min=0)
+    height = (torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1])).clamp_(min=0)
+    intersection = width.mul_(height)
+    union = (box_area(a) + box_area(b)).sub_(intersection).clamp_(min=torch.finfo(torch.float32).tiny)
+    return intersection.div_(union)
+
+
+def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Clip boxes `(..., N, 4)` to images of `sizes` `(..., 2)`, (height, width) in pixels."""
+    height, width = sizes[..., 0, None].to(boxes.dtype), sizes[..., 1, None].to(boxes.dtype)
+    limit = torch.stack((width, height, width, height), dim=-1)
+    return torch.minimum(boxes.clamp(min=0), limit)
+
+
+def resize_boxes(boxes: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """Scale boxes `(..., N, 4)` from images of size `old` to size `new`, both `(..., 2)` as (height, width)."""
+    ratio = new.to(torch.float32) / old.to(torch.float32)
+    return boxes * ratio[..., [1, 0, 1, 0]].unsqueeze(-2)
+
+
+def is_large_enough(boxes: Tensor, min_size: float) -> Tensor:
+    """Which boxes `(..., N, 4)` have both sides >= `min_size` pixels -> bool `(..., N)`."""
+    sides = boxes[..., 2:] - boxes[..., :2]
+    return (sides >= min_size).all(dim=-1)
+
+
+class BoxCoder:
+    """Boxes as deltas against reference boxes (anchors or proposals), and back.
+
+    R-CNN (Girshick et al. 2014), appendix C, equations 6-9 and 1-4: offsets of the centre in units of the reference's
+    size, and log ratios of the sizes, each times a weight that brings its variance near 1.
+
+    Args:
+        weights: factors on (dx, dy, dw, dh): 1 for the RPN, (10, 10, 5, 5) for the box head.
+        max_log_ratio: upper bound of dw and dh when decoding, so that `exp` can't overflow. A box grows at most
+            1000 / 16 times, from the smallest useful anchor to a large image.
+    """
+
+    def __init__(
+        self, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0), max_log_ratio: float = math.log(1000.0 / 16)
+    ) -> None:
+        self.weights = tuple(weights)
+        self.max_log_ratio = max_log_ratio
+
+    def encode(self, gt_boxes: Tensor, boxes: Tensor) -> Tensor:
+        """Deltas `(..., N, 4)` that turn `boxes` `(..., N, 4)` into `gt_boxes` `(..., N, 4)`, pixels.
+
+        A ground truth without width or height gives -inf: such boxes must have been removed before.
+        """
+        gt_centre, gt_size = _centre_and_size(gt_boxes.float())
+        centre, size = _centre_and_size(boxes.float())
+        shift = (gt_centre - centre) / size
+        scale = torch.log(gt_size / size)
+        return torch.cat((shift, scale), dim=-1) * shift.new_tensor(self.weights)
+
+    def decode(self, deltas: Tensor, boxes: Tensor) -> Tensor:
+        """Boxes `(..., N, 4)` in pixels that `deltas` `(..., N, 4)` describe relative to `boxes` `(..., N, 4)`."""
+        deltas = deltas.float() / deltas.new_tensor(self.weights, dtype=torch.float32)
+        centre, size = _centre_and_size(boxes.float())
+        new_centre = deltas[..., :2] * size + centre
+        half = 0.5 * torch.exp(deltas[..., 2:].clamp(max=self.max_log_ratio)) * size
+        return torch.cat((new_centre - half, new_centre + half), dim=-1)
+
+
+def _centre_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    size = boxes[..., 2:] - boxes[..., :2]
+    return boxes[..., :2] + 0.5 * size, size
+
+
+def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
+    """Non-maximum suppression inside each group; boxes of different groups never touch each other.
+
+    A box goes when its IoU with a better one of its group is above (not equal to) `iou_thresh`. One call serves
+    all images, levels and classes of a batch: their number is the group's.
+
+    Args:
+        boxes: `(N, 4)` float32.
+        scores: `(N,)`.
+        groups: `(N,)` int64.
+        iou_thresh: in [0, 1].
+
+    Returns:
+        `(K,)` int64 indices of the boxes that stay, best score first.
+    """
+    if boxes.device.type == "cpu":
+        # The CPU kernel is quadratic in the number of boxes, so each group goes alone.
+        order = torch.argsort(groups, stable=True)
+        counts = torch.bincount(groups).tolist()
+        kept = [part[nms(boxes[part], scores[part], iou_thresh)] for part in order.split(counts) if len(part)]
+        keep = torch.cat(kept) if kept else order
+        return keep[torch.argsort(scores[keep], descending=True, stable=True)]
+    # On an accelerator one launch is better: groups move so far apart that they can't overlap.
+    extent = boxes.amax() - boxes.amin() + 1 if boxes.numel() else boxes.new_zeros(())
+    return nms(boxes + (groups.to(boxes) * extent)[:, None], scores, iou_thresh)

@@ -1,0 +1,116 @@
+"""Which boxes train on what: the matcher (IoU -> assignment) and the sampler (assignment -> mini-batch).
+
+Shape shorthand:
+    B: images     G: ground truth boxes an image, padded     A: anchors or proposals an image     S: sampled ones
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from detection.boxes import pairwise_iou
+
+BELOW_LOW_THRESHOLD = -1
+BETWEEN_THRESHOLDS = -2
+
+# Elements of one block of an IoU matrix (128 MB in float32). A batch with more is matched in blocks of anchors.
+MAX_IOU_ELEMENTS = 32 * 1024 * 1024
+
+
+class Matcher:
+    """Assigns each anchor or proposal the ground truth box that it overlaps most.
+
+    Faster R-CNN (Ren et al. 2015), section 3.1.2:
+        best IoU >= fg_iou_thresh                    foreground: the index of that ground truth
+        bg_iou_thresh <= best IoU < fg_iou_thresh    ignored: `BETWEEN_THRESHOLDS` (-2)
+        best IoU < bg_iou_thresh                     background: `BELOW_LOW_THRESHOLD` (-1)
+    With `allow_low_quality_matches`, each ground truth also makes foreground of all anchors that reach its highest
+    IoU (rule (i) of the paper), if that is above 0: a box that no anchor touches takes none. Such an anchor keeps the
+    ground truth that it overlaps most itself, which may be another one.
+    """
+
+    def __init__(self, fg_iou_thresh: float, bg_iou_thresh: float, allow_low_quality_matches: bool = False) -> None:
+        if bg_iou_thresh > fg_iou_thresh:
+            raise ValueError(f"bg_iou_thresh {bg_iou_thresh} is above fg_iou_thresh {fg_iou_thresh}")
+        self.fg_iou_thresh = fg_iou_thresh
+        self.bg_iou_thresh = bg_iou_thresh
+        self.allow_low_quality_matches = allow_low_quality_matches
+
+    def __call__(self, iou: Tensor) -> Tensor:
+        """Assignment from a matrix of IoU `(..., G, A)` -> `(..., A)` int64; rows of padding hold -1."""
+        if iou.shape[-2] == 0:
+            return iou.new_full((*iou.shape[:-2], iou.shape[-1]), BELOW_LOW_THRESHOLD, dtype=torch.int64)
+        best_iou, best_gt = iou.max(dim=-2)
+        forced = self._is_best(iou, iou.amax(dim=-1)) if self.allow_low_quality_matches and iou.shape[-1] else None
+        return self._assign(best_iou, best_gt, forced)
+
+    def match(self, gt_boxes: Tensor, gt_valid: Tensor, boxes: Tensor) -> Tensor:
+        """Assignment of boxes to the ground truth of their image, in blocks of at most `MAX_IOU_ELEMENTS`.
+
+        Args:
+            gt_boxes: `(B, G, 4)` xyxy.
+            gt_valid: `(B, G)` bool, False for padding.
+            boxes: `(A, 4)`, the same for all images, or `(B, A, 4)`.
+
+        Returns:
+            `(B, A)` int64: an index into G, or one of the two negative constants.
+        """
+
+        def overlap(block: Tensor) -> Tensor:
+            return pairwise_iou(gt_boxes, block).masked_fill_(~gt_valid[..., None], -1.0)
+
+        size = max(1, MAX_IOU_ELEMENTS // gt_valid.numel())
+        if boxes.shape[-2] <= size:
+            return self(overlap(boxes))
+        blocks = boxes.split(size, dim=-2)
+        # The best IoU of a ground truth is known only after all blocks, so low-quality matches take a second pass.
+        peak = torch.stack([overlap(block).amax(dim=-1) for block in blocks]).amax(dim=0)
+        assigned = []
+        for block in blocks:
+            iou = overlap(block)
+            best_iou, best_gt = iou.max(dim=-2)
+            forced = self._is_best(iou, peak) if self.allow_low_quality_matches else None
+            assigned.append(self._assign(best_iou, best_gt, forced))
+        return torch.cat(assigned, dim=-1)
+
+    @staticmethod
+    def _is_best(iou: Tensor, peak: Tensor) -> Tensor:
+        return ((iou == peak[..., None]) & (peak[..., None] > 0)).any(dim=-2)
+
+    def _assign(self, best_iou: Tensor, best_gt: Tensor, forced: Tensor | None) -> Tensor:
+        foreground = best_iou >= self.fg_iou_thresh
+        if forced is not None:
+            foreground = foreground | forced
+        unmatched = torch.where(best_iou < self.bg_iou_thresh, BELOW_LOW_THRESHOLD, BETWEEN_THRESHOLDS)
+        return torch.where(foreground, best_gt, unmatched)
+
+
+class BalancedSampler:
+    """Draws a mini-batch of fixed size from each image, with at most a given share of foreground.
+
+    Faster R-CNN, section 3.1.3: up to `positive_fraction` of `batch_size_per_image` foreground, filled up with
+    background; where both are too few, the remaining places are marked as not valid.
+    """
+
+    def __init__(self, batch_size_per_image: int, positive_fraction: float) -> None:
+        self.batch_size_per_image = batch_size_per_image
+        self.max_positive = int(batch_size_per_image * positive_fraction)
+
+    def __call__(self, labels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Sample from labels `(B, A)`: above 0 foreground, 0 background, below 0 never drawn.
+
+        Returns:
+            indices `(B, S)` int64 into A, foreground first, and which of them are valid, `(B, S)` bool, with
+            S = min(batch_size_per_image, A).
+        """
+        foreground, background = labels > 0, labels == 0
+        size = min(self.batch_size_per_image, labels.shape[-1])
+        # Random keys and top-k in place of permuting lists of indices, whose lengths the host would have to wait for.
+        key = torch.rand(labels.shape, device=labels.device, generator=generator)
+        quota = min(self.max_positive, labels.shape[-1])
+        order = torch.where(foreground, key, -1.0).topk(quota, dim=-1).indices
+        chosen = torch.zeros_like(foreground).scatter_(-1, order, True) & foreground
+        rank = torch.where(chosen, 2.0 + key, torch.where(background, key, -1.0))
+        value, indices = rank.topk(size, dim=-1)
+        return indices, value >= 0

@@ -1,0 +1,94 @@
+"""The two-stage detector itself: images -> features -> proposals -> losses or detections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detection.boxes import resize_boxes
+from detection.data.batch import Batch
+from detection.models.backbones import Backbone
+from detection.models.roi_heads import RoIHeads
+from detection.models.rpn import RegionProposalNetwork
+from detection.models.transform import ImageTransform
+
+Losses = dict[str, Tensor]
+Detections = list[dict[str, Tensor]]
+
+
+class FasterRCNN(nn.Module):
+    """Faster R-CNN (Ren et al. 2015) from its parts; `detection.models.zoo` has builders for the usual ones.
+
+    It is called as torchvision's detectors are: `model(images, targets)` gives a dictionary of losses in training,
+    `model(images)` a list of detections in evaluation, in the pixels of the images given. A `Batch` in place of the
+    list of images is taken as it is, without resizing.
+
+    Args:
+        backbone: images -> feature maps, with their `strides`.
+        rpn: feature maps -> proposals.
+        roi_heads: feature maps and proposals -> classes and boxes.
+        transform: a list of images -> normalised, padded `Batch`.
+    """
+
+    def __init__(
+        self, backbone: Backbone, rpn: RegionProposalNetwork, roi_heads: RoIHeads, transform: ImageTransform
+    ) -> None:
+        super().__init__()
+        self.transform = transform
+        self.backbone = backbone
+        self.rpn = rpn
+        self.roi_heads = roi_heads
+        self.recipe: dict[str, Any] | None = None  # how a builder made this model; see zoo.recorded
+
+    @property
+    def num_classes(self) -> int:
+        """Classes with background."""
+        return int(self.roi_heads.box_predictor.cls_score.out_features)  # type: ignore[union-attr, arg-type]
+
+    def forward(
+        self, images: Batch | Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+    ) -> Losses | Detections:
+        """Losses in training, detections in evaluation.
+
+        Args:
+            images: a `Batch`, or `(3, h, w)` tensors, float in [0, 1] or uint8, of any sizes.
+            targets: in training with a list of images, for each one `boxes` `(N, 4)` xyxy in its pixels and `labels`
+                `(N,)` int64 from 1 on; a `Batch` brings its own.
+
+        Raises:
+            ValueError: images or targets that can't be right; the message names the image and the box.
+        """
+        if not isinstance(images, Batch):
+            if self.training and targets is None:
+                raise ValueError("targets are needed in training: model(images, targets)")
+            images = self.transform(images, targets, self.num_classes)
+        losses, detections = self.run(images, with_losses=self.training, with_detections=not self.training)
+        return losses if self.training else detections
+
+    def run(self, batch: Batch, with_losses: bool, with_detections: bool) -> tuple[Losses, Detections]:
+        """One pass over the features for losses, detections in original pixels, or both (validation wants both)."""
+        batch = replace(batch, images=self.transform.normalise(batch.images, batch.image_sizes))
+        features = list(self.backbone(batch.images).values())
+        proposals, losses = self.rpn(features, batch, with_losses)
+        if with_losses:
+            losses |= self.roi_heads.losses(features, self.roi_heads.sample(proposals, batch), batch)
+        if not with_detections:
+            return losses, []
+        detections = self.roi_heads.detect(features, proposals, batch.image_sizes)
+        for i, detection in enumerate(detections):
+            detection["boxes"] = resize_boxes(detection["boxes"], batch.image_sizes[i], batch.original_sizes[i])
+        return losses, detections
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[Tensor]) -> Detections:
+        """Detections in the pixels of each image, whatever mode the model is in; the mode is left as it was."""
+        was_training = self.training
+        self.eval()
+        try:
+            return self.run(self.transform(images, None, self.num_classes), with_losses=False, with_detections=True)[1]
+        finally:
+            self.train(was_training)

@@ -1,0 +1,191 @@
+"""Second stage: what each proposed region shows, and where exactly it is.
+
+Fast R-CNN (Girshick 2015), section 2; Faster R-CNN (Ren et al. 2015), section 3.2.
+
+Shape shorthand:
+    B: images     P: proposals an image     G: ground truth boxes an image     S: sampled regions an image
+    R: regions of all images     K: classes with background     D: detections of an image
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detection import losses
+from detection.boxes import BoxCoder, clip_boxes, grouped_nms, is_large_enough
+from detection.data.batch import Batch
+from detection.matching import BalancedSampler, Matcher
+from detection.models.pooling import RoIPooler
+from detection.models.rpn import Proposals
+
+
+class TwoFCHead(nn.Module):
+    """Two fully connected layers over the pooled features (FPN, section 4.2): `(R, C, o, o)` -> `(R, out_channels)`."""
+
+    def __init__(self, in_channels: int, output_size: int = 7, out_channels: int = 1024) -> None:
+        super().__init__()
+        self.fc6 = nn.Linear(in_channels * output_size**2, out_channels)
+        self.fc7 = nn.Linear(out_channels, out_channels)
+        self.out_channels = out_channels
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1)))))
+
+
+class ConvFCHead(nn.Sequential):
+    """Four normalised 3x3 convolutions, then one fully connected layer: the box head of torchvision's v2 detector."""
+
+    def __init__(
+        self, in_channels: int, output_size: int = 7, conv_channels: int = 256, out_channels: int = 1024
+    ) -> None:
+        widths = [in_channels, conv_channels, conv_channels, conv_channels, conv_channels]
+        convs = [
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
+            for a, b in zip(widths[:-1], widths[1:], strict=True)
+        ]
+        linear = nn.Linear(conv_channels * output_size**2, out_channels)
+        super().__init__(*convs, nn.Flatten(), linear, nn.ReLU(inplace=True))
+        for conv, _, _ in convs:
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
+        self.out_channels = out_channels
+
+
+class FastRCNNPredictor(nn.Module):
+    """Class logits and one box refinement a class (Fast R-CNN, section 2.1): `(R, F)` -> `(R, K)`, `(R, K * 4)`."""
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.cls_score = nn.Linear(in_channels, num_classes)
+        self.bbox_pred = nn.Linear(in_channels, num_classes * 4)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        features = features.flatten(1)
+        return self.cls_score(features), self.bbox_pred(features)
+
+
+@dataclass(frozen=True, slots=True)
+class RoISample:
+    """The regions that train the heads: boxes `(B, S, 4)`; labels and matched_idxs `(B, S)` int64; valid `(B, S)`.
+
+    Labels are 0 for background; matched_idxs point into the ground truth of the image where the label is above 0.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    matched_idxs: Tensor
+    valid: Tensor
+
+
+class RoIHeads(nn.Module):
+    """Pools each proposal, classifies it and refines its box.
+
+    Args:
+        box_roi_pool: feature maps and boxes -> `(R, C, o, o)`.
+        box_head: `(R, C, o, o)` -> `(R, F)`.
+        box_predictor: `(R, F)` -> class logits `(R, K)` and deltas `(R, K * 4)`.
+        strides: of the feature maps.
+        fg_iou_thresh, bg_iou_thresh: proposals with IoU >= fg are foreground, < bg background, between them ignored.
+        batch_size_per_image, positive_fraction: the sample that the losses see (Fast R-CNN, section 2.3).
+        bbox_reg_weights: see `BoxCoder`.
+        score_thresh: detections score above this.
+        nms_thresh: IoU above which the worse of two boxes of a class goes.
+        detections_per_img: most detections of an image.
+        box_beta: see `losses.box_loss`.
+    """
+
+    min_size = 1e-2  # pixels: sides that a detection must have
+
+    def __init__(
+        self,
+        box_roi_pool: RoIPooler,
+        box_head: nn.Module,
+        box_predictor: nn.Module,
+        strides: Sequence[int],
+        fg_iou_thresh: float = 0.5,
+        bg_iou_thresh: float = 0.5,
+        batch_size_per_image: int = 512,
+        positive_fraction: float = 0.25,
+        bbox_reg_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
+        score_thresh: float = 0.05,
+        nms_thresh: float = 0.5,
+        detections_per_img: int = 100,
+        box_beta: float = 1 / 9,
+    ) -> None:
+        super().__init__()
+        self.box_roi_pool, self.box_head, self.box_predictor = box_roi_pool, box_head, box_predictor
+        self.strides = tuple(strides)
+        self.matcher = Matcher(fg_iou_thresh, bg_iou_thresh)
+        self.sampler = BalancedSampler(batch_size_per_image, positive_fraction)
+        self.box_coder = BoxCoder(bbox_reg_weights)
+        self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
+        self.detections_per_img, self.box_beta = detections_per_img, box_beta
+
+    def predict(self, features: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits `(B, P, K)` and deltas `(B, P, K, 4)` of regions `(B, P, 4)`."""
+        pooled = self.box_roi_pool(features, boxes, self.strides)
+        logits, deltas = self.box_predictor(self.box_head(pooled))
+        return logits.unflatten(0, boxes.shape[:2]), deltas.unflatten(0, boxes.shape[:2]).unflatten(-1, (-1, 4))
+
+    @torch.no_grad()
+    def sample(self, proposals: Proposals, batch: Batch) -> RoISample:
+        """Match proposals and ground truth itself to the ground truth, and draw the regions to train on.
+
+        Ground truth joins the proposals (at their end) so that there is foreground before the RPN has learned any.
+        """
+        boxes = torch.cat((proposals.boxes, batch.gt_boxes), dim=1)
+        exists = torch.cat((proposals.valid, batch.gt_valid), dim=1)
+        matched_idxs = self.matcher.match(batch.gt_boxes, batch.gt_valid, boxes)
+        labels = batch.gt_labels.gather(1, matched_idxs.clamp(min=0))
+        labels = torch.where(matched_idxs >= 0, labels, torch.where(matched_idxs == -1, 0, -1))
+        sampled, valid = self.sampler(torch.where(exists, labels, -1))
+        return RoISample(
+            boxes=boxes.gather(1, sampled[..., None].expand(-1, -1, 4)),
+            labels=torch.where(valid, labels.gather(1, sampled), 0),
+            matched_idxs=matched_idxs.gather(1, sampled).clamp(min=0),
+            valid=valid,
+        )
+
+    def losses(self, features: Sequence[Tensor], sample: RoISample, batch: Batch) -> dict[str, Tensor]:
+        """`loss_classifier` and `loss_box_reg` of the sampled regions."""
+        logits, deltas = self.predict(features, sample.boxes)
+        index = sample.matched_idxs[..., None].expand(-1, -1, 4)
+        gt_deltas = self.box_coder.encode(batch.gt_boxes.gather(1, index), sample.boxes)
+        # The refinement of the true class alone is trained.
+        own = deltas.gather(2, sample.labels[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
+        labels, valid = sample.labels.flatten(), sample.valid.flatten()
+        return {
+            "loss_classifier": losses.classification_loss(logits.flatten(0, 1), labels, valid),
+            "loss_box_reg": losses.box_loss(
+                own.flatten(0, 1), gt_deltas.flatten(0, 1), (labels > 0) & valid, valid, self.box_beta
+            ),
+        }
+
+    def detect(self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor) -> list[dict[str, Tensor]]:
+        """Detections of each image in pixels of the batch: `boxes` `(D, 4)`, `labels` and `scores` `(D,)`, best first."""
+        logits, deltas = self.predict(features, proposals.boxes)
+        scores = logits.float().softmax(dim=-1)[..., 1:]
+        boxes = self.box_coder.decode(deltas[:, :, 1:], proposals.boxes[:, :, None])  # (B, P, K - 1, 4)
+        boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).view_as(boxes)
+        usable = (scores > self.score_thresh) & is_large_enough(boxes, self.min_size) & proposals.valid[..., None]
+        return self.select(boxes, scores, usable)
+
+    def select(self, boxes: Tensor, scores: Tensor, usable: Tensor) -> list[dict[str, Tensor]]:
+        """Per-class NMS and the best `detections_per_img` of each image.
+
+        Args:
+            boxes: `(B, P, K - 1, 4)`.
+            scores, usable: `(B, P, K - 1)`.
+        """
+        image, _, label = usable.nonzero(as_tuple=True)
+        boxes, scores = boxes[usable], scores[usable]
+        keep = grouped_nms(boxes, scores, image * usable.shape[2] + label, self.nms_thresh)
+        detections = []
+        for i in range(len(usable)):
+            own = keep[image[keep] == i][: self.detections_per_img]
+            detections.append({"boxes": boxes[own], "labels": label[own] + 1, "scores": scores[own]})
+        return detections

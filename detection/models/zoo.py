@@ -1,0 +1,375 @@
+"""Builders of the usual detectors, with torchvision's names, arguments and `state_dict` keys.
+
+`num_classes` counts the background, as torchvision's does. Unlike torchvision, no builder downloads anything:
+`weights_backbone` is None unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import signature
+from typing import Any, ParamSpec
+
+from torch import nn
+from torchvision.models import detection as reference
+from torchvision.ops import FrozenBatchNorm2d
+
+from detection.anchors import AnchorGenerator
+from detection.models.backbones import (
+    Backbone,
+    Norm,
+    efficientnet_lite0_fpn,
+    mobilenet_v3_large_fpn,
+    resnet_fpn,
+    timm_fpn,
+)
+from detection.models.detector import FasterRCNN
+from detection.models.pooling import RoIPooler
+from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor, RoIHeads, TwoFCHead
+from detection.models.rpn import RegionProposalNetwork, RPNHead
+from detection.models.transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
+from detection.models.weights import Weights, find_weights, is_given
+
+P = ParamSpec("P")
+COCO_CATEGORIES = 91  # with background: torchvision's labels are COCO's category ids, gaps included
+
+
+def recorded(builder: Callable[P, FasterRCNN]) -> Callable[P, FasterRCNN]:
+    """Note on the model how it was built, if only plain values were given, so that a checkpoint can rebuild it.
+
+    A checkpoint has its own weights, so the note asks for none, and states what their presence would have decided.
+    """
+
+    @wraps(builder)
+    def build(*args: P.args, **kwargs: P.kwargs) -> FasterRCNN:
+        model = builder(*args, **kwargs)
+        parameters = signature(builder).parameters
+        bound = signature(builder).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        given.pop("kwargs", None)
+        sources = [name for name in ("weights", "weights_backbone") if name in parameters]
+        if any(is_given(given[name]) for name in sources):
+            given |= {
+                n: v for n, v in (("norm", "frozen"), ("trainable_backbone_layers", 3)) if given.get(n, 0) is None
+            }
+        plain = {name: _plain(value) for name, value in (given | dict.fromkeys(sources)).items()}
+        if all(value is not NotImplemented for value in plain.values()):
+            model.recipe = {"class_path": f"{builder.__module__}.{builder.__name__}", "init_args": plain}
+        return model
+
+    return build
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        items = [_plain(item) for item in value]
+        return NotImplemented if NotImplemented in items else items
+    return value if value is None or isinstance(value, (bool, int, float, str)) else NotImplemented
+
+
+def faster_rcnn(
+    backbone: Backbone,
+    num_classes: int = COCO_CATEGORIES,
+    min_size: int | Sequence[int] = 800,
+    max_size: int = 1333,
+    image_mean: Sequence[float] = IMAGENET_MEAN,
+    image_std: Sequence[float] = IMAGENET_STD,
+    rpn_anchor_generator: AnchorGenerator | None = None,
+    rpn_head: nn.Module | None = None,
+    rpn_pre_nms_top_n_train: int = 2000,
+    rpn_pre_nms_top_n_test: int = 1000,
+    rpn_post_nms_top_n_train: int = 2000,
+    rpn_post_nms_top_n_test: int = 1000,
+    rpn_nms_thresh: float = 0.7,
+    rpn_fg_iou_thresh: float = 0.7,
+    rpn_bg_iou_thresh: float = 0.3,
+    rpn_batch_size_per_image: int = 256,
+    rpn_positive_fraction: float = 0.5,
+    rpn_score_thresh: float = 0.0,
+    box_roi_pool: RoIPooler | None = None,
+    box_head: nn.Module | None = None,
+    box_predictor: nn.Module | None = None,
+    box_score_thresh: float = 0.05,
+    box_nms_thresh: float = 0.5,
+    box_detections_per_img: int = 100,
+    box_fg_iou_thresh: float = 0.5,
+    box_bg_iou_thresh: float = 0.5,
+    box_batch_size_per_image: int = 512,
+    box_positive_fraction: float = 0.25,
+    bbox_reg_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
+) -> FasterRCNN:
+    """Faster R-CNN on a backbone, each part replaceable; names and defaults are those of torchvision's `FasterRCNN`.
+
+    Args:
+        backbone: images -> feature maps.
+        num_classes: classes with background.
+        min_size, max_size, image_mean, image_std: see `ImageTransform`.
+        rpn_anchor_generator: default: one size a level, 32 pixels on the finest of five and twice that on each next;
+            with fewer levels all five sizes on each. Ratios 1:2, 1:1, 2:1.
+        rpn_head: default: one 3x3 convolution.
+        rpn_pre_nms_top_n_train, rpn_pre_nms_top_n_test: anchors of a level that go into NMS.
+        rpn_post_nms_top_n_train, rpn_post_nms_top_n_test: proposals of an image that come out.
+        rpn_nms_thresh, rpn_fg_iou_thresh, rpn_bg_iou_thresh, rpn_batch_size_per_image, rpn_positive_fraction,
+            rpn_score_thresh: see `RegionProposalNetwork`.
+        box_roi_pool: default: RoI Align 7x7 with 2x2 samples on all levels but the last.
+        box_head: default: two layers of 1024.
+        box_predictor: default: one layer each for classes and boxes.
+        box_score_thresh, box_nms_thresh, box_detections_per_img, box_fg_iou_thresh, box_bg_iou_thresh,
+            box_batch_size_per_image, box_positive_fraction, bbox_reg_weights: see `RoIHeads`.
+    """
+    anchor_generator = rpn_anchor_generator or default_anchors(len(backbone.strides))
+    channels = backbone.out_channels
+    rpn = RegionProposalNetwork(
+        anchor_generator,
+        rpn_head or RPNHead(channels, anchor_generator.num_anchors_per_location()[0]),
+        backbone.strides,
+        rpn_fg_iou_thresh,
+        rpn_bg_iou_thresh,
+        rpn_batch_size_per_image,
+        rpn_positive_fraction,
+        {"training": rpn_pre_nms_top_n_train, "testing": rpn_pre_nms_top_n_test},
+        {"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test},
+        rpn_nms_thresh,
+        rpn_score_thresh,
+    )
+    box_roi_pool = box_roi_pool or RoIPooler(num_levels=len(backbone.strides) - 1)
+    box_head = box_head or TwoFCHead(channels, box_roi_pool.output_size)
+    roi_heads = RoIHeads(
+        box_roi_pool,
+        box_head,
+        box_predictor or FastRCNNPredictor(box_head.out_channels, num_classes),  # type: ignore[arg-type]
+        backbone.strides,
+        box_fg_iou_thresh,
+        box_bg_iou_thresh,
+        box_batch_size_per_image,
+        box_positive_fraction,
+        bbox_reg_weights,
+        box_score_thresh,
+        box_nms_thresh,
+        box_detections_per_img,
+    )
+    return FasterRCNN(backbone, rpn, roi_heads, ImageTransform(min_size, max_size, image_mean, image_std))
+
+
+def default_anchors(num_levels: int, **options: Any) -> AnchorGenerator:
+    """Five sizes from 32 to 512: one a level where there are five levels (FPN, section 4.1), else all on each."""
+    sizes = (32, 64, 128, 256, 512)
+    return AnchorGenerator([[s] for s in sizes] if num_levels == len(sizes) else [sizes] * num_levels, **options)
+
+
+@recorded
+def fasterrcnn_resnet50_fpn(
+    *,
+    weights: Weights = None,
+    num_classes: int | None = None,
+    weights_backbone: Weights = None,
+    trainable_backbone_layers: int | None = None,
+    norm: Norm | None = None,
+    **kwargs: Any,
+) -> FasterRCNN:
+    """Faster R-CNN with a ResNet-50-FPN backbone (Lin et al. 2017): torchvision's v1 detector, COCO AP 37.0.
+
+    Args:
+        weights: `"DEFAULT"` or `"COCO_V1"` from torchvision's cache, or a file; sets the default of `num_classes`.
+        num_classes: classes with background; default 91.
+        weights_backbone: ImageNet weights: `"IMAGENET1K_V1"`, `"IMAGENET1K_V2"`, a file, or None.
+        trainable_backbone_layers: 0 to 5, counted from layer4; default 3 with weights, all without.
+        norm: of the backbone; default `frozen` with weights, live `batch` without.
+        **kwargs: see `faster_rcnn`.
+    """
+    backbone = resnet_fpn("resnet50", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
+    model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
+    return _load(model, weights, reference.FasterRCNN_ResNet50_FPN_Weights, frozen_eps=0.0)
+
+
+@recorded
+def fasterrcnn_resnet50_fpn_v2(
+    *,
+    weights: Weights = None,
+    num_classes: int | None = None,
+    weights_backbone: Weights = None,
+    trainable_backbone_layers: int | None = None,
+    norm: Norm = "batch",
+    **kwargs: Any,
+) -> FasterRCNN:
+    """torchvision's improved detector (Li et al. 2021), COCO AP 46.7: normalised pyramid, deeper RPN and box heads.
+
+    Arguments as for `fasterrcnn_resnet50_fpn`; batch normalisation stays live.
+    """
+    if is_given(weights) and trainable_backbone_layers is None:
+        trainable_backbone_layers = 3
+    backbone = resnet_fpn("resnet50", weights_backbone, trainable_backbone_layers, norm, fpn_norm="batch")
+    kwargs.setdefault("rpn_head", RPNHead(backbone.out_channels, 3, conv_depth=2))
+    kwargs.setdefault("box_head", ConvFCHead(backbone.out_channels))
+    model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
+    return _load(model, weights, reference.FasterRCNN_ResNet50_FPN_V2_Weights)
+
+
+@recorded
+def fasterrcnn_resnet101_fpn(
+    *,
+    weights: Weights = None,
+    num_classes: int | None = None,
+    weights_backbone: Weights = None,
+    trainable_backbone_layers: int | None = None,
+    norm: Norm | None = None,
+    **kwargs: Any,
+) -> FasterRCNN:
+    """Faster R-CNN with a ResNet-101-FPN backbone: published COCO AP 39.4 (61.2 / 43.4).
+
+    Arguments as for `fasterrcnn_resnet50_fpn`; detector weights only from a file.
+    """
+    backbone = resnet_fpn("resnet101", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
+    return _load(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights)
+
+
+@recorded
+def fasterrcnn_resnet18_fpn(
+    *,
+    weights: Weights = None,
+    num_classes: int | None = None,
+    weights_backbone: Weights = None,
+    trainable_backbone_layers: int | None = None,
+    norm: Norm | None = None,
+    **kwargs: Any,
+) -> FasterRCNN:
+    """Faster R-CNN with a ResNet-18-FPN backbone. Arguments as for `fasterrcnn_resnet101_fpn`."""
+    backbone = resnet_fpn("resnet18", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
+    return _load(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights)
+
+
+@recorded
+def fasterrcnn_resnet34_fpn(
+    *,
+    weights: Weights = None,
+    num_classes: int | None = None,
+    weights_backbone: Weights = None,
+    trainable_backbone_layers: int | None = None,
+    norm: Norm | None = None,
+    **kwargs: Any,
+) -> FasterRCNN:
+    """Faster R-CNN with a ResNet-34-FPN backbone. Arguments as for `fasterrcnn_resnet101_fpn`."""
+    backbone = resnet_fpn("resnet34", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
+    return _load(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights)
+
+
+@recorded
+def fasterrcnn_mobilenet_v3_large_fpn(
+    *,
+    weights: Weights = None,
+    num_classes: int | None = None,
+    weights_backbone: Weights = None,
+    trainable_backbone_layers: int | None = None,
+    norm: Norm | None = None,
+    **kwargs: Any,
+) -> FasterRCNN:
+    """Faster R-CNN on MobileNetV3-Large-FPN for full-sized images, COCO AP 32.8.
+
+    Arguments as for `fasterrcnn_resnet50_fpn`; `trainable_backbone_layers` goes to 6.
+    """
+    kwargs = {"rpn_score_thresh": 0.05, **kwargs}
+    backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights))
+    model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
+    return _load(model, weights, reference.FasterRCNN_MobileNet_V3_Large_FPN_Weights)
+
+
+@recorded
+def fasterrcnn_mobilenet_v3_large_320_fpn(
+    *,
+    weights: Weights = None,
+    num_classes: int | None = None,
+    weights_backbone: Weights = None,
+    trainable_backbone_layers: int | None = None,
+    norm: Norm | None = None,
+    **kwargs: Any,
+) -> FasterRCNN:
+    """The same at 320 pixels with 150 proposals, for mobile devices, COCO AP 22.8.
+
+    Arguments as for `fasterrcnn_mobilenet_v3_large_fpn`.
+    """
+    mobile = {"min_size": 320, "max_size": 640, "rpn_pre_nms_top_n_test": 150, "rpn_post_nms_top_n_test": 150}
+    kwargs = {"rpn_score_thresh": 0.05, **mobile, **kwargs}
+    backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights))
+    model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
+    return _load(model, weights, reference.FasterRCNN_MobileNet_V3_Large_320_FPN_Weights)
+
+
+@recorded
+def fasterrcnn_efficientnet_lite0_fpn(
+    *,
+    num_classes: int | None = None,
+    weights_backbone: Weights = "IMAGENET1K",
+    norm: Norm | None = None,
+    fpn_channels: int = 128,
+    **kwargs: Any,
+) -> FasterRCNN:
+    """Faster R-CNN on EfficientNet-Lite0 with a narrow pyramid: trains in minutes on a CPU, without a download.
+
+    Args:
+        num_classes: classes with background; default 91.
+        weights_backbone: `"IMAGENET1K"` (from an installed package), a file, or None.
+        norm: of the backbone; default `frozen` with weights, live `batch` without.
+        fpn_channels: of the pyramid.
+        **kwargs: see `faster_rcnn`; images are normalised to [-1, 1], as the packaged weights want them.
+    """
+    kwargs = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), **kwargs}
+    backbone = efficientnet_lite0_fpn(weights_backbone, norm, out_channels=fpn_channels)
+    return faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
+
+
+@recorded
+def fasterrcnn_timm_fpn(
+    *,
+    backbone_name: str,
+    num_classes: int | None = None,
+    weights_backbone: Weights = None,
+    norm: Norm | None = None,
+    fpn_channels: int = 256,
+    **kwargs: Any,
+) -> FasterRCNN:
+    """Faster R-CNN on any timm network that gives feature maps.
+
+    Args:
+        backbone_name: timm's name, e.g. `"convnext_tiny"`.
+        num_classes: classes with background; default 91.
+        weights_backbone: a file of timm's weights, or None.
+        norm, fpn_channels: see `backbones.timm_fpn`.
+        **kwargs: see `faster_rcnn`.
+    """
+    backbone = timm_fpn(backbone_name, weights_backbone, norm=norm, out_channels=fpn_channels)
+    return faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
+
+
+def create_faster_rcnn(num_classes: int, pretrained: bool = False) -> FasterRCNN:
+    """The v2 detector with a fresh predictor for the caller's classes.
+
+    Args:
+        num_classes: classes with background.
+        pretrained: start from torchvision's COCO weights, which must lie in its cache.
+    """
+    if not pretrained:
+        return fasterrcnn_resnet50_fpn_v2(num_classes=num_classes)
+    model = fasterrcnn_resnet50_fpn_v2(weights="DEFAULT")
+    predictor = FastRCNNPredictor(model.roi_heads.box_predictor.cls_score.in_features, num_classes)  # type: ignore[union-attr, arg-type]
+    model.roi_heads.box_predictor = predictor
+    if model.recipe:
+        model.recipe["init_args"]["num_classes"] = num_classes
+    return model
+
+
+def _norm(norm: Norm | None, weights: Weights) -> Norm | None:
+    """Weights of a whole detector bring the backbone's with them, so their statistics are frozen likewise."""
+    return "frozen" if norm is None and is_given(weights) else norm
+
+
+def _load(model: FasterRCNN, weights: Weights, names: Any = None, frozen_eps: float | None = None) -> FasterRCNN:
+    if is_given(weights):
+        model.load_state_dict(find_weights(weights, names))
+        if frozen_eps is not None and getattr(weights, "name", weights) in ("DEFAULT", "COCO_V1"):
+            # torchvision trained these with no epsilon in the frozen normalisation, and evaluates them so.
+            for module in model.modules():
+                if isinstance(module, FrozenBatchNorm2d):
+                    module.eps = frozen_eps
+    return model
