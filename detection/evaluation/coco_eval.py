@@ -162,14 +162,16 @@ def match(pairs: Pairs, rows: Ints, group: Ints, thresholds: Floats, ignore: Boo
     """
     matched = np.full((len(thresholds), len(ignore), len(rows)), -1, np.int32)
     taken = np.zeros((len(thresholds), len(ignore), len(crowd)), bool)
+    if not len(rows):
+        return matched
     first = np.searchsorted(pairs.dt, rows)
     count = np.searchsorted(pairs.dt, rows, "right") - first
     start = np.flatnonzero(np.diff(group, prepend=-1))
     turn = np.arange(len(rows)) - np.repeat(start, np.diff(start, append=len(rows)))
     by_turn = np.argsort(turn, kind="stable")
     floor = np.minimum(thresholds, 1 - 1e-10)[:, None, None, None]
-    for now in np.split(by_turn, np.cumsum(np.bincount(turn))[:-1] if len(turn) else []):
-        slots = np.arange(count[now].max(initial=0))
+    for now in np.split(by_turn, np.cumsum(np.bincount(turn))[:-1]):
+        slots = np.arange(count[now].max())
         valid = slots < count[now, None]
         index = np.where(valid, first[now, None] + slots, 0)
         objects, iou = pairs.gt[index], np.where(valid, pairs.iou[index], -1.0)

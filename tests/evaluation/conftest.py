@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ COCO_KEYS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 COCO_KEYS += ("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large")
 
 
-def official(gt: str | dict[str, Any], dt: str | list[Any], iou_type: str = "bbox", limit: int = 100) -> dict[str, Any]:
+def official(
+    gt: str | dict[str, Any], dt: str | list[Any], iou_type: str = "bbox", limits: Sequence[int] = (1, 10, 100)
+) -> dict[str, Any]:
     """pycocotools on a ground-truth file and a results file (or their contents): 12 figures and the raw arrays."""
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(gt if isinstance(gt, str) else None)
@@ -32,16 +34,14 @@ def official(gt: str | dict[str, Any], dt: str | list[Any], iou_type: str = "bbo
             coco.createIndex()
         detections = coco.loadRes(dt) if len(dt) else COCO()
         evaluator = COCOeval(coco, detections, iou_type)
-        evaluator.params.maxDets = [1, 10, limit]
+        evaluator.params.maxDets = list(limits)
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
     return {"figures": dict(zip(COCO_KEYS, evaluator.stats.tolist(), strict=True)), **evaluator.eval}
 
 
-def from_coco(
-    gt: dict[str, Any], dt: list[dict[str, Any]]
-) -> tuple[list[str], list[Target], list[dict[str, Any]]]:
+def from_coco(gt: dict[str, Any], dt: list[dict[str, Any]]) -> tuple[list[str], list[Target], list[dict[str, Any]]]:
     """Class names (ids as text), targets and detections of a COCO data set and a results list."""
     names = sorted(category["id"] for category in gt["categories"])
     label = {category: i + 1 for i, category in enumerate(names)}
@@ -80,7 +80,7 @@ def from_coco(
 
 
 def _boxes(entries: list[dict[str, Any]]) -> torch.Tensor:
-    boxes = np.array([e["bbox"] if "bbox" in e else [0, 0, 0, 0] for e in entries], dtype=np.float64).reshape(-1, 4)
+    boxes = np.array([e.get("bbox", [0, 0, 0, 0]) for e in entries], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return torch.from_numpy(boxes.astype(np.float32))
 

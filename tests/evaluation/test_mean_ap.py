@@ -13,8 +13,18 @@ FAKE_BOXES = "0.505 0.697 0.573 0.586 0.519 0.501 0.387 0.594 0.595 0.640 0.566 
 FAKE_MASKS = "0.320 0.562 0.299 0.387 0.310 0.327 0.268 0.415 0.417 0.469 0.377 0.381"
 BOXES = "0.503647 0.696973 0.571667 0.593252 0.557991 0.489363 0.386813 0.593680 0.595353 0.654764 0.603130 0.553744"
 PUBLISHED = {
-    "fake boxes": ("coco_fake/instances_val2014_100.json", "coco_fake/instances_val2014_fakebbox100_results.json", "bbox", FAKE_BOXES),
-    "fake masks": ("coco_fake/instances_val2014_100.json", "coco_fake/instances_val2014_fakesegm100_results.json", "segm", FAKE_MASKS),
+    "fake boxes": (
+        "coco_fake/instances_val2014_100.json",
+        "coco_fake/instances_val2014_fakebbox100_results.json",
+        "bbox",
+        FAKE_BOXES,
+    ),
+    "fake masks": (
+        "coco_fake/instances_val2014_100.json",
+        "coco_fake/instances_val2014_fakesegm100_results.json",
+        "segm",
+        FAKE_MASKS,
+    ),
     "boxes": ("coco_boxes/sampled_gts_bbox_area.json", "coco_boxes/cocoapi_results.json", "bbox", BOXES),
 }
 
