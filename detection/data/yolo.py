@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from detection.data.checks import Folder, Objects, checked_size, choose_classes, finish_index, nearest
+from detection.data.checks import Folder, Objects, choose_classes, finish_index, nearest
 from detection.data.images import EXTENSIONS, image_size
 from detection.data.records import DataError, Defect, Index, Record, Severity
 
@@ -93,7 +93,7 @@ class _Reader:
             guesses = (f"images/{split}", f"{split}/images", split)
             entries = [g for g in guesses if self.folder.locate(g, f"split '{split}'").is_dir()][:1]
         if not entries:
-            splits = [key for key in ("train", "val", "valid", "test") if key in config]
+            splits: list[str] = [key for key in ("train", "val", "valid", "test") if key in config]
             splits += [p.name for p in self.folder.root.glob("images/*") if p.is_dir()]
             raise DataError(f"{self.folder.root}: there is no split '{split}'{nearest(split, splits)}")
         files: dict[str, None] = {}
