@@ -153,12 +153,14 @@ class _Canvas:
     Attributes:
         image: `(H, W, 3)` float32 in 0 to 1.
         owner: `(H, W)` int64, the number of the thing seen at each pixel, 0 for background.
-        areas: pixels that each thing had when it was painted; entry 0 stands for the background.
+        areas: `(T + 1,)` pixels that each thing had when it was painted; entry 0 stands for the background.
+        seen: `(T + 1,)` pixels that can be seen of it now.
     """
 
     image: Floats
     owner: NDArray[np.int64]
-    areas: list[int]
+    areas: NDArray[np.int64]
+    seen: NDArray[np.int64]
 
     def paint(
         self,
@@ -187,8 +189,8 @@ class _Canvas:
         owner = self.owner[y1:y2, x1:x2]
         inside = distance < 0
         hidden = np.bincount(owner[inside], minlength=len(self.areas))
-        seen = np.bincount(self.owner.ravel(), minlength=len(self.areas)) - hidden
-        if number is None and (seen[1:] < MIN_VISIBLE * np.array(self.areas[1:])).any() or not inside.any():
+        seen = self.seen - hidden
+        if number is None and (seen[1:] < MIN_VISIBLE * self.areas[1:]).any() or not inside.any():
             return False
         light = radius * 0.12 + 1
         shadow = form(u - cos * np.float32(0.12), v + sin * np.float32(0.12)) * radius
@@ -200,7 +202,7 @@ class _Canvas:
         patch += np.clip(0.5 - distance, 0, 1)[..., None] * (paint - patch)
         owner[inside] = len(self.areas) if number is None else number
         if number is None:
-            self.areas.append(int(inside.sum()))
+            self.areas, self.seen = np.append(self.areas, inside.sum()), np.append(seen, inside.sum())
         return True
 
 
@@ -213,7 +215,10 @@ def draw_scene(rng: np.random.Generator) -> tuple[NDArray[np.uint8], list[tuple[
     """
     height, width = rng.integers(160, 225, 2)
     palette = _colours(5, rng)
-    canvas = _Canvas(_background(height, width, palette, rng), np.zeros((height, width), np.int64), [0])
+    owner = np.zeros((height, width), np.int64)
+    canvas = _Canvas(
+        _background(height, width, palette, rng), owner, areas=np.zeros(1, np.int64), seen=np.zeros(1, np.int64)
+    )
     count = 0 if rng.random() < 0.05 else int(rng.integers(1, 11))
     radii = np.exp(rng.uniform(np.log(4), np.log(min(height, width) / 4), count + 4))
     labels = rng.integers(1, len(CLASSES) + 1, count + 4)
@@ -249,7 +254,7 @@ def _crowd(canvas: _Canvas, rng: np.random.Generator) -> list[tuple[int, int, bo
     x, y = centre.astype(int)
     if canvas.owner[y - 22 : y + 22, x - 22 : x + 22].any():
         return []
-    canvas.areas.append(0)
+    canvas.areas, canvas.seen = np.append(canvas.areas, 0), np.append(canvas.seen, 0)
     for offset in rng.uniform(-14, 14, (10, 2)):
         cx, cy = centre + offset
         canvas.paint(form, str(rng.choice(fills)), (cx, cy), rng.uniform(4, 6), colours, rng, number)
