@@ -10,9 +10,16 @@ reference = pytest.importorskip("pycocotools.mask")
 
 def masks() -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    smooth = [np.add.outer(np.sin(np.arange(h) / 7), np.cos(np.arange(w) / 5)) > t for h, w, t in
-              ((50, 70, 0.3), (1, 9, 0.2), (9, 1, -0.2), (640, 480, 1.0))]
-    return [*smooth, np.zeros((5, 7), bool), np.ones((5, 7), bool), *(rng.random((23, 17)) < p for p in (0.01, 0.5, 0.99))]
+    smooth = [
+        np.add.outer(np.sin(np.arange(h) / 7), np.cos(np.arange(w) / 5)) > t
+        for h, w, t in ((50, 70, 0.3), (1, 9, 0.2), (9, 1, -0.2), (640, 480, 1.0))
+    ]
+    return [
+        *smooth,
+        np.zeros((5, 7), bool),
+        np.ones((5, 7), bool),
+        *(rng.random((23, 17)) < p for p in (0.01, 0.5, 0.99)),
+    ]
 
 
 @pytest.mark.parametrize("mask", masks(), ids=lambda m: f"{m.shape}-{m.sum()}")
