@@ -13,7 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from detection.recipes import recorded
 
+
+@recorded
 class AnchorGenerator(nn.Module):
     """Lays the same anchors over every cell of each feature map.
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +42,16 @@ class Target:
     iscrowd: Tensor
     difficult: Tensor
     masks: list[dict[str, Any]] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Between processes a tensor travels as shared memory that keeps a file descriptor open while it lives, five for
+        # each image of a validation run; arrays travel by value.
+        values = (getattr(self, f.name) for f in fields(self))
+        return _restore_target, tuple(v.numpy() if isinstance(v, Tensor) else v for v in values)
+
+
+def _restore_target(*values: Any) -> Target:
+    return Target(*(torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,3 +128,27 @@ def pad_objects(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tens
     for i, (b, l) in enumerate(zip(boxes, labels, strict=True)):
         gt_boxes[i, : len(b)], gt_labels[i, : len(b)], gt_valid[i, : len(b)] = b, l, True
     return gt_boxes, gt_labels, gt_valid
+
+
+def check_batch(batch: Batch, num_classes: int) -> None:
+    """Raise a ValueError that names the first image and object of a batch on the CPU that can't be trained on.
+
+    Args:
+        batch: as `collate` makes it.
+        num_classes: classes with background.
+    """
+    boxes, labels = batch.gt_boxes, batch.gt_labels
+    limit = batch.image_sizes[:, None, [1, 0]] + 1
+    problems = {
+        "is not finite": ~boxes.isfinite().all(dim=-1),
+        "has no positive width and height": (boxes[..., 2:] <= boxes[..., :2]).any(dim=-1),
+        "lies outside its image": (boxes[..., :2] < -1).any(dim=-1) | (boxes[..., 2:] > limit).any(dim=-1),
+        f"has a label outside 1 to {num_classes - 1}": (labels < 1) | (labels >= num_classes),
+    }
+    for problem, wrong in problems.items():
+        found = (wrong & batch.gt_valid).nonzero().tolist()
+        if found:
+            image, box = found[0]
+            name = batch.targets[image].file_name if batch.targets else f"image {image}"
+            values = [round(value, 2) for value in boxes[image, box].tolist()]
+            raise ValueError(f"{name}: object {box} {problem}: box {values}, label {int(labels[image, box])}")

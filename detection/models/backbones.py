@@ -20,6 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detection.models.fpn import FeaturePyramidNetwork
 from detection.models.weights import Weights, find_weights, is_given
+from detection.recipes import recorded
 
 Norm = Literal["frozen", "batch", "group"]
 
@@ -105,6 +106,7 @@ class Backbone(nn.Module):
         return self.fpn(self.body(images))
 
 
+@recorded
 def resnet_fpn(
     name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50",
     weights: Weights = None,
@@ -137,6 +139,7 @@ def resnet_fpn(
     return Backbone(body, channels, (4, 8, 16, 32), out_channels, fpn_norm)
 
 
+@recorded
 def mobilenet_v3_large_fpn(
     weights: Weights = None,
     trainable_layers: int | None = None,
@@ -163,6 +166,7 @@ def mobilenet_v3_large_fpn(
     return Backbone(body, channels, (32, 32))
 
 
+@recorded
 def timm_fpn(
     name: str,
     weights: Weights = None,
@@ -202,6 +206,7 @@ def timm_fpn(
     return Backbone(TimmTrunk(network), info.channels(), info.reduction(), out_channels, fpn_norm)
 
 
+@recorded
 def efficientnet_lite0_fpn(
     weights: Weights = "IMAGENET1K",
     norm: Norm | None = None,

@@ -42,7 +42,8 @@ class FasterRCNN(nn.Module):
         self.backbone = backbone
         self.rpn = rpn
         self.roi_heads = roi_heads
-        self.recipe: dict[str, Any] | None = None  # how a builder made this model; see zoo.recorded
+        self.recipe: dict[str, Any] | None = None  # how a builder made this model; see `detection.recipes`
+        self.implied: dict[str, Any] = {}
 
     @property
     def num_classes(self) -> int:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
+from detection.recipes import recorded
+
 CANONICAL_SIZE = 224  # pixels: a region of this size, ImageNet's, belongs to level 4
 CANONICAL_LEVEL = 4
 
@@ -29,6 +31,7 @@ def assign_levels(boxes: Tensor, min_level: int, max_level: int) -> Tensor:
     return level.nan_to_num(nan=min_level).clamp(min_level, max_level).long()
 
 
+@recorded
 class RoIPooler(nn.Module):
     """RoI Align of every region on the level that fits its size, with fixed shapes from end to end.
 

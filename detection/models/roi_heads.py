@@ -22,8 +22,10 @@ from detection.data.batch import Batch
 from detection.matching import BalancedSampler, Matcher
 from detection.models.pooling import RoIPooler
 from detection.models.rpn import Proposals
+from detection.recipes import recorded
 
 
+@recorded
 class TwoFCHead(nn.Module):
     """Two fully connected layers over the pooled features (FPN, section 4.2): `(R, C, o, o)` -> `(R, out_channels)`."""
 
@@ -37,6 +39,7 @@ class TwoFCHead(nn.Module):
         return F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1)))))
 
 
+@recorded
 class ConvFCHead(nn.Sequential):
     """Four normalised 3x3 convolutions, then one fully connected layer: the box head of torchvision's v2 detector."""
 
@@ -55,6 +58,7 @@ class ConvFCHead(nn.Sequential):
         self.out_channels = out_channels
 
 
+@recorded
 class FastRCNNPredictor(nn.Module):
     """Class logits and one box refinement a class (Fast R-CNN, section 2.1): `(R, F)` -> `(R, K)`, `(R, K * 4)`."""
 

@@ -20,6 +20,7 @@ from detection.anchors import AnchorGenerator
 from detection.boxes import BoxCoder, clip_boxes, grouped_nms, is_large_enough
 from detection.data.batch import Batch
 from detection.matching import BalancedSampler, Matcher
+from detection.recipes import recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Proposals:
     valid: Tensor
 
 
+@recorded
 class RPNHead(nn.Module):
     """A 3x3 convolution shared by all levels, then 1x1 convolutions for objectness and for box deltas.
 

@@ -6,10 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
-from inspect import signature
-from typing import Any, ParamSpec
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from torchvision.models import detection as reference
@@ -30,43 +28,9 @@ from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor, RoIHeads, 
 from detection.models.rpn import RegionProposalNetwork, RPNHead
 from detection.models.transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from detection.models.weights import Weights, find_weights, is_given
+from detection.recipes import recorded
 
-P = ParamSpec("P")
 COCO_CATEGORIES = 91  # with background: torchvision's labels are COCO's category ids, gaps included
-
-
-def recorded(builder: Callable[P, FasterRCNN]) -> Callable[P, FasterRCNN]:
-    """Note on the model how it was built, if only plain values were given, so that a checkpoint can rebuild it.
-
-    A checkpoint has its own weights, so the note asks for none, and states what their presence would have decided.
-    """
-
-    @wraps(builder)
-    def build(*args: P.args, **kwargs: P.kwargs) -> FasterRCNN:
-        model = builder(*args, **kwargs)
-        parameters = signature(builder).parameters
-        bound = signature(builder).bind(*args, **kwargs)
-        bound.apply_defaults()
-        given = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-        given.pop("kwargs", None)
-        sources = [name for name in ("weights", "weights_backbone") if name in parameters]
-        if any(is_given(given[name]) for name in sources):
-            given |= {
-                n: v for n, v in (("norm", "frozen"), ("trainable_backbone_layers", 3)) if given.get(n, 0) is None
-            }
-        plain = {name: _plain(value) for name, value in (given | dict.fromkeys(sources)).items()}
-        if all(value is not NotImplemented for value in plain.values()):
-            model.recipe = {"class_path": f"{builder.__module__}.{builder.__name__}", "init_args": plain}
-        return model
-
-    return build
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        items = [_plain(item) for item in value]
-        return NotImplemented if NotImplemented in items else items
-    return value if value is None or isinstance(value, (bool, int, float, str)) else NotImplemented
 
 
 def faster_rcnn(
@@ -181,7 +145,7 @@ def fasterrcnn_resnet50_fpn(
     """
     backbone = resnet_fpn("resnet50", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
     model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
-    return _load(model, weights, reference.FasterRCNN_ResNet50_FPN_Weights, frozen_eps=0.0)
+    return _finish(model, norm, weights_backbone, weights, reference.FasterRCNN_ResNet50_FPN_Weights)
 
 
 @recorded
@@ -204,7 +168,7 @@ def fasterrcnn_resnet50_fpn_v2(
     kwargs.setdefault("rpn_head", RPNHead(backbone.out_channels, 3, conv_depth=2))
     kwargs.setdefault("box_head", ConvFCHead(backbone.out_channels))
     model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
-    return _load(model, weights, reference.FasterRCNN_ResNet50_FPN_V2_Weights)
+    return _finish(model, norm, weights_backbone, weights, reference.FasterRCNN_ResNet50_FPN_V2_Weights)
 
 
 @recorded
@@ -222,7 +186,7 @@ def fasterrcnn_resnet101_fpn(
     Arguments as for `fasterrcnn_resnet50_fpn`; detector weights only from a file.
     """
     backbone = resnet_fpn("resnet101", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
-    return _load(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights)
+    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), norm, weights_backbone, weights)
 
 
 @recorded
@@ -237,7 +201,7 @@ def fasterrcnn_resnet18_fpn(
 ) -> FasterRCNN:
     """Faster R-CNN with a ResNet-18-FPN backbone. Arguments as for `fasterrcnn_resnet101_fpn`."""
     backbone = resnet_fpn("resnet18", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
-    return _load(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights)
+    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), norm, weights_backbone, weights)
 
 
 @recorded
@@ -252,7 +216,7 @@ def fasterrcnn_resnet34_fpn(
 ) -> FasterRCNN:
     """Faster R-CNN with a ResNet-34-FPN backbone. Arguments as for `fasterrcnn_resnet101_fpn`."""
     backbone = resnet_fpn("resnet34", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
-    return _load(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights)
+    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), norm, weights_backbone, weights)
 
 
 @recorded
@@ -272,7 +236,7 @@ def fasterrcnn_mobilenet_v3_large_fpn(
     kwargs = {"rpn_score_thresh": 0.05, **kwargs}
     backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights))
     model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
-    return _load(model, weights, reference.FasterRCNN_MobileNet_V3_Large_FPN_Weights)
+    return _finish(model, norm, weights_backbone, weights, reference.FasterRCNN_MobileNet_V3_Large_FPN_Weights)
 
 
 @recorded
@@ -293,7 +257,7 @@ def fasterrcnn_mobilenet_v3_large_320_fpn(
     kwargs = {"rpn_score_thresh": 0.05, **mobile, **kwargs}
     backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights))
     model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
-    return _load(model, weights, reference.FasterRCNN_MobileNet_V3_Large_320_FPN_Weights)
+    return _finish(model, norm, weights_backbone, weights, reference.FasterRCNN_MobileNet_V3_Large_320_FPN_Weights)
 
 
 @recorded
@@ -316,7 +280,7 @@ def fasterrcnn_efficientnet_lite0_fpn(
     """
     kwargs = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), **kwargs}
     backbone = efficientnet_lite0_fpn(weights_backbone, norm, out_channels=fpn_channels)
-    return faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
+    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), norm, weights_backbone)
 
 
 @recorded
@@ -339,7 +303,7 @@ def fasterrcnn_timm_fpn(
         **kwargs: see `faster_rcnn`.
     """
     backbone = timm_fpn(backbone_name, weights_backbone, norm=norm, out_channels=fpn_channels)
-    return faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
+    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), norm, weights_backbone)
 
 
 def create_faster_rcnn(num_classes: int, pretrained: bool = False) -> FasterRCNN:
@@ -364,12 +328,20 @@ def _norm(norm: Norm | None, weights: Weights) -> Norm | None:
     return "frozen" if norm is None and is_given(weights) else norm
 
 
-def _load(model: FasterRCNN, weights: Weights, names: Any = None, frozen_eps: float | None = None) -> FasterRCNN:
+def _finish(
+    model: FasterRCNN, norm: Norm | None, backbone: Weights, weights: Weights = None, names: Any = None
+) -> FasterRCNN:
+    """Load the weights of the whole detector, and note what having weights decided, for the recipe."""
     if is_given(weights):
         model.load_state_dict(find_weights(weights, names))
-        if frozen_eps is not None and getattr(weights, "name", weights) in ("DEFAULT", "COCO_V1"):
+        if (
+            names is reference.FasterRCNN_ResNet50_FPN_Weights
+            and getattr(weights, "name", weights) in names.__members__
+        ):
             # torchvision trained these with no epsilon in the frozen normalisation, and evaluates them so.
             for module in model.modules():
                 if isinstance(module, FrozenBatchNorm2d):
-                    module.eps = frozen_eps
+                    module.eps = 0.0
+    if norm is None and (is_given(weights) or is_given(backbone)):
+        model.implied = {"norm": "frozen"}
     return model

@@ -1,0 +1,160 @@
+"""The LightningModule around a detector: optimiser, schedule, steps and logging. Nothing about boxes is decided here."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from detection.data.batch import Batch, check_batch
+from detection.evaluation.mean_ap import MeanAP
+from detection.models.detector import FasterRCNN
+from detection.recipes import rebuild
+
+log = logging.getLogger(__name__)
+
+REFERENCE_BATCH = 16  # images: the batch that published learning rates are for
+
+
+class DetectionModule(L.LightningModule):
+    """Trains and evaluates a detector.
+
+    The learning rate is stated for 16 images and scaled in proportion to those of one optimiser step over all devices
+    and accumulated batches (Goyal et al. 2017, section 2.1); it rises linearly over `warmup_steps` first.
+
+    Args:
+        detector: the model; its `num_classes` is one more than there are class names.
+        class_names: of the foreground, label 1 first. On the command line they come from the data.
+        optimizer: `sgd` or `adamw`.
+        lr: learning rate for a batch of 16 images.
+        momentum: of SGD; the first moment's decay of AdamW.
+        weight_decay: on weights; biases and normalisation have none.
+        schedule: `cosine` falls to 0 at the end; `multistep` divides by 10 at the milestones.
+        milestones: of `multistep`, as fractions of all steps (8 and 11 of 12 epochs: the 1x schedule).
+        warmup_steps: optimiser steps of linear rise from a thousandth.
+        detections_per_img: most detections of an image that evaluation counts.
+    """
+
+    def __init__(
+        self,
+        detector: FasterRCNN,
+        class_names: Sequence[str],
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        lr: float = 0.02,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        schedule: Literal["cosine", "multistep"] = "cosine",
+        milestones: Sequence[float] = (8 / 12, 11 / 12),
+        warmup_steps: int = 100,
+        detections_per_img: int = 100,
+    ) -> None:
+        super().__init__()
+        if isinstance(detector, Mapping):  # from a checkpoint, which keeps plain values only
+            detector = rebuild(detector)
+        if detector.num_classes != len(class_names) + 1:
+            raise ValueError(
+                f"the detector has {detector.num_classes} classes with background, but the data has "
+                f"{len(class_names)} without: build it with num_classes={len(class_names) + 1}"
+            )
+        settings = {name: value for name, value in locals().items() if name not in ("self", "detector", "__class__")}
+        settings |= {"class_names": list(class_names), "milestones": list(milestones)}
+        self.save_hyperparameters({"detector": detector.recipe, **settings} if detector.recipe else settings)
+        self.detector = detector
+        self.class_names = list(class_names)
+        self.optimizer_name, self.lr, self.momentum, self.weight_decay = optimizer, lr, momentum, weight_decay
+        self.schedule, self.milestones, self.warmup_steps = schedule, tuple(milestones), warmup_steps
+        self.metric = MeanAP(self.class_names, detections_per_img)
+
+    def forward(self, images: Batch | Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Detections of each image, in its own pixels."""
+        return self.detector(images)  # type: ignore[return-value]
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Check the ground truth while it is still on the CPU, where looking at values costs nothing."""
+        check_batch(batch, self.detector.num_classes)
+        return batch
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        losses, _ = self.detector.run(batch, with_losses=True, with_detections=False)
+        total = torch.stack(list(losses.values())).sum()
+        logged = {f"train/{name}": value.detach() for name, value in losses.items()}
+        self.log_dict(logged, batch_size=len(batch))
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
+        return total
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Tensor]]:
+        """Detections of each image, in original pixels."""
+        return self.detector.run(batch, with_losses=False, with_detections=True)[1]
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        losses, detections = self.detector.run(batch, with_losses=True, with_detections=True)
+        losses["loss"] = torch.stack(list(losses.values())).sum()
+        logged = {f"{stage}/{name}": value for name, value in losses.items()}
+        self.log_dict(logged, batch_size=len(batch), on_epoch=True, sync_dist=True)
+        self.metric.update(detections, batch.targets)
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _report(self, stage: str) -> None:
+        """Log the figures of the epoch. The sanity check sees too few images for them to mean anything."""
+        try:
+            if not self.trainer.sanity_checking:
+                values = {f"{stage}/{name}": value for name, value in self.metric.compute().items()}
+                self.log_dict(values)
+                self.log(f"{stage}_map", values[f"{stage}/map"], prog_bar=True, logger=False)
+                self.log_dict({f"{stage}/ap/{name}": value for name, value in self.metric.per_class().items()})
+        finally:
+            self.metric.reset()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimiser with scaled learning rate and, each step, the warm-up and the schedule."""
+        images = self.images_per_step()
+        lr = self.lr * images / REFERENCE_BATCH
+        steps = int(self.trainer.estimated_stepping_batches)
+        log.info("learning rate %g: %g for 16 images, scaled to %d a step; %d steps", lr, self.lr, images, steps)
+        optimizer = self._build_optimizer(lr)
+        scheduler = LambdaLR(optimizer, lambda step: self._lr_factor(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def images_per_step(self) -> int:
+        """Images that one optimiser step sees, over all devices and accumulated batches."""
+        per_device = self.trainer.datamodule.hparams["batch_size"]  # type: ignore[attr-defined]
+        return int(per_device * self.trainer.world_size * self.trainer.accumulate_grad_batches)
+
+    def _build_optimizer(self, lr: float) -> Optimizer:
+        groups = parameter_groups(self.detector, self.weight_decay)
+        if self.optimizer_name == "adamw":
+            return AdamW(groups, lr=lr, betas=(self.momentum, 0.999))
+        return SGD(groups, lr=lr, momentum=self.momentum)
+
+    def _lr_factor(self, step: int, steps: int) -> float:
+        warmup = min(self.warmup_steps, max(1, steps // 2))
+        rise = min(1.0, 0.001 + 0.999 * step / warmup)
+        if self.schedule == "multistep":
+            return rise * 0.1 ** sum(step >= milestone * steps for milestone in self.milestones)
+        done = max(0, step - warmup) / max(1, steps - warmup)
+        return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices and kernels with weight decay; biases and normalisation without."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    decayed, plain = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
