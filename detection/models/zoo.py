@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from torchvision.models import WeightsEnum
 from torchvision.models import detection as reference
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -266,6 +267,7 @@ def fasterrcnn_efficientnet_lite0_fpn(
     num_classes: int | None = None,
     weights_backbone: Weights = "IMAGENET1K",
     norm: Norm | None = None,
+    fpn_norm: Norm | None = "batch",
     fpn_channels: int = 128,
     **kwargs: Any,
 ) -> FasterRCNN:
@@ -275,11 +277,12 @@ def fasterrcnn_efficientnet_lite0_fpn(
         num_classes: classes with background; default 91.
         weights_backbone: `"IMAGENET1K"` (from an installed package), a file, or None.
         norm: of the backbone; default `frozen` with weights, live `batch` without.
+        fpn_norm: of the pyramid, which this network's unnormalised maps need at usual learning rates.
         fpn_channels: of the pyramid.
         **kwargs: see `faster_rcnn`; images are normalised to [-1, 1], as the packaged weights want them.
     """
     kwargs = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), **kwargs}
-    backbone = efficientnet_lite0_fpn(weights_backbone, norm, out_channels=fpn_channels)
+    backbone = efficientnet_lite0_fpn(weights_backbone, norm, fpn_norm, fpn_channels)
     return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), norm, weights_backbone)
 
 
@@ -334,14 +337,12 @@ def _finish(
     """Load the weights of the whole detector, and note what having weights decided, for the recipe."""
     if is_given(weights):
         model.load_state_dict(find_weights(weights, names))
-        if (
-            names is reference.FasterRCNN_ResNet50_FPN_Weights
-            and getattr(weights, "name", weights) in names.__members__
-        ):
-            # torchvision trained these with no epsilon in the frozen normalisation, and evaluates them so.
+        if names is reference.FasterRCNN_ResNet50_FPN_Weights and isinstance(weights, str | WeightsEnum):
+            # torchvision trained COCO_V1 without the epsilon of the frozen normalisation, and evaluates it so: taking
+            # it off the variance gives the same numbers without a setting that a checkpoint would have to carry.
             for module in model.modules():
                 if isinstance(module, FrozenBatchNorm2d):
-                    module.eps = 0.0
+                    module.running_var -= module.eps  # type: ignore[operator]
     if norm is None and (is_given(weights) or is_given(backbone)):
         model.implied = {"norm": "frozen"}
     return model
