@@ -25,7 +25,7 @@ from detection.recipes import recorded
 
 @dataclass(frozen=True, slots=True)
 class Proposals:
-    """Candidate regions of a batch, best first: boxes `(B, P, 4)` xyxy, scores `(B, P)`, valid `(B, P)` bool."""
+    """Candidate regions of a batch, best first: boxes `(B, P, 4)` xyxy (0 where not valid), scores `(B, P)`, valid `(B, P)` bool."""
 
     boxes: Tensor
     scores: Tensor
@@ -148,12 +148,14 @@ class RegionProposalNetwork(nn.Module):
             levels.append(torch.full_like(top, level))
         candidates = clip_boxes(torch.cat(boxes, dim=1), image_sizes)  # (B, T, 4)
         scores = torch.cat(logits, dim=1).sigmoid()
-        # Non-finite boxes (from diverged weights) fail the comparison too, and so never reach NMS.
+        # Boxes that are not finite (from diverged weights) fail the comparison too, and so never reach NMS.
         usable = is_large_enough(candidates, self.min_size) & (scores >= self.score_thresh)
         kept = self._suppress(candidates, scores, torch.cat(levels, dim=1), usable)
         ranked = torch.where(kept, scores, -1.0)
         best, order = ranked.topk(min(self.post_nms_top_n[mode], ranked.shape[1]), dim=1)
-        return Proposals(candidates.gather(1, order[..., None].expand(-1, -1, 4)), best, best >= 0)
+        valid = best >= 0
+        proposals = candidates.gather(1, order[..., None].expand(-1, -1, 4))
+        return Proposals(torch.where(valid[..., None], proposals, 0.0), best, valid)
 
     def _suppress(self, boxes: Tensor, scores: Tensor, levels: Tensor, usable: Tensor) -> Tensor:
         """Which of the candidates `(B, T)` survive NMS among those of their image and level, bool `(B, T)`."""

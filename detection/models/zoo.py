@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from torchvision.models import WeightsEnum
 from torchvision.models import detection as reference
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -146,7 +145,15 @@ def fasterrcnn_resnet50_fpn(
     """
     backbone = resnet_fpn("resnet50", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
     model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
-    return _finish(model, norm, weights_backbone, weights, reference.FasterRCNN_ResNet50_FPN_Weights)
+    names = reference.FasterRCNN_ResNet50_FPN_Weights
+    model = _finish(model, norm, weights_backbone, weights, names)
+    if weights in (names.COCO_V1, "COCO_V1", "DEFAULT"):
+        # torchvision trained these without the epsilon of the frozen normalisation, and evaluates them so: taking it
+        # off the variance gives the same numbers without a setting that a checkpoint would have to carry.
+        for module in model.modules():
+            if isinstance(module, FrozenBatchNorm2d):
+                module.running_var -= module.eps  # type: ignore[operator]
+    return model
 
 
 @recorded
@@ -337,12 +344,6 @@ def _finish(
     """Load the weights of the whole detector, and note what having weights decided, for the recipe."""
     if is_given(weights):
         model.load_state_dict(find_weights(weights, names))
-        if names is reference.FasterRCNN_ResNet50_FPN_Weights and isinstance(weights, str | WeightsEnum):
-            # torchvision trained COCO_V1 without the epsilon of the frozen normalisation, and evaluates it so: taking
-            # it off the variance gives the same numbers without a setting that a checkpoint would have to carry.
-            for module in model.modules():
-                if isinstance(module, FrozenBatchNorm2d):
-                    module.running_var -= module.eps  # type: ignore[operator]
     if norm is None and (is_given(weights) or is_given(backbone)):
         model.implied = {"norm": "frozen"}
     return model
