@@ -155,7 +155,7 @@ class MeanAP(MeanAveragePrecision):
             precision, recall = arrays[iou_type]
             summary = summarize(precision, recall, self.max_detection_thresholds)
             for name, value in summary.items():
-                if value == -1 and counts[next((a for a in AREAS if name.endswith(a)), "all")]:
+                if value == -1 and counts.get(name.split("_")[-1], counts["all"]):
                     raise RuntimeError(
                         f"{name} is -1 although there is ground truth; the {iou_type} evaluator is wrong"
                     )
