@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,8 @@ def read_coco(
         reader.report("images", "ids are not whole numbers", "images are numbered by position; exports use that number")
         for number, record in enumerate(index.records):
             record.image_id = number
-    hint = "" if index.records else _where(folder.root, content["images"], images)
+    place = None if index.records else find_images(folder.root, annotations)
+    hint = f"; the images lie in '{place}': pass it as the folder of images" if place else ""
     return finish_index(index, str(root / annotations), hint)
 
 
@@ -250,14 +252,30 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def _where(root: Path, images: list[Any], tried: str) -> str:
-    """A hint at the folder that holds the first image."""
+def find_files(root: Path) -> list[str]:
+    """The COCO instances files below a root, relative to it; other JSON files are passed over."""
+    found = []
+    for path in sorted(root.rglob("*.json")):
+        try:
+            items = _load(path)["annotations"]
+        except DataError:
+            continue
+        if items and isinstance(items[0], dict) and {"category_id", "bbox", "segmentation"} & items[0].keys():
+            found.append(path.relative_to(root).as_posix())
+    return found
+
+
+def find_images(root: Path, annotations: str) -> str | None:
+    """The folder, relative to the root, in which the first image of a COCO file lies; None where none does."""
+    images = _load(root / annotations)["images"]
     name = images[0].get("file_name") if images and isinstance(images[0], dict) else None
-    if isinstance(name, str):
-        for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name != tried):
-            if ".." not in name and "\0" not in name and len(name) < 200 and (folder / name).is_file():
-                return f"; the images lie in '{folder.name}': pass it as the folder of images"
-    return ""
+    if not isinstance(name, str) or ".." in name or "\0" in name or len(name) > 200:
+        return None
+    for folder, folders, _ in os.walk(root):
+        folders.sort()
+        if (Path(folder) / name).is_file():
+            return Path(folder).relative_to(root).as_posix().removeprefix(".")
+    return None
 
 
 def _key(value: Any) -> int | str | None:

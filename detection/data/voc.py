@@ -151,14 +151,8 @@ class _Reader:
         )
 
     def stems(self) -> list[str]:
-        """Every XML file of the annotation folder; images without one are noted."""
-        stems = sorted(Path(name).stem for name in os.listdir(self.annotations) if name.lower().endswith(".xml"))
-        for stem in sorted(self.files.keys() - set(stems)):
-            name = self._relative(self.images / self.files[stem][0])
-            self.report(
-                name, "image", "it has no XML file", "it is not read; annotate it or list it in no split", "note"
-            )
-        return stems
+        """The stem of every XML file in the annotation folder."""
+        return sorted(Path(name).stem for name in os.listdir(self.annotations) if name.lower().endswith(".xml"))
 
     def split(self, split: str) -> list[str]:
         """The stems that a split lists, each once and in its order."""

@@ -49,6 +49,14 @@ def read_yolo(root: Path, split: str, classes: Sequence[str] | None = None) -> I
     return finish_index(index, f"{folder.root} split '{split}'")
 
 
+def find_splits(root: Path) -> list[str]:
+    """The splits that the YAML file or the folders name."""
+    folder = Folder(root)
+    _, config, _ = _Reader(folder).names()
+    splits: list[str] = [key for key in ("train", "val", "valid", "test") if key in config]
+    return splits or sorted(p.name for p in (*root.glob("images/*"), *root.glob("*/images/..")) if p.is_dir())
+
+
 class _Reader:
     """The folders of one data set and what was found wrong in them."""
 
@@ -93,9 +101,8 @@ class _Reader:
             guesses = (f"images/{split}", f"{split}/images", split)
             entries = [g for g in guesses if self.folder.locate(g, f"split '{split}'").is_dir()][:1]
         if not entries:
-            splits: list[str] = [key for key in ("train", "val", "valid", "test") if key in config]
-            splits += [p.name for p in self.folder.root.glob("images/*") if p.is_dir()]
-            raise DataError(f"{self.folder.root}: there is no split '{split}'{nearest(split, splits)}")
+            hint = nearest(split, find_splits(self.folder.root))
+            raise DataError(f"{self.folder.root}: there is no split '{split}'{hint}")
         files: dict[str, None] = {}
         for place in entries:
             for name in self._listed(place) if place.endswith(".txt") else self._below(place):
