@@ -1,0 +1,48 @@
+# make fit    install and train the quickstart      make test   install and run all tests
+# make lint   ruff                                  make types  mypy
+#
+# PYTHON=python3.12   another interpreter, 3.11 or newer
+# CPU=1               PyTorch's CPU build, a tenth of the download
+# PIP_ARGS=...        passed to pip install
+# ARGS=...            passed to scripts/fit.py or to pytest
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+ARGS ?=
+CPU ?=
+BIN := $(VENV)/bin
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: fit test lint types check clean
+
+fit: $(VENV)/.installed
+	$(BIN)/python scripts/fit.py $(ARGS)
+
+# A process of one thread on each core: two of two threads on two cores wait for each other.
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+check: lint types test
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, not %s: make PYTHON=python3.11 ..." % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(if $(CPU),$(BIN)/pip install $(PIP_ARGS) torch torchvision --index-url $(CPU_INDEX))
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install $(PIP_ARGS) -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install $(PIP_ARGS) -e '.[dev]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
