@@ -1,8 +1,8 @@
 """Augmentation and resizing of one image with its objects: every albumentations call of the project.
 
-Images stay uint8 (H, W, 3) from the file to the device, where the model normalises them once. Only boxes and an index
-travel through albumentations; the caller picks labels, areas and flags by that index, so that no two per-object arrays
-can fall out of step.
+Images stay uint8 (H, W, 3) from the file to the device, where the model normalises them once. Only boxes, masks and an
+index travel through albumentations; the caller picks labels by that index, so that no two per-object arrays can fall
+out of step. Resizing comes last and only its outcome is decided here: `collate` resizes straight into the batch.
 
 Albumentations 2.0.8 (the last MIT release) keeps a random generator inside the pipeline, which a fork copies to every
 worker and every epoch. Here the pipeline is given a fresh generator for every sample instead. It is *one* generator
@@ -15,17 +15,15 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before the import, which otherwise asks the network for a new version
 
 import albumentations as A  # noqa: E402
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
-from albumentations.core.type_definitions import Targets  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
-
-FILL = (124, 116, 104)  # ImageNet's mean colour, which the model normalises to about zero
 
 
 def resized_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
@@ -38,84 +36,81 @@ def resized_size(height: int, width: int, min_size: int, max_size: int) -> tuple
     return max(1, int(height * scale)), max(1, int(width * scale))
 
 
-class Resize(A.DualTransform):
-    """Resize by torchvision's rule, to a short side drawn from `min_sizes` for every image.
+class View(NamedTuple):
+    """What is shown of an image: a window `(x1, y1, x2, y2)` in whole pixels, resized to `size` `(height, width)`."""
 
-    Bilinear without antialiasing, as torchvision's detectors do it, within one grey level (OpenCV works in fixed
-    point).
+    window: tuple[int, int, int, int]
+    size: tuple[int, int]
+
+
+class Framing(Protocol):
+    """Chooses the view of an image of the given height and width, with whatever chance it needs from `rng`."""
+
+    def __call__(self, height: int, width: int, rng: random.Random) -> View: ...
+
+
+@dataclass(frozen=True)
+class ShortSide:
+    """The whole image by torchvision's size rule, its short side drawn from `min_sizes` for every image."""
+
+    min_sizes: tuple[int, ...]
+    max_size: int
+
+    def __call__(self, height: int, width: int, rng: random.Random) -> View:
+        return View((0, 0, width, height), resized_size(height, width, rng.choice(self.min_sizes), self.max_size))
+
+
+@dataclass(frozen=True)
+class ScaleJitter:
+    """Large-scale jitter (Ghiasi et al. 2021, section 3): scale at random, then cut out at most `size` x `size`.
+
+    The image that fits a square of `size` is scaled by a factor drawn evenly from `scales`. Smaller ones are not padded
+    here: the batch is.
     """
 
-    _targets = (Targets.IMAGE, Targets.MASK, Targets.BBOXES)
+    size: int
+    scales: tuple[float, float]
 
-    def __init__(self, min_sizes: Sequence[int], max_size: int) -> None:
-        super().__init__(p=1.0)
-        self.min_sizes = tuple(min_sizes)
-        self.max_size = max_size
-
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        height, width = params["shape"][:2]
-        return {"size": resized_size(height, width, self.py_random.choice(self.min_sizes), self.max_size)}
-
-    def apply(self, img: NDArray[np.uint8], size: tuple[int, int], **params: Any) -> NDArray[np.uint8]:
-        return _resize(img, size, cv2.INTER_LINEAR)
-
-    def apply_to_mask(self, mask: NDArray[np.uint8], size: tuple[int, int], **params: Any) -> NDArray[np.uint8]:
-        return _resize(mask, size, cv2.INTER_NEAREST)
-
-    def apply_to_bboxes(self, bboxes: NDArray[np.float32], **params: Any) -> NDArray[np.float32]:
-        return bboxes  # albumentations holds them as fractions of the image
-
-
-class ScaleJitter(Resize):
-    """Resize so that the image, fitted into a square of `size`, is scaled by a factor drawn from `scales`.
-
-    With a crop or padding to the square this is large-scale jitter (Ghiasi et al. 2021, section 3; 0.1 to 2.0).
-    """
-
-    def __init__(self, size: int, scales: tuple[float, float]) -> None:
-        super().__init__((size,), size)
-        self.scales = scales
-
-    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        height, width = params["shape"][:2]
-        scale = self.py_random.uniform(*self.scales) * self.max_size / max(height, width)
-        return {"size": (max(1, round(height * scale)), max(1, round(width * scale)))}
-
-
-def _resize(image: NDArray[np.uint8], size: tuple[int, int], interpolation: int) -> NDArray[np.uint8]:
-    return image if image.shape[:2] == size else cv2.resize(image, size[::-1], interpolation=interpolation)
+    def __call__(self, height: int, width: int, rng: random.Random) -> View:
+        scale = rng.uniform(*self.scales) * self.size / max(height, width)
+        h, w = (min(side, max(1, round(self.size / scale))) for side in (height, width))
+        x, y = rng.randint(0, width - w), rng.randint(0, height - h)
+        new_h, new_w = (min(self.size, max(1, round(side * scale))) for side in (h, w))
+        return View((x, y, x + w, y + h), (new_h, new_w))
 
 
 class Augmented(NamedTuple):
     """What a `Transform` returns.
 
     Attributes:
-        image: `(h, w, 3)` uint8 RGB.
-        boxes: `(M, 4)` float32 xyxy in the pixels of `image`, inside it, at least `min_box_side` wide and high.
+        image: `(h, w, 3)` uint8 RGB, still to be resized to `size`.
+        size: `(height, width)` of the result.
+        boxes: `(M, 4)` float32 xyxy in pixels of the result, inside it, at least `min_box_side` wide and high.
         index: `(M,)` int64, which of the objects given each of them is.
-        masks: `(M, h, w)` uint8 0/1, or None when none were given.
+        masks: `(M, *size)` uint8 0/1, or None when none were given.
     """
 
     image: NDArray[np.uint8]
+    size: tuple[int, int]
     boxes: NDArray[np.float32]
     index: NDArray[np.int64]
     masks: NDArray[np.uint8] | None
 
 
 class Transform:
-    """A pipeline of albumentations that moves an image, its boxes and masks together.
+    """A pipeline that moves an image, its boxes and masks together.
 
     Args:
-        transforms: albumentations transforms, applied in order.
-        min_box_side: boxes thinner than this many pixels afterwards are dropped.
+        framing: chooses what is shown of the image and how large, after everything else.
+        steps: albumentations transforms, applied in order before that.
+        min_box_side: boxes that end up thinner than this many pixels are dropped.
     """
 
-    def __init__(self, transforms: Sequence[A.BasicTransform], min_box_side: float = 1.0) -> None:
+    def __init__(self, framing: Framing, steps: Sequence[A.BasicTransform] = (), min_box_side: float = 1.0) -> None:
+        self.framing = framing
         self.min_box_side = min_box_side
-        self._compose = A.Compose(
-            list(transforms),
-            bbox_params=A.BboxParams("pascal_voc", label_fields=["index"], clip=True, filter_invalid_bboxes=True),
-        )
+        boxes = A.BboxParams("pascal_voc", label_fields=["index"], clip=True, filter_invalid_bboxes=True)
+        self._compose = A.Compose(list(steps), bbox_params=boxes) if steps else None
 
     def __call__(
         self,
@@ -128,30 +123,53 @@ class Transform:
 
         Args:
             image: `(H, W, 3)` uint8 RGB.
-            boxes: `(N, 4)` xyxy pixels; degenerate boxes are dropped.
+            boxes: `(N, 4)` xyxy pixels; degenerate ones are dropped.
             masks: `(N, H, W)` uint8 0/1.
             seed: decides every random choice; the same seed gives the same result in any process.
         """
-        self._compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        rng = random.Random(seed)
         index = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
-        data: dict[str, Any] = {"image": image, "bboxes": boxes[index], "index": index}
-        if masks is not None and len(masks):  # albumentations takes no empty stack of masks
-            data["masks"] = masks
-        out = self._compose(**data)
-        image, (height, width) = out["image"], out["image"].shape[:2]
-        boxes = np.asarray(out["bboxes"], dtype=np.float32).reshape(-1, 4)
-        boxes = boxes.clip(0, np.array([width, height, width, height], dtype=np.float32))
+        boxes = boxes[index]
+        if self._compose is not None:
+            self._compose.set_random_state(np.random.default_rng(seed), rng)
+            data: dict[str, Any] = {"image": image, "bboxes": boxes, "index": index}
+            if masks is not None and len(masks):  # albumentations takes no empty stack of masks
+                data["masks"] = masks
+            out = self._compose(**data)
+            image, index = out["image"], np.asarray(out["index"], dtype=np.int64)
+            boxes = np.asarray(out["bboxes"], dtype=np.float32).reshape(-1, 4)
+            masks = np.asarray(out["masks"], dtype=np.uint8) if "masks" in data else masks
+        (x1, y1, x2, y2), (height, width) = view = self.framing(*image.shape[:2], rng)
+        scale = np.array([width / (x2 - x1), height / (y2 - y1)] * 2, dtype=np.float32)
+        limit = np.array([width, height] * 2, dtype=np.float32)
+        boxes = ((boxes - np.array([x1, y1] * 2, dtype=np.float32)) * scale).clip(0, limit)
         keep = (boxes[:, 2:] - boxes[:, :2] >= self.min_box_side).all(axis=1)
-        index = np.asarray(out["index"], dtype=np.int64)[keep]
         if masks is not None:
-            moved = np.asarray(out.get("masks", ()), dtype=np.uint8).reshape(-1, height, width)
-            masks = moved[index]
-        return Augmented(np.ascontiguousarray(image), boxes[keep], index, masks)
+            masks = _resize_masks(masks[index[keep], y1:y2, x1:x2], view.size)
+        return Augmented(image[y1:y2, x1:x2], view.size, boxes[keep], index[keep], masks)
+
+
+def _resize_masks(masks: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    out = np.empty((len(masks), *size), np.uint8)
+    for mask, slot in zip(masks, out, strict=True):
+        cv2.resize(mask, size[::-1], dst=slot, interpolation=cv2.INTER_NEAREST_EXACT)
+    return out
+
+
+def resize_into(image: NDArray[np.uint8], planes: NDArray[np.uint8]) -> None:
+    """Resize `(h, w, 3)` into `(3, H, W)`, which may be a part of something larger, without another copy.
+
+    Bilinear without antialiasing, as torchvision's detectors do it, within one grey level (OpenCV works in fixed
+    point).
+    """
+    height, width = planes.shape[1:]
+    for source, plane in zip(cv2.split(image), planes, strict=True):
+        cv2.resize(source, (width, height), dst=plane, interpolation=cv2.INTER_LINEAR)
 
 
 def eval_transform(min_size: int = 800, max_size: int = 1333) -> Transform:
     """Resize only, by torchvision's rule: the pipeline of validation, test and prediction."""
-    return Transform([Resize((min_size,), max_size)])
+    return Transform(ShortSide((min_size,), max_size))
 
 
 def train_transform(
@@ -162,28 +180,24 @@ def train_transform(
     photometric: float = 0.0,
     scale_jitter: tuple[float, float] | None = None,
 ) -> Transform:
-    """The pipeline of training. Flips and colours come before resizing, where the image is usually smaller.
+    """The pipeline of training.
 
     Args:
         min_size: short side in pixels; several make multi-scale training, one drawn for every image.
         max_size: cap of the long side.
         hflip, vflip: probability of a horizontal, a vertical flip.
         photometric: probability of each of the brightness and contrast, hue and saturation, and gamma changes.
-        scale_jitter: range of factors for large-scale jitter; then images are crops of `max_size` x `max_size`, padded
-            with the mean colour, and `min_size` has no say.
+        scale_jitter: range of factors for large-scale jitter into `max_size` x `max_size`; `min_size` then has no say.
     """
-    steps: list[A.BasicTransform] = [A.HorizontalFlip(p=hflip), A.VerticalFlip(p=vflip)]
+    steps: list[A.BasicTransform] = [A.HorizontalFlip(p=hflip)] if hflip else []
+    steps += [A.VerticalFlip(p=vflip)] if vflip else []
     if photometric:
         steps += [
             A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.3, p=photometric),
             A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=40, val_shift_limit=0, p=photometric),
             A.RandomGamma(gamma_limit=(70, 140), p=photometric),
         ]
+    framing: Framing = ShortSide((min_size,) if isinstance(min_size, int) else tuple(min_size), max_size)
     if scale_jitter:
-        steps += [
-            ScaleJitter(max_size, scale_jitter),
-            A.RandomCrop(max_size, max_size, pad_if_needed=True, pad_position="top_left", fill=FILL),
-        ]
-    else:
-        steps += [Resize([min_size] if isinstance(min_size, int) else min_size, max_size)]
-    return Transform(steps)
+        framing = ScaleJitter(max_size, scale_jitter)
+    return Transform(framing, steps)
