@@ -118,8 +118,8 @@ def propose(boxes: Boxes, grid: Grid) -> Grid:
     sample = Boxes(boxes.xyxy[::step], boxes.image_sizes[::step])
     shapes = [grid.ratios, _ratios(sample)]
     found: list[tuple[float, int, Grid]] = []
-    for exponent, octave, ratios in product(np.arange(2.5, 7.1, 0.5), (1, 2, 3), shapes):
-        first = [2 ** (exponent + i / octave) for i in range(octave)]
+    for half_octaves, octave, ratios in product(range(5, 15), (1, 2, 3), shapes):
+        first = [2.0 ** (half_octaves / 2 + i / octave) for i in range(octave)]
         sizes = tuple(tuple(round(s * stride / grid.strides[0], 1) for s in first) for stride in grid.strides)
         candidate = replace(grid, sizes=sizes, ratios=ratios)
         iou = best_iou(sample, candidate)

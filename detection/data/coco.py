@@ -253,14 +253,15 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def find_files(root: Path) -> list[str]:
-    """The COCO instances files below a root, relative to it; other JSON files are passed over."""
+    """The COCO instances files below a root, relative to it; keypoints, captions and other JSON are passed over."""
     found = []
     for path in sorted(root.rglob("*.json")):
         try:
             items = _load(path)["annotations"]
         except DataError:
             continue
-        if items and isinstance(items[0], dict) and {"category_id", "bbox", "segmentation"} & items[0].keys():
+        keys = items[0].keys() if items and isinstance(items[0], dict) else set()
+        if "keypoints" not in keys and keys & {"category_id", "bbox", "segmentation"}:
             found.append(path.relative_to(root).as_posix())
     return found
 

@@ -83,9 +83,11 @@ def _print_anchors(anchors: dict[str, Any], console: Console) -> None:
     console.print(table)
     if "proposal" in anchors:
         better = anchors["proposal"]
+        number = len(better["sizes"][0]) * len(better["ratios"])
         console.print(
-            f"The anchors miss many boxes. At min_size {better['min_size']}, max_size {better['max_size']}: "
-            f"anchor sizes {better['sizes']}, ratios {better['ratios']}; a larger min_size helps small objects too."
+            f"The anchors miss many boxes. At min_size {better['min_size']} and max_size {better['max_size']}, {number} "
+            f"anchors a cell cover them better: sizes {better['sizes']}, ratios {better['ratios']}. "
+            "A larger min_size helps small objects too."
         )
 
 
@@ -107,10 +109,12 @@ def picture_sheet(audits: Sequence[Audit], path: Path, count: int = 12, columns:
     ]
     if not cells:
         raise DataError(f"{path}: no picture can be drawn; there is no image that can be read")
-    rows = -(-len(cells) // columns)
-    sheet = Image.new("RGB", (columns * CELL, rows * (CELL + CAPTION)), "white")
-    for i, cell in enumerate(cells):
-        sheet.paste(cell, (i % columns * CELL, i // columns * (CELL + CAPTION)))
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    heights = [max(cell.height for cell in row) for row in rows]
+    sheet = Image.new("RGB", (min(columns, len(cells)) * CELL, sum(heights)), "white")
+    for i, row in enumerate(rows):
+        for j, cell in enumerate(row):
+            sheet.paste(cell, (j * CELL, sum(heights[:i])))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
@@ -136,19 +140,19 @@ def _draw(index: Index, record: Record) -> Image.Image | None:
         return None  # the audit has reported it
     scale = min((CELL - 4) / record.width, (CELL - 4) / record.height)
     size = (max(1, round(record.width * scale)), max(1, round(record.height * scale)))
-    cell = Image.new("RGB", (CELL, CELL + CAPTION), "white")
+    cell = Image.new("RGB", (CELL, size[1] + 4 + CAPTION), "white")
     cell.paste(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR), (2, 2))
     draw, font = ImageDraw.Draw(cell), ImageFont.load_default(11)
     for box, label, crowd in zip(record.boxes, record.labels, record.iscrowd, strict=True):
-        hue = colorsys.hsv_to_rgb(0.618034 * int(label) % 1, 0.9, 1)
+        hue = colorsys.hsv_to_rgb(0.618034 * int(label) % 1, 0.6, 1)
         colour = (255, 255, 255) if crowd else tuple(round(255 * c) for c in hue)
         corners = (box * scale + 2).tolist()
         draw.rectangle(corners, outline=colour, width=1 if len(record.boxes) > 30 else 2)
         if len(record.boxes) <= 30:
             name = index.classes[label - 1] + (" (crowd)" if crowd else "")
             edge = draw.textbbox((corners[0], corners[1]), name, font)
-            draw.rectangle(edge, fill="black")
-            draw.text((corners[0], corners[1]), name, colour, font)
+            draw.rectangle(edge, fill=colour)
+            draw.text((corners[0], corners[1]), name, "black", font)
     caption = f"{record.file_name[-48:]}: {len(record.boxes)}"
-    draw.text((3, CELL), caption, "black", font)
+    draw.text((3, size[1] + 3), caption, "black", font)
     return cell
