@@ -57,8 +57,9 @@ class RoIPooler(nn.Module):
         """Pool `(B, C, h, w)` maps of strides `strides` at boxes `(B, P, 4)` in image pixels -> `(B * P, C, o, o)`."""
         features, strides = list(features)[: self.num_levels], list(strides)[: self.num_levels]
         min_level, max_level = (int(math.log2(s)) for s in (strides[0], strides[-1]))
+        boxes = boxes.float().nan_to_num(0.0, 0.0, 0.0)  # `roi_align` reads anywhere in memory for others
         levels = (assign_levels(boxes, min_level, max_level) - min_level).clamp(max=len(features) - 1)
-        scaled = boxes.float() / torch.tensor(strides, dtype=torch.float32, device=boxes.device)[levels][..., None]
+        scaled = boxes / torch.tensor(strides, dtype=torch.float32, device=boxes.device)[levels][..., None]
         if boxes.device.type == "cpu" and self.sampling_ratio > 0:
             return self._gather(features, scaled, levels)
         return self._align(features, scaled, levels)
@@ -75,10 +76,11 @@ class RoIPooler(nn.Module):
         start = torch.minimum(boxes[:, :2], length - size) if not self.aligned else boxes[:, :2]
         start = start + torch.tensor(origins, dtype=torch.float32, device=boxes.device)[levels.flatten()]
         image = torch.arange(len(levels), device=boxes.device).repeat_interleave(levels.shape[1])
-        rois = torch.cat((image[:, None].to(start), start, start + size), dim=1).to(canvas.dtype)
-        pooled = roi_align(canvas, rois, self.output_size, 1.0, self.sampling_ratio, self.aligned)
+        rois = torch.cat((image[:, None].to(start), start, start + size), dim=1)
+        # In float32, as autocast has it: half precision would move the regions by whole cells.
+        pooled = roi_align(canvas.float(), rois, self.output_size, 1.0, self.sampling_ratio, self.aligned)
         shares = [i.float().unflatten(1, (self.output_size, -1)).mean(dim=2) for i in (inside_y, inside_x)]
-        return pooled * (shares[0][:, None, :, None] * shares[1][:, None, None, :]).to(pooled.dtype)
+        return (pooled * shares[0][:, None, :, None] * shares[1][:, None, None, :]).to(canvas.dtype)
 
     def _gather(self, features: Sequence[Tensor], boxes: Tensor, levels: Tensor) -> Tensor:
         """Weighted sums over rows of the channels-last maps; boxes `(B, P, 4)` in cells of their level."""
