@@ -1,4 +1,4 @@
-"""Detections as COCO results JSON, with the data set's own image and category ids: what the official evaluator reads."""
+"""Detections as COCO results JSON, with the ids of the data set itself: what the official evaluator reads."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ class MeanAP(MeanAveragePrecision):
         if self.backend == "arrays":
             limits, classes = self.max_detection_thresholds, len(self.class_names)
             curves = {t: evaluate(results, classes, limits, use_masks=t == "segm") for t in self.iou_type}
-            return {iou_type: (curve.precision, curve.recall) for iou_type, curve in curves.items()}
+            return {str(iou_type): (curve.precision, curve.recall) for iou_type, curve in curves.items()}
         self._fill_state(results)
         try:
             answer = super().compute()

@@ -109,7 +109,7 @@ def _array(values: Tensor | NDArray[Any], dtype: Any) -> NDArray[Any]:
     return np.array(array, dtype=dtype)
 
 
-def _refuse(bad: NDArray[np.bool_], values: NDArray[Any], where: str, problem: str) -> None:
+def _refuse(bad: Any, values: NDArray[Any], where: str, problem: str) -> None:
     if bad.any():
         index = int(np.flatnonzero(bad)[0])
         raise ValueError(f"{where}, object {index}: {problem} (got {values[index].tolist()})")

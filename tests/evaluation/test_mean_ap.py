@@ -209,7 +209,7 @@ def test_an_image_seen_twice_counts_once_and_two_images_with_one_id_are_an_error
         metric.update([detection([BOX], [1], [0.9])], [target(1, [BOX, FAR], [1, 1])])
     assert len(metric.results) == 1
     assert metric.compute()["mar_100"] == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="image id 1 is both 1.jpg and other.jpg"):
+    with pytest.raises(ValueError, match=r"image id 1 is both 1\.jpg and other\.jpg"):
         metric.update([detection([], [], [])], [dataclasses.replace(target(1, [], []), file_name="other.jpg")])
 
 
