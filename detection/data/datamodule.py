@@ -43,19 +43,21 @@ class TrainLoader(DataLoader[Sample]):
 
     def __init__(self, dataset: DetectionDataset, batch_sampler: TrainBatchSampler, **options: Any) -> None:
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
-        self._handed_out = 0
+        self._epoch, self._handed_out = 0, 0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        self._handed_out = self.batch_sampler.start_batch
+        self._epoch, self._handed_out = self.batch_sampler.epoch, self.batch_sampler.start_batch
         for batch in super().__iter__():
             self._handed_out += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and batch that come next, and the number of processes that shared the epoch."""
-        epoch, done = self.batch_sampler.epoch, self._handed_out
-        epoch, done = (epoch + 1, 0) if done >= len(self) else (epoch, done)
-        return {"epoch": epoch, "start_batch": done, "world": rank_and_world()[1]}
+        """Epoch and batch that come next, and the number of processes that share the epoch."""
+        state = self.batch_sampler.state_dict()
+        if self._epoch == self.batch_sampler.epoch:
+            done = self._handed_out >= len(self)
+            state = {"epoch": self._epoch + done, "start_batch": 0 if done else self._handed_out}
+        return state | {"world": rank_and_world()[1]}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         start = state["start_batch"]
@@ -66,7 +68,7 @@ class TrainLoader(DataLoader[Sample]):
             )
             start = min(start * state["world"] // rank_and_world()[1], len(self))
         self.batch_sampler.load_state_dict({"epoch": state["epoch"], "start_batch": start})
-        self._handed_out = start
+        self._epoch, self._handed_out = state["epoch"], start
 
 
 class DetectionDataModule(L.LightningDataModule):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -98,7 +99,8 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         yield from batches
 
     def _batches(self, world: int) -> list[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2**63)
+        state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0]))
         order = self._order(generator)
         missing = -len(order) % (self.batch_size * world)
         order = torch.cat([order, order.repeat(-(-missing // len(order)))[:missing]])

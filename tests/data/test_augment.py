@@ -1,0 +1,136 @@
+"""Augmentation: torchvision's size rule and pixels, streams that differ and repeat, objects that stay in step."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.transforms.v2 import functional as F
+
+from detection.data.augment import (
+    ScaleJitter,
+    Transform,
+    eval_transform,
+    resize_into,
+    resized_size,
+    train_transform,
+)
+
+BOX = np.array([[10, 10, 60, 30]], np.float32)
+
+
+def picture(height: int = 90, width: int = 120, seed: int = 0) -> np.ndarray:
+    grid = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(seed))
+    image = torch.nn.functional.interpolate(grid, (height, width), mode="bicubic").clamp(0, 1) * 255
+    return np.ascontiguousarray(image[0].permute(1, 2, 0).byte().numpy())
+
+
+@given(st.integers(2, 2000), st.integers(2, 2000), st.integers(30, 900), st.integers(0, 700))
+def test_size_is_torchvisions(height: int, width: int, min_size: int, extra: int) -> None:
+    scale = min(min_size / min(height, width), (min_size + extra) / max(height, width))
+    assume(min(height, width) * scale >= 1)
+    # interpolate with a scale factor is what torchvision's detectors resize with; its shape function needs no pixels
+    meta = torch.empty((1, 1, height, width), device="meta")
+    expected = torch.nn.functional.interpolate(
+        meta, scale_factor=scale, mode="bilinear", recompute_scale_factor=True, align_corners=False
+    ).shape[-2:]
+    assert resized_size(height, width, min_size, min_size + extra) == tuple(expected)
+
+
+@pytest.mark.parametrize("size", [(90, 120), (121, 67), (40, 200)])
+def test_pixels_and_boxes_are_torchvisions(size: tuple[int, int]) -> None:
+    image, boxes = picture(*size), np.array([[3, 4, 30, 33], [0, 0, size[1], size[0]]], np.float32)
+    reference = GeneralizedRCNNTransform(100, 160, [0.0] * 3, [1.0] * 3)
+    pixels, target = reference.resize(torch.from_numpy(image).permute(2, 0, 1).float(), {"boxes": torch.tensor(boxes)})
+    out = eval_transform(100, 160)(image, boxes)
+    planes = np.empty((3, *out.size), np.uint8)
+    resize_into(out.image, planes)
+    assert planes.shape == tuple(pixels.shape)
+    assert np.abs(planes - pixels.numpy()).max() < 1
+    torch.testing.assert_close(torch.from_numpy(out.boxes), target["boxes"], rtol=1e-6, atol=1e-4)
+
+
+def test_flip_is_torchvisions() -> None:
+    """A box (10, 10, 200, 300) in width 400 becomes (200, 10, 390, 300), and the pixels go with it."""
+    image, boxes = picture(320, 400), np.array([[10, 10, 200, 300]], np.float32)
+    out = train_transform(320, 400, hflip=1.0)(image, boxes)
+    assert out.boxes.tolist() == [[200, 10, 390, 300]]
+    np.testing.assert_array_equal(out.image, F.horizontal_flip(torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0))
+    out = train_transform(320, 400, hflip=0, vflip=1.0)(image, boxes)
+    assert out.boxes.tolist() == [[10, 20, 200, 310]]
+
+
+def test_seed_decides_and_flips_are_independent() -> None:
+    """One seed given to every transform would flip both ways or neither: half of all seeds must do one of them."""
+    transform = train_transform([60, 80, 100], 200, hflip=0.5, vflip=0.5, photometric=0.5)
+    image = picture()
+    first = [transform(image, BOX, seed=seed) for seed in range(200)]
+    again = [transform(image, BOX, seed=seed) for seed in range(200)]
+    for a, b in zip(first, again, strict=True):
+        assert a.size == b.size and np.array_equal(a.image, b.image) and np.array_equal(a.boxes, b.boxes)
+    fractions = np.array([out.boxes[0] / np.array([*out.size[::-1]] * 2) for out in first])
+    horizontal, vertical = fractions[:, 0] > 0.4, fractions[:, 1] > 0.4
+    for h in (True, False):
+        for v in (True, False):
+            assert 25 <= ((horizontal == h) & (vertical == v)).sum() <= 80
+    assert {min(out.size) for out in first} == {60, 80, 100}
+
+
+@pytest.mark.parametrize("transform", [eval_transform(50, 90), train_transform(50, 90, photometric=1.0)])
+def test_no_object_keeps_shapes(transform: Transform) -> None:
+    empty = np.zeros((0, 4), np.float32)
+    out = transform(picture(), empty, np.zeros((0, 90, 120), np.uint8), seed=3)
+    assert out.boxes.shape == (0, 4) and out.boxes.dtype == np.float32
+    assert out.index.shape == (0,) and out.index.dtype == np.int64
+    assert out.masks is not None and out.masks.shape == (0, *out.size)
+
+
+def test_degenerate_boxes_are_dropped_by_index() -> None:
+    boxes = np.array([[5, 5, 5, 50], [10, 20, 60, 70], [30, 40, 20, 60], [1, 1, 1.5, 90], [-5, -5, 130, 95]], np.float32)
+    for transform in (eval_transform(90, 120), train_transform(90, 120, hflip=1.0)):
+        out = transform(picture(), boxes)
+        assert out.index.tolist() == [1, 4]
+        assert out.boxes[1].tolist() == [0, 0, 120, 90]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**62), st.integers(0, 12), st.floats(0.1, 2.5))
+def test_large_scale_jitter_keeps_objects_in_step(seed: int, count: int, scale: float) -> None:
+    """Each object is a rectangle of one colour: its mask, its box and the pixels under them must stay the same thing."""
+    rng = np.random.default_rng(seed)
+    corners = rng.integers(0, (100, 70), (count, 2))
+    boxes = np.concatenate([corners, corners + rng.integers(4, 20, (count, 2))], axis=1).astype(np.float32)
+    image, masks = np.zeros((90, 120, 3), np.uint8), np.zeros((count, 90, 120), np.uint8)
+    for i, (x1, y1, x2, y2) in enumerate(boxes.astype(int)):
+        image[y1:y2, x1:x2] = i + 1
+        masks[i, y1:y2, x1:x2] = 1
+    out = Transform(ScaleJitter(64, (scale, scale)), train_transform(hflip=0.5, vflip=0.5)._compose.transforms)(
+        image, boxes, masks, seed
+    )
+    height, width = out.size
+    assert max(out.size) <= 64 and out.masks is not None and len(out.boxes) == len(out.index) == len(out.masks)
+    assert (out.boxes >= 0).all() and (out.boxes <= (width, height, width, height)).all()
+    assert (out.boxes[:, 2:] - out.boxes[:, :2] >= 1).all()
+    ratio = (out.image.shape[1] / width, out.image.shape[0] / height)
+    for box, mask, i in zip(out.boxes, out.masks, out.index, strict=True):
+        rows, columns = np.nonzero(mask)
+        if len(rows):  # a mask sampled at pixel centres lies within a pixel of the exact box
+            tight = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            assert np.abs(tight - box).max() <= 1.0 + 1e-3
+        x, y = ((box[:2] + box[2:]) / 2 * ratio).astype(int)
+        assert out.image[y, x, 0] >= i + 1  # later rectangles lie on top of earlier ones
+
+
+def test_large_scale_jitter_covers_its_range() -> None:
+    """Scales are even over the range: the fitted image is 64 wide, so one of 0.5 to 2 shows all or a half of it."""
+    views = [ScaleJitter(64, (0.5, 2.0))(90, 120, random.Random(seed)) for seed in range(400)]
+    scales = np.array([v.size[1] / (v.window[2] - v.window[0]) * 120 / 64 for v in views])
+    assert scales.min() < 0.55 and scales.max() > 1.9 and abs(np.mean(scales < 1.25) - 0.5) < 0.1
+    assert all(v.size[0] <= 64 and v.size[1] <= 64 for v in views)
+    starts = {v.window[0] for v in views if v.window[2] - v.window[0] < 80}
+    assert len(starts) > 20  # windows are not always at the left

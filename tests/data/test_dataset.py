@@ -1,0 +1,213 @@
+"""Record buffers, samples and batches: nothing lost, nothing shared by accident, no memory per worker."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from detection.data.augment import eval_transform, train_transform
+from detection.data.batch import Batch, Target
+from detection.data.datamodule import init_worker
+from detection.data.dataset import DetectionDataset, RecordStore, collate, make_target, to_rle
+from detection.data.records import DataError, Index, Record
+
+
+def record(number: int, count: int, size: tuple[int, int] = (60, 80), segments: bool = False) -> Record:
+    rng = np.random.default_rng(number)
+    corners = rng.integers(0, (size[1] - 20, size[0] - 20), (count, 2))
+    boxes = np.concatenate([corners, corners + rng.integers(2, 20, (count, 2))], axis=1).astype(np.float32)
+    return Record(
+        image_id=1000 + number,
+        file_name=f"sub/ünicode {number}.png",
+        width=size[1],
+        height=size[0],
+        boxes=boxes,
+        labels=rng.integers(1, 4, count),
+        areas=rng.random(count, np.float32),
+        iscrowd=rng.random(count) < 0.2,
+        difficult=rng.random(count) < 0.2,
+        annotation_ids=rng.integers(0, 10**12, count),
+        segments=[[[x1, y1, x2, y1, x2, y2]] for x1, y1, x2, y2 in boxes.tolist()] if segments else None,
+    )
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Index:
+    """Six images of three sizes, the fourth without objects."""
+    (tmp_path / "sub").mkdir()
+    sizes = [(60, 80), (80, 60), (50, 50)]
+    records = [record(i, 0 if i == 3 else i + 2, sizes[i % 3]) for i in range(6)]
+    for r in records:
+        image = np.random.default_rng(r.image_id).integers(0, 256, (r.height, r.width, 3), dtype=np.uint8)
+        (tmp_path / r.file_name).write_bytes(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
+    return Index(tmp_path, ("a", "b", "c"), (1, 2, 7), records)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_store_gives_back_every_record(segments: bool) -> None:
+    records = [record(i, n, segments=segments) for i, n in enumerate([3, 0, 7, 1, 0])]
+    store = RecordStore(records)
+    assert len(store) == 5
+    for i, expected in enumerate(records):
+        got = store[i]
+        for name in Record.__slots__:
+            a, b = getattr(got, name), getattr(expected, name)
+            assert type(a) is type(b)
+            if isinstance(a, np.ndarray):
+                assert a.dtype == b.dtype and a.shape == b.shape and (a == b).all(), name
+            else:
+                assert a == b, name
+
+
+def test_store_of_nothing() -> None:
+    assert len(RecordStore([])) == 0
+    assert RecordStore([record(0, 0)])[0].boxes.shape == (0, 4)
+
+
+def test_store_holds_all_kinds_of_segments() -> None:
+    r = record(0, 4)
+    mask = np.zeros((60, 80), np.uint8)
+    mask[10:20, 30:50] = 1
+    compressed = coco_mask.encode(np.asfortranarray(mask))
+    plain = {"size": [60, 80], "counts": [30 * 60 + 10, *[10, 50] * 19, 10, 60 * 30 + 40]}
+    r.segments = [None, [[30, 10, 50, 10, 50, 20, 30, 20]], compressed, plain]
+    r.boxes[0] = (30, 10, 50, 20)
+    target = make_target(RecordStore([r])[0])
+    assert target.masks is not None
+    for got in target.masks:  # pycocotools is the judge: four spellings of one mask
+        np.testing.assert_array_equal(coco_mask.decode(got), mask)
+        assert isinstance(got["counts"], bytes)
+    assert to_rle(compressed, r.boxes[0], 60, 80)["counts"] == compressed["counts"]
+
+
+def test_training_leaves_out_crowds_and_difficult(index: Index) -> None:
+    for with_difficult in (False, True):
+        dataset = DetectionDataset(index, eval_transform(60, 200), with_difficult)
+        for i, r in enumerate(index.records):
+            keep = ~r.iscrowd if with_difficult else ~r.iscrowd & ~r.difficult
+            sample = dataset[i]
+            assert sample.labels.tolist() == r.labels[keep].tolist()
+            assert len(sample.boxes) == keep.sum()
+            assert sample.target.labels.tolist() == r.labels.tolist()
+            assert sample.target.iscrowd.tolist() == r.iscrowd.tolist()
+            np.testing.assert_array_equal(sample.target.boxes, r.boxes)
+
+
+def test_target_owns_its_memory(index: Index) -> None:
+    """A view of the buffers, sent to another process, would take the whole buffer along."""
+    sample = DetectionDataset(index, eval_transform(60, 200))[0]
+    for tensor in (sample.target.boxes, sample.target.labels, sample.target.areas, sample.boxes, sample.labels):
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def test_collate_pads_and_keeps_pixels(index: Index) -> None:
+    dataset = DetectionDataset(index, eval_transform(70, 200))
+    samples = [dataset[i] for i in range(6)]
+    batch = collate(samples)
+    assert batch.images.shape == (6, 3, 96, 96) and batch.images.dtype == torch.uint8 and batch.images.is_contiguous()
+    assert batch.image_sizes.tolist() == [[70, 93], [93, 70], [70, 70]] * 2
+    assert batch.original_sizes.tolist() == [[60, 80], [80, 60], [50, 50]] * 2
+    for i, (sample, image) in enumerate(zip(samples, batch.images, strict=True)):
+        h, w = batch.image_sizes[i].tolist()
+        assert torch.equal(image[:, :h, :w], sample.image)
+        assert not image[:, h:].any() and not image[:, :, w:].any()
+        assert torch.equal(batch.gt_boxes[i][batch.gt_valid[i]], sample.boxes)
+        assert torch.equal(batch.gt_labels[i][batch.gt_valid[i]], sample.labels)
+    original = cv2.imread(str(index.root / index.records[2].file_name))[..., ::-1]
+    same_size = collate([DetectionDataset(index, eval_transform(50, 200))[2]])
+    assert torch.equal(same_size.images[0, :, :50, :50], torch.from_numpy(original.copy()).permute(2, 0, 1))
+
+
+def test_an_empty_image_makes_a_batch(index: Index) -> None:
+    batch = collate([DetectionDataset(index, train_transform(60, 200))[3]])
+    assert batch.gt_boxes.shape == (1, 1, 4) and not batch.gt_valid.any() and len(batch.targets[0].boxes) == 0
+
+
+def test_key_with_seed_repeats_and_plain_key_draws(index: Index) -> None:
+    dataset = DetectionDataset(index, train_transform([40, 60, 80, 100], 200, vflip=0.5, photometric=1.0))
+    assert torch.equal(dataset[0, 5].image, dataset[0, 5].image)
+    different = [dataset[0, seed].image for seed in range(6)]
+    assert any(a.shape != different[0].shape or not torch.equal(a, different[0]) for a in different[1:])
+    torch.manual_seed(1)
+    first = [dataset[0].image for _ in range(4)]
+    torch.manual_seed(1)
+    assert all(torch.equal(a, dataset[0].image) for a in first)
+    assert any(a.shape != first[0].shape or not torch.equal(a, first[0]) for a in first[1:])
+
+
+def test_missing_image_is_named(index: Index) -> None:
+    (index.root / index.records[1].file_name).unlink()
+    with pytest.raises(DataError, match=r"ünicode 1\.png"):
+        DetectionDataset(index, eval_transform())[1]
+
+
+class _Probe(Dataset[tuple[int, int, int]]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> tuple[int, int, int]:
+        info = get_worker_info()
+        return cv2.getNumThreads(), torch.get_num_threads(), -1 if info is None else info.id
+
+
+def test_workers_use_one_thread() -> None:
+    rows = next(iter(DataLoader(_Probe(), batch_size=4, num_workers=1, worker_init_fn=init_worker)))
+    assert set(rows[0].tolist()) <= {0, 1} and set(rows[1].tolist()) == {1} and set(rows[2].tolist()) == {0}
+
+
+def test_workers_send_the_same_batches_without_descriptors(index: Index) -> None:
+    """The batch arrives whole, and targets kept for a whole validation run hold no file open."""
+    dataset = DetectionDataset(index, eval_transform(60, 200))
+    expected: Batch = collate([dataset[i] for i in range(6)])
+    before, kept = len(os.listdir("/proc/self/fd")), list[Target]()
+    for _ in range(5):
+        (batch,) = DataLoader(dataset, 6, num_workers=1, collate_fn=collate)
+        assert batch.images.is_shared() and torch.equal(batch.images, expected.images)
+        kept += batch.targets
+    del batch
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
+    for got, target in zip(kept, expected.targets * 5, strict=True):
+        assert torch.equal(got.boxes, target.boxes) and got.boxes.dtype == torch.float32
+        assert torch.equal(got.iscrowd, target.iscrowd) and got.file_name == target.file_name
+
+
+class _Pass(Dataset[tuple[int, int]]):
+    """Reads records and reports the worker's own memory."""
+
+    def __init__(self, records: RecordStore | list[Record]) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> tuple[int, int]:
+        record = self.records[i]
+        target = make_target(record)
+        memory = private_memory() if i % 1000 == 999 else 0
+        return int(target.image_id), memory
+
+
+def private_memory() -> int:
+    """Kilobytes of this process that no other process shares."""
+    rollup = Path("/proc/self/smaps_rollup")
+    lines = rollup.read_text().splitlines()[1:]
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the kernel reports no private memory")
+def test_memory_of_workers_stays_flat() -> None:
+    """4 workers, 200,000 records: after the first hundredth, private memory grows by less than a tenth."""
+    template = [record(i, 7) for i in range(100)]
+    store = RecordStore([template[i % 100] for i in range(200_000)])
+    loader = DataLoader(_Pass(store), 100, num_workers=4, collate_fn=lambda rows: max(memory for _, memory in rows))
+    seen = [memory for memory in loader if memory]
+    first, last = sum(seen[:4]), sum(seen[-4:])
+    assert last < 1.1 * first, f"{first} kB at first, {last} kB at last"
