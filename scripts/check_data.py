@@ -18,6 +18,7 @@ from detection.data.report import picture_sheet, print_audit
 
 
 def main() -> int:
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="folder of the data set")
     parser.add_argument("--format", choices=("coco", "voc", "yolo"), required=True)

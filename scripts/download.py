@@ -11,6 +11,7 @@ from detection.data.records import DataError
 
 
 def main() -> int:
+    """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset", choices=sorted(DATASETS))
     parser.add_argument("--root", type=Path, required=True, help="folder to put the data set in")

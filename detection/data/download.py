@@ -34,24 +34,28 @@ class Archive:
 
     Attributes:
         url: where it lies.
-        checksum: `"md5:..."` or `"sha256:..."`; None where the publisher gives none, then only its length is checked.
+        checksum: `"md5:..."` or `"sha256:..."`.
         folder: what it unpacks to, relative to the target; an archive whose folder exists is not fetched again.
         inside: folder inside the archive that becomes `folder`.
     """
 
     url: str
-    checksum: str | None
+    checksum: str
     folder: str
     inside: str
 
 
-_COCO, _VOC = "http://images.cocodataset.org", "http://host.robots.ox.ac.uk/pascal/VOC"
-# The COCO consortium publishes no checksums; the MD5 sums are those of the files that the VOC mirrors agree on.
+_COCO, _VOC = "http://images.cocodataset.org", "https://thor.robots.ox.ac.uk/pascal/VOC"
 DATASETS: dict[str, tuple[Archive, ...]] = {
     "coco2017": (
-        Archive(f"{_COCO}/annotations/annotations_trainval2017.zip", None, "annotations", "annotations"),
-        Archive(f"{_COCO}/zips/val2017.zip", None, "val2017", "val2017"),
-        Archive(f"{_COCO}/zips/train2017.zip", None, "train2017", "train2017"),
+        Archive(
+            f"{_COCO}/annotations/annotations_trainval2017.zip",
+            "md5:f4bbac642086de4f52a3fdda2de5fa2c",
+            "annotations",
+            "annotations",
+        ),
+        Archive(f"{_COCO}/zips/val2017.zip", "md5:442b8da7639aecaf257c1dceb8ba8c80", "val2017", "val2017"),
+        Archive(f"{_COCO}/zips/train2017.zip", "md5:cced6f7f71b7629ddf16f17bbcfab6b2", "train2017", "train2017"),
     ),
     "voc2007": (
         Archive(
@@ -60,12 +64,10 @@ DATASETS: dict[str, tuple[Archive, ...]] = {
             "VOC2007",
             "VOCdevkit/VOC2007",
         ),
-    ),
-    "voc2007test": (
         Archive(
             f"{_VOC}/voc2007/VOCtest_06-Nov-2007.tar",
             "md5:b6e924de25625d8de591ea690078ad9f",
-            "VOC2007test",
+            "VOC2007test",  # the folder inside has the name of the training set's
             "VOCdevkit/VOC2007",
         ),
     ),
@@ -109,7 +111,7 @@ def download(
             path.unlink()
 
 
-def fetch(url: str, path: Path, checksum: str | None = None, tries: int = 5) -> None:
+def fetch(url: str, path: Path, checksum: str, tries: int = 5) -> None:
     """Fetch one file, continuing a `.part` file that an earlier try left; see `download` for errors."""
     part = path.with_name(path.name + ".part")
     for attempt in range(1, tries + 1):
@@ -118,19 +120,18 @@ def fetch(url: str, path: Path, checksum: str | None = None, tries: int = 5) -> 
             _transfer(url, part)
             break
         except urllib.error.HTTPError as error:
-            if error.code == 416 and before:  # nothing is left to send, or the file on the server is another one now
+            if error.code == 416 and before:  # no byte is left to send; whether it is the file, the checksum says
                 break
             raise DataError(f"{url}: the server answers {error.code} {error.reason}; check the address") from error
-        except (OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.filename is not None:
-                raise DataError(f"{part}: can't be written ({error}); make room or choose another folder") from error
-            progressed = part.exists() and part.stat().st_size > before
-            if attempt == tries or not progressed:
+        except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
+            if attempt == tries or not part.exists() or part.stat().st_size == before:
                 raise DataError(
-                    f"{url}: can't be reached ({getattr(error, 'reason', error)}); connect this machine to the network, or "
-                    f"fetch the file elsewhere and put it at {path}; what has arrived is kept and continued"
+                    f"{url}: can't be reached ({getattr(error, 'reason', error)}); connect this machine to the network "
+                    f"and try again, which continues what has arrived, or put the file at {path} yourself"
                 ) from error
-    if checksum is not None and (actual := _digest(part, checksum)) != checksum:
+        except OSError as error:
+            raise DataError(f"{part}: can't be written ({error}); make room or choose another folder") from error
+    if (actual := _digest(part, checksum)) != checksum:
         part.unlink()
         raise DataError(f"{url}: the checksum is {actual}, not {checksum}; the file was deleted, fetch it again")
     os.replace(part, path)
@@ -179,9 +180,7 @@ def unpack(path: Path, folder: Path, inside: str) -> None:
                 )
             relative = PurePosixPath(name)
             if relative.is_absolute() or ".." in relative.parts or "\\" in name or "\0" in name:
-                raise DataError(
-                    f"{path}: the member {name[:200]!r} would be written outside {folder}; don't use this archive"
-                )
+                raise DataError(f"{path}: the member {name[:200]!r} leads out of the folder; don't use this archive")
             if relative.is_relative_to(inside):
                 _write(scratch / relative.relative_to(inside), size, opened, path)
         if not scratch.is_dir():

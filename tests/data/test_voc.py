@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import os
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 import pytest
+from defusedxml import ElementTree
 from PIL import Image
 
 from detection.data import rle
