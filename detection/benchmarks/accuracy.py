@@ -1,0 +1,110 @@
+"""AP of our detector and of torchvision's after the same training: same backbone, images, batches and evaluation.
+
+Both run through `DetectionModule`, `DetectionDataModule` and `MeanAP`; the detector is all that differs. torchvision is
+trained twice over: with the settings of the baseline (batch 8, 200 steps, one learning rate, horizontal flips), and
+with those of our configuration, so that what the recipe gains is not credited to the detector.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import lightning as L
+import yaml
+from torch import nn
+
+from detection.benchmarks.peers import TorchvisionDetector
+from detection.data.datamodule import DetectionDataModule
+from detection.models.backbones import efficientnet_lite0_fpn
+from detection.module import DetectionModule
+from detection.recipes import rebuild
+
+Row = dict[str, Any]
+FIGURES = ("map", "map_50", "map_75")
+BASELINE_DATA = {"batch_size": 8, "min_size": 240, "max_size": 400, "vflip": 0.0, "photometric": 0.0}
+BASELINE_MODEL = {"optimizer": "sgd", "lr": 0.04, "schedule": "cosine", "warmup_steps": 50, "weight_decay": 1e-4}
+BASELINE_STEPS = 200
+
+
+def measure_accuracy(config: Path, root: Path, seeds: Sequence[int], contenders: Sequence[str] = ()) -> list[Row]:
+    """Train and test every contender with every seed; one row a run.
+
+    Args:
+        config: our configuration of the data set, e.g. `detection/configs/bccd.yaml`.
+        root: folder of the data set.
+        seeds: of initial weights, order and augmentation.
+        contenders: some of `ours`, `torchvision` and `torchvision, our settings`; all by default.
+    """
+    settings = yaml.safe_load(config.read_text())
+    settings["data"] |= {"root": str(root), "num_workers": 0}
+    rows = []
+    for seed in seeds:
+        for name in contenders or ("torchvision", "torchvision, our settings", "ours"):
+            row = {"detector": name, "seed": seed, **_train(settings, name, seed)}
+            print(
+                ", ".join(
+                    f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+                ),
+                flush=True,
+            )
+            rows.append(row)
+    return rows
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """Mean and standard deviation of each contender over its seeds."""
+    names = list(dict.fromkeys(row["detector"] for row in rows))
+    table = []
+    for name in names:
+        runs = [row for row in rows if row["detector"] == name]
+        line: Row = {"detector": name, "seeds": len(runs), "images": runs[0]["images"]}
+        for figure in (*FIGURES, "train_s"):
+            values = [run[figure] for run in runs]
+            line[figure] = mean(values)
+            line[f"{figure}_std"] = stdev(values) if len(values) > 1 else 0.0
+        table.append(line)
+    return table
+
+
+def _train(settings: Mapping[str, Any], name: str, seed: int) -> Row:
+    data_args, trainer_args = dict(settings["data"]), settings["trainer"]
+    model_args = {k: v for k, v in settings["model"].items() if k != "detector"}
+    steps = trainer_args["max_steps"]
+    if name == "torchvision":
+        data_args |= BASELINE_DATA
+        model_args = dict(BASELINE_MODEL)
+        steps = BASELINE_STEPS
+    L.seed_everything(seed, verbose=False)
+    data = DetectionDataModule(**data_args | {"seed": seed})
+    detector = _detector(settings["model"]["detector"], name, len(data.class_names) + 1, data_args)
+    module = DetectionModule(detector, data.class_names, **model_args)  # type: ignore[arg-type]
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(
+        max_steps=steps,
+        gradient_clip_val=None if name == "torchvision" else trainer_args.get("gradient_clip_val"),
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        **quiet,
+    )
+    started = time.perf_counter()
+    trainer.fit(module, datamodule=data)
+    seconds = time.perf_counter() - started
+    figures = L.Trainer(**quiet).test(module, datamodule=data, verbose=False)[0]
+    return {"images": steps * data_args["batch_size"], "train_s": seconds} | {f: figures[f"test/{f}"] for f in FIGURES}
+
+
+def _detector(spec: Mapping[str, Any], name: str, num_classes: int, data: Mapping[str, Any]) -> nn.Module:
+    if name != "ours":
+        return TorchvisionDetector(
+            efficientnet_lite0_fpn(norm="batch", fpn_norm=None, out_channels=128),
+            num_classes,
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        )
+    sizes = {"num_classes": num_classes, "min_size": data["min_size"], "max_size": data["max_size"]}
+    return rebuild({"class_path": spec["class_path"], "init_args": {**spec.get("init_args", {}), **sizes}})

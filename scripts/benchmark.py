@@ -1,0 +1,74 @@
+"""Measure this project against its peers: `python scripts/benchmark.py --help`.
+
+Every figure is a ratio of medians taken in turns in one process; `--json FILE` keeps the rows.
+"""
+
+from __future__ import annotations
+
+import platform
+from json import dumps
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torchvision
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+
+CONFIGS = Path(__file__).resolve().parents[1] / "detection" / "configs"
+
+
+def train(network: Literal["resnet50", "efficientnet_lite0"] = "resnet50", size: int = 320, batch_size: int = 2,
+          bf16: bool = False, rounds: int = 7, device: str = "cpu", json: Path | None = None) -> None:  # fmt: skip
+    """Time a whole training step against torchvision's; see `detection.benchmarks.speed`."""
+    from detection.benchmarks.speed import measure_speed
+
+    report([measure_speed("train", network, size, batch_size, bf16, rounds, device)], json)
+
+
+def infer(network: Literal["resnet50", "efficientnet_lite0"] = "resnet50", size: int = 320, batch_size: int = 1,
+          bf16: bool = False, rounds: int = 7, device: str = "cpu", json: Path | None = None) -> None:  # fmt: skip
+    """Time inference against torchvision's; see `detection.benchmarks.speed`."""
+    from detection.benchmarks.speed import measure_speed
+
+    report([measure_speed("infer", network, size, batch_size, bf16, rounds, device)], json)
+
+
+def data(images: Path | None = None, rounds: int = 5, num_workers: int = 2, json: Path | None = None) -> None:
+    """Images a second of the loader against Pillow + torchvision v2; see `detection.benchmarks.data`."""
+    from detection.benchmarks.data import loader_throughput
+
+    report([loader_throughput(images, rounds=rounds, num_workers=num_workers)], json)
+
+
+def evaluation(images: int = 5000, json: Path | None = None) -> None:
+    """Time of computing mAP against torchmetrics with pycocotools; see `detection.benchmarks.evaluation`."""
+    from detection.benchmarks.evaluation import benchmark_eval
+
+    report(benchmark_eval(images=images), json)
+
+
+def accuracy(root: Path, config: Path = CONFIGS / "bccd.yaml", seeds: list[int] = [0, 1, 2],  # noqa: B006
+             contenders: list[str] = [], json: Path | None = None) -> None:  # noqa: B006  # fmt: skip
+    """AP after the same training as torchvision's detector; see `detection.benchmarks.accuracy`."""
+    from detection.benchmarks.accuracy import measure_accuracy, summarise
+
+    rows = measure_accuracy(config, root, seeds, contenders)
+    report(rows, json)
+    report(summarise(rows), None)
+
+
+def report(rows: list[dict[str, Any]], path: Path | None) -> None:
+    """Print rows as a table under a line that says what they were measured on; write them as JSON."""
+    machine = f"torch {torch.__version__}, torchvision {torchvision.__version__}, {torch.get_num_threads()} threads"
+    table = Table(*rows[0], title=f"{machine}, Python {platform.python_version()}, {platform.machine()}")
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console(width=160).print(table)
+    if path is not None:
+        path.write_text(dumps({"machine": machine, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    auto_cli({"train": train, "infer": infer, "data": data, "eval": evaluation, "accuracy": accuracy})
