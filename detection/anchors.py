@@ -25,7 +25,7 @@ class AnchorGenerator(nn.Module):
         aspect_ratios: the height/width ratios, either once for all levels or for each level.
         offset: where in its cell an anchor is centred, in units of the stride: 0 is the cell's top left corner
             (torchvision, Detectron2), 0.5 its middle.
-        round_anchors: whole-pixel anchors as torchvision has them; False keeps the exact corners (Detectron2, MMDetection).
+        round_anchors: whole-pixel anchors as torchvision has them; False keeps exact corners (Detectron2, MMDetection).
         ratio_is_width_over_height: read `aspect_ratios` as width/height.
         infer_strides: torchvision's strides, `image side // cells`, in place of the declared ones. They are wrong
             wherever a level does not divide the image evenly (61 in place of 64 rows for P6 at 800 pixels), so this is

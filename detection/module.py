@@ -1,4 +1,4 @@
-"""The LightningModule around a detector: optimiser, schedule, steps and logging. Nothing about boxes is decided here."""
+"""The LightningModule around a detector: optimiser, schedule, steps and logging."""
 
 from __future__ import annotations
 
@@ -141,8 +141,8 @@ class DetectionModule(L.LightningModule):
     def _build_optimizer(self, lr: float) -> Optimizer:
         groups = parameter_groups(self.detector, self.weight_decay)
         if self.optimizer_name == "adamw":
-            return AdamW(groups, lr=lr, betas=(self.momentum, 0.999))
-        return SGD(groups, lr=lr, momentum=self.momentum)
+            return AdamW(groups, lr=lr, betas=(self.momentum, 0.999), fused=True)
+        return SGD(groups, lr=lr, momentum=self.momentum, fused=True)
 
     def _lr_factor(self, step: int, steps: int) -> float:
         warmup = min(self.warmup_steps, max(1, steps // 2))

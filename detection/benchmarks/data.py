@@ -114,8 +114,8 @@ def _images_per_second(start: Callable[[], Any], batch_size: int, warm_up: int =
 def _draw(folder: Path) -> Path:
     for i in range(32):
         scene = draw_scene(np.random.default_rng(i))[0]
-        scene = cv2.resize(scene, (640, 480), interpolation=cv2.INTER_CUBIC)
-        (folder / f"{i}.jpg").write_bytes(cv2.imencode(".jpg", scene)[1].tobytes())
+        large = cv2.resize(scene, (640, 480), interpolation=cv2.INTER_CUBIC)
+        (folder / f"{i}.jpg").write_bytes(cv2.imencode(".jpg", large)[1].tobytes())
     return folder
 
 

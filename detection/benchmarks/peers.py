@@ -1,4 +1,4 @@
-"""Other libraries' detectors behind the interface of ours, so that a benchmark changes the detector and nothing else."""
+"""Other detectors behind the interface of ours, so that a benchmark changes the detector and nothing else."""
 
 from __future__ import annotations
 

@@ -66,7 +66,6 @@ def measure_speed(
         with precision:
             return ours.run(batch, with_losses=False, with_detections=True)[1]
 
-    ours.to(memory_format=torch.channels_last)
     if mode == "train":
         contenders = {
             "torchvision": _step(theirs, lambda: theirs(floats, targets), fused=False),
@@ -88,7 +87,7 @@ def measure_speed(
 
 
 def _build(network: Network) -> tuple[nn.Module, zoo.FasterRCNN]:
-    """torchvision's detector and ours, with the same weights."""
+    """The detector of torchvision and ours, with the same weights."""
     if network == "resnet50":
         ours = zoo.fasterrcnn_resnet50_fpn(norm="frozen")
         trunk = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3)

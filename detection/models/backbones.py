@@ -26,7 +26,7 @@ Norm = Literal["frozen", "batch", "group"]
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation (Wu and He 2018) with 32 groups, or as many as divide the channels: for training from scratch."""
+    """Group normalisation (Wu and He 2018) with 32 groups, or the most that divide the channels."""
     return nn.GroupNorm(next(groups for groups in (32, 16, 8, 4, 2, 1) if channels % groups == 0), channels)
 
 

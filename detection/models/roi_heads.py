@@ -170,7 +170,7 @@ class RoIHeads(nn.Module):
         }
 
     def detect(self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor) -> list[dict[str, Tensor]]:
-        """Detections of each image in pixels of the batch: `boxes` `(D, 4)`, `labels` and `scores` `(D,)`, best first."""
+        """Each image's `boxes` `(D, 4)` in pixels of the batch, `labels` and `scores` `(D,)`, best first."""
         logits, deltas = self.predict(features, proposals.boxes)
         scores = logits.float().softmax(dim=-1)[..., 1:]
         boxes = self.box_coder.decode(deltas[:, :, 1:], proposals.boxes[:, :, None])  # (B, P, K - 1, 4)

@@ -25,7 +25,7 @@ from detection.recipes import recorded
 
 @dataclass(frozen=True, slots=True)
 class Proposals:
-    """Candidate regions of a batch, best first: boxes `(B, P, 4)` xyxy (0 where not valid), scores `(B, P)`, valid `(B, P)` bool."""
+    """Regions of a batch, best first: boxes `(B, P, 4)` xyxy (0 if not valid), scores `(B, P)`, valid `(B, P)` bool."""
 
     boxes: Tensor
     scores: Tensor
