@@ -49,9 +49,14 @@ class Folder:
         except (OSError, ValueError):
             inside = False
         if not inside:
-            shown = ascii(name if len(name) < 200 else name[:200] + "...")
+            shown = ascii(short(name))
             raise DataError(f"{source}: the path {shown} is not inside {self.root}; use a path relative to the root")
         return self.root / path
+
+
+def short(text: str, limit: int = 300) -> str:
+    """Text from a file, cut to a length that a message can carry."""
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 @dataclass(slots=True)
@@ -73,7 +78,8 @@ class Objects:
     segments: list[Any] = field(default_factory=list)
 
     def report(self, what: str, problem: str, fix: str, severity: Severity = "repairable") -> None:
-        self.defects.append(Defect(self.file, f"{self.record}, {what}", problem, fix, severity))
+        """Write down a defect of the object `what`."""
+        self.defects.append(Defect(self.file, short(f"{self.record}, {what}"), short(problem), fix, severity))
 
     def add(
         self,

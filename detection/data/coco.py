@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from detection.data import rle
-from detection.data.checks import Folder, Objects, checked_size, choose_classes, finish_index
+from detection.data.checks import Folder, Objects, checked_size, choose_classes, finish_index, short
 from detection.data.records import DataError, Defect, Index, Record
 
 
@@ -73,7 +73,7 @@ class _Reader:
         self.ids = Counter[int | str]()
 
     def report(self, record: str, problem: str, fix: str, severity: Any = "repairable") -> None:
-        self.defects.append(Defect(self.file, record, problem, fix, severity))
+        self.defects.append(Defect(self.file, short(record), short(problem), short(fix), severity))
 
     def categories(self, items: list[Any], classes: Sequence[str] | None) -> tuple[dict[int | str, int], Index]:
         """`{category key: label}`, 0 for classes that were not asked for, and the index to fill."""
@@ -91,7 +91,7 @@ class _Reader:
             name = name.strip()
             if names.get(key, name) != name:
                 raise DataError(
-                    f"{self.file}: {where}: the id names '{names[key]}' and '{name}'; give each category its own id",
+                    f"{self.file}: {where}: the id names '{short(names[key])}' and '{short(name)}'; give each category its own id",
                     self.defects,
                 )
             if key in names:

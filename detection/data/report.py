@@ -85,7 +85,7 @@ def _print_anchors(anchors: dict[str, Any], console: Console) -> None:
         better = anchors["proposal"]
         number = len(better["sizes"][0]) * len(better["ratios"])
         console.print(
-            f"The anchors miss many boxes. At min_size {better['min_size']} and max_size {better['max_size']}, {number} "
+            f"Anchors miss boxes. At min_size {better['min_size']} and max_size {better['max_size']}, {number} "
             f"anchors a cell cover them better: sizes {better['sizes']}, ratios {better['ratios']}. "
             "A larger min_size helps small objects too."
         )
@@ -123,9 +123,8 @@ def _samples(audit: Audit, index: Index, count: int) -> list[Record]:
     reported = {(d.file, d.record.split(",")[0]) for d in audit.defects if d.severity != "note"}
     stems = {Path(file).stem for file, _ in reported}
     numbers = {record for _, record in reported}
-    first = [r for r in index.records if f"image {r.image_id}" in numbers or Path(r.file_name).stem in stems][
-        : count // 2
-    ]
+    first = [r for r in index.records if f"image {r.image_id}" in numbers or Path(r.file_name).stem in stems]
+    first = first[: count // 2]
     drawn = {id(record) for record in first}
     rest = [record for record in index.records if id(record) not in drawn and len(record.boxes)]
     spread = np.linspace(0, len(rest) - 1, min(count - len(first), len(rest))).round().astype(int)

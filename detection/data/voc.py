@@ -21,7 +21,7 @@ from defusedxml.ElementTree import fromstring
 from PIL import Image
 
 from detection.data import rle
-from detection.data.checks import Folder, Objects, checked_size, choose_classes, finish_index, nearest
+from detection.data.checks import Folder, Objects, checked_size, choose_classes, finish_index, nearest, short
 from detection.data.images import EXTENSIONS
 from detection.data.records import DataError, Defect, Index, Record, Severity
 
@@ -106,7 +106,7 @@ class _Reader:
                 self.files.setdefault(Path(name).stem, []).append(name)
 
     def report(self, file: str, record: str, problem: str, fix: str, severity: Severity = "repairable") -> None:
-        self.defects.append(Defect(file, record, problem, fix, severity))
+        self.defects.append(Defect(file, record, short(problem), fix, severity))
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.folder.root).as_posix()
