@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, Protocol
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before the import, which otherwise asks the network for a new version
 
-import albumentations as A  # noqa: E402
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
+import albumentations as A
+import cv2
+import numpy as np
+from numpy.typing import NDArray
 
 
 def resized_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
@@ -86,14 +86,14 @@ class Augmented(NamedTuple):
         image: `(h, w, 3)` uint8 RGB, still to be resized to `size`.
         size: `(height, width)` of the result.
         boxes: `(M, 4)` float32 xyxy in pixels of the result, inside it, at least `min_box_side` wide and high.
-        index: `(M,)` int64, which of the objects given each of them is.
+        kept: `(M,)` int64, which of the objects given each of them is.
         masks: `(M, *size)` uint8 0/1, or None when none were given.
     """
 
     image: NDArray[np.uint8]
     size: tuple[int, int]
     boxes: NDArray[np.float32]
-    index: NDArray[np.int64]
+    kept: NDArray[np.int64]
     masks: NDArray[np.uint8] | None
 
 
@@ -139,7 +139,8 @@ class Transform:
             image, index = out["image"], np.asarray(out["index"], dtype=np.int64)
             boxes = np.asarray(out["bboxes"], dtype=np.float32).reshape(-1, 4)
             masks = np.asarray(out["masks"], dtype=np.uint8) if "masks" in data else masks
-        (x1, y1, x2, y2), (height, width) = view = self.framing(*image.shape[:2], rng)
+        view = self.framing(image.shape[0], image.shape[1], rng)
+        (x1, y1, x2, y2), (height, width) = view
         scale = np.array([width / (x2 - x1), height / (y2 - y1)] * 2, dtype=np.float32)
         limit = np.array([width, height] * 2, dtype=np.float32)
         boxes = ((boxes - np.array([x1, y1] * 2, dtype=np.float32)) * scale).clip(0, limit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -213,7 +212,8 @@ class DetectionDataModule(L.LightningDataModule):
     def _eval_loader(self, split: Stage) -> DataLoader[Sample]:
         """Every image of the split, in order. Of W ranks, rank r has images r, r + W, ...; up to W - 1 images are
         repeated so that all ranks run equally many steps (a rank less would hang in DDP's buffer broadcast), and the
-        metric counts an image once."""
+        metric counts an image once.
+        """
         dataset = self._datasets[split]
         rank, world = rank_and_world()
         sampler: Any = range(len(dataset))

@@ -205,7 +205,7 @@ class DetectionDataset(Dataset[Sample]):
             pixels=out.image,
             size=out.size,
             boxes=torch.from_numpy(out.boxes),
-            labels=torch.from_numpy(record.labels[trained][out.index]),
+            labels=torch.from_numpy(record.labels[trained][out.kept]),
             target=make_target(record),
             masks=None if out.masks is None else torch.from_numpy(out.masks),
         )

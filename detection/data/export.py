@@ -18,13 +18,14 @@ def write_coco(index: Index, annotations: Path) -> None:
         index: what a reader returned, or what was drawn.
         annotations: the JSON file to write; its folder must exist.
     """
-    images, objects = [], []
+    images: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
     for record in index.records:
         images.append(
             {"id": record.image_id, "file_name": record.file_name, "width": record.width, "height": record.height}
         )
         for i, (x1, y1, x2, y2) in enumerate(record.boxes.tolist()):
-            item = {
+            item: dict[str, Any] = {
                 "id": len(objects) + 1,
                 "image_id": record.image_id,
                 "category_id": index.category_ids[int(record.labels[i]) - 1],

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -28,7 +29,7 @@ CLASSES = ("ball", "melon", "ring", "tile", "star", "cross")
 SPLITS = {"train": ("annotations/train.json", "train"), "val": ("annotations/val.json", "val")}
 MIN_VISIBLE = 0.4  # no object is painted over beyond this fraction of its area
 
-Floats = NDArray[np.float32]
+Floats = NDArray[Any]  # float32
 Form = Callable[[Floats, Floats], Floats]
 
 
@@ -190,7 +191,7 @@ class _Canvas:
         inside = distance < 0
         hidden = np.bincount(owner[inside], minlength=len(self.areas))
         seen = self.seen - hidden
-        if number is None and (seen[1:] < MIN_VISIBLE * self.areas[1:]).any() or not inside.any():
+        if (number is None and (seen[1:] < MIN_VISIBLE * self.areas[1:]).any()) or not inside.any():
             return False
         light = radius * 0.12 + 1
         shadow = form(u - cos * np.float32(0.12), v + sin * np.float32(0.12)) * radius
@@ -264,12 +265,17 @@ def _crowd(canvas: _Canvas, rng: np.random.Generator) -> list[tuple[int, int, bo
 def _photograph(image: Floats, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Light from one side, a little blur and grain."""
     height, width = image.shape[:2]
-    light = np.linspace(*rng.uniform(0.75, 1.15, 2), width, dtype=np.float32)[None, :, None]
-    image = image * light * np.linspace(*rng.uniform(0.75, 1.15, 2), height, dtype=np.float32)[:, None, None]
+    light = _slope(width, rng)[None, :, None]
+    image = image * light * _slope(height, rng)[:, None, None]
     if rng.random() < 0.4:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 0.9))
     grain = rng.standard_normal((height, width, 1), dtype=np.float32) * np.float32(rng.uniform(0.005, 0.04))
     return np.clip((image + grain) * 255, 0, 255).astype(np.uint8)
+
+
+def _slope(length: int, rng: np.random.Generator) -> Floats:
+    first, last = rng.uniform(0.75, 1.15, 2)
+    return np.linspace(first, last, length, dtype=np.float32)
 
 
 def default_folder() -> Path:
@@ -320,7 +326,7 @@ def _draw_record(images: Path, number: int, rng: np.random.Generator) -> Record:
     options = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(80, 96))]
     encoded = cv2.imencode(".jpg", image[..., ::-1], options)[1]
     (images / name).write_bytes(encoded.tobytes())
-    spans = [(mask.any(axis=0).nonzero()[0], mask.any(axis=1).nonzero()[0]) for _, mask, _ in objects]
+    spans = [(np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))) for _, mask, _ in objects]
     boxes = [(x[0], y[0], x[-1] + 1, y[-1] + 1) for x, y in spans]
     return Record(
         image_id=number + 1,

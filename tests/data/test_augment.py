@@ -60,7 +60,9 @@ def test_flip_is_torchvisions() -> None:
     image, boxes = picture(320, 400), np.array([[10, 10, 200, 300]], np.float32)
     out = train_transform(320, 400, hflip=1.0)(image, boxes)
     assert out.boxes.tolist() == [[200, 10, 390, 300]]
-    np.testing.assert_array_equal(out.image, F.horizontal_flip(torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0))
+    np.testing.assert_array_equal(
+        out.image, F.horizontal_flip(torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0)
+    )
     out = train_transform(320, 400, hflip=0, vflip=1.0)(image, boxes)
     assert out.boxes.tolist() == [[10, 20, 200, 310]]
 
@@ -86,22 +88,24 @@ def test_no_object_keeps_shapes(transform: Transform) -> None:
     empty = np.zeros((0, 4), np.float32)
     out = transform(picture(), empty, np.zeros((0, 90, 120), np.uint8), seed=3)
     assert out.boxes.shape == (0, 4) and out.boxes.dtype == np.float32
-    assert out.index.shape == (0,) and out.index.dtype == np.int64
+    assert out.kept.shape == (0,) and out.kept.dtype == np.int64
     assert out.masks is not None and out.masks.shape == (0, *out.size)
 
 
 def test_degenerate_boxes_are_dropped_by_index() -> None:
-    boxes = np.array([[5, 5, 5, 50], [10, 20, 60, 70], [30, 40, 20, 60], [1, 1, 1.5, 90], [-5, -5, 130, 95]], np.float32)
+    boxes = np.array(
+        [[5, 5, 5, 50], [10, 20, 60, 70], [30, 40, 20, 60], [1, 1, 1.5, 90], [-5, -5, 130, 95]], np.float32
+    )
     for transform in (eval_transform(90, 120), train_transform(90, 120, hflip=1.0)):
         out = transform(picture(), boxes)
-        assert out.index.tolist() == [1, 4]
+        assert out.kept.tolist() == [1, 4]
         assert out.boxes[1].tolist() == [0, 0, 120, 90]
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**62), st.integers(0, 12), st.floats(0.1, 2.5))
 def test_large_scale_jitter_keeps_objects_in_step(seed: int, count: int, scale: float) -> None:
-    """Each object is a rectangle of one colour: its mask, its box and the pixels under them must stay the same thing."""
+    """Each object is a rectangle of one colour: its mask, its box and the pixels under them stay the same thing."""
     rng = np.random.default_rng(seed)
     corners = rng.integers(0, (100, 70), (count, 2))
     boxes = np.concatenate([corners, corners + rng.integers(4, 20, (count, 2))], axis=1).astype(np.float32)
@@ -109,15 +113,14 @@ def test_large_scale_jitter_keeps_objects_in_step(seed: int, count: int, scale: 
     for i, (x1, y1, x2, y2) in enumerate(boxes.astype(int)):
         image[y1:y2, x1:x2] = i + 1
         masks[i, y1:y2, x1:x2] = 1
-    out = Transform(ScaleJitter(64, (scale, scale)), train_transform(hflip=0.5, vflip=0.5)._compose.transforms)(
-        image, boxes, masks, seed
-    )
+    transform = train_transform(64, 64, hflip=0.5, vflip=0.5, scale_jitter=(scale, scale))
+    out = transform(image, boxes, masks, seed)
     height, width = out.size
-    assert max(out.size) <= 64 and out.masks is not None and len(out.boxes) == len(out.index) == len(out.masks)
+    assert max(out.size) <= 64 and out.masks is not None and len(out.boxes) == len(out.kept) == len(out.masks)
     assert (out.boxes >= 0).all() and (out.boxes <= (width, height, width, height)).all()
     assert (out.boxes[:, 2:] - out.boxes[:, :2] >= 1).all()
     ratio = (out.image.shape[1] / width, out.image.shape[0] / height)
-    for box, mask, i in zip(out.boxes, out.masks, out.index, strict=True):
+    for box, mask, i in zip(out.boxes, out.masks, out.kept, strict=True):
         rows, columns = np.nonzero(mask)
         if len(rows):  # a mask sampled at pixel centres lies within a pixel of the exact box
             tight = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
