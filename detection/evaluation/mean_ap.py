@@ -178,13 +178,13 @@ class MeanAP(MeanAveragePrecision):
         if self.backend == "arrays":
             limits, classes = self.max_detection_thresholds, len(self.class_names)
             curves = {t: evaluate(results, classes, limits, use_masks=t == "segm") for t in self.iou_type}
-            return {str(iou_type): (curve.precision, curve.recall) for iou_type, curve in curves.items()}
+            return {iou_type: (curve.precision, curve.recall) for iou_type, curve in curves.items()}
         self._fill_state(results)
         try:
             answer = super().compute()
         finally:
             self._fill_state(())
-        arrays = {}
+        arrays: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
         for iou_type in self.iou_type:
             prefix = f"{iou_type}_" if len(self.iou_type) > 1 else ""
             shape = (10, 101, len(self.class_names), len(AREAS), len(self.max_detection_thresholds))

@@ -1,0 +1,152 @@
+"""Figures of an evaluation. Each function gives a matplotlib figure of its own; no global state, no window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from detection.evaluation.analysis import (
+    BACKGROUND,
+    BOTH,
+    CLASS,
+    DUPLICATE,
+    LOCATION,
+    MISTAKES,
+    RIGHT,
+    Analysis,
+    Mistake,
+)
+from detection.evaluation.coco_eval import RECALL_THRESHOLDS, Curves
+
+INK, FAINT, ACCENT = "#1d2733", "#c8d0d9", "#1f6feb"
+COLOURS = {
+    RIGHT: "#2e9e6b",
+    CLASS: "#e58a1f",
+    LOCATION: "#3d7fd9",
+    BOTH: "#8d5fd3",
+    DUPLICATE: "#b59a00",
+    BACKGROUND: "#d64550",
+}
+MISSED = "#d6338a"
+NAMED_CURVES = 10
+MATRIX_CLASSES = 25
+
+
+def precision_recall(curves: Curves, class_names: Sequence[str]) -> Figure:
+    """Interpolated precision over recall at IoU .50 for each class, with the mean; beyond ten classes five are named.
+
+    Args:
+        curves: of `evaluate`, the first threshold being .50.
+        class_names: label `i` is `class_names[i - 1]`.
+    """
+    figure, axes = _figure(6.4, 4.6)
+    precision = curves.precision[0, :, :, 0, -1]
+    known = np.flatnonzero(precision[0] > -1)
+    ap = precision.mean(0)
+    ranked = known[np.argsort(-ap[known], kind="stable")]
+    named = set(ranked[:NAMED_CURVES] if len(ranked) <= NAMED_CURVES else [*ranked[:3], *ranked[-2:]])
+    for k in ranked:
+        style: dict[str, Any] = (
+            {"lw": 1.5, "label": f"{class_names[k]}  {ap[k]:.2f}"} if k in named else {"lw": 0.6, "color": FAINT}
+        )
+        axes.plot(RECALL_THRESHOLDS, precision[:, k], **style)
+    if len(known):
+        mean = precision[:, known].mean(1)
+        axes.plot(RECALL_THRESHOLDS, mean, color=INK, lw=2.6, label=f"mean  {mean.mean():.2f}")
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), title="AP at IoU .50")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
+    return figure
+
+
+def confusion(matrix: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
+    """Where the objects of each class went: rows sum to 1; counts are written in. Large matrices show their worst part.
+
+    Args:
+        matrix: `(C + 1, C + 1)` of `confusion_matrix`.
+        class_names: C names.
+    """
+    count = len(class_names)
+    shown = np.arange(count)
+    if count > MATRIX_CLASSES:
+        off = matrix[:count, :count] - np.diag(np.diag(matrix[:count, :count]))
+        shown = np.sort(np.argsort(-(off.sum(0) + off.sum(1)), kind="stable")[:MATRIX_CLASSES])
+    index = np.append(shown, count)
+    part = matrix[np.ix_(index, index)]
+    share = part / np.maximum(part.sum(1, keepdims=True), 1)
+    side = min(max(4.2, 0.42 * len(index) + 1.8), 11)
+    figure, axes = _figure(side, side * 0.92)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    names = [class_names[int(k)] for k in shown]
+    axes.set_xticks(range(len(index)), [*names, "missed"], rotation=90 if len(index) > 6 else 0, fontsize=8)
+    axes.set_yticks(range(len(index)), [*names, "background"], fontsize=8)
+    for i, j in np.argwhere(part > 0):
+        shade = "white" if share[i, j] > 0.55 else INK
+        axes.text(j, i, str(part[i, j]), ha="center", va="center", fontsize=7 if len(index) > 12 else 9, color=shade)
+    axes.grid(visible=False)
+    axes.set(xlabel="detected as", ylabel="is")
+    return figure
+
+
+def score_histogram(analysis: Analysis) -> Figure:
+    """How many detections have which score, right ones and each kind of mistake stacked (square-root scale)."""
+    figure, axes = _figure(6.4, 3.6)
+    kinds = [RIGHT, *MISTAKES]
+    axes.hist(
+        [analysis.dt.scores[analysis.kind == kind] for kind in kinds],
+        bins=np.linspace(0, 1, 41).tolist(),
+        stacked=True,
+        color=[COLOURS[kind] for kind in kinds],
+        label=["right", *(name for name, _ in MISTAKES.values())],
+    )
+    axes.set_yscale("function", functions=(np.sqrt, np.square))
+    axes.set(xlim=(0, 1), xlabel="score", ylabel="detections")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def by_size(figures: Mapping[str, float]) -> Figure:
+    """AP and AR of small, medium and large objects; a size without objects has no bar.
+
+    Args:
+        figures: the keys of `MeanAP.compute`, without prefix.
+    """
+    figure, axes = _figure(4.6, 3.6)
+    sizes = ("small", "medium", "large")
+    for offset, (key, name, colour) in enumerate((("map", "AP", ACCENT), ("mar", "AR", "#9cc2f7"))):
+        values = [figures[f"{key}_{size}"] for size in sizes]
+        heights = [max(value, 0.0) for value in values]
+        bars = axes.bar(np.arange(3) + 0.38 * offset, heights, 0.36, color=colour, label=name)
+        axes.bar_label(bars, [f"{v:.3f}" if v > -1 else "none" for v in values], fontsize=8, padding=2)
+    axes.set_xticks(np.arange(3) + 0.19, ["small\n< 32²", "medium", "large\n> 96²"])
+    axes.set(ylim=(0, 1.08))
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    return figure
+
+
+def mistakes(rows: Sequence[Mistake]) -> Figure:
+    """How much AP each kind of mistake costs."""
+    figure, axes = _figure(6.4, 3.0)
+    main = rows[: len(MISTAKES) + 1]
+    colours = [*(COLOURS[kind] for kind in MISTAKES), MISSED]
+    bars = axes.barh([row.name for row in main], [100 * row.delta_ap for row in main], color=colours, height=0.62)
+    axes.bar_label(bars, [f"{100 * row.delta_ap:.1f}  ({row.count})" for row in main], fontsize=8, padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.22)
+    axes.set(xlabel="points of AP50 that putting this kind right would add (how many)")
+    return figure
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
+    axes.grid(color="#eef1f4", lw=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes

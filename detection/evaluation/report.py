@@ -1,0 +1,286 @@
+"""An evaluation on disk: figures and detections as JSON, plots, and one HTML report that explains them."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from detection.evaluation import plots
+from detection.evaluation.analysis import (
+    MISTAKES,
+    RIGHT,
+    Analysis,
+    Mistake,
+    analyse,
+    confusion_matrix,
+    error_breakdown,
+    operating_points,
+    worst_images,
+)
+from detection.evaluation.coco_eval import AREAS, evaluate
+from detection.evaluation.export import write_coco_results
+from detection.evaluation.mean_ap import MeanAP, mean_valid
+from detection.evaluation.page import PAGE, SCRIPT, STYLE
+from detection.evaluation.results import ImageResult
+
+LoadImage = Callable[[ImageResult], NDArray[np.uint8]]
+KINDS = {RIGHT: "right", **{kind: name for kind, (name, _) in MISTAKES.items()}}
+SHOWN_SIDE = 720  # pixels of the longer side of a picture in the report
+CONFIDENT = 0.5
+
+
+def write_evaluation(
+    folder: Path,
+    metric: MeanAP,
+    category_ids: Sequence[int],
+    load_image: LoadImage | None = None,
+    title: str = "Evaluation",
+    facts: Mapping[str, str] | None = None,
+) -> dict[str, float]:
+    """Compute, and write `figures.json`, `detections_bbox.json` (and `_segm`), `plots/*.png` and `report.html`.
+
+    Args:
+        folder: made if absent; files of an earlier evaluation are replaced.
+        metric: has seen all images of the split, in one process.
+        category_ids: the data set's own id of each class, for the detections.
+        load_image: gives the pixels `(H, W, 3)` RGB of an image; without it the report has no pictures.
+        title, facts: head of the report, e.g. `{"checkpoint": "best.ckpt", "split": "test"}`.
+
+    Returns:
+        the figures of `metric.compute`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = metric.compute()
+    results, names = metric.results, metric.class_names
+    for iou_type in metric.iou_type:
+        write_coco_results(folder / f"detections_{iou_type}.json", results, category_ids, iou_type)
+    summary = {"figures": figures, "per_class": metric.per_class(), "absent_detections": metric.absent_detections()}
+    summary |= {"images": len(results), "facts": dict(facts or {})}
+    judged = analyse(results, len(names))
+    summary["mistakes"] = {
+        row.name: {"count": row.count, "delta_ap50": row.delta_ap} for row in error_breakdown(judged)
+    }
+    (folder / "figures.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
+    shown = draw_plots(results, names, judged)
+    (folder / "plots").mkdir(exist_ok=True)
+    for name, figure in shown.items():
+        figure.savefig(folder / "plots" / f"{name}.png", dpi=120)
+    page = render(figures, results, names, judged, shown, load_image, title, facts or {})
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    return figures
+
+
+def draw_plots(results: Sequence[ImageResult], names: Sequence[str], judged: Analysis) -> dict[str, Figure]:
+    """All figures of the report, by name."""
+    curves = evaluate(results, len(names))
+    size = {f"map_{area}": mean_valid(curves.precision[:, :, :, a, -1]) for a, area in enumerate(AREAS)}
+    size |= {f"mar_{area}": mean_valid(curves.recall[:, :, a, -1]) for a, area in enumerate(AREAS)}
+    return {
+        "precision_recall": plots.precision_recall(curves, names),
+        "mistakes": plots.mistakes(error_breakdown(judged)),
+        "confusion": plots.confusion(confusion_matrix(judged, CONFIDENT), names),
+        "scores": plots.score_histogram(judged),
+        "sizes": plots.by_size(size),
+    }
+
+
+def render(
+    figures: Mapping[str, float],
+    results: Sequence[ImageResult],
+    names: Sequence[str],
+    judged: Analysis,
+    shown: Mapping[str, Figure],
+    load_image: LoadImage | None,
+    title: str,
+    facts: Mapping[str, str],
+) -> str:
+    """The report as one HTML text that loads nothing."""
+    objects = int((~judged.gt.crowd).sum())
+    head = {**facts, "images": str(len(results)), "objects": str(objects), "detections": str(len(judged.dt.label))}
+    body = [
+        _tiles(figures),
+        '<div class="pair">',
+        _section(
+            "Precision and recall", "Interpolated precision by class at IoU .50.", _plot(shown["precision_recall"])
+        ),
+        _section("Scores", "What the detections of each score are. Square-root scale.", _plot(shown["scores"])),
+        "</div>",
+        _section(
+            "What goes wrong",
+            "Mistakes at IoU .50 (background below .10) after TIDE, and the points of AP50 that putting one kind right "
+            "would add. They don't add up: one mistake hides another.",
+            f'<div class="pair"><div>{_plot(shown["mistakes"])}</div><div>{_mistakes(error_breakdown(judged))}</div></div>',
+        ),
+        _section(
+            "Classes",
+            "Click a column to sort. The last three are at the score of best F1.",
+            _classes(results, names, judged),
+        ),
+        '<div class="pair">',
+        _section(
+            "Confusion",
+            f"Detections of score {CONFIDENT} and more against objects of any class at IoU .50.",
+            _plot(shown["confusion"]),
+        ),
+        _section("Size of objects", "AP and AR by annotated area in pixels.", _plot(shown["sizes"])),
+        "</div>",
+        _gallery(results, names, judged, load_image) if load_image else "",
+    ]
+    return PAGE.format(
+        title=escape(title),
+        facts=" &nbsp;·&nbsp; ".join(f"{escape(k)} <b>{escape(v)}</b>" for k, v in head.items()),
+        style=STYLE,
+        script=SCRIPT,
+        body="\n".join(body),
+        footer="Figures by the COCO protocol: at most 100 detections of a class and image, crowds ignored; -1 or a dash "
+        "means that there is no ground truth.",
+    )
+
+
+def _tiles(figures: Mapping[str, float]) -> str:
+    keys = {"map": "AP", "map_50": "AP50", "map_75": "AP75"}
+    keys |= {f"map_{area}": f"AP {area}" for area in AREAS[1:]}
+    recall = [key for key in figures if key.removeprefix("bbox_").removeprefix("mar_").isdigit() and "mar_" in key]
+    keys |= {recall[-1].removeprefix("bbox_"): f"AR at {recall[-1].split('_')[-1]}"} if recall else {}
+    tiles = []
+    for key, name in keys.items():
+        value = figures.get(key, figures.get(f"bbox_{key}", -1.0))
+        first = " first" if key == "map" else ""
+        tiles.append(f'<div class="tile{first}"><b>{_number(value)}</b><span>{name}</span></div>')
+    if "segm_map" in figures:
+        tiles.append(f'<div class="tile"><b>{_number(figures["segm_map"])}</b><span>mask AP</span></div>')
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _mistakes(rows: Sequence[Mistake]) -> str:
+    colours = {KINDS[kind]: plots.COLOURS[kind] for kind in MISTAKES} | {"missed": plots.MISSED}
+    cells = [
+        (
+            (f"{_dot(colours.get(row.name, plots.FAINT))}{row.name}", row.name),
+            (row.meaning, row.meaning),
+            (str(row.count), row.count),
+            (f"{100 * row.delta_ap:+.1f}", row.delta_ap),
+        )
+        for row in rows
+    ]
+    return _table(("mistake", "meaning", "count", "dAP50"), cells, text=(0, 1))
+
+
+def _classes(results: Sequence[ImageResult], names: Sequence[str], judged: Analysis) -> str:
+    precision = evaluate(results, len(names)).precision[:, :, :, 0, -1]
+    points = operating_points(judged)
+    rows = []
+    for k, name in enumerate(names):
+        objects = int((judged.gt.label[~judged.gt.crowd] == k + 1).sum())
+        found = int((judged.dt.label == k + 1).sum())
+        if not objects and not found:
+            continue
+        ap = mean_valid(precision[:, :, k])
+        values = [ap, *(mean_valid(precision[t, :, k]) for t in (0, 5))]
+        point = points.get(k + 1)
+        values += [point.score, point.precision, point.recall] if point else [-1.0] * 3
+        bar = f'<span class="bar" style="width:{max(ap, 0) * 5:.2f}rem"></span>'
+        cells = [(escape(name), name), (str(objects), objects), (str(found), found)]
+        cells += [(_number(value), value if value > -1 else "") for value in values]
+        cells[3] = (bar + cells[3][0], cells[3][1])
+        rows.append(cells)
+    heads = ("class", "objects", "detections", "AP", "AP50", "AP75", "at score", "precision", "recall")
+    absent = len(names) - len(rows)
+    tail = f'<p class="note">{absent} classes have neither objects nor detections here.</p>' if absent else ""
+    return f'<div class="scroll">{_table(heads, rows)}</div>{tail}'
+
+
+def _gallery(results: Sequence[ImageResult], names: Sequence[str], judged: Analysis, load_image: LoadImage) -> str:
+    kinds = [(KINDS[kind], plots.COLOURS[kind]) for kind in KINDS]
+    kinds += [("missed object", plots.MISSED), ("found object", "#e8edf3")]
+    boxes = "".join(
+        f'<label><input type="checkbox" data-kind="{name}"{"" if name == "found object" else " checked"}>'
+        f"{_dot(colour)}{name}</label>"
+        for name, colour in kinds
+    )
+    controls = (
+        f'<div class="controls"><label>score at least <input id="score" type="range" min="0" max="1" step="0.01" '
+        f'value="0.3"> <output id="score-value">0.30</output></label>{boxes}</div>'
+    )
+    pictures = [_picture(i, weight, results[i], names, judged, load_image) for i, weight in worst_images(judged, 12)]
+    note = "Most mistakes first: scores of wrong detections, and one for each object not found. Dashed boxes are objects; hover for names."
+    return _section("Worst images", note, f'{controls}<div class="gallery">{"".join(pictures)}</div>')
+
+
+def _picture(
+    image: int, weight: float, result: ImageResult, names: Sequence[str], judged: Analysis, load_image: LoadImage
+) -> str:
+    rects = []
+    for j in np.flatnonzero((judged.gt.image == image) & ~judged.gt.crowd):
+        kind, colour = ("found object", "#e8edf3") if judged.found[j] else ("missed object", plots.MISSED)
+        label = f"{names[judged.gt.label[j] - 1]} ({kind})"
+        rects.append(_rect(judged.gt.boxes[j], kind, colour, label, "object"))
+    for i in np.flatnonzero(judged.dt.image == image):
+        kind = KINDS.get(int(judged.kind[i]))
+        if kind:
+            label = f"{names[judged.dt.label[i] - 1]} {judged.dt.scores[i]:.2f} ({kind})"
+            score = f' data-score="{judged.dt.scores[i]:.4f}"'
+            rects.append(_rect(judged.dt.boxes[i], kind, plots.COLOURS[int(judged.kind[i])], label, "found", score))
+    pixels = load_image(result)
+    height, width = pixels.shape[:2]
+    scale = min(1.0, SHOWN_SIDE / max(height, width))
+    small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])
+    name = escape(result.file_name)
+    return (
+        f'<figure><div class="frame"><img alt="{name}" src="{_data("image/jpeg", jpeg.tobytes())}">'
+        f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none">{"".join(rects)}</svg></div>'
+        f"<figcaption><b>{name}</b><br>image {result.image_id}, weight of mistakes {weight:.1f}</figcaption></figure>"
+    )
+
+
+def _rect(box: NDArray[np.float64], kind: str, colour: str, label: str, style: str, extra: str = "") -> str:
+    x, y, w, h = (f"{value:.1f}" for value in box)
+    return (
+        f'<rect class="{style}" data-kind="{kind}"{extra} style="--colour:{colour}" x="{x}" y="{y}" width="{w}" '
+        f'height="{h}"><title>{escape(label)}</title></rect>'
+    )
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[tuple[str, Any]]], text: Sequence[int] = (0,)) -> str:
+    """A sortable table of cells `(html, value to sort by)`."""
+    css = [' class="text"' if i in text else "" for i in range(len(heads))]
+    top = "".join(f'<th{c}><button type="button">{head}</button></th>' for head, c in zip(heads, css, strict=True))
+    lines = [
+        "".join(f'<td{c} data-value="{escape(str(v))}">{html}</td>' for (html, v), c in zip(row, css, strict=True))
+        for row in rows
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<table class="sortable"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _section(title: str, note: str, content: str) -> str:
+    return f'<section><h2>{title}</h2><p class="note">{note}</p>{content}</section>'
+
+
+def _plot(figure: Figure) -> str:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return f'<img class="plot" alt="" src="{_data("image/svg+xml", buffer.getvalue())}">'
+
+
+def _data(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _dot(colour: str) -> str:
+    return f'<span class="dot" style="--colour:{colour}"></span>'
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if value > -1 else "–"
