@@ -90,10 +90,9 @@ class _Reader:
                 name = f"class {key}"
             name = name.strip()
             if names.get(key, name) != name:
-                raise DataError(
-                    f"{self.file}: {where}: the id names '{short(names[key])}' and '{short(name)}'; give each category its own id",
-                    self.defects,
-                )
+                both = f"'{short(names[key])}' and '{short(name)}'"
+                fix = "give each category its own id"
+                raise DataError(f"{self.file}: {where}: the id names {both}; {fix}", self.defects)
             if key in names:
                 self.report(where, "it is listed twice", "listed once is enough; delete the copy")
             elif name in names.values():
