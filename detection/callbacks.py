@@ -1,0 +1,198 @@
+"""Callbacks that only watch: throughput, a progress bar, pictures of predictions, and the tables of results."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import WandbLogger
+from rich.console import Console
+from rich.table import Table
+
+from detection.data.batch import Batch
+from detection.data.dataset import collate
+from detection.data.images import read_image
+from detection.module import DetectionModule
+from detection.visualize import draw_objects, side_by_side
+
+log = logging.getLogger(__name__)
+
+
+class Throughput(L.Callback):
+    """Logs `images/s` over all devices, the fraction of time spent waiting for data, and the learning rate.
+
+    Args:
+        window: steps that are averaged.
+        line_every: seconds between lines in the log; 0 for none, where a progress bar shows the same.
+    """
+
+    def __init__(self, window: int = 20, line_every: float = 0.0) -> None:
+        self._steps: deque[tuple[float, float, int]] = deque(maxlen=window)
+        self._line_every, self._last_line = line_every, time.perf_counter()
+        self._ended = self._started = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._ended = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._ended = time.perf_counter()  # validation in the middle of an epoch is no waiting for data
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        now = time.perf_counter()
+        self._steps.append((now - self._ended, self._started - self._ended, len(batch) * trainer.world_size))
+        self._ended = now
+        seconds, waiting, images = (sum(column) for column in zip(*self._steps, strict=True))
+        pl_module.log("images/s", images / seconds, prog_bar=True, batch_size=1)
+        pl_module.log("time/data", waiting / seconds, batch_size=1)
+        pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
+        if self._line_every and now - self._last_line > self._line_every and trainer.is_global_zero:
+            self._last_line = now
+            loss = float(trainer.callback_metrics.get("train/loss", torch.nan))
+            log.info(
+                "step %d of %g: loss %.3f, %.1f images/s",
+                trainer.global_step,
+                trainer.estimated_stepping_batches,
+                loss,
+                images / seconds,
+            )
+
+
+class Bar(RichProgressBar):
+    """A progress bar of loss, mAP and images per second."""
+
+    NAMES: Mapping[str, str] = {"train/loss": "loss", "val_map": "mAP", "images/s": "images/s"}
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=4)
+        self._shown: dict[str, Any] = {}
+        self._read = 0.0
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """The figures under short names; read twice a second, as each reading waits for the device."""
+        if time.perf_counter() - self._read > 0.5:
+            metrics = super().get_metrics(trainer, pl_module)
+            self._shown = {short: metrics[name] for name, short in self.NAMES.items() if name in metrics}
+            self._read = time.perf_counter()
+        return self._shown
+
+
+class PredictionPictures(L.Callback):
+    """After each validation `predictions.jpg`: the same images each time, ground truth beside predictions.
+
+    Args:
+        folder: where the picture goes; also sent to W&B where that is in use.
+        count: how many images, spread over the validation split.
+        score_thresh: detections below it are not drawn.
+    """
+
+    def __init__(self, folder: str, count: int = 8, score_thresh: float = 0.5) -> None:
+        self.path = Path(folder) / "predictions.jpg"
+        self.count, self.score_thresh = count, score_thresh
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: DetectionModule) -> None:  # type: ignore[override]
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        dataset = trainer.val_dataloaders.dataset  # type: ignore[union-attr]
+        chosen = np.unique(np.linspace(0, len(dataset) - 1, min(self.count, len(dataset))).astype(int)).tolist()
+        batch = collate([dataset[(i, 0)] for i in chosen])  # a seed, so that nothing is drawn from torch
+        with torch.no_grad():
+            detections = pl_module.predict_step(batch.to(pl_module.device), 0)
+        pairs = []
+        for target, detection in zip(batch.targets, detections, strict=True):
+            image = read_image(dataset.root / target.file_name, target.size)
+            found = {name: value.cpu().numpy() for name, value in detection.items()}
+            found = {name: value[found["scores"] >= self.score_thresh] for name, value in found.items()}
+            truth = draw_objects(image, target.boxes.numpy(), target.labels.numpy(), pl_module.class_names)
+            guess = draw_objects(image, found["boxes"], found["labels"], pl_module.class_names, found["scores"])
+            pairs.append((truth, guess))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        side_by_side(pairs, ("ground truth", f"predictions with score >= {self.score_thresh}")).save(self.path, quality=88)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("val/predictions", [str(self.path)], step=trainer.global_step)
+
+
+class Results(L.Callback):
+    """A line in the log after each validation, and a table of the best one by class at the end."""
+
+    def __init__(self) -> None:
+        self.best: dict[str, float] = {}
+        self.best_step = -1
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if "val/map" not in metrics:
+            return
+        if metrics["val/map"] > self.best.get("val/map", -2.0):
+            self.best = {name: value for name, value in metrics.items() if name.startswith("val/")}
+            self.best_step = trainer.global_step
+        shown = {"train/loss": "loss", "val/loss": "validation loss", "val/map": "mAP", "val/map_50": "AP50"}
+        figures = [f"{title} {metrics[name]:.3f}" for name, title in shown.items() if name in metrics]
+        if "images/s" in metrics:
+            figures.append(f"{metrics['images/s']:.1f} images/s")
+        if trainer.is_global_zero:
+            log.info("epoch %d, step %d: %s", trainer.current_epoch + 1, trainer.global_step, ", ".join(figures))
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero and self.best:
+            Console().print(result_table(self.best, "val", f"Validation at step {self.best_step}, the best"))
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if trainer.is_global_zero and "test/map" in metrics:
+            Console().print(result_table(metrics, "test", "Test"))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+
+
+SUMMARY = {
+    "map": "AP",
+    "map_50": "AP50",
+    "map_75": "AP75",
+    "map_small": "AP small",
+    "map_medium": "AP medium",
+    "map_large": "AP large",
+    "mar_100": "AR100",
+}
+
+
+def result_table(metrics: Mapping[str, float], stage: str, title: str) -> Table:
+    """AP of each class, then the summary figures; a class without ground truth has no AP and no row.
+
+    Args:
+        metrics: as the module logs them, `"<stage>/map"` and `"<stage>/ap/<class>"`.
+        stage: `val` or `test`.
+        title: of the table.
+    """
+    table = Table(title=title, show_footer=False)
+    table.add_column("class")
+    table.add_column("AP", justify="right")
+    prefix = f"{stage}/ap/"
+    for name, value in metrics.items():
+        if name.startswith(prefix):
+            table.add_row(name.removeprefix(prefix), f"{value:.3f}")
+    table.add_section()
+    for key, label in SUMMARY.items():
+        value = metrics.get(f"{stage}/{key}", -1.0)
+        if value > -1:
+            table.add_row(label, f"{value:.3f}", style="bold" if key == "map" else None)
+    return table

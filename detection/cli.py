@@ -1,0 +1,301 @@
+"""The command line of `scripts/fit.py`: LightningCLI without subcommands, with our run folder, callbacks and errors."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.logging import RichHandler
+
+from detection.callbacks import Bar, PredictionPictures, Results, Throughput
+from detection.data.datamodule import DetectionDataModule
+from detection.data.records import DataError
+from detection.loggers import MetricsFile, WandbMode, wandb_logger
+from detection.models import zoo
+from detection.module import DetectionModule
+
+log = logging.getLogger(__name__)
+
+CONFIGS = Path(__file__).parent / "configs"
+QUICKSTART = "quickstart"
+RUN_FOLDER = "DETECTION_RUN_FOLDER"  # hands the folder to the processes of other ranks
+DESCRIPTION = """Train a detector. Without arguments: the quickstart, on scenes that are drawn on the spot.
+
+--config takes a YAML file, or the name of one of this package's: {configs}. Any other flag overrides it.
+"""
+
+
+class Parser(LightningArgumentParser):
+    """Fails on an unknown flag or key with the nearest right one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one line and exit with code 2."""
+        if os.environ.get("JSONARGPARSE_DEBUG"):
+            super().error(message, ex)
+        sys.stderr.write(f"error: {' '.join(message.split())}{self._suggest(message)}\n")
+        raise SystemExit(2)
+
+    def _suggest(self, message: str) -> str:
+        known = [option.lstrip("-") for option in self._option_string_actions if option.startswith("--")]
+        known += [f"model.detector.{name}" for name in _detector_arguments()]
+        unknown = [word.lstrip("-").partition("=")[0] for word in re.findall(r"--[\w.+-]+", message)]
+        unknown += re.findall(r"['\"]([\w.+-]+)['\"]", message)
+        for word in unknown:
+            if word in known:
+                continue
+            whole = difflib.get_close_matches(word, known, 1, 0.75)
+            last = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
+            parts = {name.rpartition(".")[2]: name for name in known}
+            tail = [parts[m] for m in difflib.get_close_matches(word.rpartition(".")[2], parts, 1, 0.75)]
+            if nearest := (whole or last or tail):
+                return f" (did you mean --{nearest[0]}?)"
+        return ""
+
+
+def _detector_arguments() -> list[str]:
+    """Arguments that the builders share, which a parser knows only once a builder is chosen."""
+    from inspect import signature
+
+    own = signature(zoo.fasterrcnn_resnet50_fpn).parameters
+    return [name for name in (*own, *signature(zoo.faster_rcnn).parameters) if name not in ("backbone", "kwargs")]
+
+
+class FitCLI(LightningCLI):
+    """Trains a detector: parses, chooses the run's folder, builds data, model and trainer.
+
+    Args:
+        args: command line without the program's name.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+        super().__init__(
+            DetectionModule,
+            DetectionDataModule,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_class=Parser,
+            # An abbreviation that works today is ambiguous when a flag is added.
+            parser_kwargs={"description": DESCRIPTION.format(configs=names), "allow_abbrev": False},
+            args=expand(args),
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # DetectionModule keeps what it needs by itself
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the given arguments only, whatever stands in `sys.argv`."""
+        self.config = parser.parse_args(args)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The flags of the trainer, the model and the data; classes come from the data."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        # Our samplers are rank-aware by themselves; the table of layers has one line that says anything.
+        parser.set_defaults({"trainer.use_distributed_sampler": False, "trainer.enable_model_summary": False})
+        parser.add_class_arguments(DetectionModule, "model", skip={"class_names"}, instantiate=False)
+        parser.add_class_arguments(DetectionDataModule, "data", instantiate=False)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The flags of the run itself."""
+        parser.add_argument("--name", type=str, default="run", help="Runs of one kind share runs/NAME.")
+        parser.add_argument("--output", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument("--resume", type=str | None, default=None, help="Checkpoint, or folder of a run, to go on with.")
+        parser.add_argument("--wandb", type=WandbMode, default="off", help="`auto`: online when logged in, else offline.")
+
+    def instantiate_classes(self) -> None:
+        """Build the data first: it knows the classes and image sizes that the detector needs.
+
+        `self.config`, which is saved, stays as the user wrote it.
+        """
+        if self.config.trainer.strategy != "auto" or self.config.trainer.devices != "auto":
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo's remarks on host names
+        self.checkpoint = find_checkpoint(self.config.resume)
+        self.folder = run_folder(Path(self.config.output) / self.config.name, self.checkpoint)
+        self.datamodule = DetectionDataModule(**self.config.data.as_dict())
+        config = self.config.clone()
+        fit_detector_to_data(config.model.detector, self.datamodule)
+        self.config_init = self.parser.instantiate_classes(config)
+        self.model = DetectionModule(**self.config_init.model.as_dict(), class_names=self.datamodule.class_names)
+        self.trainer = self.instantiate_trainer()
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The trainer with our loggers and callbacks beside those of the configuration."""
+        given = self.config_init.trainer
+        settings: dict[str, Any] = {"default_root_dir": str(self.folder), "callbacks": list(given.callbacks or [])}
+        settings["callbacks"] += self._callbacks(given)
+        settings["enable_progress_bar"] = self._shows_bar(given)
+        if given.logger is None or given.logger is True:
+            settings["logger"] = self._loggers()
+        return super().instantiate_trainer(**settings, **kwargs)
+
+    def _shows_bar(self, given: Namespace) -> bool:
+        return given.enable_progress_bar is not False and Console().is_terminal
+
+    def _callbacks(self, given: Namespace) -> list[Callback]:
+        bar = self._shows_bar(given)
+        callbacks = [Throughput(line_every=0 if bar else 60), PredictionPictures(str(self.folder)), Results()]
+        if bar:
+            callbacks.append(Bar())
+        if given.enable_checkpointing is not False:
+            callbacks.append(
+                ModelCheckpoint(
+                    self.folder,
+                    "best",
+                    monitor="val/map",
+                    mode="max",
+                    save_last=True,
+                    auto_insert_metric_name=False,  # the slash in the name would make a folder
+                    enable_version_counter=False,
+                )
+            )
+        return callbacks
+
+    def _loggers(self) -> list[Logger]:
+        loggers: list[Logger] = [MetricsFile(self.folder)]
+        if self.config.wandb != "off":
+            loggers.append(wandb_logger(self.config.wandb, self.folder))
+        return loggers
+
+    def fit(self) -> None:
+        """Train to the end, or on from the checkpoint."""
+        if rank_zero_only.rank == 0 and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "README.md").write_text(RUN_README.format(folder=self.folder.as_posix()))
+        parameters = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        total, trained = sum(n for n, _ in parameters), sum(n for n, trains in parameters if trains)
+        log.info("detector: %.1f M parameters, of which %.1f M train", total / 1e6, trained / 1e6)
+        if self.checkpoint:
+            log.info("going on from %s", self.checkpoint)
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
+        log.info("the run is in %s", self.folder)
+
+
+RUN_README = """A training run. `config.yaml` repeats it, `metrics.csv` has its curves, `predictions.jpg` its last pictures.
+
+Go on with it:   python scripts/fit.py --config {folder}/config.yaml --resume {folder}
+Evaluate it:     python scripts/evaluate.py --ckpt {folder}/best.ckpt
+Detect with it:
+
+    from detection import DetectionModule
+
+    module = DetectionModule.load_from_checkpoint("{folder}/best.ckpt")
+    detections = module.detector.predict([image])  # (3, h, w) uint8 RGB -> boxes, labels, scores
+"""
+
+
+def expand(args: Sequence[str]) -> list[str]:
+    """Complete what may be written short: no configuration, the name of a packaged one, the name of a builder."""
+    expanded = []
+    previous = ""
+    for arg in args:
+        flag, equals, value = arg.partition("=") if arg.startswith("-") else (previous, "", arg)
+        if flag in ("-c", "--config") and not Path(value).is_file() and (CONFIGS / f"{value}.yaml").is_file():
+            value = str(CONFIGS / f"{value}.yaml")
+        if flag in ("--model.detector", "--model.detector.class_path") and value in vars(zoo):
+            value = f"{zoo.__name__}.{value}"
+        expanded.append(f"{flag}{equals}{value}" if arg.startswith("-") else value)
+        previous = arg
+    if not any(arg.partition("=")[0] in ("-c", "--config") for arg in args):
+        expanded = ["--config", str(CONFIGS / f"{QUICKSTART}.yaml"), *expanded]
+    return expanded
+
+
+def fit_detector_to_data(detector: Namespace, data: DetectionDataModule) -> None:
+    """Fill in the detector's arguments that follow from the data, where they were left at their defaults."""
+    sizes = data.hparams["min_size"]
+    follows = {
+        "num_classes": (len(data.class_names) + 1, (None, zoo.COCO_CATEGORIES)),
+        "min_size": (sizes if isinstance(sizes, int) else sorted(sizes), (None, 800)),
+        "max_size": (data.hparams["max_size"], (None, 1333)),
+    }
+    for name, (value, defaults) in follows.items():
+        if name in detector.init_args and detector.init_args[name] in defaults:
+            detector.init_args[name] = value
+
+
+def find_checkpoint(resume: str | None) -> str | None:
+    """The file to go on with: the one named, or `last.ckpt` of the run's folder; FileNotFoundError if absent."""
+    if resume is None:
+        return None
+    path = Path(resume)
+    path = path / "last.ckpt" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: --resume takes a .ckpt file or the folder of a run")
+    return str(path)
+
+
+def run_folder(parent: Path, checkpoint: str | None) -> Path:
+    """A new folder for this run, or that of the checkpoint; chosen by the first rank, the same for all."""
+    if checkpoint:
+        return Path(checkpoint).parent
+    if rank_zero_only.rank != 0 and RUN_FOLDER in os.environ:
+        return Path(os.environ[RUN_FOLDER])
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    taken = sum(path.name.startswith(stamp) for path in parent.glob("*"))
+    folder = parent / (f"{stamp}_{taken}" if taken else stamp)
+    os.environ[RUN_FOLDER] = str(folder)
+    return folder
+
+
+NOISE = re.compile(r"GPU available|TPU available|HPU available|.*Tip: |.*litlogger|Seed set to|.*Trainer.fit. stopped")
+MISLEADING = (
+    ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",  # on purpose: it checks the batch
+    ".*does not have many workers.*",  # more than the cores of this machine would be slower
+    ".*It is recommended to use `self.log.*sync_dist=True.*",  # the metric is the same on every rank
+    ".*isinstance.treespec, LeafSpec.* is deprecated.*",
+    ".*number of training batches .* is smaller than the logging interval.*",
+    ".*Experiment logs directory .* exists and is not empty.*",
+    ".*Checkpoint directory .* exists and is not empty.*",  # config.yaml is written before
+    ".*no val dataloader.*limit_val_batches.*",
+)
+
+
+def set_up_output() -> None:
+    """Show our log and Lightning's warnings once (first rank), without what misleads or repeats."""
+    console = Console(stderr=True)
+    rich = RichHandler(show_path=False, show_level=False, log_time_format="%H:%M:%S")
+    handler = rich if console.is_terminal else logging.StreamHandler()
+    handler.addFilter(lambda record: not NOISE.match(record.getMessage()))
+    level = logging.INFO if rank_zero_only.rank == 0 else logging.ERROR  # type: ignore[attr-defined]
+    for name in ("detection", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+    for message in MISLEADING:
+        warnings.filterwarnings("ignore", message)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code, 2 for a mistake in flags, configuration or data."""
+    set_up_output()
+    try:
+        cli = FitCLI(sys.argv[1:] if args is None else args)
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(error)
+    try:
+        cli.fit()
+    except DataError as error:
+        return _fail(error)
+    return 0
+
+
+def _fail(error: Exception) -> int:
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        sys.stderr.write(f"error: {error}\n")
+    return 2
