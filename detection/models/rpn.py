@@ -102,8 +102,8 @@ class RegionProposalNetwork(nn.Module):
         bg_iou_thresh: float = 0.3,
         batch_size_per_image: int = 256,
         positive_fraction: float = 0.5,
-        pre_nms_top_n: Mapping[str, int] = {"training": 2000, "testing": 1000},  # noqa: B006 (never written to)
-        post_nms_top_n: Mapping[str, int] = {"training": 2000, "testing": 1000},  # noqa: B006
+        pre_nms_top_n: Mapping[str, int] = {"training": 2000, "testing": 1000},
+        post_nms_top_n: Mapping[str, int] = {"training": 2000, "testing": 1000},
         nms_thresh: float = 0.7,
         score_thresh: float = 0.0,
         box_beta: float = 1 / 9,

@@ -169,7 +169,7 @@ def fasterrcnn_resnet50_fpn_v2(
     norm: Norm = "batch",
     **kwargs: Any,
 ) -> FasterRCNN:
-    """The improved detector of torchvision (Li et al. 2021), COCO AP 46.7: normalised pyramid, deeper RPN and box heads.
+    """The improved detector of torchvision (Li et al. 2021), COCO AP 46.7: normalised pyramid, deeper heads.
 
     Arguments as for `fasterrcnn_resnet50_fpn`; batch normalisation stays live.
     """
@@ -279,6 +279,7 @@ def fasterrcnn_efficientnet_lite0_fpn(
     norm: Norm | None = None,
     fpn_norm: Norm | None = "batch",
     fpn_channels: int = 128,
+    trainable_backbone_layers: int | None = None,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Faster R-CNN on EfficientNet-Lite0 with a narrow pyramid: trains in minutes on a CPU, without a download.
@@ -289,10 +290,11 @@ def fasterrcnn_efficientnet_lite0_fpn(
         norm: of the backbone; default `frozen` with weights, live `batch` without.
         fpn_norm: of the pyramid, which this network's unnormalised maps need at usual learning rates.
         fpn_channels: of the pyramid.
+        trainable_backbone_layers: 0 to 4, counted from stride 32; default 3 with weights, all without.
         **kwargs: see `faster_rcnn`; images are normalised to [-1, 1], as the packaged weights want them.
     """
     kwargs = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), **kwargs}
-    backbone = efficientnet_lite0_fpn(weights_backbone, norm, fpn_norm, fpn_channels)
+    backbone = efficientnet_lite0_fpn(weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers)
     return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), norm, weights_backbone)
 
 
@@ -304,6 +306,7 @@ def fasterrcnn_timm_fpn(
     weights_backbone: Weights = None,
     norm: Norm | None = None,
     fpn_channels: int = 256,
+    trainable_backbone_layers: int | None = None,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Faster R-CNN on any timm network that gives feature maps.
@@ -312,10 +315,10 @@ def fasterrcnn_timm_fpn(
         backbone_name: timm's name, e.g. `"convnext_tiny"`.
         num_classes: classes with background; default 91.
         weights_backbone: a file of timm's weights, or None.
-        norm, fpn_channels: see `backbones.timm_fpn`.
+        norm, fpn_channels, trainable_backbone_layers: see `backbones.timm_fpn`.
         **kwargs: see `faster_rcnn`.
     """
-    backbone = timm_fpn(backbone_name, weights_backbone, norm=norm, out_channels=fpn_channels)
+    backbone = timm_fpn(backbone_name, weights_backbone, trainable_backbone_layers, norm, out_channels=fpn_channels)
     return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), norm, weights_backbone)
 
 
