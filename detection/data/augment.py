@@ -42,6 +42,21 @@ class View(NamedTuple):
     window: tuple[int, int, int, int]
     size: tuple[int, int]
 
+    def boxes(self, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Boxes `(N, 4)` of the image in pixels of the view, clipped to it, which may leave nothing of some."""
+        x1, y1, x2, y2 = self.window
+        scale = np.array([self.size[1] / (x2 - x1), self.size[0] / (y2 - y1)] * 2, dtype=np.float32)
+        moved = (boxes - np.array([x1, y1] * 2, dtype=np.float32)) * scale
+        return np.asarray(moved.clip(0, np.array(self.size[::-1] * 2, dtype=np.float32)))
+
+    def masks(self, masks: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Masks `(N, H, W)` of the image as `(N, *size)`, each pixel the nearest."""
+        x1, y1, x2, y2 = self.window
+        out = np.empty((len(masks), *self.size), np.uint8)
+        for mask, slot in zip(masks[:, y1:y2, x1:x2], out, strict=True):
+            cv2.resize(mask, self.size[::-1], dst=slot, interpolation=cv2.INTER_NEAREST_EXACT)
+        return out
+
 
 class Framing(Protocol):
     """Chooses the view of an image of the given height and width, with whatever chance it needs from `rng`."""
@@ -140,21 +155,11 @@ class Transform:
             boxes = np.asarray(out["bboxes"], dtype=np.float32).reshape(-1, 4)
             masks = np.asarray(out["masks"], dtype=np.uint8) if "masks" in data else masks
         view = self.framing(image.shape[0], image.shape[1], rng)
-        (x1, y1, x2, y2), (height, width) = view
-        scale = np.array([width / (x2 - x1), height / (y2 - y1)] * 2, dtype=np.float32)
-        limit = np.array([width, height] * 2, dtype=np.float32)
-        boxes = ((boxes - np.array([x1, y1] * 2, dtype=np.float32)) * scale).clip(0, limit)
+        x1, y1, x2, y2 = view.window
+        boxes = view.boxes(boxes)
         keep = (boxes[:, 2:] - boxes[:, :2] >= self.min_box_side).all(axis=1)
-        if masks is not None:
-            masks = _resize_masks(masks[index[keep], y1:y2, x1:x2], view.size)
+        masks = None if masks is None else view.masks(masks[index[keep]])
         return Augmented(image[y1:y2, x1:x2], view.size, boxes[keep], index[keep], masks)
-
-
-def _resize_masks(masks: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    out = np.empty((len(masks), *size), np.uint8)
-    for mask, slot in zip(masks, out, strict=True):
-        cv2.resize(mask, size[::-1], dst=slot, interpolation=cv2.INTER_NEAREST_EXACT)
-    return out
 
 
 def resize_into(image: NDArray[np.uint8], planes: NDArray[np.uint8]) -> None:
@@ -166,6 +171,48 @@ def resize_into(image: NDArray[np.uint8], planes: NDArray[np.uint8]) -> None:
     height, width = planes.shape[1:]
     for source, plane in zip(cv2.split(image), planes, strict=True):
         cv2.resize(source, (width, height), dst=plane, interpolation=cv2.INTER_LINEAR)
+
+
+class Picture(NamedTuple):
+    """An image with its objects.
+
+    Attributes:
+        image: `(H, W, 3)` uint8 RGB.
+        boxes: `(N, 4)` float32 xyxy pixels.
+        labels: `(N,)` int64.
+        masks: `(N, H, W)` uint8 0/1, or None.
+    """
+
+    image: NDArray[np.uint8]
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    masks: NDArray[np.uint8] | None
+
+
+def mosaic(pictures: Sequence[Picture], rng: random.Random) -> Picture:
+    """Four pictures as one of the first one's size (Bochkovskiy et al. 2020, section 3.3).
+
+    They meet at a random point of the middle; each fills its quarter, scaled by the smallest factor that does, cut at
+    random where it is longer. Objects keep what is left of their boxes; those of which nothing is left have empty ones.
+    """
+    height, width = pictures[0].image.shape[:2]
+    x, y = (round(side * rng.uniform(0.3, 0.7)) for side in (width, height))
+    quarters = [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
+    canvas, boxes, masks = np.empty_like(pictures[0].image), [], []
+    for picture, (x1, y1, x2, y2) in zip(pictures, quarters, strict=True):
+        h, w = picture.image.shape[:2]
+        scale = max((y2 - y1) / h, (x2 - x1) / w)
+        cut_h, cut_w = (min(n, max(1, round(m / scale))) for n, m in ((h, y2 - y1), (w, x2 - x1)))
+        left, top = rng.randint(0, w - cut_w), rng.randint(0, h - cut_h)
+        view = View((left, top, left + cut_w, top + cut_h), (y2 - y1, x2 - x1))
+        part = picture.image[top : top + cut_h, left : left + cut_w]
+        canvas[y1:y2, x1:x2] = cv2.resize(part, (x2 - x1, y2 - y1), interpolation=cv2.INTER_LINEAR)
+        boxes.append(view.boxes(picture.boxes) + np.array([x1, y1] * 2, dtype=np.float32))
+        if picture.masks is not None:
+            masks.append(np.zeros((len(picture.boxes), height, width), np.uint8))
+            masks[-1][:, y1:y2, x1:x2] = view.masks(picture.masks)
+    labels = np.concatenate([picture.labels for picture in pictures])
+    return Picture(canvas, np.concatenate(boxes), labels, np.concatenate(masks) if masks else None)
 
 
 def eval_transform(min_size: int = 800, max_size: int = 1333) -> Transform:

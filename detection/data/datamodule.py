@@ -86,6 +86,7 @@ class DetectionDataModule(L.LightningDataModule):
         max_size: cap of the long side in pixels.
         hflip, vflip, photometric: probability of each, see `train_transform`.
         scale_jitter: large-scale jitter's range of factors, e.g. `[0.1, 2.0]`; off when None.
+        mosaic: probability of training on a mosaic of four images.
         group_by_aspect: batch wide images with wide, high with high.
         repeat_threshold: show images of classes rarer than this fraction of images more often; 0 is off.
         with_difficult: train on objects marked difficult too.
@@ -113,6 +114,7 @@ class DetectionDataModule(L.LightningDataModule):
         vflip: float = 0.0,
         photometric: float = 0.0,
         scale_jitter: tuple[float, float] | None = None,
+        mosaic: float = 0.0,
         group_by_aspect: bool = True,
         repeat_threshold: float = 0.0,
         with_difficult: bool = False,
@@ -190,7 +192,7 @@ class DetectionDataModule(L.LightningDataModule):
         else:
             transform = eval_transform(max(sizes), hp["max_size"])
         rank_zero_info(describe(index, split))
-        return DetectionDataset(index, transform, hp["with_difficult"])
+        return DetectionDataset(index, transform, hp["with_difficult"], hp["mosaic"] if split == "train" else 0.0)
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches for this rank, see `TrainBatchSampler`."""

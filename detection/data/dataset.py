@@ -7,6 +7,7 @@ Shape shorthand:
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from detection.data.augment import Augmented, resize_into
+from detection.data.augment import Augmented, Picture, mosaic, resize_into
 from detection.data.batch import Batch, Target, pad_objects
 from detection.data.images import read_image
 from detection.data.records import Index, Record
@@ -174,18 +175,22 @@ class DetectionDataset(Dataset[Sample]):
         index: what a reader returned. Its records are copied into a `RecordStore`.
         transform: `train_transform(...)` or `eval_transform(...)`.
         with_difficult: also train on objects marked difficult. Crowds are never trained on.
+        mosaic: probability of a mosaic of the image and three random others.
 
     A key is an index, or `(index, seed)` as the batch samplers of this package give it: then every random choice
     follows from the seed, in whatever worker it is made. A plain index draws its seed from torch's generator, which a
     DataLoader seeds differently for every worker and epoch.
     """
 
-    def __init__(self, index: Index, transform: ImageTransform, with_difficult: bool = False) -> None:
+    def __init__(
+        self, index: Index, transform: ImageTransform, with_difficult: bool = False, mosaic: float = 0.0
+    ) -> None:
         self.root = index.root
         self.classes = index.classes
         self.category_ids = index.category_ids
         self.transform = transform
         self.with_difficult = with_difficult
+        self.mosaic = mosaic
         self.store = RecordStore(index.records)
 
     def __len__(self) -> int:
@@ -194,21 +199,27 @@ class DetectionDataset(Dataset[Sample]):
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         """Decode and transform one image; raises `DataError` naming the file when it can't be read."""
         i, seed = key if isinstance(key, tuple) else (key, int(torch.randint(2**62, ())))
-        record = self.store[i]
-        image = read_image(self.root / record.file_name, (record.height, record.width))
-        trained = ~record.iscrowd if self.with_difficult else ~(record.iscrowd | record.difficult)
-        masks = None
-        if record.segments is not None:
-            masks = _decode(record, trained)
-        out = self.transform(image, record.boxes[trained], masks, seed=seed)
+        rng, record = random.Random(seed), self.store[i]
+        picture = self._load(record)
+        if self.mosaic and rng.random() < self.mosaic:
+            others = [self._load(self.store[rng.randrange(len(self))]) for _ in range(3)]
+            picture = mosaic([picture, *others], rng)
+        out = self.transform(picture.image, picture.boxes, picture.masks, seed=seed)
         return Sample(
             pixels=out.image,
             size=out.size,
             boxes=torch.from_numpy(out.boxes),
-            labels=torch.from_numpy(record.labels[trained][out.kept]),
+            labels=torch.from_numpy(picture.labels[out.kept]),
             target=make_target(record),
             masks=None if out.masks is None else torch.from_numpy(out.masks),
         )
+
+    def _load(self, record: Record) -> Picture:
+        """The decoded image with the objects to train on."""
+        image = read_image(self.root / record.file_name, (record.height, record.width))
+        trained = ~record.iscrowd if self.with_difficult else ~(record.iscrowd | record.difficult)
+        masks = None if record.segments is None else _decode(record, trained)
+        return Picture(image, record.boxes[trained], record.labels[trained], masks)
 
 
 def _decode(record: Record, chosen: NDArray[np.bool_]) -> NDArray[np.uint8]:

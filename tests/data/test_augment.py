@@ -13,9 +13,11 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms.v2 import functional as F
 
 from detection.data.augment import (
+    Picture,
     ScaleJitter,
     Transform,
     eval_transform,
+    mosaic,
     resize_into,
     resized_size,
     train_transform,
@@ -137,3 +139,44 @@ def test_large_scale_jitter_covers_its_range() -> None:
     assert all(v.size[0] <= 64 and v.size[1] <= 64 for v in views)
     starts = {v.window[0] for v in views if v.window[2] - v.window[0] < 80}
     assert len(starts) > 20  # windows are not always at the left
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**62))
+def test_mosaic_keeps_objects_in_step(seed: int) -> None:
+    """Four pictures, each with rectangles of colours of its own: pixels, boxes, masks and labels must agree."""
+    rng, pictures = np.random.default_rng(seed), []
+    for number in range(4):
+        height, width, count = rng.integers((40, 40, 0), (120, 120, 5))
+        image, masks = np.full((height, width, 3), 200 + number, np.uint8), np.zeros((count, height, width), np.uint8)
+        corners = rng.integers(0, (width - 20, height - 20), (count, 2))
+        boxes = np.concatenate([corners, corners + rng.integers(6, 20, (count, 2))], axis=1).astype(np.float32)
+        for i, (x1, y1, x2, y2) in enumerate(boxes.astype(int)):
+            image[y1:y2, x1:x2] = 40 * number + i
+            masks[i, y1:y2, x1:x2] = 1
+        pictures.append(Picture(image, boxes, 40 * number + np.arange(count), masks))
+    out = mosaic(pictures, random.Random(seed))
+    assert out.image.shape == pictures[0].image.shape and out.masks is not None
+    assert len(out.boxes) == len(out.labels) == len(out.masks) == sum(len(p.boxes) for p in pictures)
+    height, width = out.image.shape[:2]
+    corners = out.image[[0, 0, -1, -1], [0, -1, 0, -1], 0]
+    assert [c // 40 if c < 200 else c - 200 for c in corners.tolist()] == [0, 1, 2, 3]
+    for box, label, mask in zip(out.boxes, out.labels, out.masks, strict=True):
+        assert (box >= 0).all() and (box <= (width, height, width, height)).all()
+        rows, columns = np.nonzero(mask)
+        if len(rows) and (box[2:] - box[:2] > 1).all():
+            tight = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            assert np.abs(tight - box).max() <= 1.0 + 1e-3
+            x, y = ((box[:2] + box[2:]) / 2).astype(int)
+            if (box[2:] - box[:2] > 4).all():  # away from the blur of the edges
+                assert out.image[y, x, 0] // 40 == label // 40
+
+
+def test_mosaic_scales_by_the_smallest_factor_that_covers() -> None:
+    """Four equal pictures: the quarters show 4 windows of one aspect, none stretched by more than rounding."""
+    image = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (100, 200, 3))
+    picture = Picture(np.ascontiguousarray(image), BOX, np.array([1]), None)
+    out = mosaic([picture] * 4, random.Random(1))
+    slope_x = np.diff(out.image[10, :40, 0].astype(int)).mean()  # source columns a column of the quarter
+    assert 1 / 0.7 - 0.1 <= slope_x <= 1 / 0.3 + 0.1
+    assert out.masks is None and out.boxes.shape == (4, 4)

@@ -142,6 +142,20 @@ def test_key_with_seed_repeats_and_plain_key_draws(index: Index) -> None:
     assert any(a.shape != first[0].shape or not torch.equal(a, first[0]) for a in first[1:])
 
 
+def test_mosaic_trains_on_four_images_and_evaluates_one(index: Index) -> None:
+    """Each image in a class of its own shows which of them came together."""
+    for i, r in enumerate(index.records):
+        r.labels[:] = i + 1
+        r.iscrowd[:] = r.difficult[:] = False
+    dataset = DetectionDataset(index, train_transform(60, 200), mosaic=0.5)
+    samples = [dataset[0, seed] for seed in range(60)]
+    mixed = [set(s.labels.tolist()) - {1} for s in samples]
+    assert 15 <= sum(map(bool, mixed)) <= 45 and set.union(*mixed) == {2, 3, 5, 6}  # the fourth image has no object
+    for sample in samples:
+        assert set(sample.target.labels.tolist()) == {1} and len(sample.boxes) == len(sample.labels)
+    assert torch.equal(samples[7].image, dataset[0, 7].image)
+
+
 def test_missing_image_is_named(index: Index) -> None:
     (index.root / index.records[1].file_name).unlink()
     with pytest.raises(DataError, match=r"ünicode 1\.png"):
