@@ -5,7 +5,6 @@ Readers report what the annotations show; the audit adds what only the pixels an
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -263,15 +262,14 @@ def _look_at_the_set(index: Index) -> list[Defect]:
     if absent:
         problem = f"{len(absent)} of {len(index.classes)} classes never occur: {', '.join(absent)}"
         defects.append(Defect("classes", "classes", problem, "kept; leave them out with classes", "note"))
-    plain = {name: re.sub(r"[\W_]+", "", name.casefold()) for name in index.classes}
-    for i, name in enumerate(index.classes):
-        for other in index.classes[:i]:
-            alike = difflib.SequenceMatcher(None, plain[name], plain[other]).ratio() > 0.9
-            if alike and (plain[name] == plain[other] or len(name) > 5):
-                problem = f"the names '{other}' and '{name}' are nearly alike"
-                defects.append(
-                    Defect("classes", f"class '{name}'", problem, "both kept; make them one if it is a slip", "note")
-                )
+    plain: dict[str, str] = {}
+    for name in index.classes:
+        other = plain.setdefault(re.sub(r"[\W_]+", "", name.casefold()).rstrip("s"), name)
+        if other != name:
+            problem = f"the names '{other}' and '{name}' are nearly alike"
+            defects.append(
+                Defect("classes", f"class '{name}'", problem, "both kept; make them one if it is a slip", "note")
+            )
     listed: dict[str, set[str]] = {}
     for record in index.records:
         folder, _, name = record.file_name.rpartition("/")

@@ -151,11 +151,11 @@ def checked_size(
     Raises:
         DataError: the image is missing or unreadable.
     """
-    actual = image_size(path, stated)
     if stated is None:
         problem, fix = "the image's size is missing or not positive", "the file's own size is used; write it down"
         defects.append(Defect(file, record, problem, fix))
-    elif actual != stated:
+    actual = image_size(path, stated)
+    if stated is not None and actual != stated:
         problem = f"says {stated[1]}x{stated[0]} (width x height) but the file is {actual[1]}x{actual[0]}"
         defects.append(Defect(file, record, problem, "the file's size is used; check that the boxes fit the image"))
     return actual

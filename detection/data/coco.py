@@ -159,7 +159,7 @@ class _Reader:
         except DataError as error:
             problem = str(error).removeprefix(f"{path}: ").split(";")[0]
             fix = f"the image and its {len(by_image.get(key, ()))} annotations are left out; restore the file"
-            self.defects.append(Defect(name, where, problem, fix, "broken"))
+            self.defects.append(Defect(short(name), short(where), problem, fix, "broken"))
             usable, (height, width) = False, stated or (0, 0)
         objects = Objects(self.file, where, width, height, self.defects)
         if height and width:  # also where the image is missing: one look should find every defect

@@ -23,6 +23,8 @@ from detection.data.records import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")  # in order of preference
 ORIENTATION = 0x0112
+# A damaged header may promise 170 million pixels, half a minute of decoding. Deflate packs 8256 pixels in a byte at most.
+PLENTY, DENSEST = 10_000_000, 10_000
 # EXIF 2.32, section 4.6.4: from stored rows and columns to the upright picture, (transpose, flip rows, flip columns)
 UPRIGHT = {
     1: (False, False, False),
@@ -54,6 +56,10 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.ui
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: the image can't be read ({_reason(error)}); restore the file") from error
     stored, orientation, is_plain_jpeg = _header(path, data)
+    if stored[0] * stored[1] > max(PLENTY, DENSEST * len(data)):
+        raise DataError(
+            f"{path}: {len(data)} bytes can't hold the {stored[0]}x{stored[1]} pixels of its header; replace it"
+        )
     shown = stored[::-1] if UPRIGHT[orientation][0] else stored
     if size is not None and size not in (stored, shown):
         raise DataError(

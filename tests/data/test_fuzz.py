@@ -25,10 +25,10 @@ from detection.data.rle import compress
 from detection.data.voc import read_voc
 from detection.data.yolo import read_yolo
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "400"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300"))
 fuzz = settings(
     max_examples=EXAMPLES,
-    deadline=5000,
+    deadline=10_000,  # ms: a hang is a failure
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     print_blob=True,
 )

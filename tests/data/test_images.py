@@ -120,6 +120,13 @@ def test_truncated_jpeg_is_refused_although_its_thumbnail_is_complete(tmp_path: 
         read_image(path)
 
 
+def test_header_that_promises_too_much_is_refused_at_once(tmp_path: Path) -> None:
+    data = save(tmp_path / "a.bmp", noise()).read_bytes()
+    (tmp_path / "a.bmp").write_bytes(data[:18] + (12_000).to_bytes(4, "little") * 2 + data[26:])
+    with pytest.raises(DataError, match=r"a\.bmp: \d+ bytes can't hold the 12000x12000 pixels"):
+        read_image(tmp_path / "a.bmp")
+
+
 def test_missing_file_and_foreign_content(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"not an image")
     for path in (tmp_path / "a.jpg", tmp_path / "none.jpg", tmp_path):
