@@ -17,11 +17,10 @@ from detection.models.zoo import (
     fasterrcnn_efficientnet_lite0_fpn,
     fasterrcnn_mobilenet_v3_large_320_fpn,
     fasterrcnn_mobilenet_v3_large_fpn,
-    fasterrcnn_resnet18_fpn,
-    fasterrcnn_resnet34_fpn,
     fasterrcnn_resnet50_fpn,
     fasterrcnn_resnet50_fpn_v2,
     fasterrcnn_resnet101_fpn,
+    fasterrcnn_resnet_fpn,
     fasterrcnn_timm_fpn,
 )
 from detection.module import DetectionModule
@@ -51,9 +50,8 @@ __all__ = [
     "fasterrcnn_mobilenet_v3_large_320_fpn",
     "fasterrcnn_mobilenet_v3_large_fpn",
     "fasterrcnn_resnet101_fpn",
-    "fasterrcnn_resnet18_fpn",
-    "fasterrcnn_resnet34_fpn",
     "fasterrcnn_resnet50_fpn",
     "fasterrcnn_resnet50_fpn_v2",
+    "fasterrcnn_resnet_fpn",
     "fasterrcnn_timm_fpn",
 ]

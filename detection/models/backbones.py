@@ -22,6 +22,7 @@ from detection.models.weights import Weights, find_weights, is_given
 from detection.recipes import recorded
 
 Norm = Literal["frozen", "batch", "group"]
+ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -107,7 +108,7 @@ class Backbone(nn.Module):
 
 @recorded
 def resnet_fpn(
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = "resnet50",
+    name: ResNetName = "resnet50",
     weights: Weights = None,
     trainable_layers: int | None = None,
     norm: Norm | None = None,

@@ -18,6 +18,7 @@ from detection.anchors import AnchorGenerator
 from detection.models.backbones import (
     Backbone,
     Norm,
+    ResNetName,
     efficientnet_lite0_fpn,
     mobilenet_v3_large_fpn,
     resnet_fpn,
@@ -183,6 +184,22 @@ def fasterrcnn_resnet50_fpn_v2(
 
 
 @recorded
+def fasterrcnn_resnet_fpn(
+    *,
+    backbone_name: ResNetName = "resnet18",
+    weights: Weights = None,
+    num_classes: int | None = None,
+    weights_backbone: Weights = None,
+    trainable_backbone_layers: int | None = None,
+    norm: Norm | None = None,
+    **kwargs: Any,
+) -> FasterRCNN:
+    """Faster R-CNN on a ResNet of any depth. Arguments as for `fasterrcnn_resnet50_fpn`; `weights` only from a file."""
+    backbone = resnet_fpn(backbone_name, weights_backbone, trainable_backbone_layers, _norm(norm, weights))
+    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), norm, weights_backbone, weights)
+
+
+@recorded
 def fasterrcnn_resnet101_fpn(
     *,
     weights: Weights = None,
@@ -194,39 +211,9 @@ def fasterrcnn_resnet101_fpn(
 ) -> FasterRCNN:
     """Faster R-CNN with a ResNet-101-FPN backbone: published COCO AP 39.4 (61.2 / 43.4).
 
-    Arguments as for `fasterrcnn_resnet50_fpn`; detector weights only from a file.
+    Arguments as for `fasterrcnn_resnet_fpn`.
     """
     backbone = resnet_fpn("resnet101", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
-    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), norm, weights_backbone, weights)
-
-
-@recorded
-def fasterrcnn_resnet18_fpn(
-    *,
-    weights: Weights = None,
-    num_classes: int | None = None,
-    weights_backbone: Weights = None,
-    trainable_backbone_layers: int | None = None,
-    norm: Norm | None = None,
-    **kwargs: Any,
-) -> FasterRCNN:
-    """Faster R-CNN with a ResNet-18-FPN backbone. Arguments as for `fasterrcnn_resnet101_fpn`."""
-    backbone = resnet_fpn("resnet18", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
-    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), norm, weights_backbone, weights)
-
-
-@recorded
-def fasterrcnn_resnet34_fpn(
-    *,
-    weights: Weights = None,
-    num_classes: int | None = None,
-    weights_backbone: Weights = None,
-    trainable_backbone_layers: int | None = None,
-    norm: Norm | None = None,
-    **kwargs: Any,
-) -> FasterRCNN:
-    """Faster R-CNN with a ResNet-34-FPN backbone. Arguments as for `fasterrcnn_resnet101_fpn`."""
-    backbone = resnet_fpn("resnet34", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
     return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), norm, weights_backbone, weights)
 
 
