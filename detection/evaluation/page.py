@@ -24,12 +24,14 @@ h2 { margin: 0 0 .2rem; font-size: 1.15rem; }
 .tile.first { background: var(--accent); border-color: var(--accent); color: #fff; }
 .tile.first span { color: #dbe8ff; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr)); gap: 1.1rem; }
-.pair section { min-width: 0; }
+.pair > * { min-width: 0; }
+@media (min-width: 900px) { .pair.uneven { grid-template-columns: 2.2fr 1fr; } }
 img.plot { display: block; max-width: 100%; height: auto; margin: auto; }
 .scroll { overflow: auto; max-height: 560px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .38rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child, td.text, th.text { text-align: left; }
+td.text, th.text { text-align: left; }
+td.text { white-space: normal; }
 thead th { position: sticky; top: 0; background: #fff; }
 th button { all: unset; cursor: pointer; color: var(--soft); font-weight: 600; }
 th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 3px; }
@@ -45,7 +47,8 @@ tbody tr:hover { background: #f3f7fd; }
   font-size: .9rem; }
 .controls label { display: inline-flex; align-items: center; gap: .35rem; cursor: pointer; }
 .controls .dot { margin-right: 0; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 1rem; }
+.gallery { display: grid; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 1rem; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 10px; overflow: hidden; background: #10151d; }
 figure .frame { position: relative; }
 figure img, figure svg { display: block; width: 100%; height: auto; }

@@ -52,7 +52,7 @@ def precision_recall(curves: Curves, class_names: Sequence[str]) -> Figure:
     named = set(ranked[:NAMED_CURVES] if len(ranked) <= NAMED_CURVES else [*ranked[:3], *ranked[-2:]])
     for k in ranked:
         style: dict[str, Any] = (
-            {"lw": 1.5, "label": f"{class_names[k]}  {ap[k]:.2f}"} if k in named else {"lw": 0.6, "color": FAINT}
+            {"lw": 1.5, "label": f"{_text(class_names[k])}  {ap[k]:.2f}"} if k in named else {"lw": 0.6, "color": FAINT}
         )
         axes.plot(RECALL_THRESHOLDS, precision[:, k], **style)
     if len(known):
@@ -81,7 +81,7 @@ def confusion(matrix: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
     side = min(max(4.2, 0.42 * len(index) + 1.8), 11)
     figure, axes = _figure(side, side * 0.92)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    names = [class_names[int(k)] for k in shown]
+    names = [_text(class_names[int(k)]) for k in shown]
     axes.set_xticks(range(len(index)), [*names, "missed"], rotation=90 if len(index) > 6 else 0, fontsize=8)
     axes.set_yticks(range(len(index)), [*names, "background"], fontsize=8)
     for i, j in np.argwhere(part > 0):
@@ -94,7 +94,7 @@ def confusion(matrix: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
 
 def score_histogram(analysis: Analysis) -> Figure:
     """How many detections have which score, right ones and each kind of mistake stacked (square-root scale)."""
-    figure, axes = _figure(6.4, 3.6)
+    figure, axes = _figure(6.4, 4.6)
     kinds = [RIGHT, *MISTAKES]
     axes.hist(
         [analysis.dt.scores[analysis.kind == kind] for kind in kinds],
@@ -139,6 +139,11 @@ def mistakes(rows: Sequence[Mistake]) -> Figure:
     axes.margins(x=0.22)
     axes.set(xlabel="points of AP50 that putting this kind right would add (how many)")
     return figure
+
+
+def _text(name: str) -> str:
+    """A name as it stands: matplotlib reads formulas between dollars and hides labels that start with an underscore."""
+    return ("\u200a" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -37,6 +37,22 @@ LoadImage = Callable[[ImageResult], NDArray[np.uint8]]
 KINDS = {RIGHT: "right", **{kind: name for kind, (name, _) in MISTAKES.items()}}
 SHOWN_SIDE = 720  # pixels of the longer side of a picture in the report
 CONFIDENT = 0.5
+WIDE_MATRIX = 10  # classes: a larger confusion matrix gets most of the width of the page
+
+CONFUSION_NOTE = f"Detections of score {CONFIDENT} and more against objects of any class at IoU .50."
+CLASSES_NOTE = "Click a column to sort. The last three are at the score of best F1 for the class."
+MISTAKES_NOTE = (
+    "Mistakes at IoU .50 (background below .10) after TIDE, and the points of AP50 that putting one kind right would "
+    "add. They don't add up: one mistake hides another."
+)
+WORST_NOTE = (
+    "Most mistakes first: scores of wrong detections, and one for each object not found. Dashed boxes are objects; "
+    "hover for names."
+)
+FOOTER = (
+    "Figures by the COCO protocol: the best detections of each class and image, crowds ignored. A dash: there "
+    "is no ground truth."
+)
 
 
 def write_evaluation(
@@ -105,35 +121,19 @@ def render(
     facts: Mapping[str, str],
 ) -> str:
     """The report as one HTML text that loads nothing."""
-    objects = int((~judged.gt.crowd).sum())
+    rows, objects = error_breakdown(judged), int((~judged.gt.crowd).sum())
     head = {**facts, "images": str(len(results)), "objects": str(objects), "detections": str(len(judged.dt.label))}
+    pair = '<div class="pair">{}{}</div>'.format
+    curve = _section("Precision and recall", "Interpolated precision at IoU .50.", _plot(shown["precision_recall"]))
+    scores = _section("Scores", "What the detections of each score are (square-root scale).", _plot(shown["scores"]))
+    confused = _section("Confusion", CONFUSION_NOTE, _plot(shown["confusion"]))
+    sizes = _section("Size of objects", "AP and AR by annotated area in pixels.", _plot(shown["sizes"]))
     body = [
         _tiles(figures),
-        '<div class="pair">',
-        _section(
-            "Precision and recall", "Interpolated precision by class at IoU .50.", _plot(shown["precision_recall"])
-        ),
-        _section("Scores", "What the detections of each score are. Square-root scale.", _plot(shown["scores"])),
-        "</div>",
-        _section(
-            "What goes wrong",
-            "Mistakes at IoU .50 (background below .10) after TIDE, and the points of AP50 that putting one kind right "
-            "would add. They don't add up: one mistake hides another.",
-            f'<div class="pair"><div>{_plot(shown["mistakes"])}</div><div>{_mistakes(error_breakdown(judged))}</div></div>',
-        ),
-        _section(
-            "Classes",
-            "Click a column to sort. The last three are at the score of best F1.",
-            _classes(results, names, judged),
-        ),
-        '<div class="pair">',
-        _section(
-            "Confusion",
-            f"Detections of score {CONFIDENT} and more against objects of any class at IoU .50.",
-            _plot(shown["confusion"]),
-        ),
-        _section("Size of objects", "AP and AR by annotated area in pixels.", _plot(shown["sizes"])),
-        "</div>",
+        pair(curve, scores),
+        _section("What goes wrong", MISTAKES_NOTE, pair(f"<div>{_plot(shown['mistakes'])}</div>", _mistakes(rows))),
+        _section("Classes", CLASSES_NOTE, _classes(results, names, judged)),
+        pair(confused, sizes).replace("pair", "pair uneven") if len(names) > WIDE_MATRIX else pair(confused, sizes),
         _gallery(results, names, judged, load_image) if load_image else "",
     ]
     return PAGE.format(
@@ -142,8 +142,7 @@ def render(
         style=STYLE,
         script=SCRIPT,
         body="\n".join(body),
-        footer="Figures by the COCO protocol: at most 100 detections of a class and image, crowds ignored; -1 or a dash "
-        "means that there is no ground truth.",
+        footer=FOOTER,
     )
 
 
@@ -173,7 +172,7 @@ def _mistakes(rows: Sequence[Mistake]) -> str:
         )
         for row in rows
     ]
-    return _table(("mistake", "meaning", "count", "dAP50"), cells, text=(0, 1))
+    return f'<div class="scroll">{_table(("mistake", "meaning", "count", "dAP50"), cells, text=(0, 1))}</div>'
 
 
 def _classes(results: Sequence[ImageResult], names: Sequence[str], judged: Analysis) -> str:
@@ -213,8 +212,7 @@ def _gallery(results: Sequence[ImageResult], names: Sequence[str], judged: Analy
         f'value="0.3"> <output id="score-value">0.30</output></label>{boxes}</div>'
     )
     pictures = [_picture(i, weight, results[i], names, judged, load_image) for i, weight in worst_images(judged, 12)]
-    note = "Most mistakes first: scores of wrong detections, and one for each object not found. Dashed boxes are objects; hover for names."
-    return _section("Worst images", note, f'{controls}<div class="gallery">{"".join(pictures)}</div>')
+    return _section("Worst images", WORST_NOTE, f'{controls}<div class="gallery">{"".join(pictures)}</div>')
 
 
 def _picture(
@@ -226,11 +224,11 @@ def _picture(
         label = f"{names[judged.gt.label[j] - 1]} ({kind})"
         rects.append(_rect(judged.gt.boxes[j], kind, colour, label, "object"))
     for i in np.flatnonzero(judged.dt.image == image):
-        kind = KINDS.get(int(judged.kind[i]))
-        if kind:
-            label = f"{names[judged.dt.label[i] - 1]} {judged.dt.scores[i]:.2f} ({kind})"
+        code = int(judged.kind[i])
+        if code in KINDS:
+            label = f"{names[judged.dt.label[i] - 1]} {judged.dt.scores[i]:.2f} ({KINDS[code]})"
             score = f' data-score="{judged.dt.scores[i]:.4f}"'
-            rects.append(_rect(judged.dt.boxes[i], kind, plots.COLOURS[int(judged.kind[i])], label, "found", score))
+            rects.append(_rect(judged.dt.boxes[i], KINDS[code], plots.COLOURS[code], label, "found", score))
     pixels = load_image(result)
     height, width = pixels.shape[:2]
     scale = min(1.0, SHOWN_SIDE / max(height, width))
@@ -283,4 +281,4 @@ def _dot(colour: str) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3f}" if value > -1 else "–"
+    return f"{value:.3f}" if value > -1 else "&ndash;"

@@ -1,0 +1,59 @@
+"""Evaluate a checkpoint on the data it was trained with: `python scripts/evaluate.py --ckpt RUN/best.ckpt`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from jsonargparse import auto_cli
+
+from detection.data.datamodule import DetectionDataModule
+from detection.data.images import read_image
+from detection.data.records import DataError
+from detection.evaluation.collect import CollectDetections
+from detection.evaluation.mean_ap import Backend, MeanAP
+from detection.evaluation.report import write_evaluation
+from detection.module import DetectionModule
+
+
+def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None = None, output: Path | None = None,
+             batch_size: int | None = None, accelerator: str = "auto",
+             backend: Backend = "arrays") -> None:  # fmt: skip
+    """Write figures, COCO results JSON, plots and an HTML report; the figures are those that training logged.
+
+    Args:
+        ckpt: checkpoint of scripts/fit.py; model, classes and data settings come from it.
+        split: split of that data; `test` must have been named in training.
+        root: folder of the data, if it has moved.
+        output: folder to write to; beside the checkpoint by default.
+        batch_size: images a batch; that of training by default.
+        accelerator: cpu, gpu or auto.
+        backend: who computes mAP: our arrays, or torchmetrics with faster_coco_eval or pycocotools.
+    """
+    module = DetectionModule.load_from_checkpoint(ckpt, map_location="cpu", weights_only=True)
+    changes: Any = {k: v for k, v in {"root": root, "batch_size": batch_size}.items() if v is not None}
+    data = DetectionDataModule.load_from_checkpoint(ckpt, weights_only=True, classes=module.class_names, **changes)
+    if split == "test" and data.hparams["test_split"] is None:
+        raise DataError(f"{ckpt}: the model was trained without naming a test split; use --split val")
+    data.prepare_data()
+    data.setup("validate" if split == "val" else "test")
+    loader: Any = data.val_dataloader() if split == "val" else data.test_dataloader()
+    metric = MeanAP(module.class_names, module.hparams["detections_per_img"], backend=backend)
+    trainer = L.Trainer(accelerator=accelerator, devices=1, logger=False, callbacks=[CollectDetections(metric)])
+    trainer.predict(module, loader, return_predictions=False)
+    folder, home = output or ckpt.parent / f"evaluation_{split}", loader.dataset.root
+    facts = {"checkpoint": ckpt.name, "data": home.name, "split": split}
+    figures = write_evaluation(folder, metric, data.category_ids, lambda r: read_image(home / r.file_name, r.size),
+                               f"Evaluation of {ckpt.resolve().parent.name}", facts)  # fmt: skip
+    print(
+        *(f"{name:<12}{value:8.4f}" for name, value in figures.items()), f"report: {folder / 'report.html'}", sep="\n"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        auto_cli(evaluate, as_positional=False)
+    except (DataError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
