@@ -23,7 +23,7 @@ from detection.data.records import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")  # in order of preference
 ORIENTATION = 0x0112
-# A damaged header may promise 170 million pixels, half a minute of decoding. Deflate packs 8256 pixels in a byte at most.
+# A damaged header may promise 170 million pixels, half a minute of decoding. Deflate packs up to 8256 pixels a byte.
 PLENTY, DENSEST = 10_000_000, 10_000
 # EXIF 2.32, section 4.6.4: from stored rows and columns to the upright picture, (transpose, flip rows, flip columns)
 UPRIGHT = {
