@@ -99,12 +99,18 @@ def _train(settings: Mapping[str, Any], name: str, seed: int) -> Row:
 
 
 def _detector(spec: Mapping[str, Any], name: str, num_classes: int, data: Mapping[str, Any]) -> nn.Module:
-    if name != "ours":
-        return TorchvisionDetector(
-            efficientnet_lite0_fpn(norm="batch", fpn_norm=None, out_channels=128),
-            num_classes,
-            image_mean=[0.5] * 3,
-            image_std=[0.5] * 3,
-        )
     sizes = {"num_classes": num_classes, "min_size": data["min_size"], "max_size": data["max_size"]}
-    return rebuild({"class_path": spec["class_path"], "init_args": {**spec.get("init_args", {}), **sizes}})
+    ours = rebuild({"class_path": spec["class_path"], "init_args": {**spec["init_args"], **sizes}})
+    if name == "ours":
+        return ours
+    if name == "torchvision":
+        plain = efficientnet_lite0_fpn(trainable_layers=4)
+        return TorchvisionDetector(plain, num_classes, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return TorchvisionDetector(
+        ours.backbone,
+        num_classes,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        anchor_sizes=ours.rpn.anchor_generator.sizes,
+        box_batch_size_per_image=ours.roi_heads.sampler.batch_size_per_image,
+    )
