@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -125,6 +126,9 @@ class DetectionDataModule(L.LightningDataModule):
         super().__init__()
         if root is None and format != "scenes":
             raise ValueError(f"format '{format}' needs root, the folder of the data set")
+        sizes = [min_size] if isinstance(min_size, int) else min_size
+        if batch_size < 1 or max_size < 1 or not sizes or min(sizes) < 1:
+            raise ValueError(f"batch_size {batch_size}, min_size {min_size} and max_size {max_size} must be positive")
         self.save_hyperparameters()
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
@@ -192,13 +196,31 @@ class DetectionDataModule(L.LightningDataModule):
         else:
             transform = eval_transform(max(sizes), hp["max_size"])
         rank_zero_info(describe(index, split))
+        self._check_shared_memory(max(sizes))
         return DetectionDataset(index, transform, hp["with_difficult"], hp["mosaic"] if split == "train" else 0.0)
+
+    def _check_shared_memory(self, min_size: int, folder: str = "/dev/shm") -> None:
+        """Warn where the batches that workers keep ready won't fit: a container's 64 MiB end in a bus error."""
+        if self.hparams["num_workers"] and Path(folder).is_dir():
+            batch = 3 * min(min_size, self.hparams["max_size"]) * self.hparams["max_size"] * self.hparams["batch_size"]
+            need, free = 2 * batch * self.hparams["num_workers"] >> 20, shutil.disk_usage(folder).free >> 20
+            if need > free:
+                rank_zero_warn(
+                    f"{folder} has {free} MiB free, but {self.hparams['num_workers']} workers with batches of "
+                    f"{batch >> 20} MiB may need {need}: give the container more (docker run --shm-size=8g) or lower "
+                    "num_workers or batch_size."
+                )
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches for this rank, see `TrainBatchSampler`."""
         hp, dataset = self.hparams, self._datasets["train"]
         sampler = TrainBatchSampler(
-            dataset.store, hp["batch_size"], hp["seed"], hp["group_by_aspect"], hp["repeat_threshold"]
+            dataset.store,
+            hp["batch_size"],
+            hp["seed"],
+            hp["group_by_aspect"],
+            hp["repeat_threshold"],
+            same_every_epoch=getattr(self.trainer, "overfit_batches", 0) > 0,
         )
         return TrainLoader(dataset, sampler, **self._loading())
 

@@ -54,6 +54,7 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
             only what is left over at the end of an epoch is mixed.
         repeat_threshold: see `repeat_factors`; 0 shows every image once an epoch. Fractional factors are rounded by
             chance anew in each epoch, the length of the epoch stays the same.
+        same_every_epoch: ignore `set_epoch`, to overfit a few batches.
     """
 
     def __init__(
@@ -63,11 +64,13 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         seed: int = 0,
         group_by_aspect: bool = True,
         repeat_threshold: float = 0.0,
+        same_every_epoch: bool = False,
     ) -> None:
         if not len(store):
             raise ValueError("the training split holds no image")
         self.batch_size = batch_size
         self.seed = seed
+        self.same_every_epoch = same_every_epoch
         self.epoch = 0
         self.start_batch = 0
         height, width = store.sizes.unbind(1)
@@ -85,7 +88,7 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Change the order; a new epoch begins at its first batch, the one restored stays where it was."""
-        if epoch != self.epoch:
+        if epoch != self.epoch and not self.same_every_epoch:
             self.epoch, self.start_batch = epoch, 0
 
     def __len__(self) -> int:

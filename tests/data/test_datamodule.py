@@ -194,7 +194,7 @@ class Seen(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 1e-9)
 
 
-def fit(model: Seen, cache: Path, workers: int, ckpt: Path | None = None) -> Seen:
+def fit(model: Seen, cache: Path, workers: int, ckpt: Path | None = None, **options: Any) -> Seen:
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=3,
@@ -204,6 +204,7 @@ def fit(model: Seen, cache: Path, workers: int, ckpt: Path | None = None) -> See
         enable_checkpointing=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
+        **options,
     )
     trainer.fit(model, datamodule=drawn(cache, num_workers=workers), ckpt_path=ckpt)
     return model
@@ -229,6 +230,25 @@ def test_a_stopped_run_resumes_exactly(cache: Path, tmp_path: Path, stop: tuple[
     second = fit(Seen(), cache, workers, path)
     assert [b[2:] for b in first.batches + second.batches] == [b[2:] for b in whole.batches]
     torch.load(path, weights_only=True)
+
+
+def test_overfitting_sees_the_same_batches(cache: Path) -> None:
+    seen = [b[2:] for b in fit(Seen(), cache, 0, overfit_batches=2).batches]
+    assert len(seen) == 6 and seen[:2] == seen[2:4] == seen[4:] and seen[0] != seen[1]
+
+
+def test_small_shared_memory_is_warned_of(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 64 << 20})
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+    data = DetectionDataModule(root=str(cache), batch_size=16, num_workers=4, min_size=800, max_size=1333)
+    with pytest.warns(UserWarning, match="64 MiB free, but 4 workers with batches of 48 MiB may need 390"):
+        data._check_shared_memory(800, str(cache))
+
+
+@pytest.mark.parametrize("option", [{"batch_size": 0}, {"min_size": []}, {"min_size": [0]}, {"max_size": -1}])
+def test_sizes_must_be_positive(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        DetectionDataModule(**option)
 
 
 def test_state_of_the_loader(cache: Path) -> None:

@@ -112,7 +112,7 @@ def test_rare_images_repeat_with_other_seeds(monkeypatch: pytest.MonkeyPatch) ->
     """One image of 100 holds class 2: at threshold 0.0625 it is seen 2.5 times an epoch on average."""
     sampler = TrainBatchSampler(store([(10, 10)] * 100, [[2]] + [[1]] * 99), 1, repeat_threshold=0.0625)
     counts, lengths = [], set()
-    for number in range(200):
+    for number in range(120):
         sampler.set_epoch(number)
         draws = list(itertools.chain.from_iterable(epoch(sampler, monkeypatch)[0]))
         seen = Counter(i for i, _ in draws)
@@ -121,7 +121,7 @@ def test_rare_images_repeat_with_other_seeds(monkeypatch: pytest.MonkeyPatch) ->
         counts.append(seen[0])
         lengths.add(len(draws))
     assert lengths == {102}  # 99 + 2.5 rounded up; the half goes to another image
-    assert abs(np.mean(counts) - 2.5) < 0.12
+    assert abs(np.mean(counts) - 2.5) < 0.15
 
 
 @pytest.mark.parametrize("world", [1, 2])
