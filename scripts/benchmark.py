@@ -71,4 +71,6 @@ def report(rows: list[dict[str, Any]], path: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli({"train": train, "infer": infer, "data": data, "eval": evaluation, "accuracy": accuracy})
+    auto_cli(
+        {"train": train, "infer": infer, "data": data, "eval": evaluation, "accuracy": accuracy}, as_positional=False
+    )
