@@ -1,0 +1,241 @@
+"""Our detectors against torchvision's with the same weights, on real images, stage by stage.
+
+Every anchor and every proposal trains, so that sampling plays no part. The images' padded sides are multiples of 32 but
+not of 64, where the strides that torchvision infers are wrong, so ours are told to infer them as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import detection as reference
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
+
+from detection.anchors import AnchorGenerator
+from detection.boxes import BoxCoder
+from detection.models import zoo
+from detection.models.detector import FasterRCNN
+
+Sample = tuple[list[Tensor], list[dict[str, Tensor]]]
+Calibrated = Callable[[Callable[[], nn.Module]], nn.Module]
+
+EVERYTHING = 10**6
+NUM_CLASSES = 11
+OPTIONS: dict[str, Any] = {
+    "num_classes": NUM_CLASSES,
+    "rpn_pre_nms_top_n_train": 150,
+    "rpn_pre_nms_top_n_test": 150,
+    "rpn_post_nms_top_n_train": 60,
+    "rpn_post_nms_top_n_test": 60,
+    "rpn_batch_size_per_image": EVERYTHING,
+    "box_batch_size_per_image": EVERYTHING,
+}
+SMALL = {"min_size": 160, "max_size": 224}
+
+
+@dataclass
+class Trace:
+    """What a detector computes on the way: for each level or each image a tensor."""
+
+    features: list[Tensor]
+    objectness: list[Tensor]
+    deltas: list[Tensor]
+    anchors: Tensor
+    proposals: list[Tensor]
+    detections: list[dict[str, Tensor]]
+    losses: dict[str, Tensor]
+
+
+@torch.no_grad()
+def trace(model: nn.Module, sample: Sample) -> Trace:
+    """Run one of either project's detectors; statistics of normalisation stay fixed for the losses too."""
+    seen: dict[str, Any] = {}
+    rpn = model.rpn
+    parts = {"features": model.backbone, "head": rpn.head, "anchors": rpn.anchor_generator, "proposals": rpn}
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: seen.update({name: output}))
+        for name, module in parts.items()
+    ]
+    detections = model.eval()(sample[0])
+    for handle in handles:
+        handle.remove()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    losses = model(*sample)
+    objectness, deltas = seen["head"]
+    proposals, anchors = seen["proposals"][0], seen["anchors"]
+    if isinstance(model, FasterRCNN):
+        proposals = [boxes[valid] for boxes, valid in zip(proposals.boxes, proposals.valid, strict=True)]
+        anchors = [torch.cat(anchors)]
+    else:
+        objectness = [by_anchor(level, 1)[..., 0] for level in objectness]
+        deltas = [by_anchor(level, 4) for level in deltas]
+    features = list(seen["features"].values())
+    return Trace(features, objectness, deltas, anchors[0], proposals, detections, losses)
+
+
+def by_anchor(output: Tensor, values: int) -> Tensor:
+    """`(B, K * values, h, w)` -> `(B, h * w * K, values)`."""
+    return output.unflatten(1, (-1, values)).permute(0, 3, 4, 1, 2).flatten(1, 3)
+
+
+def assert_same(ours: Trace, theirs: Trace) -> None:
+    """Raise an AssertionError that says which stage differs."""
+    for stage in ("features", "objectness", "deltas"):
+        for level, (a, b) in enumerate(zip(getattr(ours, stage), getattr(theirs, stage), strict=True)):
+            difference = float((a - b).abs().max() / b.abs().max())
+            assert difference <= 2e-5, f"{stage} of level {level} differ by {difference:.1e} of their largest"
+    assert torch.equal(ours.anchors, theirs.anchors), "anchors differ"
+    for image, (a, b) in enumerate(zip(ours.proposals, theirs.proposals, strict=True)):
+        assert one_to_one((a[:, None] - b).abs().amax(dim=-1) <= 1e-3), f"proposals of image {image} differ"
+    for image, (a, b) in enumerate(zip(ours.detections, theirs.detections, strict=True)):
+        assert len(a["scores"]) == len(b["scores"]), f"image {image}: another number of detections"
+        difference = float((a["scores"] - b["scores"]).abs().max())
+        assert difference <= 1e-5, f"ranked scores of image {image} differ by {difference:.1e}"
+        # Whoever has the same label, box and score; detections with equal scores may have swapped places.
+        same = (a["labels"][:, None] == b["labels"]) & ((a["scores"][:, None] - b["scores"]).abs() <= 1e-5)
+        same &= (a["boxes"][:, None] - b["boxes"]).abs().amax(dim=-1) <= 1e-3
+        assert one_to_one(same), f"detections of image {image} differ"
+    for name, value in theirs.losses.items():
+        difference = float((ours.losses[name] / value - 1).abs())
+        assert difference <= 1e-5, f"{name} differs by {difference:.1e}"
+
+
+def one_to_one(same: Tensor) -> bool:
+    """Whether each row has its own column: so many and so exact that chance can't pair them otherwise."""
+    return same.shape[0] == same.shape[1] and bool(same.any(dim=0).all() and same.any(dim=1).all())
+
+
+def tv_resnet(
+    name: str, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, layers: int = 5, **options: Any
+) -> nn.Module:
+    """torchvision's detector on a ResNet that it has no builder for."""
+    backbone = resnet_fpn_backbone(backbone_name=name, weights=None, norm_layer=norm, trainable_layers=layers)
+    return reference.FasterRCNN(backbone, **options)
+
+
+UNTRAINED = {"weights": None, "weights_backbone": None}
+TWINS: dict[str, tuple[Callable[..., nn.Module], Callable[..., FasterRCNN], int, dict[str, int]]] = {
+    "resnet50": (partial(reference.fasterrcnn_resnet50_fpn, **UNTRAINED), zoo.fasterrcnn_resnet50_fpn, 5, SMALL),
+    "resnet50_v2": (
+        partial(reference.fasterrcnn_resnet50_fpn_v2, **UNTRAINED),
+        zoo.fasterrcnn_resnet50_fpn_v2,
+        5,
+        SMALL,
+    ),
+    "resnet101": (partial(tv_resnet, "resnet101"), zoo.fasterrcnn_resnet101_fpn, 5, SMALL),
+    "mobilenet_320": (  # at its own size
+        partial(reference.fasterrcnn_mobilenet_v3_large_320_fpn, **UNTRAINED),
+        zoo.fasterrcnn_mobilenet_v3_large_320_fpn,
+        3,
+        {},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWINS)
+def test_twins_agree(name: str, calibrated: Calibrated, real_samples: Sample) -> None:
+    build_theirs, build_ours, levels, size = TWINS[name]
+    theirs = calibrated(partial(build_theirs, **OPTIONS, **size))
+    ours = build_ours(rpn_anchor_generator=zoo.default_anchors(levels, infer_strides=True), **OPTIONS, **size)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    expected = trace(theirs, real_samples)
+    assert_same(trace(ours, real_samples), expected)
+    assert_worth_comparing(expected)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+
+
+def assert_worth_comparing(found: Trace) -> None:
+    """Weights and images that give few or equal results would let anything pass."""
+    for detections in found.detections:
+        assert len(detections["scores"]) >= 50 and len(detections["labels"].unique()) >= 5
+        assert detections["scores"].max() > 0.2 and detections["scores"].std() > 0.02
+    assert all(float(loss) > 1e-3 for loss in found.losses.values())
+
+
+@pytest.fixture(scope="module")
+def frozen_twin(calibrated: Calibrated, real_samples: Sample) -> tuple[FasterRCNN, Trace]:
+    """A small detector whose normalisation is frozen, as with pretrained weights, and torchvision's trace."""
+    options = {**OPTIONS, **SMALL}
+    live = calibrated(partial(tv_resnet, "resnet18", **options))
+    theirs = tv_resnet("resnet18", FrozenBatchNorm2d, 3, **options)
+    theirs.load_state_dict(live.state_dict())
+    ours = zoo.fasterrcnn_resnet_fpn(
+        norm="frozen", rpn_anchor_generator=zoo.default_anchors(5, infer_strides=True), **options
+    )
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert a.requires_grad == b.requires_grad, name
+    found = trace(theirs, real_samples)
+    assert_worth_comparing(found)
+    return ours, found
+
+
+def test_frozen_twins_agree(frozen_twin: tuple[FasterRCNN, Trace], real_samples: Sample) -> None:
+    ours, expected = frozen_twin
+    assert_same(trace(ours, real_samples), expected)
+
+
+def anchors(**options: Any) -> AnchorGenerator:
+    return zoo.default_anchors(5, **{"infer_strides": True, **options})
+
+
+# One constant at a time: where it is, what it becomes, and the stage that has to notice.
+CHANGES: dict[str, tuple[str, str, Any, str]] = {
+    "epsilon of frozen normalisation": ("", "eps", 0.0, "features"),
+    "image mean": ("transform", "mean", torch.tensor([0.485, 0.456, 0.407]).view(1, 3, 1, 1), "features"),
+    "longer side": ("transform", "max_size", 223, "features"),
+    "anchor size": ("rpn", "anchor_generator", AnchorGenerator([[33], [64], [128], [256], [512]]), "anchors"),
+    "anchor rounding": ("rpn", "anchor_generator", anchors(round_anchors=False), "anchors"),
+    "anchor offset": ("rpn", "anchor_generator", anchors(offset=0.5), "anchors"),
+    "declared strides": ("rpn", "anchor_generator", anchors(infer_strides=False), "anchors"),
+    "weights of the proposals' deltas": ("rpn", "box_coder", BoxCoder((1, 1, 1, 1.01)), "proposals"),
+    "NMS threshold of the proposals": ("rpn", "nms_thresh", 0.65, "proposals"),
+    "candidates of a level": ("rpn", "pre_nms_top_n", {"training": 150, "testing": 20}, "proposals"),
+    "number of proposals": ("rpn", "post_nms_top_n", {"training": 60, "testing": 59}, "proposals"),
+    "samples of a bin": ("roi_heads.box_roi_pool", "sampling_ratio", 1, "scores"),
+    "pooling with half a pixel's shift": ("roi_heads.box_roi_pool", "aligned", True, "scores"),
+    "pooled levels": ("roi_heads.box_roi_pool", "num_levels", 1, "scores"),
+    "weights of the detections' deltas": ("roi_heads", "box_coder", BoxCoder((10, 10, 5, 5.01)), "detections"),
+    "NMS threshold of the detections": ("roi_heads", "nms_thresh", 0.45, "scores|number"),
+    "least score of a detection": ("roi_heads", "score_thresh", 0.2, "scores|number"),
+    "number of detections": ("roi_heads", "detections_per_img", 99, "number"),
+    "low-quality matches": ("rpn.matcher", "allow_low_quality_matches", False, "loss_objectness"),
+    "foreground IoU of anchors": ("rpn.matcher", "fg_iou_thresh", 0.6, "loss_objectness"),
+    "background IoU of anchors": ("rpn.matcher", "bg_iou_thresh", 0.25, "loss_objectness"),
+    "sample of anchors": ("rpn.sampler", "batch_size_per_image", 4096, "loss_objectness"),
+    "beta of the proposals": ("rpn", "box_beta", 1 / 8, "loss_rpn_box_reg"),
+    "foreground IoU of proposals": ("roi_heads.matcher", "fg_iou_thresh", 0.7, "loss_classifier"),
+    "sample of proposals": ("roi_heads.sampler", "batch_size_per_image", 50, "loss_classifier"),
+    "beta of the detections": ("roi_heads", "box_beta", 1 / 8, "loss_box_reg"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_comparison_notices_one_changed_constant(
+    change: str, frozen_twin: tuple[FasterRCNN, Trace], real_samples: Sample
+) -> None:
+    ours, expected = frozen_twin
+    path, attribute, value, stage = CHANGES[change]
+    parts: list[Any] = [attrgetter(path)(ours)] if path else [m for m in ours.modules() if hasattr(m, attribute)]
+    before = [getattr(part, attribute) for part in parts]
+    try:
+        for part in parts:
+            setattr(part, attribute, value)
+        changed = trace(ours, real_samples)
+    finally:
+        for part, old in zip(parts, before, strict=True):
+            setattr(part, attribute, old)
+    with pytest.raises(AssertionError, match=stage):
+        assert_same(changed, expected)
