@@ -261,6 +261,7 @@ def test_broken_reference_file_lists_all_its_defects(shared_data: Path) -> None:
     found = "\n".join(map(str, caught.value.defects))
     for part in (
         "image 1: the id is used twice",
+        "image 2: the image's size is missing or not positive",
         "annotation 1: the id is used twice",
         "no category 999",
         "image 999: 1 annot",
