@@ -30,29 +30,26 @@ def as_set(boxes: list[list[float]]) -> set[tuple[float, ...]]:
     return {tuple(box) for box in boxes}
 
 
-@pytest.mark.parametrize(
-    ("offset", "cell"),
-    [
-        (
-            0.0,
-            [[-32, -8, 32, 8], [-16, -16, 16, 16], [-8, -32, 8, 32]]
-            + [[-64, -16, 64, 16], [-32, -32, 32, 32], [-16, -64, 16, 64]],
-        ),
-        (
-            0.5,
-            [[-30, -6, 34, 10], [-14, -14, 18, 18], [-6, -30, 10, 34]]
-            + [[-62, -14, 66, 18], [-30, -30, 34, 34], [-14, -62, 18, 66]],
-        ),
-    ],
-)
-def test_cells_hold_the_published_anchors(offset: float, cell: list[list[float]]) -> None:
+WIDE_AND_TALL = [
+    [[-32, -8, 32, 8], [-16, -16, 16, 16], [-8, -32, 8, 32]],
+    [[-64, -16, 64, 16], [-32, -32, 32, 32], [-16, -64, 16, 64]],
+]
+MOVED = [
+    [[-30, -6, 34, 10], [-14, -14, 18, 18], [-6, -30, 10, 34]],
+    [[-62, -14, 66, 18], [-30, -30, 34, 34], [-14, -62, 18, 66]],
+]
+
+
+@pytest.mark.parametrize(("offset", "sizes"), [(0.0, WIDE_AND_TALL), (0.5, MOVED)])
+def test_cells_hold_the_published_anchors(offset: float, sizes: list[list[list[float]]]) -> None:
     """Detectron2's lists go size by size, ours (as torchvision's) ratio by ratio: the same anchors in each cell."""
     generator = AnchorGenerator([(32, 64)], (0.25, 1, 4), offset=offset)
     ours = lay(generator, (1, 2), 4).tolist()
+    cell = [box for size in sizes for box in size]
     assert as_set(ours[:6]) == as_set(cell)
     assert as_set(ours[6:]) == as_set([[x1 + 4, y1, x2 + 4, y2] for x1, y1, x2, y2 in cell])
-    by_size = [cell[i] for i in (0, 3, 1, 4, 2, 5)]
-    assert ours[:6] == by_size
+    by_ratio = [size[i] for i in range(3) for size in sizes]
+    assert ours[:6] == by_ratio
 
 
 def test_anchors_go_row_by_row() -> None:

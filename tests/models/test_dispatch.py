@@ -1,0 +1,204 @@
+"""From the batch's arrival to the gradients nothing waits for values of tensors, non-maximum suppression apart.
+
+Such operations stop an accelerator's queue, and their results have shapes that no compiler can know.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from detection.data.batch import Batch
+from detection.models import roi_heads, rpn, zoo
+from detection.models.detector import FasterRCNN
+from detection.models.pooling import RoIPooler
+
+DATA_DEPENDENT = {
+    "_local_scalar_dense",  # .item(), .tolist(), bool(), int(), float()
+    "nonzero",
+    "nonzero_numpy",
+    "argwhere",
+    "masked_select",
+    "masked_scatter",
+    "unique_dim",
+    "_unique",
+    "_unique2",
+    "unique_consecutive",
+    "bincount",
+    "equal",
+    "is_nonzero",
+    "_is_all_true",
+    "_is_any_true",
+    "histc",
+    "nms",
+}
+
+
+class Watch(TorchDispatchMode):
+    """Counts all operations, and apart from them those whose run or result's shape depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+        self.dependent: Counter[str] = Counter()
+        self.allowed = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.seen[name] += 1
+        boolean_index = name.startswith(("index", "_index", "_unsafe_index")) and any(
+            isinstance(leaf, Tensor) and leaf.dtype in (torch.bool, torch.uint8) for leaf in tree_iter(args[1:2])
+        )
+        values_as_sizes = name == "repeat_interleave" and isinstance(args[0] if len(args) == 1 else args[1], Tensor)
+        if not self.allowed and (name in DATA_DEPENDENT or boolean_index or values_as_sizes):
+            self.dependent[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """Watch everything but `grouped_nms`, wherever the model calls it."""
+    watch = Watch()
+    suppress, to_list, to_numpy = rpn.grouped_nms, Tensor.tolist, Tensor.numpy
+
+    def allowed(*args: Any) -> Tensor:
+        watch.allowed = True
+        try:
+            return suppress(*args)
+        finally:
+            watch.allowed = False
+
+    def spied(read: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """On the CPU these two read the memory without any operation that could be watched."""
+
+        def count(*args: Any, **kwargs: Any) -> Any:
+            if not watch.allowed:
+                watch.dependent[name] += 1
+            return read(*args, **kwargs)
+
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "tolist", spied(to_list, "tolist"))
+        patch.setattr(Tensor, "numpy", spied(to_numpy, "numpy"))
+        patch.setattr(rpn, "grouped_nms", allowed)
+        patch.setattr(roi_heads, "grouped_nms", allowed)
+        with watch:
+            yield watch
+
+
+def make_batch(objects: bool = True) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand((2, 3, 2), generator=generator) * 40
+    gt_boxes = torch.cat((corner, corner + 10 + torch.rand((2, 3, 2), generator=generator) * 20), dim=-1)
+    gt_valid = torch.tensor([[True, True, False], [True, False, False]]) & objects
+    return Batch(
+        images=torch.randint(0, 256, (2, 3, 64, 96), generator=generator, dtype=torch.uint8),
+        image_sizes=torch.tensor([[64, 90], [60, 96]]),
+        gt_boxes=gt_boxes * gt_valid[..., None],
+        gt_labels=torch.tensor([[1, 2, 0], [3, 0, 0]]) * gt_valid,
+        gt_valid=gt_valid,
+        original_sizes=torch.tensor([[128, 180], [120, 192]]),
+    )
+
+
+OPTIONS = {"num_classes": 4, "rpn_post_nms_top_n_train": 30, "box_batch_size_per_image": 16}
+BUILDERS: dict[str, Callable[[], FasterRCNN]] = {
+    "resnet": lambda: zoo.fasterrcnn_resnet_fpn(norm="frozen", **OPTIONS),
+    "mobilenet": lambda: zoo.fasterrcnn_mobilenet_v3_large_320_fpn(**OPTIONS),
+    "lite0": lambda: zoo.fasterrcnn_efficientnet_lite0_fpn(weights_backbone=None, **OPTIONS),
+}
+
+
+@pytest.mark.parametrize(
+    ("builder", "path", "objects"),
+    [
+        ("resnet", "_gather", True),
+        ("resnet", "_align", False),
+        ("mobilenet", "_align", True),
+        ("mobilenet", "_gather", False),
+        ("lite0", "_gather", True),
+    ],
+)
+def test_a_training_step_depends_on_no_value(
+    builder: str, path: str, objects: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = BUILDERS[builder]().train()
+    # Whether by the CPU's path or by that of an accelerator.
+    monkeypatch.setattr(RoIPooler, "_gather", getattr(RoIPooler, path))
+    with watching() as watch:
+        losses, detections = model.run(make_batch(objects), with_losses=True, with_detections=False)
+        torch.stack(list(losses.values())).sum().backward()
+    assert not watch.dependent, f"data-dependent operations: {dict(watch.dependent)}"
+    assert detections == [] and len(losses) == 4
+    # The watch saw the whole of it: convolutions both ways, pooling, and NMS where it is allowed.
+    assert watch.seen["convolution"] > 20 and watch.seen["convolution_backward"] > 20
+    assert watch.seen["nms"] > 0
+    assert watch.seen["roi_align" if path == "_align" else "_embedding_bag_forward_only"] + watch.seen["_embedding_bag"]
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+class Peek(torch.autograd.Function):
+    """An identity whose backward looks at a value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        float(grad.sum())
+        return grad
+
+
+SPIES: dict[str, tuple[Callable[[Tensor], object], str]] = {
+    "item": (lambda x: x.sum().item(), "_local_scalar_dense"),
+    "bool": (lambda x: bool(x.any()), "_local_scalar_dense"),
+    "tolist": (lambda x: x[0, :2].tolist(), "tolist"),
+    "numpy": (lambda x: x.numpy(), "numpy"),
+    "nonzero": (lambda x: x.nonzero(), "nonzero"),
+    "where": (lambda x: torch.where(x > 0), "nonzero"),
+    "boolean index": (lambda x: x[x > 0], "index"),
+    "boolean assignment": (lambda x: x.detach().clone().__setitem__(x > 0, torch.ones(1)), "index_put_"),
+    "masked_select": (lambda x: x.masked_select(x > 0), "masked_select"),
+    "unique": (lambda x: x.unique(), "_unique2"),
+    "bincount": (lambda x: x[0].long().clamp(min=0).bincount(), "bincount"),
+    "repeats": (lambda x: x[0].repeat_interleave(torch.ones(x.shape[1], dtype=torch.int64)), "repeat_interleave"),
+}
+
+
+@pytest.fixture(scope="module")
+def small() -> FasterRCNN:
+    return BUILDERS["mobilenet"]().train()
+
+
+@pytest.mark.parametrize("spy", SPIES)
+def test_the_watch_notices(spy: str, small: FasterRCNN, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small
+    look, name = SPIES[spy]
+    sample = model.roi_heads.sample
+
+    def spoilt(proposals: rpn.Proposals, batch: Batch) -> roi_heads.RoISample:
+        look(proposals.scores)
+        return sample(proposals, batch)
+
+    monkeypatch.setattr(model.roi_heads, "sample", spoilt)
+    with watching() as watch:
+        model.run(make_batch(), with_losses=True, with_detections=False)
+    assert watch.dependent[name] > 0
+
+
+def test_the_watch_notices_what_the_backward_pass_does(small: FasterRCNN) -> None:
+    with watching() as watch:
+        losses, _ = small.run(make_batch(), with_losses=True, with_detections=False)
+        assert not watch.dependent
+        Peek.apply(torch.stack(list(losses.values())).sum()).backward()
+    assert watch.dependent == {"_local_scalar_dense": 1}
