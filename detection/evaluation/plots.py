@@ -103,7 +103,7 @@ def score_histogram(analysis: Analysis) -> Figure:
         color=[COLOURS[kind] for kind in kinds],
         label=["right", *(name for name, _ in MISTAKES.values())],
     )
-    axes.set_yscale("function", functions=(np.sqrt, np.square))
+    axes.set_yscale("function", functions=(lambda count: np.sqrt(np.maximum(count, 0)), np.square))
     axes.set(xlim=(0, 1), xlabel="score", ylabel="detections")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_api
 
+from detection.evaluation import coco_eval
 from detection.evaluation.coco_eval import box_iou, evaluate
 from detection.evaluation.results import image_result
 
@@ -101,6 +102,14 @@ def test_masks_equal_pycocotools_bit_for_bit(pycoco, coco_inputs, seed):
     assert expected["precision"].max() > 0
     for name in ("precision", "recall", "scores"):
         np.testing.assert_array_equal(getattr(curves, name), expected[name], err_msg=name)
+
+
+def test_pairs_in_pieces_are_the_same(coco_inputs, monkeypatch):
+    gt, dt, limit = world(5)
+    inputs = coco_inputs(gt, dt)
+    whole = ours(*inputs, limit)
+    monkeypatch.setattr(coco_eval, "PAIRS_AT_ONCE", 7)
+    np.testing.assert_array_equal(ours(*inputs, limit).precision, whole.precision)
 
 
 def test_box_iou_equals_pycocotools():
