@@ -45,7 +45,9 @@ class Throughput(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._ended = time.perf_counter()  # validation in the middle of an epoch is no waiting for data
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
         self._started = time.perf_counter()
 
     def on_train_batch_end(
@@ -119,7 +121,9 @@ class PredictionPictures(L.Callback):
             guess = draw_objects(image, found["boxes"], found["labels"], pl_module.class_names, found["scores"])
             pairs.append((truth, guess))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        side_by_side(pairs, ("ground truth", f"predictions with score >= {self.score_thresh}")).save(self.path, quality=88)
+        side_by_side(pairs, ("ground truth", f"predictions with score >= {self.score_thresh}")).save(
+            self.path, quality=88
+        )
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("val/predictions", [str(self.path)], step=trainer.global_step)
@@ -131,6 +135,10 @@ class Results(L.Callback):
     def __init__(self) -> None:
         self.best: dict[str, float] = {}
         self.best_step = -1
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True  # or a run that ends in the middle of an epoch would end without validation
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import lightning as L
 from jsonargparse import Namespace
@@ -115,8 +115,12 @@ class FitCLI(LightningCLI):
         """The flags of the run itself."""
         parser.add_argument("--name", type=str, default="run", help="Runs of one kind share runs/NAME.")
         parser.add_argument("--output", type=str, default="runs", help="Folder of all runs.")
-        parser.add_argument("--resume", type=str | None, default=None, help="Checkpoint, or folder of a run, to go on with.")
-        parser.add_argument("--wandb", type=WandbMode, default="off", help="`auto`: online when logged in, else offline.")
+        parser.add_argument(
+            "--resume", type=str | None, default=None, help="Checkpoint, or folder of a run, to go on with."
+        )
+        parser.add_argument(
+            "--wandb", type=WandbMode, default="off", help="`auto`: online when logged in, else offline."
+        )
 
     def instantiate_classes(self) -> None:
         """Build the data first: it knows the classes and image sizes that the detector needs.
@@ -174,7 +178,7 @@ class FitCLI(LightningCLI):
 
     def fit(self) -> None:
         """Train to the end, or on from the checkpoint."""
-        if rank_zero_only.rank == 0 and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if _rank() == 0 and not self.trainer.fast_dev_run:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "README.md").write_text(RUN_README.format(folder=self.folder.as_posix()))
         parameters = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
@@ -186,9 +190,9 @@ class FitCLI(LightningCLI):
         log.info("the run is in %s", self.folder)
 
 
-RUN_README = """A training run. `config.yaml` repeats it, `metrics.csv` has its curves, `predictions.jpg` its last pictures.
+RUN_README = """A training run: `config.yaml` repeats it, `metrics.csv` has its curves, `predictions.jpg` its pictures.
 
-Go on with it:   python scripts/fit.py --config {folder}/config.yaml --resume {folder}
+Go on with it:   python scripts/fit.py --resume {folder}
 Evaluate it:     python scripts/evaluate.py --ckpt {folder}/best.ckpt
 Detect with it:
 
@@ -200,9 +204,11 @@ Detect with it:
 
 
 def expand(args: Sequence[str]) -> list[str]:
-    """Complete what may be written short: no configuration, the name of a packaged one, the name of a builder."""
-    expanded = []
-    previous = ""
+    """Complete what may be written short: the name of a packaged configuration, that of a builder, no configuration.
+
+    None means that of the run to go on with, else the quickstart.
+    """
+    expanded, previous, default = [], "", CONFIGS / f"{QUICKSTART}.yaml"
     for arg in args:
         flag, equals, value = arg.partition("=") if arg.startswith("-") else (previous, "", arg)
         if flag in ("-c", "--config") and not Path(value).is_file() and (CONFIGS / f"{value}.yaml").is_file():
@@ -211,8 +217,11 @@ def expand(args: Sequence[str]) -> list[str]:
             value = f"{zoo.__name__}.{value}"
         expanded.append(f"{flag}{equals}{value}" if arg.startswith("-") else value)
         previous = arg
+        if flag == "--resume":
+            resumed = Path(value) if Path(value).is_dir() else Path(value).parent
+            default = resumed / "config.yaml" if (resumed / "config.yaml").is_file() else default
     if not any(arg.partition("=")[0] in ("-c", "--config") for arg in args):
-        expanded = ["--config", str(CONFIGS / f"{QUICKSTART}.yaml"), *expanded]
+        expanded = ["--config", str(default), *expanded]
     return expanded
 
 
@@ -227,6 +236,10 @@ def fit_detector_to_data(detector: Namespace, data: DetectionDataModule) -> None
     for name, (value, defaults) in follows.items():
         if name in detector.init_args and detector.init_args[name] in defaults:
             detector.init_args[name] = value
+
+
+def _rank() -> int:
+    return int(getattr(rank_zero_only, "rank", 0))  # Lightning's, known before the processes meet
 
 
 def find_checkpoint(resume: str | None) -> str | None:
@@ -244,7 +257,7 @@ def run_folder(parent: Path, checkpoint: str | None) -> Path:
     """A new folder for this run, or that of the checkpoint; chosen by the first rank, the same for all."""
     if checkpoint:
         return Path(checkpoint).parent
-    if rank_zero_only.rank != 0 and RUN_FOLDER in os.environ:
+    if _rank() != 0 and RUN_FOLDER in os.environ:
         return Path(os.environ[RUN_FOLDER])
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     taken = sum(path.name.startswith(stamp) for path in parent.glob("*"))
@@ -272,7 +285,7 @@ def set_up_output() -> None:
     rich = RichHandler(show_path=False, show_level=False, log_time_format="%H:%M:%S")
     handler = rich if console.is_terminal else logging.StreamHandler()
     handler.addFilter(lambda record: not NOISE.match(record.getMessage()))
-    level = logging.INFO if rank_zero_only.rank == 0 else logging.ERROR  # type: ignore[attr-defined]
+    level = logging.INFO if _rank() == 0 else logging.ERROR
     for name in ("detection", "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
@@ -296,6 +309,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception) -> int:
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+    if _rank() == 0:
         sys.stderr.write(f"error: {error}\n")
     return 2

@@ -64,7 +64,11 @@ def draw_objects(
 
 
 def write_tag(
-    pen: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, colour: tuple[int, int, int], size: tuple[int, int]
+    pen: ImageDraw.ImageDraw,
+    corner: tuple[float, float],
+    text: str,
+    colour: tuple[int, int, int],
+    size: tuple[int, int],
 ) -> None:
     """Write `text` on a ground of `colour` above `corner`, moved so that all of it lies in a picture of `size`."""
     font = _font(11)
@@ -72,12 +76,14 @@ def write_tag(
     width, height = right - left + 4, bottom - top + 4
     x = max(0.0, min(corner[0], size[0] - width))
     y = max(0.0, min(corner[1] - height, size[1] - height))
-    pen.rectangle((x, y, x + width, y + height), fill=colour)
+    pen.rectangle((x, y, x + width - 1, y + height - 1), fill=colour)
     light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
     pen.text((x + 2 - left, y + 2 - top), text, fill="black" if light else "white", font=font)
 
 
-def side_by_side(pairs: Sequence[tuple[Image.Image, Image.Image]], titles: tuple[str, str], columns: int = 2) -> Image.Image:
+def side_by_side(
+    pairs: Sequence[tuple[Image.Image, Image.Image]], titles: tuple[str, str], columns: int = 2
+) -> Image.Image:
     """A sheet of pairs of pictures, `columns` pairs a row, the titles above each column of pictures."""
     cell = (max(p.width for pair in pairs for p in pair), max(p.height for pair in pairs for p in pair))
     columns = min(columns, len(pairs))

@@ -1,0 +1,71 @@
+"""Throughput counts training time only; the table shows what was logged."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from detection.callbacks import Results, Throughput, result_table
+
+
+class Module:
+    """Stands in for the LightningModule: keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.logged: dict[str, float] = {}
+
+    def log(self, name: str, value: float, **options: Any) -> None:
+        self.logged[name] = value
+
+
+def trainer(**values: Any) -> Any:
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.25}])
+    return SimpleNamespace(world_size=2, optimizers=[optimizer], is_global_zero=True, sanity_checking=False, **values)
+
+
+def test_throughput_counts_all_devices_and_no_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    callback, module, batch = Throughput(), Module(), [0] * 4
+
+    def step(wait: float, work: float) -> None:
+        clock[0] += wait
+        callback.on_train_batch_start(trainer(), module, batch, 0)  # type: ignore[arg-type]
+        clock[0] += work
+        callback.on_train_batch_end(trainer(), module, None, batch, 0)  # type: ignore[arg-type]
+
+    callback.on_train_epoch_start(trainer(), module)  # type: ignore[arg-type]
+    step(1.0, 3.0)
+    clock[0] += 100
+    callback.on_validation_end(trainer(), module)  # type: ignore[arg-type]
+    step(1.0, 3.0)
+    assert module.logged == {"images/s": pytest.approx(2 * 4 * 2 / 8), "time/data": pytest.approx(2 / 8), "lr": 0.25}
+
+
+def test_best_epoch_is_kept_and_survives_a_checkpoint() -> None:
+    results = Results()
+    for step, value in enumerate([0.1, 0.4, 0.3]):
+        metrics = {"val/map": value, "val/ap/cat": value, "train/loss": 1.0}
+        run = trainer(callback_metrics=metrics, global_step=step, current_epoch=step)
+        results.on_validation_end(run, Module())  # type: ignore[arg-type]
+    run = trainer(callback_metrics={"val/map": 0.9}, global_step=3, current_epoch=3)
+    run.sanity_checking = True
+    results.on_validation_end(run, Module())  # type: ignore[arg-type]
+    restored = Results()
+    restored.load_state_dict(results.state_dict())
+    assert (restored.best_step, restored.best) == (1, {"val/map": 0.4, "val/ap/cat": 0.4})
+
+
+def test_table_has_a_row_for_each_class_and_figure() -> None:
+    metrics = {"val/ap/cat": 0.25, "val/ap/dog": 0.75, "val/map": 0.5, "val/map_50": 0.875, "val/map_small": -1.0}
+    console = Console(width=60)
+    with console.capture() as capture:
+        console.print(result_table(metrics, "val", "Validation"))
+    text = capture.get()
+    rows = [line.strip("│ ").split("│") for line in text.splitlines() if line.startswith("│")]
+    found = {row[0].strip(): row[1].strip() for row in rows}
+    assert found == {"cat": "0.250", "dog": "0.750", "AP": "0.500", "AP50": "0.875"}

@@ -1,0 +1,353 @@
+"""The command line, driven as a user would: fit on tiny data, resume, reload, two processes, mistakes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from PIL import Image
+
+from detection.cli import CONFIGS, RUN_FOLDER, FitCLI, expand, fit_detector_to_data, main, run_folder
+from detection.data import scenes
+from detection.data.coco import read_coco
+from detection.data.datamodule import DetectionDataModule
+from detection.data.dataset import DetectionDataset
+from detection.data.images import read_image
+from detection.data.samplers import TrainBatchSampler
+from detection.module import DetectionModule
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    *("--data.num_workers", "0"),
+    *("--data.min_size", "64"),
+    *("--model.detector.fpn_channels", "16"),
+    *("--model.detector.weights_backbone", "null"),
+    *("--trainer.accelerator", "cpu"),
+]
+
+
+def coco_flags(root: Path) -> list[str]:
+    flags = ["--data.format", "coco", "--data.root", str(root)]
+    for split, (file, images) in scenes.SPLITS.items():
+        flags += [f"--data.{split}_split", file, f"--data.{split}_images", images]
+    return flags
+
+
+def read_metrics(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scenes.draw(tmp_path_factory.mktemp("scenes"), train=8, val=3)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    yield
+    os.environ.pop(RUN_FOLDER, None)
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[FitCLI, Path]:
+    """A finished run of two epochs and its folder."""
+    output = tmp_path_factory.mktemp("runs")
+    flags = ["--trainer.max_epochs", "2", "--data.batch_size", "4", "--output", str(output)]
+    cli = FitCLI([*flags, *SMALL, *coco_flags(data)])
+    cli.fit()
+    (folder,) = (output / "quickstart").iterdir()
+    return cli, folder
+
+
+def test_run_folder_holds_what_it_should(run: tuple[FitCLI, Path]) -> None:
+    names = {path.name for path in run[1].iterdir()}
+    assert names == {"README.md", "best.ckpt", "config.yaml", "last.ckpt", "metrics.csv", "predictions.jpg"}
+    assert min(Image.open(run[1] / "predictions.jpg").size) > 100
+    assert str(run[1]) in (run[1] / "README.md").read_text()
+
+
+def test_map_is_logged_each_epoch_and_best_is_the_largest(run: tuple[FitCLI, Path]) -> None:
+    rows = [row for row in read_metrics(run[1]) if row["val/map"]]
+    assert [int(row["epoch"]) for row in rows] == [0, 1]
+    assert all(math.isfinite(float(row["val/loss"])) for row in rows)
+    best = torch.load(run[1] / "best.ckpt", weights_only=True)
+    last = torch.load(run[1] / "last.ckpt", weights_only=True)
+    largest = max(rows, key=lambda row: float(row["val/map"]))
+    assert best["epoch"] == int(largest["epoch"])
+    assert last["epoch"] == 1
+
+
+def test_throughput_is_logged(run: tuple[FitCLI, Path]) -> None:
+    values = [row for row in read_metrics(run[1]) if row["images/s"]] or [run[0].trainer.callback_metrics]  # type: ignore[list-item]
+    assert all(float(row["images/s"]) > 0 and 0 <= float(row["time/data"]) <= 1 for row in values)
+    assert all(float(row["lr"]) >= 0 for row in values)
+
+
+def test_checkpoint_alone_detects_the_same(run: tuple[FitCLI, Path], data: Path) -> None:
+    cli, folder = run
+    images = [torch.from_numpy(read_image(path)).permute(2, 0, 1) for path in sorted((data / "val").iterdir())]
+    loaded = DetectionModule.load_from_checkpoint(folder / "last.ckpt")
+    assert loaded.class_names == list(scenes.CLASSES)
+    for module in (cli.model, loaded):  # so little training finds nothing: show what it would find
+        module.detector.roi_heads.score_thresh = 0.0
+    found, expected = loaded.detector.predict(images), cli.model.detector.predict(images)
+    assert sum(len(detection["scores"]) for detection in expected) > 0
+    for got, want in zip(found, expected, strict=True):
+        for name, value in want.items():
+            assert torch.equal(got[name], value), name
+
+
+def test_saved_configuration_repeats_the_run(run: tuple[FitCLI, Path], data: Path) -> None:
+    saved = yaml.safe_load((run[1] / "config.yaml").read_text())
+    assert saved["trainer"]["max_epochs"] == 2
+    assert saved["data"]["root"] == str(data)
+    assert saved["model"]["detector"]["init_args"]["num_classes"] is None  # follows from the data, then as now
+    again = FitCLI(["--config", str(run[1] / "config.yaml")])
+    assert again.config.as_dict()["data"] == run[0].config.as_dict()["data"]
+    assert again.model.detector.num_classes == 1 + len(scenes.CLASSES)
+
+
+def test_resume_goes_on_in_the_same_folder(run: tuple[FitCLI, Path]) -> None:
+    before = read_metrics(run[1])
+    assert main(["--trainer.max_epochs", "3", "--resume", str(run[1])]) == 0  # all else as in its config.yaml
+    after = read_metrics(run[1])
+    assert len(list(run[1].parent.iterdir())) == 1
+    assert [{k: row[k] for k in before[0]} for row in after[: len(before)]] == before
+    assert {row["epoch"] for row in after[len(before) :]} == {"2"}
+    assert torch.load(run[1] / "last.ckpt", weights_only=True)["epoch"] == 2
+
+
+def test_a_run_that_ends_within_an_epoch_is_validated(data: Path, tmp_path: Path) -> None:
+    flags = ["--trainer.max_steps", "3", "--data.batch_size", "4", "--output", str(tmp_path)]
+    assert main([*flags, *SMALL, *coco_flags(data), "--trainer.max_epochs=-1"]) == 0
+    (folder,) = (tmp_path / "quickstart").iterdir()
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert [int(row["step"]) for row in read_metrics(folder) if row["val/map"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--data.bath_size", "4"], "--data.batch_size"),
+        (["--data.batch", "4"], "--data.batch_size"),
+        (["--trainer.max_epoch=3"], "--trainer.max_epochs"),
+        (["--batch_size", "4"], "--data.batch_size"),
+        (["--model.learning_rate", "0.1"], "--model."),
+        (["--model.detector.min_sze", "320"], "--model.detector.min_size"),
+        (["--model.detector", "fasterrcn_resnet50_fpn"], "fasterrcnn_resnet50_fpn"),
+        (["--data.format", "coko"], "coco"),
+        (["--config", "nope.yaml"], "nope.yaml"),
+    ],
+)
+def test_misspelt_flag_fails_with_the_nearest(
+    flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(flags)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert expected in message
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+
+
+def test_misspelt_key_in_a_file_fails_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    config["data"]["batchsize"] = 2
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit):
+        main(["--config", str(tmp_path / "config.yaml")])
+    assert "batch_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--data.format", "voc"], "needs root"),
+        (["--data.format", "voc", "--data.root", "/nowhere"], "/nowhere"),
+        (["--resume", "/nowhere"], "no checkpoint at /nowhere"),
+        (["--model.detector.num_classes", "3"], "num_classes=7"),
+        (["--model.detector.weights_backbone", "/nowhere.pth"], "/nowhere.pth"),
+    ],
+)
+def test_mistake_is_one_line_and_code_2(flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*flags, "--trainer.accelerator", "cpu"]) == 2
+    message = capsys.readouterr().err
+    assert expected in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_packaged_configuration_parses(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", path.stem, "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    written = yaml.safe_load(path.read_text())
+    assert printed["name"] == path.stem
+    for section in ("trainer", "data", "model"):
+        for key, value in written[section].items():
+            if key != "detector":
+                assert printed[section][key] == value, key
+    detector = printed["model"]["detector"]["init_args"]
+    assert {key for key in written["model"]["detector"].get("init_args", {}) if key not in detector} == set()
+
+
+def test_short_names_are_completed() -> None:
+    assert expand([]) == ["--config", str(CONFIGS / "quickstart.yaml")]
+    assert expand(["--config=voc"]) == [f"--config={CONFIGS / 'voc.yaml'}"]
+    assert expand(["-c", "voc", "--name", "voc"]) == ["-c", str(CONFIGS / "voc.yaml"), "--name", "voc"]
+    flags = expand(["--model.detector", "fasterrcnn_resnet50_fpn"])
+    assert flags[-1] == "detection.models.zoo.fasterrcnn_resnet50_fpn"
+
+
+def test_another_builder_takes_classes_and_sizes_from_the_data(data: Path) -> None:
+    flags = ["--model.detector", "fasterrcnn_mobilenet_v3_large_320_fpn", "--data.min_size=[64,96]"]
+    cli = FitCLI([*flags, "--data.max_size", "200", "--trainer.accelerator", "cpu", *coco_flags(data)])
+    transform = cli.model.detector.transform
+    assert cli.model.detector.num_classes == 7
+    assert (tuple(transform.min_size), transform.max_size) == ((64, 96), 200)
+
+
+def test_what_the_user_sets_stays() -> None:
+    from jsonargparse import Namespace
+
+    detector = Namespace(init_args=Namespace(num_classes=None, min_size=500, max_size=1333))
+    fit_detector_to_data(detector, DetectionDataModule(min_size=160, max_size=320))
+    assert detector.init_args.as_dict() == {"num_classes": 7, "min_size": 500, "max_size": 320}
+
+
+def test_run_folder_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_folder(tmp_path, None)
+    first.mkdir()
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert run_folder(tmp_path, None) == first  # another rank of the same run
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    assert run_folder(tmp_path, None) != first  # another run within the same second
+    assert run_folder(tmp_path, str(tmp_path / "x" / "last.ckpt")) == tmp_path / "x"
+
+
+def test_help_is_quick_complete_and_leaves_cuda_alone() -> None:
+    code = (
+        "import sys, torch\n"
+        "from detection.cli import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    for flag in (
+        "--config",
+        "--resume",
+        "--wandb",
+        "--trainer.devices",
+        "--trainer.precision",
+        "--data.root",
+        "--model.lr",
+    ):
+        assert flag in done.stdout
+    # Processor time, as other tests run beside this one: all of it is spent in one thread.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 8
+
+
+@pytest.mark.slow
+def test_wandb_without_a_key_runs_offline_and_asks_nothing(data: Path, tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(tmp_path)}
+    flags = ["--wandb", "auto", "--trainer.max_epochs", "1", "--data.batch_size", "4", "--output", "runs"]
+    command = [sys.executable, str(ROOT / "scripts" / "fit.py"), *flags, *SMALL, *coco_flags(data)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not logged in" in done.stdout + done.stderr
+    (folder,) = (tmp_path / "runs" / "quickstart").iterdir()
+    assert len(list((folder / "wandb").glob("offline-run-*"))) == 1
+
+
+WATCH = """
+import json, os, lightning as L, torch
+
+class Watch(L.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.seen.append([int(batch.gt_valid.sum()), float(outputs["loss"])])
+
+    def on_fit_end(self, trainer, module):
+        weights = torch.cat([p.detach().flatten().double() for p in module.parameters()])
+        report = {"seen": self.seen, "weights": [float(weights.sum()), float(weights.abs().sum())]}
+        report |= {"threads": torch.get_num_threads(), "map": float(trainer.callback_metrics["val/map"])}
+        with open(f"rank{trainer.global_rank}.json", "w") as file:
+            json.dump(report, file)
+"""
+
+
+def half_empty_data(root: Path) -> tuple[Path, int]:
+    """A COCO folder in which half of the images hold nothing, and a seed that gives rank 1 of 2 only those."""
+    images, annotations = [], []
+    for i in range(8):
+        pixels = np.full((64, 64, 3), 90, np.uint8)
+        if i < 4:
+            pixels[16:48, 16:48] = (200, 60, 60)
+            box = {
+                "id": i + 1,
+                "image_id": i + 1,
+                "category_id": 1,
+                "bbox": [16, 16, 32, 32],
+                "area": 1024,
+                "iscrowd": 0,
+            }
+            annotations.append(box)
+        Image.fromarray(pixels).save(root / f"{i}.png")
+        images.append({"id": i + 1, "file_name": f"{i}.png", "width": 64, "height": 64})
+    content: dict[str, Any] = {"images": images, "annotations": annotations}
+    content["categories"] = [{"id": 1, "name": "square"}]
+    (root / "all.json").write_text(json.dumps(content))
+    store = DetectionDataset(read_coco(root, "all.json"), None).store  # type: ignore[arg-type]
+    for seed in range(1000):
+        batches = [[i for i, _ in batch] for batch in TrainBatchSampler(store, 4, seed)]
+        if min(batches[1]) >= 4:  # rank 1 takes every second batch
+            return root, seed
+    raise AssertionError("no such seed")
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_sees_no_object(tmp_path: Path) -> None:
+    root, seed = half_empty_data(tmp_path)
+    (tmp_path / "watch.py").write_text(WATCH)
+    flags = ["--data.format", "coco", "--data.root", str(root), "--data.batch_size", "4", "--data.seed", str(seed)]
+    flags += ["--data.train_split", "all.json", "--data.val_split", "all.json", "--output", "runs"]
+    flags += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1"]
+    flags += ["--trainer.callbacks+=watch.Watch"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, str(ROOT / "scripts" / "fit.py"), *flags, *SMALL]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert [objects for objects, _ in ranks[0]["seen"]] == [4]
+    assert [objects for objects, _ in ranks[1]["seen"]] == [0]
+    assert all(math.isfinite(loss) for rank in ranks for _, loss in rank["seen"])
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+    assert ranks[0]["map"] == ranks[1]["map"]
+    (folder,) = (tmp_path / "runs" / "quickstart").iterdir()
+    assert {"best.ckpt", "last.ckpt", "metrics.csv", "config.yaml"} <= {path.name for path in folder.iterdir()}

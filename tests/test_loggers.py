@@ -1,0 +1,52 @@
+"""metrics.csv goes on where it ended; W&B never waits for a key."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from detection.loggers import MetricsFile, logged_in, wandb_logger
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_resumed_run_appends_with_new_and_old_columns(tmp_path: Path) -> None:
+    for step, metrics in enumerate([{"loss": 1.0}, {"loss": 0.5, "map": 0.1}, {"lr": 0.2}]):
+        logger = MetricsFile(tmp_path)  # a new process each time
+        logger.log_metrics(metrics, step)
+        logger.save()
+    found = rows(tmp_path)
+    assert [row["loss"] for row in found] == ["1.0", "0.5", ""]
+    assert [row["step"] for row in found] == ["0", "1", "2"]
+    assert (found[1]["map"], found[2]["lr"]) == ("0.1", "0.2")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_key_is_found_where_wandb_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not logged_in()
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine api.wandb.ai\n  login user\n  password 0123456789\n")
+    netrc.chmod(0o600)
+    assert logged_in()
+    netrc.unlink()
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789")
+    assert logged_in()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert not logged_in()
+
+
+def test_run_keeps_its_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "voc" / "2026-01-02_03-04-05"
+    first, second = wandb_logger("auto", folder), wandb_logger("auto", folder)
+    assert first.version == second.version == "voc-2026-01-02_03-04-05"
+    assert first._offline

@@ -1,0 +1,62 @@
+"""Drawing: boxes where they belong, text inside the picture, colours that tell classes apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from detection.visualize import class_colour, draw_objects, side_by_side, write_tag
+
+NAMES = ["cat", "a name that is rather long"]
+
+
+def test_box_is_drawn_in_the_colour_of_its_class_at_its_place() -> None:
+    image = np.zeros((100, 200, 3), np.uint8)
+    picture = draw_objects(image, np.array([[50.0, 60.0, 100.0, 90.0]]), np.array([2]), NAMES, side=400)
+    pixels = np.asarray(picture)
+    assert picture.size == (400, 200)  # twice as large
+    rows, columns = np.nonzero((pixels == class_colour(2)).all(axis=2))
+    outline = rows >= 120  # below the text
+    assert (rows[outline].min(), rows.max()) == (120, 179)
+    assert (columns[outline].min(), columns[outline].max()) == (100, 199)
+    assert (pixels[150, 150] == 0).all()  # hollow
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1000, 40), (40, 1000)])
+def test_any_image_size_gives_readable_text(shape: tuple[int, int]) -> None:
+    box = np.array([[0.0, 0.0, shape[1], shape[0]]])
+    scores = np.array([0.87])
+    picture = draw_objects(np.full((*shape, 3), 128, np.uint8), box, np.array([1]), NAMES, scores, side=300)
+    assert max(picture.size) == 300
+    assert (np.asarray(picture) == class_colour(1)).all(axis=2).any()
+
+
+def test_no_objects_leave_the_image_as_it_is() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8)
+    picture = draw_objects(image, np.zeros((0, 4)), np.zeros(0, int), NAMES, np.zeros(0), side=30)
+    assert (np.asarray(picture) == image).all()
+
+
+@pytest.mark.parametrize("corner", [(-50.0, -50.0), (190.0, 0.0), (190.0, 99.0), (0.0, 500.0)])
+def test_text_stays_inside(corner: tuple[float, float]) -> None:
+    def painted(place: tuple[float, float]) -> int:
+        picture = Image.new("RGB", (200, 100), "black")
+        write_tag(ImageDraw.Draw(picture), place, "cat 0.87", (0, 0, 255), picture.size)  # white on blue
+        return int(np.asarray(picture).any(axis=2).sum())
+
+    assert painted(corner) == painted((60.0, 60.0)) > 300
+
+
+def test_neighbouring_classes_differ() -> None:
+    colours = np.array([class_colour(label) for label in range(1, 21)], float)
+    distances = np.linalg.norm(colours[:, None] - colours[None], axis=2) + 1000 * np.eye(20)
+    assert distances.min() > 20
+    assert np.diag(distances, 1).min() > 100
+
+
+def test_sheet_holds_every_picture() -> None:
+    pairs = [(Image.new("RGB", (40, 30 + i), (255, 0, 0)), Image.new("RGB", (40, 30), (0, 0, 255))) for i in range(3)]
+    sheet = np.asarray(side_by_side(pairs, ("left", "right")))
+    assert (sheet == (255, 0, 0)).all(axis=2).sum() == 40 * (30 + 31 + 32)
+    assert (sheet == (0, 0, 255)).all(axis=2).sum() == 3 * 40 * 30
