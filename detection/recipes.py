@@ -23,8 +23,8 @@ class RecipeError(ValueError):
 def recorded(maker: Made) -> Made:
     """Decorate a class or a builder function: what it makes gets `recipe`, or None if an argument has no plain form.
 
-    Weights are left out of a recipe, as a checkpoint has its own; a builder may note what they decided in
-    `model.implied`, a dictionary of arguments.
+    Weights are left out of a recipe, as a checkpoint has its own; a builder may note in `model.implied`, a dictionary,
+    what they decided about arguments that were None.
     """
     path = f"{maker.__module__}.{maker.__qualname__}"
     if isclass(maker):
@@ -37,6 +37,7 @@ def recorded(maker: Made) -> Made:
                 self.recipe = _describe(path, _arguments(init, (self, *args), kwargs, skip="self"))
 
         maker.__init__ = initialise  # type: ignore[misc]
+        maker.is_recorded = True  # type: ignore[attr-defined]
         return maker
 
     @wraps(maker)
@@ -44,9 +45,11 @@ def recorded(maker: Made) -> Made:
         model = maker(*args, **kwargs)
         arguments = _arguments(maker, args, kwargs)
         arguments |= {name: None for name in arguments if name in ("weights", "weights_backbone")}
-        model.recipe = _describe(path, arguments | getattr(model, "implied", {}))
+        implied = {name: value for name, value in getattr(model, "implied", {}).items() if arguments.get(name) is None}
+        model.recipe = _describe(path, arguments | implied)
         return model
 
+    build.is_recorded = True  # type: ignore[attr-defined]
     return build  # type: ignore[return-value]
 
 
@@ -64,8 +67,8 @@ def rebuild(recipe: Mapping[str, Any]) -> Any:
         maker = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise RecipeError(f"the recipe names {path}, which this version of {PACKAGE} does not have") from error
-    if not callable(maker) or not str(getattr(maker, "__module__", "")).startswith(PACKAGE):
-        raise RecipeError(f"the recipe names {path}, which is not a part of {PACKAGE}")
+    if not getattr(maker, "is_recorded", False):  # others could do anything, such as writing files
+        raise RecipeError(f"the recipe names {path}, which is not a part of a detector")
     arguments = {key: _restore(value) for key, value in dict(recipe.get("init_args") or {}).items()}
     try:
         return maker(**arguments)

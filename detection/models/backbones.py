@@ -12,7 +12,7 @@ from typing import Literal
 
 import timm
 import torch
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_large, resnet
 from torchvision.ops import FrozenBatchNorm2d
@@ -183,24 +183,25 @@ def timm_fpn(
         weights: a file of timm's weights of it (`.pth` or `.safetensors`).
         trainable_layers: the layers of how many maps train, counted from the coarsest: by default 3 of the usual 4 with
             weights, which leaves the stem and everything up to stride 4 fixed, and all without.
-        norm: None keeps the network's own layers with weights frozen if they are batch normalisation, live without.
+        norm: in place of batch normalisation, if the network has any; None freezes it with weights, keeps it without.
         fpn_norm, out_channels: of the pyramid.
         out_indices: which of timm's maps; None takes those with strides of 4 and more.
 
     Raises:
         ValueError: the network gives no maps of stride 4 or more.
     """
-    options = {"norm_layer": group_norm} if norm == "group" else {}
-    network = timm.create_model(name, pretrained=False, features_only=True, **options)
+    network = timm.create_model(name, pretrained=False, features_only=True)
     if out_indices is None:
         out_indices = [i for i, stride in enumerate(network.feature_info.reduction()) if stride >= 4]
     if not out_indices:
         raise ValueError(f"{name} has no feature maps of stride 4 or more: {network.feature_info.reduction()}")
-    network = timm.create_model(name, pretrained=False, features_only=True, out_indices=tuple(out_indices), **options)
+    network = timm.create_model(name, pretrained=False, features_only=True, out_indices=tuple(out_indices))
     if is_given(weights):
         _load_matching(network, find_weights(weights), name)
     if norm == "frozen" or (norm is None and is_given(weights)):
         network = freeze_batch_norm_2d(network)
+    elif norm == "group":
+        _replace_batch_norm(network)
     info = network.feature_info
     pretrained = is_given(weights) or norm == "frozen"
     outputs = [module.replace(".", "_") for module in info.module_name()]
@@ -272,6 +273,16 @@ def _count_trainable(layers: int | None, pretrained: bool, groups: int) -> int:
     if not 0 <= layers <= groups:
         raise ValueError(f"trainable_backbone_layers must be from 0 to {groups}, not {layers}")
     return layers
+
+
+def _replace_batch_norm(network: nn.Module) -> None:
+    """Put group normalisation in the place of all batch normalisation, and keep the activations that timm joins to it."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, BatchNormAct2d):
+            parts = (group_norm(module.num_features), module.drop, module.act)
+            network.set_submodule(name, nn.Sequential(*parts))
+        elif isinstance(module, nn.BatchNorm2d):
+            network.set_submodule(name, group_norm(module.num_features))
 
 
 def _freeze_up_to(network: nn.Module, outputs: Sequence[str], trainable: int) -> None:

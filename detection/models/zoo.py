@@ -150,7 +150,7 @@ def fasterrcnn_resnet50_fpn(
     backbone = resnet_fpn("resnet50", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
     model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
     names = reference.FasterRCNN_ResNet50_FPN_Weights
-    model = _finish(model, norm, weights_backbone, weights, names)
+    model = _finish(model, weights_backbone, weights, names)
     if weights in (names.COCO_V1, "COCO_V1", "DEFAULT"):
         # torchvision trained these without the epsilon of the frozen normalisation, and evaluates them so: taking it
         # off the variance gives the same numbers without a setting that a checkpoint would have to carry.
@@ -180,7 +180,7 @@ def fasterrcnn_resnet50_fpn_v2(
     kwargs.setdefault("rpn_head", RPNHead(backbone.out_channels, 3, conv_depth=2))
     kwargs.setdefault("box_head", ConvFCHead(backbone.out_channels))
     model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
-    return _finish(model, norm, weights_backbone, weights, reference.FasterRCNN_ResNet50_FPN_V2_Weights)
+    return _finish(model, weights_backbone, weights, reference.FasterRCNN_ResNet50_FPN_V2_Weights)
 
 
 @recorded
@@ -196,7 +196,7 @@ def fasterrcnn_resnet_fpn(
 ) -> FasterRCNN:
     """Faster R-CNN on a ResNet of any depth. Arguments as for `fasterrcnn_resnet50_fpn`; `weights` only from a file."""
     backbone = resnet_fpn(backbone_name, weights_backbone, trainable_backbone_layers, _norm(norm, weights))
-    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), norm, weights_backbone, weights)
+    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone, weights)
 
 
 @recorded
@@ -214,7 +214,7 @@ def fasterrcnn_resnet101_fpn(
     Arguments as for `fasterrcnn_resnet_fpn`.
     """
     backbone = resnet_fpn("resnet101", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
-    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), norm, weights_backbone, weights)
+    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone, weights)
 
 
 @recorded
@@ -234,7 +234,7 @@ def fasterrcnn_mobilenet_v3_large_fpn(
     kwargs = {"rpn_score_thresh": 0.05, **kwargs}
     backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights))
     model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
-    return _finish(model, norm, weights_backbone, weights, reference.FasterRCNN_MobileNet_V3_Large_FPN_Weights)
+    return _finish(model, weights_backbone, weights, reference.FasterRCNN_MobileNet_V3_Large_FPN_Weights)
 
 
 @recorded
@@ -255,7 +255,7 @@ def fasterrcnn_mobilenet_v3_large_320_fpn(
     kwargs = {"rpn_score_thresh": 0.05, **mobile, **kwargs}
     backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights))
     model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
-    return _finish(model, norm, weights_backbone, weights, reference.FasterRCNN_MobileNet_V3_Large_320_FPN_Weights)
+    return _finish(model, weights_backbone, weights, reference.FasterRCNN_MobileNet_V3_Large_320_FPN_Weights)
 
 
 @recorded
@@ -282,7 +282,7 @@ def fasterrcnn_efficientnet_lite0_fpn(
     """
     kwargs = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), **kwargs}
     backbone = efficientnet_lite0_fpn(weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers)
-    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), norm, weights_backbone)
+    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone)
 
 
 @recorded
@@ -306,7 +306,7 @@ def fasterrcnn_timm_fpn(
         **kwargs: see `faster_rcnn`.
     """
     backbone = timm_fpn(backbone_name, weights_backbone, trainable_backbone_layers, norm, out_channels=fpn_channels)
-    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), norm, weights_backbone)
+    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone)
 
 
 def create_faster_rcnn(num_classes: int, pretrained: bool = False) -> FasterRCNN:
@@ -331,12 +331,10 @@ def _norm(norm: Norm | None, weights: Weights) -> Norm | None:
     return "frozen" if norm is None and is_given(weights) else norm
 
 
-def _finish(
-    model: FasterRCNN, norm: Norm | None, backbone: Weights, weights: Weights = None, names: Any = None
-) -> FasterRCNN:
+def _finish(model: FasterRCNN, backbone: Weights, weights: Weights = None, names: Any = None) -> FasterRCNN:
     """Load the weights of the whole detector, and note what having weights decided, for the recipe."""
     if is_given(weights):
         model.load_state_dict(find_weights(weights, names))
-    if norm is None and (is_given(weights) or is_given(backbone)):
-        model.implied = {"norm": "frozen"}
+    if is_given(weights) or is_given(backbone):
+        model.implied = {"norm": "frozen", "trainable_backbone_layers": 3}
     return model
