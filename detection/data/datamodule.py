@@ -18,7 +18,7 @@ from detection.data.augment import eval_transform, train_transform
 from detection.data.batch import Batch
 from detection.data.coco import read_coco
 from detection.data.dataset import DetectionDataset, Sample, collate
-from detection.data.records import DataError, Index
+from detection.data.records import DataError, Index, relabel
 from detection.data.samplers import TrainBatchSampler, rank_and_world
 from detection.data.voc import read_voc
 from detection.data.yolo import read_yolo
@@ -181,7 +181,10 @@ class DetectionDataModule(L.LightningDataModule):
             return read_yolo(root, name, classes)
         if hp["format"] == "scenes":
             root, name, images = scenes.location(root), *scenes.SPLITS["train" if split == "train" else "val"]
-        return read_coco(root, name, images, classes, hp["masks"])
+        if split == "train" or self._known is None:
+            return read_coco(root, name, images, classes, hp["masks"])
+        # An evaluation file may list fewer categories than the training file, or number them otherwise.
+        return relabel(read_coco(root, name, images, None, hp["masks"]), *self._known)
 
     def _dataset(self, split: Stage) -> DetectionDataset:
         hp = self.hparams

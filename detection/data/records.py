@@ -7,7 +7,8 @@ anything silently: whatever they repair or leave out is a `Defect` in the index'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +86,33 @@ class Index:
     category_ids: tuple[int, ...]
     records: list[Record]
     defects: list[Defect] = field(default_factory=list)
+
+
+def relabel(index: Index, classes: Sequence[str], category_ids: Sequence[int]) -> Index:
+    """The same images with labels that point into `classes`, which another split has named.
+
+    Objects of other classes are left out and counted in a defect; a class that this split lacks has no object.
+    """
+    labels = np.array([0, *(classes.index(name) + 1 if name in classes else 0 for name in index.classes)])
+    dropped: dict[str, int] = {}
+    records = []
+    for record in index.records:
+        new = labels[record.labels]
+        kept = new > 0
+        for old in record.labels[~kept]:
+            name = index.classes[old - 1]
+            dropped[name] = dropped.get(name, 0) + 1
+        arrays = ("boxes", "areas", "iscrowd", "difficult", "annotation_ids")
+        filtered: dict[str, Any] = {name: getattr(record, name)[kept] for name in arrays}
+        if record.segments is not None:
+            filtered["segments"] = [segment for segment, keep in zip(record.segments, kept, strict=True) if keep]
+        records.append(replace(record, labels=new[kept], **filtered))
+    fix = "they are left out; name the class among `classes` to train and evaluate it"
+    left_out = [
+        Defect("annotations", f"class '{name}'", f"{count} objects of a class that is not trained", fix, "note")
+        for name, count in dropped.items()
+    ]
+    return Index(index.root, tuple(classes), tuple(category_ids), records, [*index.defects, *left_out])
 
 
 class DataError(ValueError):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
+import cv2
 import lightning as L
 import numpy as np
 import pytest
@@ -291,3 +293,26 @@ def test_two_processes_share_the_work(cache: Path, tmp_path: Path) -> None:
 def test_workers_have_a_timeout_and_stay(cache: Path) -> None:
     loader = drawn(cache, num_workers=2, timeout=7).val_dataloader()
     assert loader.timeout == 7 and loader.persistent_workers and loader.worker_init_fn is module.init_worker
+
+
+def test_an_evaluation_file_may_list_other_categories(tmp_path: Path) -> None:
+    image = np.zeros((40, 60, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / "a.jpg"), image)
+    entry = {"id": 1, "file_name": "a.jpg", "width": 60, "height": 40}
+
+    def write(name: str, categories: dict[int, str]) -> None:
+        boxes = [
+            {"id": i, "image_id": 1, "category_id": i, "bbox": [i, 2, 10 + i, 9], "iscrowd": 0} for i in categories
+        ]
+        listed = [{"id": key, "name": value} for key, value in categories.items()]
+        (tmp_path / name).write_text(json.dumps({"images": [entry], "annotations": boxes, "categories": listed}))
+
+    write("train.json", {3: "cat", 7: "dog", 9: "fox"})
+    write("val.json", {3: "dog", 4: "owl"})
+    data = DetectionDataModule(str(tmp_path), "coco", "train.json", "val.json", num_workers=0, batch_size=1)
+    data.setup("fit")
+    target = next(iter(data.val_dataloader())).targets[0]
+    assert data.class_names == ["cat", "dog", "fox"]
+    assert data.category_ids == [3, 7, 9]
+    assert target.labels.tolist() == [2]  # the owl is left out, the dog is found by name
+    assert target.boxes.tolist() == [[3, 2, 16, 11]]
