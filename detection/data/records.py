@@ -7,7 +7,6 @@ anything silently: whatever they repair or leave out is a `Defect` in the index'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
