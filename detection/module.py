@@ -117,7 +117,8 @@ class DetectionModule(L.LightningModule):
         try:
             if not self.trainer.sanity_checking:
                 values = {f"{stage}/{name}": value for name, value in self.metric.compute().items()}
-                self.log_dict(values)
+                # COCO says -1 where there is no object of a size; in a chart that would be a figure.
+                self.log_dict({name: value for name, value in values.items() if value >= 0 or name == f"{stage}/map"})
                 self.log(f"{stage}_map", values[f"{stage}/map"], prog_bar=True, logger=False)
                 self.log_dict({f"{stage}/ap/{name}": value for name, value in self.metric.per_class().items()})
         finally:
