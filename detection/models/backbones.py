@@ -276,7 +276,7 @@ def _count_trainable(layers: int | None, pretrained: bool, groups: int) -> int:
 
 
 def _replace_batch_norm(network: nn.Module) -> None:
-    """Put group normalisation in the place of all batch normalisation, and keep the activations that timm joins to it."""
+    """Put group normalisation in the place of batch normalisation, and keep the activations that timm joins to it."""
     for name, module in list(network.named_modules()):
         if isinstance(module, BatchNormAct2d):
             parts = (group_norm(module.num_features), module.drop, module.act)

@@ -2,6 +2,9 @@
 
 `num_classes` counts the background, as torchvision's does. Unlike torchvision, no builder downloads anything:
 `weights_backbone` is None unless said otherwise.
+
+Where a builder's default is not that of `faster_rcnn`, the argument stands in its own signature: the command line hands
+over every argument that it finds, and would put the defaults of `faster_rcnn` in place of any that hid in `**kwargs`.
 """
 
 from __future__ import annotations
@@ -168,6 +171,9 @@ def fasterrcnn_resnet50_fpn_v2(
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
     norm: Norm = "batch",
+    rpn_anchor_generator: AnchorGenerator | None = None,
+    rpn_head: nn.Module | None = None,
+    box_head: nn.Module | None = None,
     **kwargs: Any,
 ) -> FasterRCNN:
     """The improved detector of torchvision (Li et al. 2021), COCO AP 46.7: normalised pyramid, deeper heads.
@@ -177,9 +183,15 @@ def fasterrcnn_resnet50_fpn_v2(
     if is_given(weights) and trainable_backbone_layers is None:
         trainable_backbone_layers = 3
     backbone = resnet_fpn("resnet50", weights_backbone, trainable_backbone_layers, norm, fpn_norm="batch")
-    kwargs.setdefault("rpn_head", RPNHead(backbone.out_channels, 3, conv_depth=2))
-    kwargs.setdefault("box_head", ConvFCHead(backbone.out_channels))
-    model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
+    anchors = rpn_anchor_generator or default_anchors(len(backbone.strides))
+    model = faster_rcnn(
+        backbone,
+        num_classes or COCO_CATEGORIES,
+        rpn_anchor_generator=anchors,
+        rpn_head=rpn_head or RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0], conv_depth=2),
+        box_head=box_head or ConvFCHead(backbone.out_channels),
+        **kwargs,
+    )
     return _finish(model, weights_backbone, weights, reference.FasterRCNN_ResNet50_FPN_V2_Weights)
 
 
@@ -225,15 +237,15 @@ def fasterrcnn_mobilenet_v3_large_fpn(
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
     norm: Norm | None = None,
+    rpn_score_thresh: float = 0.05,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Faster R-CNN on MobileNetV3-Large-FPN for full-sized images, COCO AP 32.8.
 
     Arguments as for `fasterrcnn_resnet50_fpn`; `trainable_backbone_layers` goes to 6.
     """
-    kwargs = {"rpn_score_thresh": 0.05, **kwargs}
     backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights))
-    model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
+    model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, rpn_score_thresh=rpn_score_thresh, **kwargs)
     return _finish(model, weights_backbone, weights, reference.FasterRCNN_MobileNet_V3_Large_FPN_Weights)
 
 
@@ -245,16 +257,28 @@ def fasterrcnn_mobilenet_v3_large_320_fpn(
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
     norm: Norm | None = None,
+    min_size: int | Sequence[int] = 320,
+    max_size: int = 640,
+    rpn_pre_nms_top_n_test: int = 150,
+    rpn_post_nms_top_n_test: int = 150,
+    rpn_score_thresh: float = 0.05,
     **kwargs: Any,
 ) -> FasterRCNN:
     """The same at 320 pixels with 150 proposals, for mobile devices, COCO AP 22.8.
 
     Arguments as for `fasterrcnn_mobilenet_v3_large_fpn`.
     """
-    mobile = {"min_size": 320, "max_size": 640, "rpn_pre_nms_top_n_test": 150, "rpn_post_nms_top_n_test": 150}
-    kwargs = {"rpn_score_thresh": 0.05, **mobile, **kwargs}
     backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights))
-    model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
+    model = faster_rcnn(
+        backbone,
+        num_classes or COCO_CATEGORIES,
+        min_size,
+        max_size,
+        rpn_pre_nms_top_n_test=rpn_pre_nms_top_n_test,
+        rpn_post_nms_top_n_test=rpn_post_nms_top_n_test,
+        rpn_score_thresh=rpn_score_thresh,
+        **kwargs,
+    )
     return _finish(model, weights_backbone, weights, reference.FasterRCNN_MobileNet_V3_Large_320_FPN_Weights)
 
 
@@ -267,6 +291,8 @@ def fasterrcnn_efficientnet_lite0_fpn(
     fpn_norm: Norm | None = "batch",
     fpn_channels: int = 128,
     trainable_backbone_layers: int | None = None,
+    image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+    image_std: Sequence[float] = (0.5, 0.5, 0.5),
     **kwargs: Any,
 ) -> FasterRCNN:
     """Faster R-CNN on EfficientNet-Lite0 with a narrow pyramid: trains in minutes on a CPU, without a download.
@@ -278,11 +304,12 @@ def fasterrcnn_efficientnet_lite0_fpn(
         fpn_norm: of the pyramid, which this network's unnormalised maps need at usual learning rates.
         fpn_channels: of the pyramid.
         trainable_backbone_layers: 0 to 4, counted from stride 32; default 3 with weights, all without.
-        **kwargs: see `faster_rcnn`; images are normalised to [-1, 1], as the packaged weights want them.
+        image_mean, image_std: bring images to [-1, 1], as the packaged weights want them.
+        **kwargs: see `faster_rcnn`.
     """
-    kwargs = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5), **kwargs}
     backbone = efficientnet_lite0_fpn(weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers)
-    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone)
+    model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, image_mean=image_mean, image_std=image_std, **kwargs)
+    return _finish(model, weights_backbone)
 
 
 @recorded
