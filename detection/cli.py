@@ -8,13 +8,15 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
+from importlib import import_module
+from inspect import isclass, signature
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
@@ -51,28 +53,30 @@ class Parser(LightningArgumentParser):
         raise SystemExit(2)
 
     def _suggest(self, message: str) -> str:
-        known = [option.lstrip("-") for option in self._option_string_actions if option.startswith("--")]
-        known += [f"model.detector.{name}" for name in _detector_arguments()]
-        unknown = [word.lstrip("-").partition("=")[0] for word in re.findall(r"--[\w.+-]+", message)]
-        unknown += re.findall(r"['\"]([\w.+-]+)['\"]", message)
-        for word in unknown:
-            if word in known:
-                continue
-            whole = difflib.get_close_matches(word, known, 1, 0.75)
-            last = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
-            parts = {name.rpartition(".")[2]: name for name in known}
-            tail = [parts[m] for m in difflib.get_close_matches(word.rpartition(".")[2], parts, 1, 0.75)]
-            if nearest := (whole or last or tail):
-                return f" (did you mean --{nearest[0]}?)"
-        return ""
+        arguments = {f"model.detector.{name}" for name in _detector_arguments()}
+        options = {option.lstrip("-") for option in self._option_string_actions if option.startswith("--")}
+        known = options | arguments if "model.lr" in options else arguments  # a builder has a parser of its own
+        for word in re.findall(r"--([\w.+-]+)", message) + re.findall(r"['\"]([\w.+-]+)['\"]", message):
+            if word not in known and (name := _nearest(word, known)):
+                return f" (did you mean --{name}?)"
+        builder = difflib.get_close_matches(message.split()[-1], vars(zoo), 1, 0.75)
+        return f" (did you mean {builder[0]}?)" if builder else ""
+
+
+def _nearest(word: str, known: Iterable[str]) -> str | None:
+    """The option most like the word; or, where none is, the one whose last part is most like the word's."""
+    whole = difflib.get_close_matches(word, known, 1, 0.75)
+    if whole:
+        return whole[0]
+    by_last_part = {name.rpartition(".")[2]: name for name in sorted(known)}
+    last = difflib.get_close_matches(word.rpartition(".")[2], by_last_part, 1, 0.7)
+    return by_last_part[last[0]] if last else None
 
 
 def _detector_arguments() -> list[str]:
     """Arguments that the builders share, which a parser knows only once a builder is chosen."""
-    from inspect import signature
-
-    own = signature(zoo.fasterrcnn_resnet50_fpn).parameters
-    return [name for name in (*own, *signature(zoo.faster_rcnn).parameters) if name not in ("backbone", "kwargs")]
+    shared = signature(zoo.fasterrcnn_resnet50_fpn).parameters | signature(zoo.faster_rcnn).parameters
+    return [name for name in shared if name not in ("backbone", "kwargs")]
 
 
 class FitCLI(LightningCLI):
@@ -134,7 +138,7 @@ class FitCLI(LightningCLI):
         self.datamodule = DetectionDataModule(**self.config.data.as_dict())
         config = self.config.clone()
         fit_detector_to_data(config.model.detector, self.datamodule)
-        self.config_init = self.parser.instantiate_classes(config)
+        self.config_init = self.parser.instantiate(config)
         self.model = DetectionModule(**self.config_init.model.as_dict(), class_names=self.datamodule.class_names)
         self.trainer = self.instantiate_trainer()
 
@@ -157,18 +161,17 @@ class FitCLI(LightningCLI):
         if bar:
             callbacks.append(Bar())
         if given.enable_checkpointing is not False:
-            callbacks.append(
-                ModelCheckpoint(
-                    self.folder,
-                    "best",
-                    monitor="val/map",
-                    mode="max",
-                    save_last=True,
-                    auto_insert_metric_name=False,  # the slash in the name would make a folder
-                    enable_version_counter=False,
-                )
-            )
+            callbacks += [self._keeps("best", monitor="val/map", mode="max"), self._keeps("last")]
         return callbacks
+
+    def _keeps(self, name: str, **options: Any) -> ModelCheckpoint:
+        return ModelCheckpoint(
+            self.folder,
+            name,
+            auto_insert_metric_name=False,  # the slash in the metric's name would make a folder of it
+            enable_version_counter=False,  # or a last-v1.ckpt would lie beside the old one
+            **options,
+        )
 
     def _loggers(self) -> list[Logger]:
         loggers: list[Logger] = [MetricsFile(self.folder)]
@@ -178,7 +181,7 @@ class FitCLI(LightningCLI):
 
     def fit(self) -> None:
         """Train to the end, or on from the checkpoint."""
-        if _rank() == 0 and not self.trainer.fast_dev_run:
+        if _rank() == 0 and not self.config.trainer.fast_dev_run:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "README.md").write_text(RUN_README.format(folder=self.folder.as_posix()))
         parameters = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
@@ -226,16 +229,26 @@ def expand(args: Sequence[str]) -> list[str]:
 
 
 def fit_detector_to_data(detector: Namespace, data: DetectionDataModule) -> None:
-    """Fill in the detector's arguments that follow from the data, where they were left at their defaults."""
+    """Fill in the arguments of a detector that follow from the data, where they have the builder's own defaults."""
     sizes = data.hparams["min_size"]
-    follows = {
-        "num_classes": (len(data.class_names) + 1, (None, zoo.COCO_CATEGORIES)),
-        "min_size": (sizes if isinstance(sizes, int) else sorted(sizes), (None, 800)),
-        "max_size": (data.hparams["max_size"], (None, 1333)),
+    follow = {
+        "num_classes": len(data.class_names) + 1,
+        "min_size": sizes if isinstance(sizes, int) else sorted(sizes),
+        "max_size": data.hparams["max_size"],
     }
-    for name, (value, defaults) in follows.items():
-        if name in detector.init_args and detector.init_args[name] in defaults:
+    defaults = _defaults(detector.class_path)
+    for name, value in follow.items():
+        if name in detector.init_args and detector.init_args[name] == defaults.get(name):
             detector.init_args[name] = value
+
+
+def _defaults(class_path: str) -> Namespace:
+    module, _, name = class_path.rpartition(".")
+    maker = getattr(import_module(module), name)
+    parser = ArgumentParser(exit_on_error=False)
+    add = parser.add_class_arguments if isclass(maker) else parser.add_function_arguments
+    add(maker, fail_untyped=False)
+    return parser.get_defaults()
 
 
 def _rank() -> int:
@@ -266,11 +279,13 @@ def run_folder(parent: Path, checkpoint: str | None) -> Path:
     return folder
 
 
+LOGGERS = ("detection", "lightning.pytorch", "lightning.fabric")
 NOISE = re.compile(r"GPU available|TPU available|HPU available|.*Tip: |.*litlogger|Seed set to|.*Trainer.fit. stopped")
 MISLEADING = (
     ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",  # on purpose: it checks the batch
     ".*does not have many workers.*",  # more than the cores of this machine would be slower
     ".*It is recommended to use `self.log.*sync_dist=True.*",  # the metric is the same on every rank
+    "(?s).*Jsonargparse|.*skip_none parameter was deprecated.*",  # Lightning's own calls
     ".*isinstance.treespec, LeafSpec.* is deprecated.*",
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*Experiment logs directory .* exists and is not empty.*",
@@ -286,7 +301,7 @@ def set_up_output() -> None:
     handler = rich if console.is_terminal else logging.StreamHandler()
     handler.addFilter(lambda record: not NOISE.match(record.getMessage()))
     level = logging.INFO if _rank() == 0 else logging.ERROR
-    for name in ("detection", "lightning.pytorch", "lightning.fabric"):
+    for name in LOGGERS:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)

@@ -24,6 +24,9 @@ class MetricsFile(CSVLogger):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, name="", version="", flush_logs_every_n_steps=20)
 
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Nothing: `config.yaml` has them."""
+
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
