@@ -104,7 +104,7 @@ def _detector(spec: Mapping[str, Any], name: str, num_classes: int, data: Mappin
     if name == "ours":
         return ours
     if name == "torchvision":
-        plain = efficientnet_lite0_fpn(trainable_layers=4)
+        plain = efficientnet_lite0_fpn(norm="batch", trainable_layers=4)
         return TorchvisionDetector(plain, num_classes, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return TorchvisionDetector(
         ours.backbone,
