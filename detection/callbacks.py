@@ -191,7 +191,7 @@ def result_table(metrics: Mapping[str, float], stage: str, title: str) -> Table:
         stage: `val` or `test`.
         title: of the table.
     """
-    table = Table(title=title, show_footer=False)
+    table = Table(title=title, min_width=len(title) + 2)
     table.add_column("class")
     table.add_column("AP", justify="right")
     prefix = f"{stage}/ap/"

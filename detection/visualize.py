@@ -12,14 +12,19 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 Pixels = NDArray[np.uint8]
-GOLDEN_RATIO = 0.618033988749895  # of the colour circle: neighbouring labels are far apart, however many there are
+PALETTE = (  # for the first classes; neighbours differ most
+    (66, 117, 245), (255, 179, 38), (222, 60, 205), (77, 214, 92), (240, 68, 56), (46, 217, 230),
+    (146, 88, 222), (214, 232, 60), (255, 145, 178), (22, 148, 130), (196, 124, 62), (150, 172, 200),
+)  # fmt: skip
+GOLDEN_RATIO = 0.618033988749895  # of the colour circle, for the others: never twice the same
 
 
 @cache
 def class_colour(label: int) -> tuple[int, int, int]:
-    """RGB of a class, the same in every picture."""
-    value = (1.0, 0.8, 0.9)[label % 3]
-    red, green, blue = colorsys.hsv_to_rgb((label * GOLDEN_RATIO) % 1.0, 0.85, value)
+    """RGB of a class from 1 on, the same in every picture."""
+    if label <= len(PALETTE):
+        return PALETTE[label - 1]
+    red, green, blue = colorsys.hsv_to_rgb((label * GOLDEN_RATIO) % 1.0, 0.85, (1.0, 0.8, 0.9)[label % 3])
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
