@@ -124,7 +124,7 @@ class DetectionModule(L.LightningModule):
         finally:
             self.metric.reset()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """The optimiser with scaled learning rate and, each step, the warm-up and the schedule."""
         images = self.images_per_step()
         lr = self.lr * images / REFERENCE_BATCH

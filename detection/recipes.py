@@ -34,9 +34,9 @@ def recorded(maker: Made) -> Made:
         def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
             init(self, *args, **kwargs)
             if type(self) is maker:
-                self.recipe = _describe(path, _arguments(init, (self, *args), kwargs, skip="self"))
+                self.recipe = _describe(path, _arguments(init, (self, *args), kwargs, skip="self"))  # type: ignore[attr-defined]
 
-        maker.__init__ = initialise  # type: ignore[misc]
+        maker.__init__ = initialise  # type: ignore[misc, method-assign]
         maker.is_recorded = True  # type: ignore[attr-defined]
         return maker
 

@@ -82,7 +82,7 @@ def _train(settings: Mapping[str, Any], name: str, seed: int) -> Row:
     data = DetectionDataModule(**data_args | {"seed": seed})
     detector = _detector(settings["model"]["detector"], name, len(data.class_names) + 1, data_args)
     module = DetectionModule(detector, data.class_names, **model_args)  # type: ignore[arg-type]
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
         max_steps=steps,
         gradient_clip_val=None if name == "torchvision" else trainer_args.get("gradient_clip_val"),

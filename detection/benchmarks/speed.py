@@ -60,11 +60,11 @@ def measure_speed(
 
     def our_losses() -> dict[str, Tensor]:
         with precision:
-            return ours.run(batch, with_losses=True, with_detections=False)[0]
+            return ours.run(batch, with_losses=True, with_detections=False)[0]  # type: ignore[operator]
 
     def our_detections() -> Any:
         with precision:
-            return ours.run(batch, with_losses=False, with_detections=True)[1]
+            return ours.run(batch, with_losses=False, with_detections=True)[1]  # type: ignore[operator]
 
     if mode == "train":
         contenders = {

@@ -51,7 +51,8 @@ class Target:
 
 
 def _restore_target(*values: Any) -> Target:
-    return Target(*(torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values))
+    restored: list[Any] = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values]
+    return Target(*restored)
 
 
 @dataclass(frozen=True, slots=True)

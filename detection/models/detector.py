@@ -67,7 +67,7 @@ class FasterRCNN(nn.Module):
             if self.training and targets is None:
                 raise ValueError("targets are needed in training: model(images, targets)")
             images = self.transform(images, targets, self.num_classes)
-        losses, detections = self.run(images, with_losses=self.training, with_detections=not self.training)
+        losses, detections = self.run(images, self.training, not self.training)  # type: ignore[arg-type]
         return losses if self.training else detections
 
     def run(self, batch: Batch, with_losses: bool, with_detections: bool) -> tuple[Losses, Detections]:

@@ -30,6 +30,9 @@ class ImageTransform(nn.Module):
         size_divisible: padded sides are multiples of this.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         min_size: int | Sequence[int] = 800,
