@@ -5,16 +5,12 @@ Every figure is a ratio of medians taken in turns in one process; `--json FILE` 
 
 from __future__ import annotations
 
-import platform
-from json import dumps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-import torchvision
 from jsonargparse import auto_cli
-from rich.console import Console
-from rich.table import Table
+
+from detection.benchmarks.report import report
 
 CONFIGS = Path(__file__).resolve().parents[1] / "detection" / "configs"
 
@@ -57,17 +53,6 @@ def accuracy(root: Path, config: Path = CONFIGS / "bccd.yaml", seeds: list[int] 
     rows = measure_accuracy(config, root, seeds, contenders)
     report(rows, json)
     report(summarise(rows), None)
-
-
-def report(rows: list[dict[str, Any]], path: Path | None) -> None:
-    """Print rows as a table under a line that says what they were measured on; write them as JSON."""
-    machine = f"torch {torch.__version__}, torchvision {torchvision.__version__}, {torch.get_num_threads()} threads"
-    table = Table(*rows[0], title=f"{machine}, Python {platform.python_version()}, {platform.machine()}")
-    for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=160).print(table)
-    if path is not None:
-        path.write_text(dumps({"machine": machine, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":
