@@ -1,7 +1,4 @@
-"""Measure this project against its peers: `python scripts/benchmark.py --help`.
-
-Every figure is a ratio of medians taken in turns in one process; `--json FILE` keeps the rows.
-"""
+"""Measure this project against its peers, as ratios of medians taken in turns; see `benchmark.py --help`."""
 
 from __future__ import annotations
 
