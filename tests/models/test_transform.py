@@ -83,7 +83,10 @@ def test_images_without_objects() -> None:
         ([torch.zeros(3, 0, 8)], r"image 0 must be a \(3, h, w\) tensor.*\(3, 0, 8\)"),
         (["cat.jpg"], r"image 0 must be a \(3, h, w\) tensor.*str"),
         ([torch.zeros(3, 8, 8, dtype=torch.int64)], r"image 0 is torch\.int64: give uint8"),
-        ([torch.zeros(3, 8, 8), torch.full((3, 8, 8), 255.0)], r"image 1 reaches 255: float images must be in \[0, 1\]"),
+        (
+            [torch.zeros(3, 8, 8), torch.full((3, 8, 8), 255.0)],
+            r"image 1 reaches 255: float images must be in \[0, 1\]",
+        ),
         ([torch.full((3, 8, 8), torch.nan)], "image 0 holds NaN or infinity"),
         ([torch.full((3, 8, 8), -torch.inf)], "image 0 holds NaN or infinity"),
     ],
@@ -105,7 +108,10 @@ WRONG_TARGETS: list[tuple[Any, str]] = [
     (target([GOOD, GOOD], [1, 0]), r"image 1, box 1 has a label outside 1 to 3 \(0 is background\).*label 0"),
     (target([GOOD], [4]), "image 1, box 0 has a label outside 1 to 3.*label 4"),
     (target([GOOD], [-1]), "image 1, box 0 has a label outside 1 to 3"),
-    (target([GOOD, [5, 5, 5, 9]], [1, 1]), r"image 1, box 1 has no positive width and height.*\[5\.0, 5\.0, 5\.0, 9\.0\]"),
+    (
+        target([GOOD, [5, 5, 5, 9]], [1, 1]),
+        r"image 1, box 1 has no positive width and height.*\[5\.0, 5\.0, 5\.0, 9\.0\]",
+    ),
     (target([[10, 2, 1, 12]], [1]), "image 1, box 0 has no positive width and height"),
     (target([[1, 2, torch.nan, 12]], [1]), "image 1, box 0 is not finite"),
     (target([[1, 2, torch.inf, 12]], [1]), "image 1, box 0 is not finite"),
