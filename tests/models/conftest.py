@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.models.mobilenetv3 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from detection.data.images import read_image
 
 REAL_IMAGES = ("000000331352.jpg", "000000037777.jpg")  # portrait and landscape
 
@@ -26,7 +27,7 @@ def real_samples(shared_data: Path) -> Sample:
     ids = {image["file_name"]: image["id"] for image in content["images"]}
     images, targets = [], []
     for name in REAL_IMAGES:
-        images.append(decode_image(str(folder / "val2017" / name), ImageReadMode.RGB) / 255)
+        images.append(torch.from_numpy(read_image(folder / "val2017" / name)).permute(2, 0, 1) / 255)
         objects = [a for a in content["annotations"] if a["image_id"] == ids[name] and not a["iscrowd"]]
         boxes = torch.tensor([a["bbox"] for a in objects])
         boxes[:, 2:] += boxes[:, :2]

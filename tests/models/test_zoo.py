@@ -122,6 +122,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Changing trainable_backbone_layers has no effect")  # torchvision's own
 @pytest.mark.parametrize("name", TWINS)
 def test_torchvisions_arguments_reach_their_places(name: str) -> None:
     ours, theirs = TWINS[name]
