@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch import distributed as dist
 
 from detection.data.coco import read_coco
 from detection.data.dataset import make_target
@@ -62,6 +63,36 @@ def test_logged_figures_are_the_official_ones(shared_data, pycoco, tmp_path, nam
     figures = pycoco(str(shared_data / name / annotations), str(path))["figures"]
     assert 0.1 < figures["map"] < 0.9
     assert logged == pytest.approx(figures, abs=1e-6)
+
+
+def score_a_shard(rank, folder, root):
+    """One of two processes; the second sees the first image once more, as a sampler pads."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    figures = {}
+    for name, (file, images) in SETS.items():
+        index = read_coco(root / name, file, images)
+        targets = [make_target(record) for record in index.records]
+        rng = np.random.default_rng(0)
+        detections = [perturbed(target, len(index.classes), rng) for target in targets]
+        metric = MeanAP(index.classes)
+        for i in [*range(rank, len(targets), 2), *([0] if rank else [])]:
+            metric.update([detections[i]], [targets[i]])
+        figures[name] = metric.compute()
+        if rank == 0:
+            write_coco_results(folder / f"{name}.json", metric.results, index.category_ids)
+    (folder / f"{rank}.json").write_text(json.dumps(figures))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_figures_of_two_processes_are_the_official_ones(shared_data, pycoco, tmp_path):
+    torch.multiprocessing.spawn(score_a_shard, (tmp_path, shared_data), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    for name, (file, _) in SETS.items():
+        official = pycoco(str(shared_data / name / file), str(tmp_path / f"{name}.json"))["figures"]
+        assert 0.1 < official["map"] < 0.9
+        assert first[name] == pytest.approx(official, abs=1e-6)
 
 
 def test_logged_mask_figures_are_the_official_ones(shared_data, pycoco, tmp_path):
