@@ -105,10 +105,10 @@ def _detector(spec: Mapping[str, Any], name: str, num_classes: int, data: Mappin
         return ours
     if name == "torchvision":
         plain = efficientnet_lite0_fpn(norm="batch", trainable_layers=4)
-        return TorchvisionDetector(plain, num_classes, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        return TorchvisionDetector(plain, image_mean=[0.5] * 3, image_std=[0.5] * 3, **sizes)
     return TorchvisionDetector(
         ours.backbone,
-        num_classes,
+        **sizes,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
         anchor_sizes=ours.rpn.anchor_generator.sizes,

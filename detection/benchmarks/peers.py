@@ -38,7 +38,8 @@ class TorchvisionDetector(nn.Module):
     Args:
         backbone: its trunk is used, with a pyramid of torchvision's.
         num_classes: with background.
-        options: of torchvision's `FasterRCNN`; anchors are its default unless `anchor_sizes` is among them.
+        options: of torchvision's `FasterRCNN`; anchors are its default unless `anchor_sizes` is among them. Its
+            `min_size` and `max_size` must be those of the batches: torchvision resizes by them again.
     """
 
     def __init__(self, backbone: Backbone, num_classes: int, **options: Any) -> None:
@@ -48,7 +49,7 @@ class TorchvisionDetector(nn.Module):
         self.num_classes = num_classes
         self.recipe = None
         self.model = ReferenceFasterRCNN(
-            _ReferenceBackbone(backbone), num_classes, rpn_anchor_generator=anchors, _skip_resize=True, **options
+            _ReferenceBackbone(backbone), num_classes, rpn_anchor_generator=anchors, **options
         )
 
     def run(

@@ -49,7 +49,7 @@ def measure_speed(
         device: where.
     """
     torch.manual_seed(0)
-    theirs, ours = (model.to(device) for model in _build(network))
+    theirs, ours = (model.to(device) for model in _build(network, size))
     images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, device=device)
     boxes, labels = _objects(batch_size, size, device)
     sizes = torch.tensor([[size, size]] * batch_size, device=device)
@@ -86,15 +86,16 @@ def measure_speed(
     return row | {"ratio": median(times["ours"]) / median(times["torchvision"]), "threads": torch.get_num_threads()}
 
 
-def _build(network: Network) -> tuple[nn.Module, zoo.FasterRCNN]:
+def _build(network: Network, size: int) -> tuple[nn.Module, zoo.FasterRCNN]:
     """The detector of torchvision and ours, with the same weights."""
+    sizes = {"min_size": size, "max_size": size}  # torchvision resizes by them even where it has nothing to do
     if network == "resnet50":
         ours = zoo.fasterrcnn_resnet50_fpn(norm="frozen")
         trunk = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3)
-        theirs: nn.Module = ReferenceFasterRCNN(trunk, 91, _skip_resize=True)
+        theirs: nn.Module = ReferenceFasterRCNN(trunk, 91, **sizes)
     else:
         ours = zoo.fasterrcnn_efficientnet_lite0_fpn()
-        options = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        options = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **sizes}
         theirs = TorchvisionDetector(efficientnet_lite0_fpn(fpn_norm="batch"), 91, **options).model
     with torch.no_grad():
         for parameter in ours.roi_heads.box_predictor.parameters():
