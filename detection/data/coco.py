@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from detection.data import rle
 from detection.data.checks import Folder, Objects, checked_size, choose_classes, finish_index, short
 from detection.data.records import DataError, Defect, Index, Record
@@ -192,7 +194,7 @@ class _Reader:
                 return objects.report(what, problem, "the object is left out; add its bbox")
             objects.report(what, problem, "the box of its segmentation is used; add its bbox")
             bbox = _extent(segment, objects.height)
-        if area is None or area <= 0:
+        if area is None or not 0 < np.float32(area) < np.inf:  # as it is kept: 1e-46 would become 0
             area = _area(segment) if segment is not None else None
             if item.get("area") is not None:
                 objects.report(what, "area is not a positive number", "it is computed anew; correct it")

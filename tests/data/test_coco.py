@@ -82,6 +82,7 @@ def test_classes_choose_and_order(tmp_path: Path) -> None:
         ("annotations", "image_id", None, "repairable: annotation at 0: it has no image_id", 1),
         ("annotations", "id", 5, "repairable: image 0, annotation 5: the id is used twice", 2),
         ("annotations", "area", -4, "repairable: image 0, annotation 3: area is not a positive number", 2),
+        ("annotations", "area", 1e-46, "repairable: image 0, annotation 3: area is not a positive number", 2),
         ("annotations", "iscrowd", "yes", "repairable: image 0, annotation 3: iscrowd is 'yes'", 2),
         ("images", "width", 41, "repairable: image 0: says 41x30 (width x height) but the file is 40x30", 2),
         ("images", "height", None, "repairable: image 0: the image's size is missing or not positive", 2),
