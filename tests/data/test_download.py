@@ -177,7 +177,7 @@ def zip_link(name: str) -> tuple[zipfile.ZipInfo, bytes]:
     [
         (tar_of(("in/a", b"a"), ("../evil", b"x")), "leads out of the folder"),
         (tar_of(("in/a", b"a"), ("in/../../evil", b"x")), "leads out of the folder"),
-        (tar_of(("in/a", b"a"), ("/tmp/evil", b"x")), "leads out of the folder"),
+        (tar_of(("in/a", b"a"), ("/evil", b"x")), "leads out of the folder"),
         (zip_of(("in/a", b"a"), ("../evil", b"x")), "leads out of the folder"),
         (zip_of(("in/a", b"a"), ("in/..\\evil", b"x")), "leads out of the folder"),
         (tar_of(("in/a", b"a"), link("in/l", tarfile.SYMTYPE, "/etc")), "link or device"),
