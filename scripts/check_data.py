@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from detection.data.anchor_fit import Grid
-from detection.data.audit import audit, find_splits, write_json
+from detection.data.audit import audit, find_splits, look_across, write_json
 from detection.data.records import DataError
 from detection.data.report import picture_sheet, print_audit
 
@@ -40,6 +40,7 @@ def main() -> int:
     try:
         splits = find_splits(args.root, args.format, args.annotations, args.images, args.split)
         audits = [audit(name, read, grid) for name, read in splits.items()]
+        look_across(audits, args.root, args.format)
         for found in audits:
             print_audit(found, Console())
         if args.json:

@@ -5,12 +5,14 @@ Readers report what the annotations show; the audit adds what only the pixels an
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ class Audit:
         defects: all of the readers' and the audit's own.
         statistics: counts by name; see `statistics`.
         anchors: the grid asked about, its recall, and a proposal with its recall where it does not cover the boxes.
+        contents: the image files by a digest of their bytes, to find them again in other splits.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Audit:
     defects: list[Defect]
     statistics: dict[str, Any] = field(default_factory=dict)
     anchors: dict[str, Any] = field(default_factory=dict)
+    contents: dict[str, str] = field(default_factory=dict)
 
     @property
     def code(self) -> int:
@@ -121,8 +125,45 @@ def audit(name: str, read: Callable[[], Index], grid: Grid | None = None) -> Aud
         refused = Defect(where, "data set", problem or where, "nothing can be read before that", "broken")
         return Audit(name, None, [*error.defects, refused])
     grid = grid or Grid()
-    defects = [*index.defects, *_look_at_images(index), *_look_at_objects(index), *_look_at_the_set(index)]
-    return Audit(name, index, defects, statistics(index), _fit(index, grid))
+    defects, contents = _look_at_images(index)
+    defects = [*index.defects, *defects, *_look_at_objects(index), *_look_at_the_set(index)]
+    return Audit(name, index, defects, statistics(index), _fit(index, grid), contents)
+
+
+def look_across(audits: list[Audit], root: Path, kind: str) -> None:
+    """Add what only the splits together show to the last audit: images that are in two of them, or twice in a list.
+
+    Args:
+        audits: one a split; VOC may have just one of all files, its lists are read from `ImageSets/Main`.
+        root, kind: as for `find_splits`.
+    """
+    splits: dict[str, dict[str, str]] = {found.name: found.contents for found in audits}
+    if kind == "voc":
+        lists = voc.split_lists(root)
+        for name, stems in lists.items():
+            copies = [stem for stem, count in Counter(stems).items() if count > 1]
+            if copies and name not in splits:  # or the reader has said so
+                problem = f"{len(copies)} stems are listed more than once: {_shown(copies)}"
+                audits[-1].defects.append(Defect(name, "list", problem, "each is read once; delete the copies"))
+        splits = {name: {stem: stem for stem in stems} for name, stems in lists.items()}
+    audits[-1].defects += _shared(splits)
+
+
+def _shared(splits: Mapping[str, Mapping[str, str]]) -> list[Defect]:
+    """A note for each pair of splits with images in common; `trainval` is meant to hold train and val."""
+    defects = []
+    for (first, earlier), (second, later) in combinations(splits.items(), 2):
+        both = [file for content, file in later.items() if content in earlier]
+        union = ("trainval" in first) != ("trainval" in second) and "test" not in first + second
+        if both and not union:
+            problem = f"{len(both)} of its {len(later)} images are in '{first}' too: {_shown(both)}"
+            fix = "kept in both; don't train on what you evaluate with"
+            defects.append(Defect(second, "split", problem, fix, "note"))
+    return defects
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def statistics(index: Index) -> dict[str, Any]:
@@ -174,15 +215,17 @@ def _fit(index: Index, grid: Grid) -> dict[str, Any]:
     return fit
 
 
-def _look_at_images(index: Index) -> list[Defect]:
-    """Decode every image; near duplicates by the signs of a thumbnail's gradients."""
+def _look_at_images(index: Index) -> tuple[list[Defect], dict[str, str]]:
+    """Decode every image; near duplicates by the signs of a thumbnail's gradients, and the files by their digest."""
     defects: list[Defect] = []
+    contents: dict[str, str] = {}
     hashes, names = [], []
     for record in index.records:
         path, where = index.root / record.file_name, f"image {record.image_id}"
         try:
             pixels = read_image(path, (record.height, record.width))
             defects += _orientation(record, path)
+            contents[hashlib.sha256(path.read_bytes()).hexdigest()] = record.file_name
         except DataError as error:
             problem = str(error).removeprefix(f"{path}: ").split(";")[0]
             defects.append(Defect(record.file_name, where, problem, "replace the file or delete its record", "broken"))
@@ -192,7 +235,7 @@ def _look_at_images(index: Index) -> list[Defect]:
     for first, second in _near_duplicates(hashes):
         fix = "kept; see that one of them is not in another split"
         defects.append(Defect(names[second], "image", f"it looks like {names[first]}", fix, "note"))
-    return defects
+    return defects, contents
 
 
 def _orientation(record: Record, path: Path) -> list[Defect]:
@@ -277,8 +320,7 @@ def _look_at_the_set(index: Index) -> list[Defect]:
     for folder, names in listed.items():
         files = {n for n in os.listdir(index.root / folder) if os.path.splitext(n)[1].lower() in EXTENSIONS}
         if rest := sorted(files - names):
-            shown = ", ".join(rest[:10]) + (", ..." if len(rest) > 10 else "")
-            problem = f"{len(rest)} images are not in this split: {shown}"
+            problem = f"{len(rest)} images are not in this split: {_shown(rest)}"
             defects.append(Defect(folder or ".", "folder", problem, "they are not read", "note"))
     return defects
 

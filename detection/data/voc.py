@@ -167,10 +167,7 @@ class _Reader:
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: the split's list is not readable as UTF-8 text; write one stem a line") from error
         stems: dict[str, None] = {}
-        for number, line in enumerate(lines, 1):
-            # Lists of one class add 1, 0 or -1 to each stem: every image listed belongs to the split.
-            head, _, flag = line.strip().rpartition(" ")
-            stem = head.strip() if flag in ("1", "0", "-1") and head else line.strip()
+        for number, stem in enumerate(map(_stem, lines), 1):
             if stem in stems:
                 self.report(name, f"line {number}", f"'{stem}' is listed twice", "it is read once; delete the copy")
             elif stem:
@@ -313,6 +310,25 @@ class _Reader:
             objects.report(what, problem, "the object has no mask; number the instances in the XML's order")
             return None
         return segment
+
+
+def split_lists(root: Path) -> dict[str, list[str]]:
+    """The stems in each list of `ImageSets/Main`, as often as they stand there; lists of one class are left out."""
+    folder = root / "ImageSets" / "Main"
+    files = {path.stem: path for path in sorted(folder.glob("*.txt"))} if folder.is_dir() else {}
+    lists = {}
+    for name, path in files.items():
+        prefix, _, split = name.rpartition("_")
+        if not (prefix and split in files):  # cat_train stands beside train
+            lines = path.read_text("utf-8-sig", errors="replace").splitlines()
+            lists[name] = [stem for line in lines if (stem := _stem(line))]
+    return lists
+
+
+def _stem(line: str) -> str:
+    """The stem on a line of a list; those of one class add 1, 0 or -1: every image listed belongs to the split."""
+    head, _, flag = line.strip().rpartition(" ")
+    return head.strip() if flag in ("1", "0", "-1") and head else line.strip()
 
 
 def _rank(name: str) -> int:

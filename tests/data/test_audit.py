@@ -13,7 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import box_iou
 
 from detection.data.anchor_fit import Boxes, Grid, best_iou, covers, propose, recall
-from detection.data.audit import Audit, audit, find_splits, statistics
+from detection.data.audit import Audit, audit, find_splits, look_across, statistics
 from detection.data.coco import read_coco
 from detection.data.records import DataError
 from detection.data.report import picture_sheet
@@ -117,6 +117,56 @@ def test_near_duplicates_are_noted(tmp_path: Path) -> None:
     smooth.save(root / "a.png")
     smooth.point(lambda v: min(255, v + 9)).save(root / "c.png")
     assert [d.file for d in look(root).defects if d.problem == "it looks like a.png"] == ["c.png"]
+
+
+def test_images_in_two_coco_splits_are_noted_by_content(tmp_path: Path) -> None:
+    """b.png is copied under another name: only its bytes tell that validation sees a training image."""
+    root = dataset(tmp_path)
+    train = json.loads((root / "gt.json").read_text())
+    (root / "copy.png").write_bytes((root / "b.png").read_bytes())
+    val = train | {"images": [{"id": 7, "file_name": "copy.png", "width": 80, "height": 60}]}
+    val["annotations"] = [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [5, 5, 30, 20]}]
+    val["images"].append({"id": 8, "file_name": "extra.png", "width": 80, "height": 60})
+    (root / "val.json").write_text(json.dumps(val))
+    audits = [audit(name, read) for name, read in find_splits(root, "coco", None, None, None).items()]
+    before = len(audits[-1].defects)
+    look_across(audits, root, "coco")
+    (found,) = audits[-1].defects[before:]
+    assert (found.file, found.severity) == ("val.json", "note")
+    assert found.problem == "1 of its 2 images are in 'gt.json' too: copy.png"
+
+
+def test_overlap_and_copies_in_voc_lists(tmp_path: Path) -> None:
+    lists = tmp_path / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    texts = {
+        "train": "a\nb\nc\n",
+        "val": "d\n",
+        "trainval": "a\nb\nc\nd\n",
+        "test": "c\ne\ne\n",
+        "cat_train": "e 1\na -1\n",
+    }
+    for name, text in texts.items():
+        (lists / f"{name}.txt").write_text(text)
+    found = Audit("all XML files", None, [])
+    look_across([found], tmp_path, "voc")
+    assert [(d.file, d.severity, d.problem) for d in found.defects] == [
+        ("test", "repairable", "1 stems are listed more than once: e"),
+        ("train", "note", "1 of its 3 images are in 'test' too: c"),
+        ("trainval", "note", "1 of its 4 images are in 'test' too: c"),
+    ]
+
+
+def test_overlap_of_the_lists_of_cells(shared_data: Path) -> None:
+    """611 entries for 356 files; the counts are those of `comm -12` on the sorted lists."""
+    found = Audit("all XML files", None, [])
+    look_across([found], shared_data / "cells", "voc")
+    shared = {(d.file, d.problem.split(":")[0]) for d in found.defects}
+    assert shared == {
+        ("train", "202 of its 302 images are in 'test' too"),
+        ("trainval", "27 of its 27 images are in 'test' too"),
+        ("val", "27 of its 27 images are in 'test' too"),
+    }
 
 
 def test_refusal_is_broken_and_keeps_what_was_found(shared_data: Path) -> None:
