@@ -1,4 +1,4 @@
-"""Backbones: images -> named feature maps with their strides, behind a feature pyramid.
+"""Backbones: images -> named feature maps with their strides, as a rule behind a feature pyramid.
 
 Shape shorthand:
     B: images     C: channels     h, w: cells of a map
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
 from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_large, resnet
+from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 from detection.models.fpn import FeaturePyramidNetwork
@@ -80,11 +81,12 @@ class Backbone(nn.Module):
         body: images -> named maps, finest first.
         in_channels: channels of those maps.
         strides: pixels between neighbouring cells of those maps.
-        out_channels: channels of every map of the pyramid.
+        out_channels: channels of every map of the pyramid; None for no pyramid, the trunk's maps as they are.
         fpn_norm: normalisation inside the pyramid, None for none.
 
     Attributes:
         strides: of all levels of the pyramid, the extra `pool` included: declared once, here, for anchors and RoIs.
+        implied: what having weights decided about arguments that were None; see `detection.recipes`.
     """
 
     def __init__(
@@ -92,17 +94,21 @@ class Backbone(nn.Module):
         body: nn.Module,
         in_channels: Sequence[int],
         strides: Sequence[int],
-        out_channels: int = 256,
+        out_channels: int | None = 256,
         fpn_norm: Norm | None = None,
     ) -> None:
         super().__init__()
         self.body = body
-        self.fpn = FeaturePyramidNetwork(in_channels, out_channels, NORM_LAYERS[fpn_norm] if fpn_norm else None)
-        self.out_channels = out_channels
-        self.strides = (*strides, 2 * strides[-1])
+        self.out_channels = out_channels or in_channels[-1]
+        self.strides = tuple(strides)
+        self.implied: dict[str, Any] = {}
+        self.fpn: nn.Module = nn.Identity()
+        if out_channels:
+            self.fpn = FeaturePyramidNetwork(in_channels, out_channels, NORM_LAYERS[fpn_norm] if fpn_norm else None)
+            self.strides = (*strides, 2 * strides[-1])
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images `(B, 3, H, W)` -> `{name: (B, out_channels, h, w)}`, finest first, `pool` last."""
+        """Images `(B, 3, H, W)` -> `{name: (B, out_channels, h, w)}`, finest first, the pyramid's `pool` last."""
         return self.fpn(self.body(images))
 
 
@@ -114,6 +120,7 @@ def resnet_fpn(
     norm: Norm | None = None,
     fpn_norm: Norm | None = None,
     out_channels: int = 256,
+    stride_in_1x1: bool = False,
 ) -> Backbone:
     """A torchvision ResNet (He et al. 2016) with its four stages in a pyramid: strides 4, 8, 16, 32 and 64.
 
@@ -126,17 +133,92 @@ def resnet_fpn(
             come from somewhere, if only later, so it also decides the default of `trainable_layers`.
         fpn_norm: normalisation inside the pyramid.
         out_channels: of the pyramid.
+        stride_in_1x1: see `resnet_network`.
+    """
+    network = resnet_network(name, weights, trainable_layers, norm, stride_in_1x1)
+    channels = [network.inplanes // 2**k for k in (3, 2, 1, 0)]
+    body = Trunk(dict(network.named_children()), {f"layer{k + 1}": str(k) for k in range(4)})
+    return _note(Backbone(body, channels, (4, 8, 16, 32), out_channels, fpn_norm), weights)
+
+
+@recorded
+def resnet_c4(
+    name: ResNetName = "resnet50",
+    weights: Weights = None,
+    trainable_layers: int | None = None,
+    norm: Norm | None = None,
+    stride_in_1x1: bool = False,
+) -> Backbone:
+    """A ResNet up to its third stage, without a pyramid: one map of stride 16 with 1024 channels (256 of ResNet-18).
+
+    The fourth stage belongs to the box head, `c4.res5_head` (He et al. 2016, appendix A).
+    Arguments as for `resnet_fpn`; `trainable_layers` counts layer4, as if it stood here.
+    """
+    network = resnet_network(name, weights, trainable_layers, norm, stride_in_1x1)
+    body = Trunk(dict(network.named_children()), {"layer3": "0"})
+    return _note(Backbone(body, [network.inplanes // 2], (16,), out_channels=None), weights)
+
+
+@recorded
+def resnet_dc5(
+    name: ResNetName = "resnet50",
+    weights: Weights = None,
+    trainable_layers: int | None = None,
+    norm: Norm | None = None,
+    stride_in_1x1: bool = False,
+) -> Backbone:
+    """A ResNet whose fourth stage is dilated by 2 in place of its stride: one map of stride 16 with 2048 channels.
+
+    Dai et al. 2017 (Deformable ConvNets), section 4.2. What lies behind the place of the stride is dilated, so that
+    every second cell is what the undilated network gives. Arguments as for `resnet_fpn`.
+
+    Raises:
+        ValueError: ResNet-18 and 34, which do not have bottleneck blocks.
+    """
+    network = resnet_network(name, weights, trainable_layers, norm, stride_in_1x1)
+    for index, block in enumerate(network.layer4):
+        if not isinstance(block, Bottleneck):
+            raise ValueError(f"{name} has no bottleneck blocks to dilate: choose resnet50, resnet101 or resnet152")
+        if index > 0 or stride_in_1x1:
+            block.conv2.dilation = block.conv2.padding = (2, 2)
+    first = network.layer4[0]
+    first.conv1.stride = first.conv2.stride = first.downsample[0].stride = (1, 1)
+    body = Trunk(dict(network.named_children()), {"layer4": "0"})
+    return _note(Backbone(body, [network.inplanes], (16,), out_channels=None), weights)
+
+
+def resnet_network(
+    name: ResNetName,
+    weights: Weights = None,
+    trainable_layers: int | None = None,
+    norm: Norm | None = None,
+    stride_in_1x1: bool = False,
+) -> ResNet:
+    """The whole classification network that the backbones above are cut from.
+
+    Args:
+        name, weights, trainable_layers, norm: see `resnet_fpn`.
+        stride_in_1x1: where a bottleneck block has its stride: in its first 1x1 convolution as in the paper's own
+            weights (MSRA; Detectron2's model zoo and MMDetection's "caffe" models), or in the 3x3 one (torchvision).
+            The weights have the same shapes either way, and give nonsense in the wrong place.
+
+    Raises:
+        ValueError: `stride_in_1x1` for a network without bottleneck blocks.
     """
     pretrained = is_given(weights) or norm == "frozen"
-    network = resnet.__dict__[name](norm_layer=NORM_LAYERS[norm or ("frozen" if pretrained else "batch")])
+    network: ResNet = resnet.__dict__[name](norm_layer=NORM_LAYERS[norm or ("frozen" if pretrained else "batch")])
     if is_given(weights):
         network.load_state_dict(find_weights(weights, resnet.__dict__[f"ResNet{name[6:]}_Weights"]))
+    if stride_in_1x1:
+        blocks = [block for block in network.modules() if isinstance(block, Bottleneck)]
+        if not blocks:
+            raise ValueError(f"{name} has no 1x1 convolutions to put the stride in: leave stride_in_1x1 out")
+        for block in blocks:
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
     groups = [["layer4"], ["layer3"], ["layer2"], ["layer1"], ["conv1", "bn1"]]
     # torchvision trains the stem's normalisation only when everything trains, which the last group says.
     _freeze(network, groups, _count_trainable(trainable_layers, pretrained, 5))
-    channels = [network.inplanes // 2**k for k in (3, 2, 1, 0)]
-    body = Trunk(dict(network.named_children()), {f"layer{k + 1}": str(k) for k in range(4)})
-    return Backbone(body, channels, (4, 8, 16, 32), out_channels, fpn_norm)
+    return network
 
 
 @recorded
@@ -265,6 +347,13 @@ def _load_matching(network: nn.Module, state: Mapping[str, Tensor], name: str) -
     lacking = [key for key in missing if not key.endswith("num_batches_tracked")]
     if lacking:
         raise ValueError(f"the weights for {name} lack {len(lacking)} tensors, first {lacking[0]}")
+
+
+def _note(backbone: Backbone, weights: Weights) -> Backbone:
+    """Write down what weights decided, as a recipe leaves them out."""
+    if is_given(weights):
+        backbone.implied = {"norm": "frozen", "trainable_layers": 3}
+    return backbone
 
 
 def _count_trainable(layers: int | None, pretrained: bool, groups: int) -> int:

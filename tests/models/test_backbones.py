@@ -8,18 +8,25 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torchvision.models import resnet18
+from torch.nn import functional as F
+from torchvision.models import resnet18, resnet50
 from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
+from detection.models import zoo
 from detection.models.backbones import (
     Backbone,
     efficientnet_lite0_fpn,
     group_norm,
     mobilenet_v3_large_fpn,
+    resnet_c4,
+    resnet_dc5,
     resnet_fpn,
     timm_fpn,
 )
+from detection.models.c4 import res5_head
+from detection.models.pooling import RoIPooler
+from detection.recipes import rebuild
 
 
 def trainable(model: nn.Module) -> dict[str, bool]:
@@ -158,3 +165,97 @@ def test_packaged_weights_of_lite0_give_its_features() -> None:
 @pytest.mark.parametrize(("channels", "groups"), [(256, 32), (64, 32), (48, 16), (24, 8), (20, 4), (6, 2), (7, 1)])
 def test_group_norm_takes_the_most_groups_that_fit(channels: int, groups: int) -> None:
     assert group_norm(channels).num_groups == groups
+
+
+def random_resnet50(path: Path) -> nn.Module:
+    """A ResNet-50 whose residual branches are damped, as training leaves them, and a file of its weights."""
+    torch.manual_seed(0)
+    network = resnet50().eval()
+    for name, parameter in network.named_parameters():
+        if name.endswith("bn3.weight"):
+            nn.init.constant_(parameter, 0.2)
+    torch.save(network.state_dict(), path)
+    return network
+
+
+def stages(network: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    maps = [network.maxpool(network.relu(network.bn1(network.conv1(images))))]
+    for k in range(1, 5):
+        maps.append(getattr(network, f"layer{k}")(maps[-1]))
+    return maps
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_c4_and_dc5_against_torchvisions_network(tmp_path: Path) -> None:
+    network = random_resnet50(tmp_path / "r50.pth")
+    images = torch.rand(2, 3, 64, 96) - 0.5
+    maps = stages(network, images)
+    c4 = resnet_c4(weights=tmp_path / "r50.pth").eval()
+    assert (c4.strides, c4.out_channels) == ((16,), 1024)
+    torch.testing.assert_close(c4(images), {"0": maps[3]})
+    assert not any("layer4" in name or "fpn" in name for name in c4.state_dict())
+    head = res5_head(weights=tmp_path / "r50.pth").eval()
+    assert head.out_channels == 2048
+    torch.testing.assert_close(head(maps[3]), F.adaptive_avg_pool2d(maps[4], 1).flatten(1))
+    dc5 = resnet_dc5(weights=tmp_path / "r50.pth").eval()
+    assert (dc5.strides, dc5.out_channels) == ((16,), 2048)
+    dilated = dc5(images)["0"]
+    assert dilated.shape == (2, 2048, 4, 6)
+    # Every second cell is the undilated network's, whatever lies between.
+    torch.testing.assert_close(dilated[..., ::2, ::2], maps[4], atol=1e-4, rtol=1e-4)
+    for backbone in (c4, dc5):  # frozen by the weights, and so again without them
+        again = rebuild(backbone.recipe)
+        assert trainable(again) == trainable(backbone) and norms(again) == {FrozenBatchNorm2d}
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_stride_in_the_1x1_convolution(tmp_path: Path) -> None:
+    network = random_resnet50(tmp_path / "r50.pth")
+    images = torch.rand(1, 3, 64, 96) - 0.5
+    inner = stages(network, images)[1]
+    moved = resnet_fpn("resnet50", tmp_path / "r50.pth", stride_in_1x1=True).eval()
+    block = network.layer2[0]
+    # By hand: of the 1x1 convolution's map every second cell stays, and the 3x3 one steps by 1.
+    hidden = F.relu(block.bn1(block.conv1(inner)))[..., ::2, ::2]
+    hidden = F.relu(block.bn2(F.conv2d(hidden, block.conv2.weight, padding=1)))
+    expected = F.relu(block.bn3(block.conv3(hidden)) + block.downsample(inner))
+    torch.testing.assert_close(moved.body["layer2"][0](inner), expected, atol=1e-5, rtol=1e-5)
+    assert (block(inner) - expected).abs().max() > 0.01  # a thousand times the tolerance
+    assert_declared_strides_hold(moved, 64, 96)
+    plain = resnet_fpn("resnet50", norm="frozen")
+    assert {k: v.shape for k, v in moved.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
+    dilated = resnet_dc5(weights=tmp_path / "r50.pth", stride_in_1x1=True).eval()(images)["0"]
+    last = moved.body(images)["3"]
+    torch.testing.assert_close(dilated[..., ::2, ::2], last, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("build", [resnet_fpn, resnet_c4, resnet_dc5])
+def test_networks_without_bottlenecks_have_no_1x1_convolution(build: Any) -> None:
+    with pytest.raises(ValueError, match="resnet18 has no"):
+        build("resnet18", stride_in_1x1=True)
+
+
+def test_resnet18_has_no_dilated_form() -> None:
+    with pytest.raises(ValueError, match="resnet18 has no bottleneck blocks"):
+        resnet_dc5("resnet18")
+
+
+def test_a_detector_on_one_map_trains() -> None:
+    """C4 in small: regions are pooled at 14x14 and go through the network's last stage."""
+    model = zoo.faster_rcnn(
+        resnet_c4("resnet18", norm="frozen", trainable_layers=5),
+        3,
+        64,
+        96,
+        box_roi_pool=RoIPooler(14, num_levels=1),
+        box_head=res5_head("resnet18"),
+    )
+    targets = [{"boxes": torch.tensor([[5.0, 5, 40, 40]]), "labels": torch.tensor([2])}]
+    losses = model.train()([torch.rand(3, 64, 80)], targets)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert model.roi_heads.box_head.layer4[0].conv1.weight.grad.abs().sum() > 0
+    assert model.backbone.body.conv1.weight.grad.abs().sum() > 0
+    assert model.rpn.head.cls_logits.out_channels == 15
