@@ -102,14 +102,52 @@ class Augmented(NamedTuple):
         size: `(height, width)` of the result.
         boxes: `(M, 4)` float32 xyxy in pixels of the result, inside it, at least `min_box_side` wide and high.
         kept: `(M,)` int64, which of the objects given each of them is.
-        masks: `(M, *size)` uint8 0/1, or None when none were given.
+        masks: None when none were given, else what each object covers of its window, see `crop_masks`.
+        windows: `(M, 4)` float32 xyxy in pixels of the result, one a mask.
     """
 
     image: NDArray[np.uint8]
     size: tuple[int, int]
     boxes: NDArray[np.float32]
     kept: NDArray[np.int64]
-    masks: NDArray[np.uint8] | None
+    masks: NDArray[np.uint8] | None = None
+    windows: NDArray[np.float32] | None = None
+
+
+MASK_SIDE = 112  # pixels: four times the side of the masks that Mask R-CNN learns
+
+
+def crop_masks(
+    masks: NDArray[np.uint8], boxes: NDArray[np.float32], view: View
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Each object's mask inside the view, cut out and brought to one size, whatever the size of object and image.
+
+    Args:
+        masks: `(N, H, W)` uint8 0/1.
+        boxes: `(N, 4)` of the objects, in pixels of the view; the window where a mask is empty.
+        view: what is shown of the image.
+
+    Returns:
+        `(N, MASK_SIDE, MASK_SIDE)` uint8, the share of each pixel that is covered, 255 for all of it; and the windows
+        that they show, `(N, 4)` float32 in pixels of the view.
+    """
+    x1, y1, x2, y2 = view.window
+    crops, windows = np.zeros((len(masks), MASK_SIDE, MASK_SIDE), np.uint8), boxes.copy()
+    for i, mask in enumerate(masks[:, y1:y2, x1:x2]):
+        x, y, w, h = cv2.boundingRect(mask)
+        if w and h:
+            crops[i] = _to_square(mask[y : y + h, x : x + w] * np.uint8(255))
+            windows[i] = view.boxes(np.array([[x1 + x, y1 + y, x1 + x + w, y1 + y + h]], np.float32))[0]
+    return crops, windows
+
+
+def _to_square(crop: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    # One axis at a time: averaging is for the axis that shrinks, and OpenCV averages only where both do.
+    for width, height in ((MASK_SIDE, crop.shape[0]), (MASK_SIDE, MASK_SIDE)):
+        shrinks = width < crop.shape[1] or height < crop.shape[0]
+        method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        crop = np.asarray(cv2.resize(crop, (width, height), interpolation=method), np.uint8)
+    return crop
 
 
 class Transform:
@@ -158,8 +196,11 @@ class Transform:
         x1, y1, x2, y2 = view.window
         boxes = view.boxes(boxes)
         keep = (boxes[:, 2:] - boxes[:, :2] >= self.min_box_side).all(axis=1)
-        masks = None if masks is None else view.masks(masks[index[keep]])
-        return Augmented(image[y1:y2, x1:x2], view.size, boxes[keep], index[keep], masks)
+        out = Augmented(image[y1:y2, x1:x2], view.size, boxes[keep], index[keep])
+        if masks is None:
+            return out
+        crops, windows = crop_masks(masks[index[keep]], out.boxes, view)
+        return out._replace(masks=crops, windows=windows)
 
 
 def resize_into(image: NDArray[np.uint8], planes: NDArray[np.uint8]) -> None:

@@ -67,6 +67,9 @@ class Batch:
         gt_valid: `(B, G)` bool, which rows are objects. Crowds and (by default) difficult objects are left out.
         original_sizes: `(B, 2)` int64, `(height, width)` of the image files, to which detections are scaled back.
         targets: the un-augmented ground truth of each image, for evaluation; stays on the CPU.
+        gt_masks: `(B, G, m, n)` uint8, how much of each pixel the object covers (255: all), or None without masks.
+            Every mask shows its own window of the image, so that a small square serves for an object of any size.
+        gt_mask_windows: `(B, G, 4)` float32 xyxy in the pixels of `images`: what each mask shows; beyond it is nothing.
     """
 
     images: Tensor
@@ -76,13 +79,15 @@ class Batch:
     gt_valid: Tensor
     original_sizes: Tensor
     targets: tuple[Target, ...] = ()
+    gt_masks: Tensor | None = None
+    gt_mask_windows: Tensor | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]
 
     def _map(self, convert: Any) -> Batch:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "targets"}
-        return replace(self, **{name: convert(tensor) for name, tensor in tensors.items()})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: convert(v) for name, v in values.items() if isinstance(v, Tensor)})
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The batch with its tensors on `device`; Lightning calls this to move a batch."""
@@ -129,6 +134,28 @@ def pad_objects(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tens
     for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
         gt_boxes[i, : len(box)], gt_labels[i, : len(box)], gt_valid[i, : len(box)] = box, label, True
     return gt_boxes, gt_labels, gt_valid
+
+
+def pad_masks(masks: Sequence[Tensor], windows: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Stack ragged masks to `count` objects an image and, where images differ, to the largest height and width.
+
+    Args:
+        masks: `(N_i, m_i, n_i)` uint8 for each image.
+        windows: `(N_i, 4)` for each image; those of full-size masks are the whole of their image.
+        count: G of `pad_objects`.
+
+    Returns:
+        gt_masks `(B, G, m, n)` uint8 and gt_mask_windows `(B, G, 4)` float32, grown by what their masks were padded by.
+    """
+    height, width = (max(mask.shape[d] for mask in masks) for d in (1, 2))
+    gt_masks = masks[0].new_zeros((len(masks), count, height, width))
+    gt_windows = windows[0].new_zeros((len(masks), count, 4))
+    for i, (mask, window) in enumerate(zip(masks, windows, strict=True)):
+        n, h, w = mask.shape
+        gt_masks[i, :n, :h, :w] = mask
+        pixel = (window[:, 2:] - window[:, :2]) / window.new_tensor([w, h])
+        gt_windows[i, :n] = torch.cat((window[:, :2], window[:, :2] + pixel * pixel.new_tensor([width, height])), dim=1)
+    return gt_masks, gt_windows
 
 
 def check_batch(batch: Batch, num_classes: int) -> None:

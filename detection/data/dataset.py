@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from detection.data.augment import Augmented, Picture, mosaic, resize_into
-from detection.data.batch import Batch, Target, pad_objects
+from detection.data.batch import Batch, Target, pad_masks, pad_objects
 from detection.data.images import read_image
 from detection.data.records import Index, Record
 
@@ -150,7 +150,7 @@ class Sample(NamedTuple):
         boxes: `(N, 4)` float32 xyxy in the pixels of the resized image; only objects to train on.
         labels: `(N,)` int64.
         target: the original ground truth, for evaluation.
-        masks: `(N, *size)` uint8 0/1 when the data set was read with masks.
+        masks, windows: `(N, m, m)` uint8 and `(N, 4)` float32 as `Augmented` has them, when read with masks.
     """
 
     pixels: NDArray[np.uint8]
@@ -159,6 +159,7 @@ class Sample(NamedTuple):
     labels: Tensor
     target: Target
     masks: Tensor | None = None
+    windows: Tensor | None = None
 
     @property
     def image(self) -> Tensor:
@@ -212,6 +213,7 @@ class DetectionDataset(Dataset[Sample]):
             labels=torch.from_numpy(picture.labels[out.kept]),
             target=make_target(record),
             masks=None if out.masks is None else torch.from_numpy(out.masks),
+            windows=None if out.windows is None else torch.from_numpy(out.windows),
         )
 
     def _load(self, record: Record) -> Picture:
@@ -237,6 +239,8 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
     for slot, sample, (h, w) in zip(images.numpy(), samples, sizes, strict=True):
         resize_into(sample.pixels, slot[:, :h, :w])
     gt_boxes, gt_labels, gt_valid = pad_objects([s.boxes for s in samples], [s.labels for s in samples])
+    masks, windows = [s.masks for s in samples if s.masks is not None], [s.windows for s in samples]
+    gt_masks, gt_windows = pad_masks(masks, windows, gt_valid.shape[1]) if masks else (None, None)  # type: ignore[arg-type]
     return Batch(
         images=images,
         image_sizes=torch.tensor(sizes, dtype=torch.int64),
@@ -245,6 +249,8 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
         gt_valid=gt_valid,
         original_sizes=torch.tensor([sample.target.size for sample in samples], dtype=torch.int64),
         targets=tuple(sample.target for sample in samples),
+        gt_masks=gt_masks,
+        gt_mask_windows=gt_windows,
     )
 
 

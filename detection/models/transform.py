@@ -7,13 +7,14 @@ Shape shorthand:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detection.boxes import resize_boxes
-from detection.data.batch import Batch, pad_images, pad_objects
+from detection.data.batch import Batch, pad_images, pad_masks, pad_objects
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -71,7 +72,13 @@ class ImageTransform(nn.Module):
             ]
             labels = [target["labels"] for target in targets]
         sizes = (image_sizes.to(device), original_sizes.to(device))
-        return Batch(padded, sizes[0], *pad_objects(boxes, labels), original_sizes=sizes[1])
+        batch = Batch(padded, sizes[0], *pad_objects(boxes, labels), original_sizes=sizes[1])
+        if targets is None or "masks" not in targets[0]:
+            return batch
+        masks = [_resize_masks(t["masks"], image) for t, image in zip(targets, resized, strict=True)]
+        windows = [F.pad(size.flip(0).float(), (2, 0)).expand(len(m), 4) for m, size in zip(masks, sizes[0])]  # noqa: B905
+        gt_masks, gt_windows = pad_masks(masks, windows, batch.gt_valid.shape[1])
+        return replace(batch, gt_masks=gt_masks, gt_mask_windows=gt_windows)
 
     def normalise(self, images: Tensor, image_sizes: Tensor) -> Tensor:
         """`(B, 3, H, W)` uint8, or float in [0, 1] -> zero mean and unit variance, 0 in the padding."""
@@ -88,6 +95,12 @@ class ImageTransform(nn.Module):
         return F.interpolate(
             image[None], scale_factor=scale, mode="bilinear", align_corners=False, recompute_scale_factor=True
         )[0]
+
+
+def _resize_masks(masks: Tensor, image: Tensor) -> Tensor:
+    """Masks `(N, h, w)` to the size of the resized image, each pixel the nearest: uint8, 255 where the object is."""
+    resized = F.interpolate(masks[:, None].float(), size=image.shape[-2:])[:, 0]
+    return (resized != 0).to(torch.uint8) * 255
 
 
 def as_float(images: Tensor) -> Tensor:
@@ -122,8 +135,9 @@ def check_targets(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
     """
     if len(targets) != len(images):
         raise ValueError(f"there are {len(images)} images but {len(targets)} targets")
+    needed = {"boxes", "labels"} | ({"masks"} if any("masks" in target for target in targets) else set())
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):
-        missing = {"boxes", "labels"} - set(target)
+        missing = needed - set(target)
         if missing:
             raise ValueError(f"the target of image {i} has no {' and no '.join(sorted(missing))}")
         boxes, labels = target["boxes"], target["labels"]
@@ -134,6 +148,12 @@ def check_targets(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
                 f"image {i}: labels must be ({len(boxes)},) integers, not {tuple(labels.shape)} {labels.dtype}"
             )
         height, width = image.shape[-2:]
+        masks = target.get("masks")
+        if masks is not None and masks.shape != (len(boxes), height, width):
+            raise ValueError(
+                f"image {i}: masks must be one of the image's size for each box, {(len(boxes), height, width)}, "
+                f"not {tuple(masks.shape)}"
+            )
         problems = {
             "is not finite": ~boxes.isfinite().all(dim=1),
             "has no positive width and height (boxes are x1, y1, x2, y2)": (boxes[:, 2:] <= boxes[:, :2]).any(dim=1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms.v2 import functional as F
 
 from detection.data.augment import (
+    MASK_SIDE,
     Picture,
     ScaleJitter,
     Transform,
@@ -91,7 +93,8 @@ def test_no_object_keeps_shapes(transform: Transform) -> None:
     out = transform(picture(), empty, np.zeros((0, 90, 120), np.uint8), seed=3)
     assert out.boxes.shape == (0, 4) and out.boxes.dtype == np.float32
     assert out.kept.shape == (0,) and out.kept.dtype == np.int64
-    assert out.masks is not None and out.masks.shape == (0, *out.size)
+    assert out.masks is not None and out.masks.shape == (0, MASK_SIDE, MASK_SIDE)
+    assert out.windows is not None and out.windows.shape == (0, 4)
 
 
 def test_degenerate_boxes_are_dropped_by_index() -> None:
@@ -118,17 +121,35 @@ def test_large_scale_jitter_keeps_objects_in_step(seed: int, count: int, scale: 
     transform = train_transform(64, 64, hflip=0.5, vflip=0.5, scale_jitter=(scale, scale))
     out = transform(image, boxes, masks, seed)
     height, width = out.size
-    assert max(out.size) <= 64 and out.masks is not None and len(out.boxes) == len(out.kept) == len(out.masks)
+    assert out.masks is not None and out.windows is not None and max(out.size) <= 64
+    assert len(out.boxes) == len(out.kept) == len(out.masks) == len(out.windows)
     assert (out.boxes >= 0).all() and (out.boxes <= (width, height, width, height)).all()
     assert (out.boxes[:, 2:] - out.boxes[:, :2] >= 1).all()
     ratio = (out.image.shape[1] / width, out.image.shape[0] / height)
-    for box, mask, i in zip(out.boxes, out.masks, out.kept, strict=True):
-        rows, columns = np.nonzero(mask)
-        if len(rows):  # a mask sampled at pixel centres lies within a pixel of the exact box
-            tight = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-            assert np.abs(tight - box).max() <= 1.0 + 1e-3
+    for box, mask, window, i in zip(out.boxes, out.masks, out.windows, out.kept, strict=True):
+        assert (mask == 255).all() and np.abs(window - box).max() <= 1e-3
         x, y = ((box[:2] + box[2:]) / 2 * ratio).astype(int)
         assert out.image[y, x, 0] >= i + 1  # later rectangles lie on top of earlier ones
+
+
+@pytest.mark.parametrize("radii", [(5, 4), (40, 12), (7, 60), (70, 70)])
+def test_a_mask_keeps_its_shape_in_its_window(radii: tuple[int, int]) -> None:
+    """Laid back into the view, an ellipse covers what it covered there; flips and the cut at the edge included."""
+    masks, image = np.zeros((1, 90, 120), np.uint8), picture()
+    cv2.ellipse(masks[0], (70, 40), radii, 0, 0, 250, 1, -1)  # not symmetric
+    x, y, w, h = cv2.boundingRect(masks[0])
+    box = np.array([[x, y, x + w, y + h]], np.float32)
+    out = train_transform(180, 240, hflip=1.0, vflip=1.0)(image, box, masks)
+    assert out.masks is not None and out.windows is not None and out.size == (180, 240)
+    assert np.allclose(out.windows, out.boxes, atol=1e-3)
+    x1, y1, x2, y2 = out.windows[0].astype(int)
+    laid = np.zeros(out.size, np.float32)
+    laid[y1:y2, x1:x2] = cv2.resize(out.masks[0].astype(np.float32) / 255, (x2 - x1, y2 - y1))
+    wanted = cv2.resize(masks[0][::-1, ::-1], (240, 180), interpolation=cv2.INTER_NEAREST)
+    differing = np.abs(laid - wanted) > 0.5
+    edge = cv2.dilate(wanted, np.ones((5, 5))) - cv2.erode(wanted, np.ones((5, 5)))
+    assert not (differing & (edge == 0)).any()
+    assert abs(laid.sum() - wanted.sum()) < 0.02 * wanted.sum() + 8
 
 
 def test_large_scale_jitter_covers_its_range() -> None:

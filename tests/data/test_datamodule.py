@@ -272,6 +272,7 @@ def test_resuming_on_other_processes_says_so(cache: Path) -> None:
 
 def _rank(rank: int, cache: str, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)  # OpenMP's threads did not survive the fork, and it would wait for them
     data = drawn(Path(cache))  # before the process group exists
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     train = [[t.image_id for t in batch.targets] for batch in data.train_dataloader()]
