@@ -1,6 +1,7 @@
-"""RoI Align over a feature pyramid: a fixed grid of features from each region, wherever its level is.
+"""RoI Align and RoI Pool over a feature pyramid: a fixed grid of features from each region, wherever its level is.
 
-Mask R-CNN (He et al. 2017), section 3 (RoIAlign); FPN (Lin et al. 2017), equation 1 (the level of a region).
+Fast R-CNN (Girshick 2015), section 2.1 (RoI max pooling); Mask R-CNN (He et al. 2017), section 3 (RoIAlign);
+FPN (Lin et al. 2017), equation 1 (the level of a region).
 
 Shape shorthand:
     B: images     P: RoIs an image     R = B * P     L: levels     C: channels
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import roi_align
+from torchvision.ops import roi_align, roi_pool
 
 from detection.recipes import recorded
 
@@ -29,6 +30,12 @@ def assign_levels(boxes: Tensor, min_level: int, max_level: int) -> Tensor:
     # The small term lets 112 and 224 pixels, whose logarithm may round down, reach the level that they should.
     level = torch.floor(CANONICAL_LEVEL + torch.log2(side / CANONICAL_SIZE) + 1e-6)
     return level.nan_to_num(nan=min_level).clamp(min_level, max_level).long()
+
+
+def level_indices(boxes: Tensor, strides: Sequence[int]) -> Tensor:
+    """Which of the maps with these strides, finest first, each of the boxes `(..., 4)` is pooled from, `(...)`."""
+    min_level, max_level = (int(math.log2(s)) for s in (strides[0], strides[-1]))
+    return (assign_levels(boxes, min_level, max_level) - min_level).clamp(max=len(strides) - 1)
 
 
 @recorded
@@ -56,9 +63,8 @@ class RoIPooler(nn.Module):
     def forward(self, features: Sequence[Tensor], boxes: Tensor, strides: Sequence[int]) -> Tensor:
         """Pool `(B, C, h, w)` maps of strides `strides` at boxes `(B, P, 4)` in image pixels -> `(B * P, C, o, o)`."""
         features, strides = list(features)[: self.num_levels], list(strides)[: self.num_levels]
-        min_level, max_level = (int(math.log2(s)) for s in (strides[0], strides[-1]))
         boxes = boxes.float().nan_to_num(0.0, 0.0, 0.0)  # `roi_align` reads anywhere in memory for others
-        levels = (assign_levels(boxes, min_level, max_level) - min_level).clamp(max=len(features) - 1)
+        levels = level_indices(boxes, strides)
         scaled = boxes / torch.tensor(strides, dtype=torch.float32, device=boxes.device)[levels][..., None]
         if boxes.device.type == "cpu" and self.sampling_ratio > 0:
             return self._gather(features, scaled, levels)
@@ -136,6 +142,39 @@ class RoIPooler(nn.Module):
         weights = torch.stack(((1 - fraction) * share, fraction * share), dim=-1)
         shape = (len(cells), self.output_size, 2 * self.sampling_ratio)
         return cells.view(shape), weights.view(shape)
+
+
+@recorded
+class RoIPool(nn.Module):
+    """RoI max pooling of every region on the level that fits its size, as Fast R-CNN had it (section 2.1).
+
+    A region is rounded to whole cells, both its last cells included, and cut into o x o bins, each of which gives the
+    largest value under it; a bin beyond the edge of the map gives 0.
+
+    Args:
+        output_size: o.
+        num_levels: how many of the finest maps are pooled from.
+    """
+
+    def __init__(self, output_size: int = 7, num_levels: int = 4) -> None:
+        super().__init__()
+        self.output_size, self.num_levels = output_size, num_levels
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor, strides: Sequence[int]) -> Tensor:
+        """Pool `(B, C, h, w)` maps of strides `strides` at boxes `(B, P, 4)` in image pixels -> `(B * P, C, o, o)`."""
+        features, strides = list(features)[: self.num_levels], list(strides)[: self.num_levels]
+        boxes = boxes.float().nan_to_num(0.0, 0.0, 0.0)
+        levels = level_indices(boxes, strides).flatten()
+        image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
+        pooled = None
+        for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+            own = levels == level
+            # Regions of other levels take part as a single cell, which costs little and keeps the shapes fixed.
+            rois = torch.cat((image[:, None].to(boxes), boxes.flatten(0, 1) * own[:, None]), dim=1)
+            part = roi_pool(feature.float(), rois, self.output_size, 1 / stride).to(feature.dtype)
+            pooled = part if pooled is None else torch.where(own[:, None, None, None], part, pooled)
+        assert pooled is not None
+        return pooled
 
 
 def build_canvas(features: Sequence[Tensor]) -> tuple[Tensor, list[tuple[float, float]]]:

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops import MultiScaleRoIAlign, roi_align, roi_pool
 from torchvision.ops.poolers import LevelMapper
 
 from detection.models import pooling
-from detection.models.pooling import RoIPooler, assign_levels, build_canvas
+from detection.models.pooling import RoIPool, RoIPooler, assign_levels, build_canvas
 
 STRIDES = (4, 8, 16, 32)
 HEIGHT, WIDTH = 256, 320
@@ -258,3 +258,60 @@ def test_the_paths_are_chosen_by_device_and_sampling(monkeypatch: pytest.MonkeyP
     meta = [feature.to("meta") for feature in make_features()]
     RoIPooler()(meta, random_boxes(0).to("meta"), STRIDES)
     assert taken == ["_gather", "_align", "_align"]
+
+
+def max_pooled(features: list[Tensor], boxes: Tensor, output_size: int) -> Tensor:
+    """torchvision's `roi_pool`, each region on its level alone."""
+    levels = assign_levels(boxes, 2, 5).flatten() - 2
+    image = torch.arange(len(boxes)).repeat_interleave(boxes.shape[1])
+    rois = torch.cat((image[:, None].float(), boxes.flatten(0, 1)), dim=1)
+    pooled = features[0].new_zeros((len(rois), features[0].shape[1], output_size, output_size))
+    for level, (feature, stride) in enumerate(zip(features, STRIDES, strict=True)):
+        pooled[levels == level] = roi_pool(feature, rois[levels == level], output_size, 1 / stride)
+    return pooled
+
+
+@pytest.mark.parametrize("output_size", [3, 7])
+def test_max_pooling_equals_torchvision(output_size: int) -> None:
+    boxes = torch.cat((special_boxes(), random_boxes(0, 40)), dim=1)
+    assert assign_levels(boxes, 2, 5).unique().tolist() == [2, 3, 4]
+    ours, theirs = make_features(), make_features()
+    for feature in (*ours, *theirs):
+        feature.requires_grad_()
+    unused = torch.zeros(2, 3, 4, 5)
+    pooled = RoIPool(output_size)([*ours, unused], boxes, (*STRIDES, 64))
+    expected = max_pooled(theirs, boxes, output_size)
+    assert torch.equal(pooled, expected)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (pooled * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 16])
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((0, 0, 3, 3), [[5, 7], [13, 15]]),
+        ((1, 1, 2, 2), [[5, 6], [9, 10]]),
+        ((0.6, 0, 3.4, 3), [[6, 7], [14, 15]]),  # columns 1 to 3: the middle one lies in both bins
+        ((0, 0, 4, 4), [[10, 11], [14, 15]]),  # a fifth row and column, which the map does not have
+        ((2, 3, 2, 3), [[14, 14], [14, 14]]),
+        ((4, 4, 4, 4), [[0, 0], [0, 0]]),
+    ],
+)
+def test_max_pooling_by_hand(box: tuple[float, ...], expected: list[list[float]], stride: int) -> None:
+    feature = torch.arange(16.0).view(1, 1, 4, 4)
+    pooled = RoIPool(2, num_levels=1)([feature], torch.tensor([[box]]) * stride, (stride,))
+    assert pooled[0, 0].tolist() == expected
+
+
+def test_max_pooling_of_nothing_and_of_what_is_not_finite() -> None:
+    assert RoIPool()(make_features(), torch.zeros(2, 0, 4), STRIDES).shape == (0, 3, 7, 7)
+    boxes = torch.cat((random_boxes(7), torch.full((2, 1, 4), torch.nan), torch.full((2, 1, 4), torch.inf)), dim=1)
+    pooled = RoIPool()(make_features(), boxes, STRIDES).unflatten(0, (2, -1))
+    assert torch.equal(pooled[:, :-2].flatten(0, 1), max_pooled(make_features(), random_boxes(7), 7))
+    halved = RoIPool()([feature.bfloat16() for feature in make_features()], random_boxes(7), STRIDES)
+    assert halved.dtype == torch.bfloat16
+    torch.testing.assert_close(halved.float(), pooled[:, :-2].flatten(0, 1), atol=0.02, rtol=0.01)
