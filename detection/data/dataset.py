@@ -17,8 +17,9 @@ import torch
 from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
+from detection.data import shared
 from detection.data.augment import Augmented, Picture, mosaic, resize_into
 from detection.data.batch import Batch, Target, pad_masks, pad_objects
 from detection.data.images import read_image
@@ -235,9 +236,10 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
     """Samples to a `Batch`, images padded to a multiple of `divisor`; in a worker straight into shared memory."""
     sizes = [sample.size for sample in samples]
     height, width = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
-    images = _zeros((len(samples), 3, height, width))
+    images = shared.empty((len(samples), 3, height, width))
     for slot, sample, (h, w) in zip(images.numpy(), samples, sizes, strict=True):
         resize_into(sample.pixels, slot[:, :h, :w])
+        slot[:, h:], slot[:, :h, w:] = 0, 0
     gt_boxes, gt_labels, gt_valid = pad_objects([s.boxes for s in samples], [s.labels for s in samples])
     masks, windows = [s.masks for s in samples if s.masks is not None], [s.windows for s in samples]
     gt_masks, gt_windows = pad_masks(masks, windows, gt_valid.shape[1]) if masks else (None, None)  # type: ignore[arg-type]
@@ -252,11 +254,3 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
         gt_masks=gt_masks,
         gt_mask_windows=gt_windows,
     )
-
-
-def _zeros(shape: tuple[int, ...]) -> Tensor:
-    """Zeros of uint8; in a worker in shared memory (as torch's own collate does), which saves a copy of the batch."""
-    if get_worker_info() is None:
-        return torch.zeros(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)))  # fresh shared pages are zero
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
