@@ -1,19 +1,54 @@
-"""Where pretrained weights come from: a file, or torchvision's cache. Nothing is downloaded from here.
+"""Where weights come from, a file or torchvision's cache, and fitting them to a model. Nothing is downloaded here.
 
-Weights are read without unpickling objects (`weights_only`), or from safetensors.
+Files are read without unpickling objects (`weights_only`), or from safetensors.
 """
 
 from __future__ import annotations
 
+import json
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torchvision.models import WeightsEnum
 
 # A name such as "DEFAULT" or "IMAGENET1K_V1", torchvision's own enumeration member, a path, or None for none.
 Weights: TypeAlias = str | Path | WeightsEnum | None
+
+FACTS = "detection"  # the entry of a safetensors file's metadata that holds all but the tensors, as JSON
+FROZEN_EPS = 1e-5  # of FrozenBatchNorm2d
+OLD_NAMES = (  # what torchvision called its tensors before version 0.13; it upgrades such files in loading, too
+    (r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$", r"\1.0.\2"),
+    (r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1"),
+    *((rf"^roi_heads\.mask_head\.mask_fcn{i + 1}\.(weight|bias)$", rf"roi_heads.mask_head.{i}.0.\1") for i in range(4)),
+)
+
+
+class CheckpointError(ValueError):
+    """A file of weights that can't be used; the message names the file or the tensor, and the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a file of weights holds.
+
+    Attributes:
+        tensors: under this project's (torchvision's) names.
+        recipe: how to rebuild the detector; see `detection.recipes`. None in files that others wrote.
+        class_names: of the foreground, label 1 first, if the file says so.
+        category_ids: of the data set, one for each class name, likewise.
+    """
+
+    tensors: dict[str, Tensor]
+    recipe: dict[str, Any] | None = None
+    class_names: list[str] | None = None
+    category_ids: list[int] | None = None
 
 
 def is_given(weights: Weights) -> bool:
@@ -29,31 +64,196 @@ def find_weights(weights: Weights, names: type[WeightsEnum] | None = None) -> di
         names: torchvision's enumeration of the names that may be given; None when only a file will do.
 
     Raises:
-        ValueError: a name that isn't one of `names`.
+        ValueError: a name that isn't one of `names`, or a file that can't be read.
         FileNotFoundError: nothing there; the message says where it looked and how to supply the file.
     """
+    return read_saved(_locate(weights, names)).tensors
+
+
+def find_class_names(weights: Weights, names: type[WeightsEnum] | None = None) -> list[str] | None:
+    """Names of the foreground classes that weights were trained for, label 1 first; None if they don't say.
+
+    Arguments and errors as for `find_weights`. torchvision's COCO names have `N/A` in the gaps of the category ids.
+    """
+    named = _named(weights, names)
+    if named is not None:
+        categories: list[str] | None = named.meta.get("categories")
+        return categories[1:] if categories and categories[0] == "__background__" else None
+    return read_saved(_locate(weights, names)).class_names
+
+
+def cache_path(weights: WeightsEnum) -> Path:
+    """Where torchvision keeps a named set of weights."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+
+
+def _named(weights: Weights, names: type[WeightsEnum] | None) -> WeightsEnum | None:
     if isinstance(weights, str) and names is not None and weights in (*names.__members__, "DEFAULT"):
-        weights = names[weights]
-    if not isinstance(weights, WeightsEnum):
-        path = Path(str(weights))
-        if path.is_file():
-            return read_tensors(path)
+        return names[weights]
+    return weights if isinstance(weights, WeightsEnum) else None
+
+
+def _locate(weights: Weights, names: type[WeightsEnum] | None) -> Path:
+    named = _named(weights, names)
+    path = Path(str(weights)) if named is None else cache_path(named)
+    if path.is_file():
+        return path
+    if named is None:
         choices = f"one of {', '.join(names.__members__)}, DEFAULT, or " if names is not None else ""
         raise FileNotFoundError(f"no weights at {path}: give {choices}the path of a .pth or .safetensors file")
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"the weights {weights} are not at {path} and nothing is downloaded unasked: fetch {weights.url} on a "
-            f"machine with access and put the file there, or give its path instead of the name"
-        )
-    return read_tensors(path)
+    raise FileNotFoundError(
+        f"the weights {named} are not at {path} and nothing is downloaded unasked: run `python scripts/convert.py "
+        f"download --weights {named}`; or fetch {named.url} on a machine with access and put the file there, or give "
+        f"its path instead of the name"
+    )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The state_dict in a `.safetensors` file, or in a PyTorch file that holds tensors only."""
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    """The state_dict in a `.safetensors` file, or in a PyTorch file that holds plain values only."""
+    return read_saved(path).tensors
 
-        return load_file(path)
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+
+def read_saved(path: Path) -> Saved:
+    """Read a `.safetensors` file, a `.pth` file of a state_dict (bare, or under `model`), or a run's `.ckpt`.
+
+    Raises:
+        CheckpointError: damaged, or with more in it than tensors and plain values.
+    """
+    if path.suffix == ".safetensors":
+        tensors, facts = read_safetensors(path)
+        return Saved(upgrade_names(tensors), facts.get("recipe"), facts.get("class_names"), facts.get("category_ids"))
+    content = read_torch(path)
+    settings = content.get("hyper_parameters", {})
+    tensors = find_state(content, path)
+    own = {name.removeprefix("detector."): value for name, value in tensors.items() if name.startswith("detector.")}
+    return Saved(upgrade_names(own or tensors), settings.get("detector"), settings.get("class_names"))
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a `.safetensors` file, and what this project has written into its metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            facts: dict[str, Any] = json.loads((file.metadata() or {}).get(FACTS, "{}"))
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise CheckpointError(f"{path}: not a whole .safetensors file ({error}); fetch or write it again") from error
+    return tensors, facts
+
+
+def read_torch(path: Path) -> dict[str, Any]:
+    """What `torch.save` has written, as long as it is tensors and plain values: nothing else is unpickled."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it needs {wanted[1]}" if wanted else "it needs more than tensors and plain values, or is damaged"
+        raise CheckpointError(
+            f"{path}: not opened, as {reason}, and unpickling objects can run anything. Where the file was made, keep "
+            f'its tensors only: torch.save({{"state_dict": torch.load(path, weights_only=False)["state_dict"]}}, new)'
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path}: not a whole PyTorch file ({error}); fetch or write it again") from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, not a state_dict; save model.state_dict()")
+    return dict(content)
+
+
+def find_state(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The state_dict in the content of a file: the content itself, or what stands under the usual names."""
+    for name in ("state_dict", "model", "model_state_dict"):
+        if isinstance(content.get(name), Mapping):
+            content = content[name]
+    state = {str(name).removeprefix("module."): value for name, value in content.items()}
+    others = [name for name, value in state.items() if not isinstance(value, Tensor) and not hasattr(value, "dtype")]
+    if others or not state:
+        found = f"{others[0]} is no tensor" if others else "it is empty"
+        raise CheckpointError(f"{path}: no state_dict in it: {found}; save model.state_dict()")
     return state
+
+
+def upgrade_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, with today's names for those that bear the ones of older torchvision files."""
+    upgraded = dict(state)
+    for pattern, replacement in OLD_NAMES:
+        upgraded = {re.sub(pattern, replacement, name): value for name, value in upgraded.items()}
+    return upgraded
+
+
+def fold_epsilon(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights for frozen normalisation without epsilon, as torchvision's COCO_V1 of ResNet-50, for one with `1e-5`.
+
+    The epsilon is taken off the variances. Where so little would be left that rounding eats it, the weight takes the
+    difference, so that the output stays the same either way.
+    """
+    folded = dict(state)
+    for name in _frozen_variances(state):
+        variance, weight = state[name].double(), name.replace("running_var", "weight")
+        tiny = variance < 0.1 * FROZEN_EPS
+        change = torch.where(tiny & (variance > 0), (FROZEN_EPS / variance).sqrt(), 1.0)
+        folded[weight] = (state[weight].double() * change).to(state[weight].dtype)
+        folded[name] = torch.where(tiny, 0.0, variance - FROZEN_EPS).to(state[name].dtype)
+    return folded
+
+
+def unfold_epsilon(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The way back: weights for frozen normalisation with epsilon `1e-5`, for one without."""
+    variances = {n: (state[n].double() + FROZEN_EPS).to(state[n].dtype) for n in _frozen_variances(state)}
+    return dict(state) | variances
+
+
+def _frozen_variances(state: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in state if name.startswith("backbone.body.") and name.endswith("running_var")]
+
+
+def adapt_classes(
+    state: Mapping[str, Tensor], fresh: Mapping[str, Tensor], old_names: Sequence[str], new_names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Weights for other classes: those of the same name, and the background, keep their rows in the last layers.
+
+    Args:
+        state: weights of a detector of `old_names`.
+        fresh: `state_dict()` of the new model, which gives the rows of classes that `old_names` does not have.
+        old_names, new_names: of the foreground, label 1 first. Names count as the same whatever their case.
+
+    Raises:
+        CheckpointError: the number of old names isn't that of the classes in `state`.
+    """
+    old = {name.strip().lower(): label for label, name in reversed(list(enumerate(old_names, start=1)))}
+    labels = [0, *(old.get(name.strip().lower()) for name in new_names)]
+    return pick_classes(state, fresh, labels, len(old_names) + 1)
+
+
+def pick_classes(
+    state: Mapping[str, Tensor], fresh: Mapping[str, Tensor], labels: Sequence[int | None], num_classes: int
+) -> dict[str, Tensor]:
+    """Put the rows of other labels into the last layers of classes, boxes and masks.
+
+    Args:
+        state: weights of a detector with `num_classes` classes, background included.
+        fresh: weights of one with `len(labels)` classes.
+        labels: for each new label the old one; None keeps the rows of `fresh`.
+        num_classes: of `state`.
+    """
+    kept = [(new, old) for new, old in enumerate(labels) if old is not None]
+    targets = torch.tensor([new for new, _ in kept])
+    sources = torch.tensor([old for _, old in kept])
+    adapted = dict(state)
+    for name, rows in ((n, class_rows(n)) for n in state):
+        if not rows or len(state[name]) == rows == 4:  # one box for all classes
+            continue
+        if len(state[name]) != rows * num_classes or len(fresh[name]) != rows * len(labels):
+            raise CheckpointError(
+                f"{name} has {len(state[name])} rows for {num_classes - 1} class names, and {len(fresh[name])} for "
+                f"{len(labels) - 1} new ones: there must be {rows} for each and for the background"
+            )
+        old_rows, new_rows = state[name].unflatten(0, (-1, rows)), fresh[name].detach().clone().unflatten(0, (-1, rows))
+        new_rows[targets] = old_rows[sources].to(new_rows)
+        adapted[name] = new_rows.flatten(0, 1)
+    return adapted
+
+
+def class_rows(name: str) -> int:
+    """How many rows each class has in the tensor of this name; 0 where there are none by class."""
+    if not name.startswith("roi_heads.") or not name.endswith((".weight", ".bias")):
+        return 0
+    return {"cls_score": 1, "bbox_pred": 4, "mask_fcn_logits": 1}.get(name.split(".")[-2], 0)

@@ -1,0 +1,250 @@
+"""Detectors in files: a `.safetensors` file that says how to build what its tensors are for, and other libraries'."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from detection.data.voc import VOC_CLASSES
+from detection.interop import detectron2, mmdetection, rows, torchvision
+from detection.interop.names import load
+from detection.interop.pickles import read_pickle
+from detection.models.detector import FasterRCNN
+from detection.models.weights import (
+    FACTS,
+    CheckpointError,
+    Saved,
+    adapt_classes,
+    find_state,
+    read_safetensors,
+    read_saved,
+    read_torch,
+)
+from detection.recipes import RecipeError, rebuild
+
+StyleName = Literal["pytorch", "caffe"]
+Library = Literal["torchvision", "detectron2"]
+
+
+def load_detector(path: str | Path) -> FasterRCNN:
+    """The detector of a file that `save_detector` or a run has written, in evaluation mode; no settings are needed.
+
+    Raises:
+        CheckpointError: the file doesn't say how to build it, or its tensors don't fit.
+        FileNotFoundError: there is none.
+    """
+    saved = _read_own(Path(path))
+    model = _rebuild(Path(path), saved.recipe)
+    _named(Path(path), lambda: load(model, saved.tensors))
+    return model.eval()
+
+
+def detector_for_classes(path: str | Path, class_names: Sequence[str]) -> FasterRCNN:
+    """A detector to train further on other classes; those of the same name keep what was learned of them.
+
+    Args:
+        path: as for `load_detector`.
+        class_names: of the foreground, label 1 first.
+
+    Raises:
+        CheckpointError: also where the file does not name its classes.
+    """
+    saved = _read_own(Path(path))
+    if saved.recipe is None or saved.class_names is None:
+        raise CheckpointError(f"{path}: does not name its classes; write it with save_detector(..., class_names)")
+    arguments = {**saved.recipe["init_args"], "num_classes": len(class_names) + 1}
+    model = _rebuild(Path(path), {**saved.recipe, "init_args": arguments})
+    old_names = saved.class_names
+    _named(
+        Path(path), lambda: load(model, adapt_classes(saved.tensors, model.state_dict(), old_names, list(class_names)))
+    )
+    return model
+
+
+def save_detector(
+    path: str | Path,
+    model: FasterRCNN,
+    class_names: Sequence[str] | None = None,
+    category_ids: Sequence[int] | None = None,
+) -> None:
+    """Write a detector as `.safetensors`: its tensors, how to build it, and what its labels mean.
+
+    Args:
+        path: of the file.
+        model: from one of the builders.
+        class_names: of the foreground, label 1 first.
+        category_ids: of the data set, likewise.
+
+    Raises:
+        CheckpointError: the model has parts that no recipe describes, or another number of classes.
+    """
+    if model.recipe is None:
+        raise CheckpointError("the detector has parts of your own, so that a file can't tell how to build it again")
+    for what, given in (("class names", class_names), ("category ids", category_ids)):
+        if given is not None and len(given) != model.num_classes - 1:
+            raise CheckpointError(f"{len(given)} {what} are given for {model.num_classes - 1} classes")
+    facts = {
+        "recipe": model.recipe,
+        "class_names": list(class_names) if class_names is not None else None,
+        "category_ids": list(category_ids) if category_ids is not None else None,
+    }
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    metadata = {"format": "pt", FACTS: json.dumps(facts)}
+    _write(Path(path), lambda part: save_file(tensors, part, metadata))
+
+
+def import_detector(
+    source: Path, style: StyleName | None = None, contiguous: bool = False, without_epsilon: bool | None = None
+) -> tuple[FasterRCNN, Saved]:
+    """The detector in a file of torchvision, Detectron2 or MMDetection, or in a checkpoint of one of our runs.
+
+    Args:
+        source: `.pth`, `.pkl`, `.safetensors` or `.ckpt`.
+        style: of a ResNet: `caffe` has its stride in the 1x1 convolutions and sees BGR from 0 to 255. By default what
+            the file says, else `caffe` for Detectron2, and for MMDetection `pytorch` unless its name has `caffe`.
+        contiguous, without_epsilon: see `torchvision.from_torchvision`.
+
+    Returns:
+        the detector, and its tensors with recipe, class names and category ids.
+
+    Raises:
+        CheckpointError: it can't be read, or does not fit; the message names the file.
+        FileNotFoundError: there is none.
+    """
+    if not source.is_file():
+        raise FileNotFoundError(f"no checkpoint at {source}")
+    return _named(source, lambda: _import(source, style, contiguous, without_epsilon))
+
+
+def _import(
+    source: Path, style: StyleName | None, contiguous: bool, without_epsilon: bool | None
+) -> tuple[FasterRCNN, Saved]:
+    state, meta = _read_foreign(source)
+    names: list[str] | None = None
+    if any(name.startswith("proposal_generator.") for name in state):
+        told = detectron2.read_style(state)
+        if style and told and style != told:
+            raise CheckpointError(f"its pixel_mean is that of style {told}, not {style}")
+        model = detectron2.from_detectron2(state, rows.STYLES[style or told or "caffe"])
+    elif any(name.startswith(("rpn_head.", "ema_rpn_head.", "bbox_head.")) for name in state):
+        told, names = mmdetection.read_meta(meta)
+        guess = "caffe" if "caffe" in source.name else "pytorch"
+        model = mmdetection.from_mmdetection(state, rows.STYLES[style or told or guess])
+    elif any(name.startswith("detector.") for name in state):
+        saved = read_saved(source)
+        return load_detector(source).train(), saved
+    else:
+        model = torchvision.from_torchvision(state, source.name, None, without_epsilon, contiguous)
+    names, ids = _classes(model.num_classes, names)
+    return model, Saved(model.state_dict(), model.recipe, names, ids)
+
+
+def export_detector(
+    source: Path, output: Path, library: Library, category_ids: bool = False, without_epsilon: bool = False
+) -> None:
+    """Write a detector of ours for another library.
+
+    Args:
+        source: as for `load_detector`.
+        output: `.pth`, `.safetensors`, or, for Detectron2, `.pkl`.
+        library: who shall read it.
+        category_ids, without_epsilon: see `torchvision.to_torchvision`.
+
+    Raises:
+        CheckpointError: the library has no such detector, or no such kind of file.
+    """
+    model = load_detector(source)
+    content: dict[str, Any]
+    if library == "torchvision":
+        state = torchvision.to_torchvision(model, without_epsilon, category_ids)
+        content = state
+    else:
+        state = detectron2.to_detectron2(model)
+        content = {"model": state}
+    if output.suffix == ".safetensors":
+        _write(output, lambda part: save_file(state, part, {"format": "pt"}))
+    elif output.suffix == ".pth":
+        _write(output, lambda part: torch.save(content, part))
+    elif output.suffix == ".pkl" and library == "detectron2":
+        arrays = {name: value.numpy() for name, value in state.items()}
+        _write(output, lambda part: part.write_bytes(pickle.dumps({"model": arrays, "__author__": "detection"})))
+    else:
+        raise CheckpointError(f"{output}: write .pth or .safetensors, or .pkl for Detectron2")
+
+
+def _read_foreign(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state_dict of any of the files, and its `meta`."""
+    if source.suffix == ".safetensors":
+        tensors, facts = read_safetensors(source)
+        if facts:
+            raise CheckpointError("written by this project already: load_detector reads it")
+        return tensors, {}
+    content = read_pickle(source) if source.suffix == ".pkl" else read_torch(source)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"holds {type(content).__name__}, not a state_dict")
+    meta = content.get("meta")
+    state = {
+        name: torch.from_numpy(np.array(value)) if isinstance(value, (np.ndarray, np.generic)) else value
+        for name, value in find_state(content, source).items()
+    }
+    return state, dict(meta) if isinstance(meta, Mapping) else {}
+
+
+def _classes(num_classes: int, names: list[str] | None) -> tuple[list[str] | None, list[int] | None]:
+    """Names and category ids: as the file says, else those of the data set that has so many classes."""
+    count = num_classes - 1
+    if count == len(rows.COCO_NAMES) and names in (None, rows.COCO_NAMES):
+        return rows.COCO_NAMES, rows.COCO_IDS
+    if names is not None and len(names) == count:
+        return names, list(range(1, count + 1))
+    if count == len(rows.CATEGORIES) - 1:
+        return rows.CATEGORIES[1:], list(range(1, count + 1))
+    return (list(VOC_CLASSES), list(range(1, count + 1))) if count == len(VOC_CLASSES) else (None, None)
+
+
+def _read_own(path: Path) -> Saved:
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    saved = read_saved(path)
+    if saved.recipe is None:
+        raise CheckpointError(f"{path}: does not say how to build its detector: convert it with scripts/convert.py")
+    return saved
+
+
+def _rebuild(path: Path, recipe: Mapping[str, Any] | None) -> FasterRCNN:
+    try:
+        model = rebuild(recipe or {})
+    except RecipeError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(model, FasterRCNN):
+        raise CheckpointError(f"{path}: its recipe is not that of a detector")
+    return model
+
+
+def _named(path: Path, action: Callable[[], Any]) -> Any:
+    """Do something with a file's content, and put the file's name before what is wrong with it."""
+    try:
+        return action()
+    except CheckpointError as error:
+        said = str(error)
+        raise CheckpointError(said if said.startswith(str(path)) else f"{path}: {said}") from error
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file that has its name only when it is whole."""
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

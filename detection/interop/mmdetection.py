@@ -1,0 +1,102 @@
+"""MMDetection's checkpoints (2 and 3): Faster, Mask and Cascade R-CNN on ResNets with a pyramid."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from detection.interop import rows
+from detection.interop.builders import Layout, build, resnet_of
+from detection.interop.names import Rules, collect, count_blocks, drop, load, rename
+from detection.interop.rows import Style
+from detection.models.detector import FasterRCNN
+from detection.models.weights import CheckpointError
+
+_BOX = (
+    (r"box_head\.fc6\.", "shared_fcs.0."),
+    (r"box_head\.fc7\.", "shared_fcs.1."),
+    (r"box_predictor\.cls_score\.", "fc_cls."),
+    (r"box_predictor\.bbox_pred\.", "fc_reg."),
+)
+RULES: Rules = (
+    (r"^backbone\.body\.", "backbone."),
+    (r"^backbone\.fpn\.inner_blocks\.(\d)\.0\.", r"neck.lateral_convs.\1.conv."),
+    (r"^backbone\.fpn\.layer_blocks\.(\d)\.0\.", r"neck.fpn_convs.\1.conv."),
+    (r"^rpn\.head\.conv\.0\.0\.", "rpn_head.rpn_conv."),
+    (r"^rpn\.head\.cls_logits\.", "rpn_head.rpn_cls."),
+    (r"^rpn\.head\.bbox_pred\.", "rpn_head.rpn_reg."),
+    *((rf"^roi_heads\.stages\.(\d)\.{ours}", rf"roi_head.bbox_head.\1.{theirs}") for ours, theirs in _BOX),
+    *((rf"^roi_heads\.{ours}", rf"roi_head.bbox_head.{theirs}") for ours, theirs in _BOX),
+    (r"^roi_heads\.mask_head\.(\d)\.0\.", r"roi_head.mask_head.convs.\1.conv."),
+    (r"^roi_heads\.mask_predictor\.conv5_mask\.", "roi_head.mask_head.upsample."),
+    (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "roi_head.mask_head.conv_logits."),
+)
+# A run with a moving average has that under the plain names and the raw weights under `ema_`.
+DROPPED = (r"num_batches_tracked$", r"^data_preprocessor\.", r"^ema_")
+
+
+def read_layout(state: Mapping[str, Tensor]) -> Layout:
+    """What detector these tensors belong to.
+
+    Raises:
+        CheckpointError: none that can be converted.
+    """
+    if any(name.startswith("bbox_head.") for name in state):
+        raise CheckpointError("written by MMDetection 1: run its tools/model_converters/upgrade_model_version.py first")
+    stages = count_blocks(state, "roi_head.bbox_head.")
+    classifier = f"roi_head.bbox_head.{'0.' if stages else ''}fc_cls.weight"
+    if classifier not in state or "neck.lateral_convs.0.conv.weight" not in state:
+        raise CheckpointError(
+            f"not a Faster, Mask or Cascade R-CNN of MMDetection with a pyramid: there is no {classifier} beside a neck"
+        )
+    if count_blocks(state, "roi_head.mask_head."):
+        raise CheckpointError(
+            "a Cascade Mask R-CNN of MMDetection has a mask branch for each stage, of which this project has one for "
+            "all: take Detectron2's, or leave out the tensors of roi_head.mask_head to have the boxes alone"
+        )
+    return Layout(
+        resnet_of(count_blocks(state, "backbone.layer3.")),
+        "fpn",
+        len(state[classifier]),
+        stages or 1,
+        any(name.startswith("roi_head.mask_head.") for name in state),
+    )
+
+
+def from_mmdetection(state: Mapping[str, Tensor], style: Style) -> FasterRCNN:
+    """The detector that these tensors make.
+
+    Args:
+        state: under MMDetection's names.
+        style: of the backbone, as in the detector's configuration.
+
+    Raises:
+        CheckpointError: tensors that are missing, left over or of the wrong shape.
+    """
+    if all(name.startswith("ema_") for name in state):
+        state = {name.removeprefix("ema_"): value for name, value in state.items()}
+    state = drop(state, DROPPED)
+    layout = read_layout(state)
+    model = build(layout, style)
+    table = rename(rows.without_counters(model.state_dict()), RULES)
+    state = collect({name: value.float() for name, value in state.items()}, table)
+    state = rows.background_to_front(state)
+    load(model, rows.fold_bytes(state) if style.bgr_bytes else state)
+    return model
+
+
+def read_meta(meta: Mapping[str, Any]) -> tuple[str | None, list[str] | None]:
+    """Name of the style and the classes that a file tells of itself, where it does.
+
+    Args:
+        meta: what stands under this name in the file: the configuration as text, and classes.
+    """
+    text = str(meta.get("config", meta.get("cfg", "")))
+    styles = re.findall(r"style\s*=\s*['\"](pytorch|caffe)['\"]", text)
+    described = meta.get("dataset_meta")
+    classes = (described.get("classes") if isinstance(described, Mapping) else None) or meta.get("CLASSES")
+    names = [str(name) for name in classes] if isinstance(classes, (list, tuple)) else None
+    return (styles[-1] if styles else None), names

@@ -1,0 +1,147 @@
+"""What has to happen to tensors between libraries, in both directions; names are already this project's.
+
+Shape shorthand:
+    K: classes without background     A: anchors a cell     S, Q: sizes and ratios of anchors, A = S * Q
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.models import detection as reference
+
+from detection.models.transform import IMAGENET_STD
+from detection.models.weights import FROZEN_EPS, CheckpointError, class_rows, pick_classes
+
+State = dict[str, Tensor]
+STEM = "backbone.body.conv1.weight"
+CATEGORIES: list[str] = reference.FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # by COCO's category id
+COCO_IDS = [i for i, name in enumerate(CATEGORIES) if name not in ("__background__", "N/A")]
+COCO_NAMES = [CATEGORIES[i] for i in COCO_IDS]
+NEVER = -100.0  # logit of a class that there is not
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a ResNet was trained, which its tensors' names and shapes do not tell.
+
+    Attributes:
+        stride_in_1x1: see `backbones.resnet_network`.
+        bgr_bytes: it sees blue, green, red from 0 to 255 less the mean, in place of normalised RGB.
+    """
+
+    stride_in_1x1: bool
+    bgr_bytes: bool
+
+
+STYLES = {"pytorch": Style(False, False), "caffe": Style(True, True)}  # MMDetection's words
+
+
+def background_to_front(state: Mapping[str, Tensor]) -> State:
+    """Classes ending with the background (K + 1 logits, K boxes, K masks) -> beginning with it (K + 1 of each).
+
+    The background's boxes and masks, which nothing looks at, are zeros.
+    """
+    return {name: _move(name, value, _to_front) for name, value in state.items()}
+
+
+def background_to_back(state: Mapping[str, Tensor]) -> State:
+    """The way back: boxes and masks of the background go."""
+    return {name: _move(name, value, _to_back) for name, value in state.items()}
+
+
+def _to_front(value: Tensor, rows: int, is_logit: bool) -> Tensor:
+    return torch.cat((value[-1:], value[:-1]) if is_logit else (torch.zeros_like(value[:rows]), value))
+
+
+def _to_back(value: Tensor, rows: int, is_logit: bool) -> Tensor:
+    return torch.cat((value[1:], value[:1])) if is_logit else value[rows:]
+
+
+def _move(name: str, value: Tensor, change: Callable[[Tensor, int, bool], Tensor]) -> Tensor:
+    rows = class_rows(name)
+    agnostic = name.startswith("roi_heads.stages.") and ".bbox_pred." in name  # the cascade's boxes have no class
+    return value if not rows or agnostic else change(value, rows, ".cls_score." in name)
+
+
+def fold_bytes(state: Mapping[str, Tensor], std: Sequence[float] = IMAGENET_STD) -> State:
+    """A first convolution for BGR from 0 to 255 less the mean -> for normalised RGB; exact, zero padding included.
+
+    Args:
+        state: weights with `STEM` `(C, 3, 7, 7)`.
+        std: of RGB in [0, 1] that the detector divides by.
+    """
+    return dict(state) | {STEM: state[STEM][:, [2, 1, 0]] * _bytes(std)}
+
+
+def unfold_bytes(state: Mapping[str, Tensor], std: Sequence[float] = IMAGENET_STD) -> State:
+    """The way back."""
+    return dict(state) | {STEM: (state[STEM] / _bytes(std))[:, [2, 1, 0]]}
+
+
+def _bytes(std: Sequence[float]) -> Tensor:
+    return 255 * torch.tensor(std).view(1, 3, 1, 1)
+
+
+def anchors_to_ratio_major(state: Mapping[str, Tensor], sizes: int, ratios: int) -> State:
+    """RPN outputs of a cell's anchors ordered by size, then ratio (Detectron2) -> by ratio, then size."""
+    return _reorder_anchors(state, (sizes, ratios))
+
+
+def anchors_to_size_major(state: Mapping[str, Tensor], sizes: int, ratios: int) -> State:
+    """The way back."""
+    return _reorder_anchors(state, (ratios, sizes))
+
+
+def _reorder_anchors(state: Mapping[str, Tensor], grid: tuple[int, int]) -> State:
+    changed = dict(state)
+    for name, value in state.items():
+        if name.startswith(("rpn.head.cls_logits.", "rpn.head.bbox_pred.")):
+            if len(value) % (grid[0] * grid[1]):
+                raise CheckpointError(f"{name} has {len(value)} rows, which {grid[0] * grid[1]} anchors can't share")
+            rows = value.unflatten(0, (*grid, -1))  # (A,) or (4A,) rows -> (grid, rows of an anchor)
+            changed[name] = rows.transpose(0, 1).flatten(0, 2).contiguous()
+    return changed
+
+
+def without_counters(state: Mapping[str, Tensor]) -> State:
+    """Leave out how many batches normalisation has seen, which frozen layers do not count."""
+    return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+
+
+def frozen_statistics(state: Mapping[str, Tensor], wanted: Sequence[str]) -> State:
+    """Mean 0 and variance 1, epsilon included, for frozen layers whose statistics are in their weights already."""
+    filled = dict(state)
+    for name in wanted:
+        prefix, _, part = name.rpartition(".")
+        if part in ("running_mean", "running_var") and name not in state and f"{prefix}.weight" in state:
+            value = 0.0 if part == "running_mean" else 1 - FROZEN_EPS
+            filled[name] = torch.full_like(state[f"{prefix}.weight"], value)
+    return filled
+
+
+def to_contiguous(state: Mapping[str, Tensor]) -> State:
+    """A COCO detector with category ids for labels (91 classes) -> with labels 1 to 80 in their order."""
+    return pick_classes(state, _blank(state, 81), [0, *COCO_IDS], 91)
+
+
+def to_category_ids(state: Mapping[str, Tensor]) -> State:
+    """The way back; the ids that COCO left out get logits so low that they never come up."""
+    labels = [0, *(COCO_IDS.index(i) + 1 if i in COCO_IDS else None for i in range(1, 91))]
+    return pick_classes(state, _blank(state, 91), labels, 81)
+
+
+def _blank(state: Mapping[str, Tensor], classes: int) -> State:
+    """Rows of zeros for that many classes, of which none comes up."""
+    blank = {
+        name: value.new_zeros((class_rows(name) * classes, *value.shape[1:]))
+        for name, value in state.items()
+        if class_rows(name)
+    }
+    for name in blank:
+        if name.endswith("cls_score.bias"):
+            blank[name].fill_(NEVER)
+    return blank

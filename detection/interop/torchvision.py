@@ -1,0 +1,102 @@
+"""torchvision's checkpoints, whose names and shapes are this project's own: finding the builder, and the epsilon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+from torchvision.models import detection as reference
+
+from detection.interop import rows
+from detection.interop.builders import resnet_of, style_of
+from detection.interop.names import count_blocks, load
+from detection.models import zoo
+from detection.models.detector import FasterRCNN
+from detection.models.weights import CheckpointError, fold_epsilon, unfold_epsilon, upgrade_names
+
+# The published files whose frozen normalisation goes without epsilon, by the names that torch.hub gives them.
+WITHOUT_EPSILON = tuple(
+    weights.COCO_V1.url.rpartition("/")[2]
+    for weights in (reference.FasterRCNN_ResNet50_FPN_Weights, reference.MaskRCNN_ResNet50_FPN_Weights)
+)
+MOBILE = "fasterrcnn_mobilenet_v3_large_fpn"
+MOBILE_320 = "fasterrcnn_mobilenet_v3_large_320_fpn"
+
+
+def find_builder(state: Mapping[str, Tensor], file_name: str = "") -> str:
+    """The builder in `zoo` of the detector that these tensors belong to.
+
+    Args:
+        state: under torchvision's names.
+        file_name: tells the two MobileNet detectors apart, which have the same tensors.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    kind = "maskrcnn" if any(name.startswith("roi_heads.mask_head.") for name in state) else "fasterrcnn"
+    if "roi_heads.box_predictor.cls_score.weight" not in state or "backbone.fpn.inner_blocks.0.0.weight" not in state:
+        raise CheckpointError("not a Faster or Mask R-CNN of torchvision with a pyramid")
+    if "backbone.body.0.0.weight" in state:
+        return MOBILE_320 if file_name.startswith(MOBILE_320) else MOBILE
+    resnet = resnet_of(count_blocks(state, "backbone.body.layer3."))
+    version = "_v2" if "backbone.fpn.inner_blocks.0.1.weight" in state else ""
+    name = f"{kind}_{resnet}_fpn{version}"
+    if not hasattr(zoo, name):
+        raise CheckpointError(f"there is no builder {name} for these tensors")
+    return name
+
+
+def from_torchvision(
+    state: Mapping[str, Tensor],
+    file_name: str = "",
+    builder: str | None = None,
+    without_epsilon: bool | None = None,
+    contiguous: bool = False,
+) -> FasterRCNN:
+    """The detector that these tensors make.
+
+    Args:
+        state: under torchvision's names, of any version.
+        file_name: as published, which tells what the tensors don't.
+        builder: name in `zoo`; found by default.
+        without_epsilon: whether the frozen normalisation was trained with epsilon 0; by default only for those
+            published files that were.
+        contiguous: give COCO's 91 classes the labels 1 to 80.
+
+    Raises:
+        CheckpointError: tensors that are missing, left over or of the wrong shape.
+    """
+    state = upgrade_names(state)
+    build: Callable[..., FasterRCNN] = getattr(zoo, builder or find_builder(state, file_name))
+    live = any(name.startswith("backbone.body.") and name.endswith("num_batches_tracked") for name in state)
+    if contiguous:
+        state = rows.to_contiguous(state)
+    classes = len(state["roi_heads.box_predictor.cls_score.weight"])
+    model = build(num_classes=classes, norm="batch" if live else "frozen", trainable_backbone_layers=3)
+    if file_name in WITHOUT_EPSILON if without_epsilon is None else without_epsilon:
+        state = fold_epsilon(state)
+    load(model, state)
+    return model
+
+
+def to_torchvision(model: FasterRCNN, without_epsilon: bool = False, category_ids: bool = False) -> dict[str, Tensor]:
+    """A detector's weights for torchvision's builder of the same name.
+
+    Args:
+        model: a detector that torchvision has, too.
+        without_epsilon: write them for frozen normalisation with epsilon 0, as in its COCO_V1 detectors.
+        category_ids: give COCO's 80 classes torchvision's 91 labels, which are category ids.
+
+    Raises:
+        CheckpointError: torchvision can't have such a detector.
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    find_builder(state)
+    if style_of(model).stride_in_1x1:
+        raise CheckpointError(
+            "the backbone has its stride in the 1x1 convolutions, where torchvision's can't: the weights would load "
+            "and detect nothing"
+        )
+    if category_ids:
+        state = rows.to_category_ids(state)
+    return unfold_epsilon(state) if without_epsilon else state
