@@ -76,6 +76,12 @@ class SelectiveSearch:
         self.colour_spaces, self.measures, self.scales = tuple(colour_spaces), tuple(measures), tuple(scales)
         self.width, self.min_side, self.max_proposals = width, min_side, max_proposals
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the boxes depend on besides the image, in plain values."""
+        arguments = ("colour_spaces", "measures", "scales", "width", "min_side", "max_proposals")
+        return {"method": "selective search", "version": VERSION} | {name: getattr(self, name) for name in arguments}
+
     def __call__(self, image: NDArray[np.uint8]) -> Floats:
         """Boxes `(P, 4)` float32 xyxy in pixels of the image `(H, W, 3)` uint8 RGB, best first.
 

@@ -2,7 +2,7 @@
 
 Shape shorthand:
     B: images in the batch     H, W: padded height and width     N: objects of one image
-    G: objects an image, padded to the largest count of the batch
+    G: objects an image, padded to the largest count of the batch     P: proposals an image, likewise
 Boxes are `(x1, y1, x2, y2)` float32 pixels; label 0 is background and never appears in ground truth.
 """
 
@@ -72,6 +72,9 @@ class Batch:
         gt_masks: `(B, G, m, n)` uint8, how much of each pixel the object covers (255: all), or None without masks.
             Every mask shows its own window of the image, so that a small square serves for an object of any size.
         gt_mask_windows: `(B, G, 4)` float32 xyxy in the pixels of `images`: what each mask shows; beyond it is nothing.
+        proposals: `(B, P, 4)` float32 xyxy in the pixels of `images`, best first, or None, for detectors that learn
+            none themselves; rows that are not valid hold zeros.
+        proposals_valid: `(B, P)` bool.
     """
 
     images: Tensor
@@ -83,6 +86,8 @@ class Batch:
     targets: tuple[Target, ...] = ()
     gt_masks: Tensor | None = None
     gt_mask_windows: Tensor | None = None
+    proposals: Tensor | None = None
+    proposals_valid: Tensor | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]

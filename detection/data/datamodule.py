@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +18,12 @@ from detection.data.augment import eval_transform, train_transform
 from detection.data.batch import Batch
 from detection.data.coco import read_coco
 from detection.data.dataset import DetectionDataset, Sample, collate
+from detection.data.proposals import ProposalCache, ProposalSource
 from detection.data.records import DataError, Index, relabel
 from detection.data.samplers import TrainBatchSampler, rank_and_world
 from detection.data.voc import read_voc
 from detection.data.yolo import read_yolo
+from detection.recipes import rebuild
 
 Stage = Literal["train", "val", "test"]
 
@@ -92,6 +94,7 @@ class DetectionDataModule(L.LightningDataModule):
         repeat_threshold: show images of classes rarer than this fraction of images more often; 0 is off.
         with_difficult: train on objects marked difficult too.
         masks: read instance masks.
+        proposals: give each image the proposals of this source, for detectors that learn none (Fast R-CNN, R-CNN).
         seed: of the order and the augmentation.
         timeout: seconds after which a silent worker is an error.
     """
@@ -120,6 +123,7 @@ class DetectionDataModule(L.LightningDataModule):
         repeat_threshold: float = 0.0,
         with_difficult: bool = False,
         masks: bool = False,
+        proposals: ProposalSource | None = None,
         seed: int = 0,
         timeout: int = 300,
     ) -> None:
@@ -129,6 +133,11 @@ class DetectionDataModule(L.LightningDataModule):
         sizes = [min_size] if isinstance(min_size, int) else min_size
         if batch_size < 1 or max_size < 1 or not sizes or min(sizes) < 1:
             raise ValueError(f"batch_size {batch_size}, min_size {min_size} and max_size {max_size} must be positive")
+        if proposals and (mosaic or masks):
+            raise ValueError("proposals go with neither mosaics nor masks: leave `mosaic` and `masks` out")
+        # Plain values, as a checkpoint and the command line have them, stand in for the part itself.
+        self.proposals: ProposalSource | None = rebuild(proposals) if isinstance(proposals, Mapping) else proposals
+        proposals = getattr(proposals, "recipe", proposals)
         self.save_hyperparameters()
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
@@ -154,14 +163,25 @@ class DetectionDataModule(L.LightningDataModule):
         return self._known
 
     def prepare_data(self) -> None:
-        """Draw the embedded scenes unless they lie in the cache; nothing for data on disk."""
+        """Draw the embedded scenes and compute proposals, whichever do not lie in their cache."""
         if self.hparams["format"] == "scenes":
             scenes.draw(self._root())
+        if self.proposals is not None and self.trainer is not None:
+            # Here, while other ranks wait without a time limit; without a trainer `setup` does it.
+            stage = self.trainer.state.fn
+            for split in _splits(stage.value if stage else "fit"):
+                self._prepare_proposals(self._read(split), split)
+
+    def _prepare_proposals(self, index: Index, split: Stage) -> ProposalCache | None:
+        """The proposals of a split, complete; None where none are wanted."""
+        if self.proposals is None:
+            return None
+        self.proposals.prepare(index, split, num_workers=self.hparams["num_workers"], worker_init_fn=init_worker)
+        return self.proposals.open(index, split)
 
     def setup(self, stage: str) -> None:
         """Read and check the splits that the stage needs; raises `DataError` before anything trains."""
-        needed: dict[str, tuple[Stage, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
-        for split in needed.get(stage, ("test",)):
+        for split in _splits(stage):
             if split not in self._datasets:
                 self._datasets[split] = self._dataset(split)
 
@@ -200,7 +220,9 @@ class DetectionDataModule(L.LightningDataModule):
             transform = eval_transform(max(sizes), hp["max_size"])
         rank_zero_info(describe(index, split))
         self._check_shared_memory(max(sizes))
-        return DetectionDataset(index, transform, hp["with_difficult"], hp["mosaic"] if split == "train" else 0.0)
+        mosaic = hp["mosaic"] if split == "train" else 0.0
+        proposals = self._prepare_proposals(index, split)
+        return DetectionDataset(index, transform, hp["with_difficult"], mosaic, proposals)
 
     def _check_shared_memory(self, min_size: int, folder: str = "/dev/shm") -> None:
         """Warn where the batches that workers keep ready won't fit: a container's 64 MiB end in a bus error."""
@@ -259,6 +281,12 @@ class DetectionDataModule(L.LightningDataModule):
                 "timeout": self.hparams["timeout"],
             }
         return options
+
+
+def _splits(stage: str) -> tuple[Stage, ...]:
+    """What a stage of the trainer needs."""
+    needed: dict[str, tuple[Stage, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
+    return needed.get(stage, ("test",))
 
 
 def _check(index: Index, split: str) -> None:

@@ -23,7 +23,8 @@ from detection.data import shared
 from detection.data.augment import Augmented, Picture, mosaic, resize_into
 from detection.data.batch import Batch, Target, pad_masks, pad_objects
 from detection.data.images import read_image
-from detection.data.records import Index, Record
+from detection.data.proposals import ProposalCache
+from detection.data.records import DataError, Index, Record
 
 ImageTransform = Callable[..., Augmented]
 
@@ -152,6 +153,7 @@ class Sample(NamedTuple):
         labels: `(N,)` int64.
         target: the original ground truth, for evaluation.
         masks, windows: `(N, m, m)` uint8 and `(N, 4)` float32 as `Augmented` has them, when read with masks.
+        proposals: `(P, 4)` float32 xyxy in the pixels of the resized image, best first, when the data set has them.
     """
 
     pixels: NDArray[np.uint8]
@@ -161,6 +163,7 @@ class Sample(NamedTuple):
     target: Target
     masks: Tensor | None = None
     windows: Tensor | None = None
+    proposals: Tensor | None = None
 
     @property
     def image(self) -> Tensor:
@@ -178,6 +181,7 @@ class DetectionDataset(Dataset[Sample]):
         transform: `train_transform(...)` or `eval_transform(...)`.
         with_difficult: also train on objects marked difficult. Crowds are never trained on.
         mosaic: probability of a mosaic of the image and three random others.
+        proposals: where the proposals of the images lie. They go with neither mosaics nor masks.
 
     A key is an index, or `(index, seed)` as the batch samplers of this package give it: then every random choice
     follows from the seed, in whatever worker it is made. A plain index draws its seed from torch's generator, which a
@@ -185,14 +189,22 @@ class DetectionDataset(Dataset[Sample]):
     """
 
     def __init__(
-        self, index: Index, transform: ImageTransform, with_difficult: bool = False, mosaic: float = 0.0
+        self,
+        index: Index,
+        transform: ImageTransform,
+        with_difficult: bool = False,
+        mosaic: float = 0.0,
+        proposals: ProposalCache | None = None,
     ) -> None:
+        if proposals is not None and (mosaic or any(record.segments is not None for record in index.records)):
+            raise DataError("proposals go with neither mosaics nor masks: leave those out")
         self.root = index.root
         self.classes = index.classes
         self.category_ids = index.category_ids
         self.transform = transform
         self.with_difficult = with_difficult
         self.mosaic = mosaic
+        self.proposals = proposals
         self.store = RecordStore(index.records)
 
     def __len__(self) -> int:
@@ -206,15 +218,20 @@ class DetectionDataset(Dataset[Sample]):
         if self.mosaic and rng.random() < self.mosaic:
             others = [self._load(self.store[rng.randrange(len(self))]) for _ in range(3)]
             picture = mosaic([picture, *others], rng)
-        out = self.transform(picture.image, picture.boxes, picture.masks, seed=seed)
+        boxes = picture.boxes
+        if self.proposals is not None:  # behind the objects, so that they move with the image as those do
+            boxes = np.concatenate((boxes, self.proposals.read(record)))
+        out = self.transform(picture.image, boxes, picture.masks, seed=seed)
+        own = out.kept < len(picture.boxes)
         return Sample(
             pixels=out.image,
             size=out.size,
-            boxes=torch.from_numpy(out.boxes),
-            labels=torch.from_numpy(picture.labels[out.kept]),
+            boxes=torch.from_numpy(out.boxes[own]),
+            labels=torch.from_numpy(picture.labels[out.kept[own]]),
             target=make_target(record),
             masks=None if out.masks is None else torch.from_numpy(out.masks),
             windows=None if out.windows is None else torch.from_numpy(out.windows),
+            proposals=None if self.proposals is None else torch.from_numpy(out.boxes[~own]),
         )
 
     def _load(self, record: Record) -> Picture:
@@ -243,6 +260,10 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
     gt_boxes, gt_labels, gt_valid = pad_objects([s.boxes for s in samples], [s.labels for s in samples])
     masks, windows = [s.masks for s in samples if s.masks is not None], [s.windows for s in samples]
     gt_masks, gt_windows = pad_masks(masks, windows, gt_valid.shape[1]) if masks else (None, None)  # type: ignore[arg-type]
+    proposals, proposals_valid = None, None
+    found = [s.proposals for s in samples if s.proposals is not None]
+    if found:
+        proposals, _, proposals_valid = pad_objects(found, [torch.zeros(len(p), dtype=torch.int64) for p in found])
     return Batch(
         images=images,
         image_sizes=torch.tensor(sizes, dtype=torch.int64),
@@ -253,4 +274,6 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
         targets=tuple(sample.target for sample in samples),
         gt_masks=gt_masks,
         gt_mask_windows=gt_windows,
+        proposals=proposals,
+        proposals_valid=proposals_valid,
     )
