@@ -95,6 +95,7 @@ class BalancedSampler:
 
     def __init__(self, batch_size_per_image: int, positive_fraction: float) -> None:
         self.batch_size_per_image = batch_size_per_image
+        self.positive_fraction = positive_fraction
         self.max_positive = int(batch_size_per_image * positive_fraction)
 
     def __call__(self, labels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,9 @@ class _ReferenceBackbone(nn.Module):
         super().__init__()
         self.body = backbone.body
         self.out_channels = backbone.out_channels
-        channels = [block[0].in_channels for block in backbone.fpn.inner_blocks]  # type: ignore[index]
-        norm = nn.BatchNorm2d if len(backbone.fpn.inner_blocks[0]) > 1 else None  # type: ignore[arg-type]
+        inner: Any = backbone.fpn.inner_blocks
+        channels = [block[0].in_channels for block in inner]
+        norm = nn.BatchNorm2d if len(inner[0]) > 1 else None
         self.fpn = ReferenceFPN(channels, self.out_channels, LastLevelMaxPool(), norm)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

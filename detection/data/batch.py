@@ -174,7 +174,12 @@ def pad_masks(masks: Sequence[Tensor], windows: Sequence[Tensor], count: int) ->
     gt_windows = windows[0].new_zeros((len(masks), count, 4))
     for i, (mask, window) in enumerate(zip(masks, windows, strict=True)):
         n, h, w = mask.shape
-        gt_masks[i, :n, :h, :w] = mask
+        # One more row and column of the same, where there is room: RoI Align goes on with the last beyond the edge.
+        rows, columns = (
+            torch.arange(min(h + 1, height)).clamp(max=h - 1),
+            torch.arange(min(w + 1, width)).clamp(max=w - 1),
+        )
+        gt_masks[i, :n, : len(rows), : len(columns)] = mask[:, rows][:, :, columns]
         pixel = (window[:, 2:] - window[:, :2]) / window.new_tensor([w, h])
         gt_windows[i, :n] = torch.cat((window[:, :2], window[:, :2] + pixel * pixel.new_tensor([width, height])), dim=1)
     return gt_masks, gt_windows

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from detection.boxes import resize_boxes
 from detection.data.batch import Batch
 from detection.models.backbones import Backbone
+from detection.models.cascade import CascadeRoIHeads
+from detection.models.masks import paste_masks
 from detection.models.roi_heads import RoIHeads
 from detection.models.rpn import RegionProposalNetwork
 from detection.models.transform import ImageTransform
@@ -35,20 +37,24 @@ class FasterRCNN(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, rpn: RegionProposalNetwork, roi_heads: RoIHeads, transform: ImageTransform
+        self,
+        backbone: Backbone,
+        rpn: RegionProposalNetwork,
+        roi_heads: RoIHeads | CascadeRoIHeads,
+        transform: ImageTransform,
     ) -> None:
         super().__init__()
         self.transform = transform
         self.backbone = backbone
         self.rpn = rpn
-        self.roi_heads = roi_heads
+        self.roi_heads: RoIHeads | CascadeRoIHeads = roi_heads
         self.recipe: dict[str, Any] | None = None  # how a builder made this model; see `detection.recipes`
         self.implied: dict[str, Any] = {}
 
     @property
     def num_classes(self) -> int:
         """Classes with background."""
-        return int(self.roi_heads.box_predictor.cls_score.out_features)  # type: ignore[union-attr, arg-type]
+        return self.roi_heads.num_classes
 
     def forward(
         self, images: Batch | Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
@@ -68,15 +74,18 @@ class FasterRCNN(nn.Module):
                 raise ValueError("targets are needed in training: model(images, targets)")
             images = self.transform(images, targets, self.num_classes)
         losses, detections = self.run(images, self.training, not self.training)  # type: ignore[arg-type]
-        return losses if self.training else detections
+        return losses if self.training else _lay_masks(detections, images)  # type: ignore[arg-type]
 
     def run(self, batch: Batch, with_losses: bool, with_detections: bool) -> tuple[Losses, Detections]:
-        """One pass over the features for losses, detections in original pixels, or both (validation wants both)."""
+        """One pass over the features for losses, detections in original pixels, or both (validation wants both).
+
+        Masks are still small here: `(D, m, m)` probabilities inside each box, which `paste_masks` lays on the image.
+        """
         batch = replace(batch, images=self.transform.normalise(batch.images, batch.image_sizes))
         features = list(self.backbone(batch.images).values())
         proposals, losses = self.rpn(features, batch, with_losses)
         if with_losses:
-            losses |= self.roi_heads.losses(features, self.roi_heads.sample(proposals, batch), batch)
+            losses |= self.roi_heads.losses(features, proposals, batch)
         if not with_detections:
             return losses, []
         detections = self.roi_heads.detect(features, proposals, batch.image_sizes)
@@ -90,6 +99,15 @@ class FasterRCNN(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            return self.run(self.transform(images, None, self.num_classes), with_losses=False, with_detections=True)[1]
+            batch = self.transform(images, None, self.num_classes)
+            return _lay_masks(self.run(batch, with_losses=False, with_detections=True)[1], batch)
         finally:
             self.train(was_training)
+
+
+def _lay_masks(detections: Detections, batch: Batch) -> Detections:
+    """Detections with their masks as torchvision gives them, `(D, 1, H, W)` probabilities in original pixels."""
+    for detection, (height, width) in zip(detections, batch.original_sizes.tolist(), strict=True):
+        if "masks" in detection:
+            detection["masks"] = paste_masks(detection["masks"], detection["boxes"], (height, width))
+    return detections

@@ -20,6 +20,7 @@ from detection import losses
 from detection.boxes import BoxCoder, clip_boxes, grouped_nms, is_large_enough
 from detection.data.batch import Batch
 from detection.matching import BalancedSampler, Matcher
+from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPooler
 from detection.models.rpn import Proposals
 from detection.recipes import recorded
@@ -60,12 +61,18 @@ class ConvFCHead(nn.Sequential):
 
 @recorded
 class FastRCNNPredictor(nn.Module):
-    """Class logits and one box refinement a class (Fast R-CNN, section 2.1): `(R, F)` -> `(R, K)`, `(R, K * 4)`."""
+    """Class logits and one box refinement a class (Fast R-CNN, section 2.1): `(R, F)` -> `(R, K)`, `(R, K * 4)`.
 
-    def __init__(self, in_channels: int, num_classes: int) -> None:
+    Args:
+        in_channels: F.
+        num_classes: K, with background.
+        class_agnostic: one refinement for all classes, `(R, 4)`, as Cascade R-CNN has it.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, class_agnostic: bool = False) -> None:
         super().__init__()
         self.cls_score = nn.Linear(in_channels, num_classes)
-        self.bbox_pred = nn.Linear(in_channels, num_classes * 4)
+        self.bbox_pred = nn.Linear(in_channels, 4 if class_agnostic else num_classes * 4)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         features = features.flatten(1)
@@ -85,13 +92,13 @@ class RoISample:
     valid: Tensor
 
 
-class RoIHeads(nn.Module):
+class RoIHeads(MaskBranch):
     """Pools each proposal, classifies it and refines its box.
 
     Args:
         box_roi_pool: feature maps and boxes -> `(R, C, o, o)`.
         box_head: `(R, C, o, o)` -> `(R, F)`.
-        box_predictor: `(R, F)` -> class logits `(R, K)` and deltas `(R, K * 4)`.
+        box_predictor: `(R, F)` -> class logits `(R, K)` and deltas `(R, K * 4)`, or `(R, 4)` for all classes.
         strides: of the feature maps.
         fg_iou_thresh, bg_iou_thresh: proposals with IoU >= fg are foreground, < bg background, between them ignored.
         batch_size_per_image, positive_fraction: the sample that the losses see (Fast R-CNN, section 2.3).
@@ -100,6 +107,7 @@ class RoIHeads(nn.Module):
         nms_thresh: IoU above which the worse of two boxes of a class goes.
         detections_per_img: most detections of an image.
         box_beta: see `losses.box_loss`.
+        mask_roi_pool, mask_head, mask_predictor: the mask branch of `detection.models.masks`; None for boxes alone.
     """
 
     min_size = 1e-2  # pixels: sides that a detection must have
@@ -119,19 +127,33 @@ class RoIHeads(nn.Module):
         nms_thresh: float = 0.5,
         detections_per_img: int = 100,
         box_beta: float = 1 / 9,
+        mask_roi_pool: RoIPooler | None = None,
+        mask_head: nn.Module | None = None,
+        mask_predictor: nn.Module | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(mask_roi_pool, mask_head, mask_predictor, strides)
         self.box_roi_pool, self.box_head, self.box_predictor = box_roi_pool, box_head, box_predictor
-        self.strides = tuple(strides)
         self.matcher = Matcher(fg_iou_thresh, bg_iou_thresh)
         self.sampler = BalancedSampler(batch_size_per_image, positive_fraction)
         self.box_coder = BoxCoder(bbox_reg_weights)
         self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
         self.detections_per_img, self.box_beta = detections_per_img, box_beta
 
-    def predict(self, features: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits `(B, P, K)` and deltas `(B, P, K, 4)` of regions `(B, P, 4)`."""
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return int(self.box_predictor.cls_score.out_features)  # type: ignore[union-attr, arg-type]
+
+    def predict(self, features: Sequence[Tensor], boxes: Tensor, gradient_share: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Class logits `(B, P, K)` and deltas `(B, P, K, 4)` of regions `(B, P, 4)`; `(B, P, 1, 4)` class-agnostic.
+
+        Args:
+            features, boxes: as in `RoIPooler`.
+            gradient_share: how much of the gradient goes on to the features.
+        """
         pooled = self.box_roi_pool(features, boxes, self.strides)
+        if gradient_share != 1.0:
+            pooled = gradient_share * pooled + (1 - gradient_share) * pooled.detach()
         logits, deltas = self.box_predictor(self.box_head(pooled))
         return logits.unflatten(0, boxes.shape[:2]), deltas.unflatten(0, boxes.shape[:2]).unflatten(-1, (-1, 4))
 
@@ -143,9 +165,7 @@ class RoIHeads(nn.Module):
         """
         boxes = torch.cat((proposals.boxes, batch.gt_boxes), dim=1)
         exists = torch.cat((proposals.valid, batch.gt_valid), dim=1)
-        matched_idxs = self.matcher.match(batch.gt_boxes, batch.gt_valid, boxes)
-        labels = batch.gt_labels.gather(1, matched_idxs.clamp(min=0))
-        labels = torch.where(matched_idxs >= 0, labels, torch.where(matched_idxs == -1, 0, -1))
+        labels, matched_idxs = self.match(boxes, batch)
         sampled, valid = self.sampler(torch.where(exists, labels, -1))
         return RoISample(
             boxes=boxes.gather(1, sampled[..., None].expand(-1, -1, 4)),
@@ -154,27 +174,55 @@ class RoIHeads(nn.Module):
             valid=valid,
         )
 
-    def losses(self, features: Sequence[Tensor], sample: RoISample, batch: Batch) -> dict[str, Tensor]:
-        """`loss_classifier` and `loss_box_reg` of the sampled regions."""
+    @torch.no_grad()
+    def match(self, boxes: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Labels `(B, P)` (0 background, -1 ignored) of boxes `(B, P, 4)` and the ground truth they match, `(B, P)`."""
+        matched_idxs = self.matcher.match(batch.gt_boxes, batch.gt_valid, boxes)
+        labels = batch.gt_labels.gather(1, matched_idxs.clamp(min=0))
+        return torch.where(matched_idxs >= 0, labels, torch.where(matched_idxs == -1, 0, -1)), matched_idxs
+
+    def losses(self, features: Sequence[Tensor], proposals: Proposals, batch: Batch) -> dict[str, Tensor]:
+        """`loss_classifier` and `loss_box_reg` of a sample of regions and, with a mask branch, `loss_mask`."""
+        sample = self.sample(proposals, batch)
         logits, deltas = self.predict(features, sample.boxes)
+        part = slice(0, self.sampler.max_positive)  # the sampler puts foreground first
+        masks = self.mask_losses(
+            features, sample.boxes[:, part], sample.labels[:, part], sample.matched_idxs[:, part], batch
+        )
+        return self.box_losses(logits, deltas, sample, batch) | masks
+
+    def box_losses(self, logits: Tensor, deltas: Tensor, sample: RoISample, batch: Batch) -> dict[str, Tensor]:
+        """`loss_classifier` and `loss_box_reg` of what `predict` gave for the sampled regions."""
         index = sample.matched_idxs[..., None].expand(-1, -1, 4)
         gt_deltas = self.box_coder.encode(batch.gt_boxes.gather(1, index), sample.boxes)
         # The refinement of the true class alone is trained.
-        own = deltas.gather(2, sample.labels[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
+        own = sample.labels if deltas.shape[2] > 1 else torch.zeros_like(sample.labels)
+        deltas = deltas.gather(2, own[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
         labels, valid = sample.labels.flatten(), sample.valid.flatten()
         return {
             "loss_classifier": losses.classification_loss(logits.flatten(0, 1), labels, valid),
             "loss_box_reg": losses.box_loss(
-                own.flatten(0, 1), gt_deltas.flatten(0, 1), (labels > 0) & valid, valid, self.box_beta
+                deltas.flatten(0, 1), gt_deltas.flatten(0, 1), (labels > 0) & valid, valid, self.box_beta
             ),
         }
 
     def detect(self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor) -> list[dict[str, Tensor]]:
-        """Each image's `boxes` `(D, 4)` in pixels of the batch, `labels` and `scores` `(D,)`, best first."""
+        """Each image's `boxes` `(D, 4)` in pixels of the batch, `labels` and `scores` `(D,)`, best first.
+
+        With a mask branch also `masks` `(D, m, m)`: probabilities inside the box, to be laid out by `paste_masks`.
+        """
         logits, deltas = self.predict(features, proposals.boxes)
-        scores = logits.float().softmax(dim=-1)[..., 1:]
-        boxes = self.box_coder.decode(deltas[:, :, 1:], proposals.boxes[:, :, None])  # (B, P, K - 1, 4)
-        boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).view_as(boxes)
+        detections = self.decide(logits.float().softmax(dim=-1), deltas, proposals, image_sizes)
+        return self.add_masks(features, detections)
+
+    def decide(
+        self, scores: Tensor, deltas: Tensor, proposals: Proposals, image_sizes: Tensor
+    ) -> list[dict[str, Tensor]]:
+        """Detections from class probabilities `(B, P, K)` and deltas `(B, P, K or 1, 4)` of the proposals."""
+        scores = scores[..., 1:]
+        deltas = deltas[:, :, 1:] if deltas.shape[2] > 1 else deltas
+        boxes = self.box_coder.decode(deltas, proposals.boxes[:, :, None])  # (B, P, K - 1 or 1, 4)
+        boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).view_as(boxes).expand(*scores.shape, 4)
         usable = (scores > self.score_thresh) & is_large_enough(boxes, self.min_size) & proposals.valid[..., None]
         return self.select(boxes, scores, usable)
 

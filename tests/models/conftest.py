@@ -6,12 +6,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from faster_coco_eval.core import mask as mask_api
 from torch import Tensor, nn
 from torchvision.models.mobilenetv3 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from detection.data.dataset import to_rle
 from detection.data.images import read_image
 
 REAL_IMAGES = ("000000331352.jpg", "000000037777.jpg")  # portrait and landscape
@@ -31,7 +34,10 @@ def real_samples(shared_data: Path) -> Sample:
         objects = [a for a in content["annotations"] if a["image_id"] == ids[name] and not a["iscrowd"]]
         boxes = torch.tensor([a["bbox"] for a in objects])
         boxes[:, 2:] += boxes[:, :2]
-        targets.append({"boxes": boxes, "labels": torch.tensor([a["category_id"] % 10 + 1 for a in objects])})
+        size = images[-1].shape[-2:]
+        masks = [mask_api.decode(to_rle(a["segmentation"], np.zeros(4, np.float32), *size)) for a in objects]
+        labels = torch.tensor([a["category_id"] % 10 + 1 for a in objects])
+        targets.append({"boxes": boxes, "labels": labels, "masks": torch.from_numpy(np.stack(masks))})
     return images, targets
 
 
@@ -60,6 +66,8 @@ def calibrate(model: nn.Module, images: list[Tensor], targets: list[dict[str, Te
         _spread(model, {model.rpn.head.cls_logits: 2.0, model.rpn.head.bbox_pred: 0.05}, images)
         predictor = model.roi_heads.box_predictor
         _spread(model, {predictor.cls_score: 0.7, predictor.bbox_pred: 0.3}, images)
+        if model.roi_heads.has_mask():
+            _spread(model, {model.roi_heads.mask_predictor.mask_fcn_logits: 1.5}, images)
     for norm in norms:
         norm.momentum = 0.1
 

@@ -106,6 +106,9 @@ def assert_same(ours: Trace, theirs: Trace) -> None:
         same = (a["labels"][:, None] == b["labels"]) & ((a["scores"][:, None] - b["scores"]).abs() <= 1e-5)
         same &= (a["boxes"][:, None] - b["boxes"]).abs().amax(dim=-1) <= 1e-3
         assert one_to_one(same), f"detections of image {image} differ"
+        if "masks" in b:
+            difference = float((a["masks"] - b["masks"][same.float().argmax(dim=1)]).abs().max())
+            assert difference <= 1e-4, f"masks of image {image} differ by {difference:.1e}"
     for name, value in theirs.losses.items():
         difference = float((ours.losses[name] / value - 1).abs())
         assert difference <= 1e-5, f"{name} differs by {difference:.1e}"
@@ -139,6 +142,13 @@ TWINS: dict[str, tuple[Callable[..., nn.Module], Callable[..., FasterRCNN], int,
         zoo.fasterrcnn_mobilenet_v3_large_320_fpn,
         3,
         {},
+    ),
+    "mask_resnet50": (partial(reference.maskrcnn_resnet50_fpn, **UNTRAINED), zoo.maskrcnn_resnet50_fpn, 5, SMALL),
+    "mask_resnet50_v2": (
+        partial(reference.maskrcnn_resnet50_fpn_v2, **UNTRAINED),
+        zoo.maskrcnn_resnet50_fpn_v2,
+        5,
+        SMALL,
     ),
 }
 

@@ -1,0 +1,100 @@
+"""Cascade R-CNN: heads in a row, each trained on the boxes of the one before, at a higher IoU.
+
+Cascade R-CNN (Cai and Vasconcelos 2018), section 4; with masks section 4 of the journal version (2019).
+
+Shape shorthand:
+    B: images     P: proposals an image     K: classes with background
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from detection.boxes import clip_boxes, is_large_enough
+from detection.data.batch import Batch
+from detection.models.masks import MaskBranch
+from detection.models.pooling import RoIPooler
+from detection.models.roi_heads import RoIHeads, RoISample
+from detection.models.rpn import Proposals
+
+
+class CascadeRoIHeads(MaskBranch):
+    """RoI heads of several stages.
+
+    In training, the regions that the first stage samples go through all stages: each moves them by its (class-agnostic)
+    deltas, and the next matches them to the ground truth anew, at its own IoU. A region is not drawn again, so every
+    stage sees as many as the first. In evaluation, class probabilities are the mean over the stages, each on its own
+    boxes, and the boxes are the last stage's.
+
+    Args:
+        stages: heads with `class_agnostic` predictors; IoU thresholds rise from one to the next.
+        mask_roi_pool, mask_head, mask_predictor: one branch, on the boxes that the first stage samples in training and
+            on the detections in evaluation; None for boxes alone.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[RoIHeads],
+        mask_roi_pool: RoIPooler | None = None,
+        mask_head: nn.Module | None = None,
+        mask_predictor: nn.Module | None = None,
+    ) -> None:
+        super().__init__(mask_roi_pool, mask_head, mask_predictor, stages[0].strides)
+        self.stages = nn.ModuleList(stages)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self._heads[0].num_classes
+
+    @property
+    def _heads(self) -> list[RoIHeads]:
+        return list(self.stages)  # type: ignore[arg-type]
+
+    def losses(self, features: Sequence[Tensor], proposals: Proposals, batch: Batch) -> dict[str, Tensor]:
+        """`loss_classifier_stage0`, `loss_box_reg_stage0` and so on and, with a mask branch, `loss_mask`."""
+        first = self._heads[0]
+        sample = first.sample(proposals, batch)
+        found: dict[str, Tensor] = {}
+        part = slice(0, first.sampler.max_positive)  # the sampler puts foreground first
+        masks = self.mask_losses(
+            features, sample.boxes[:, part], sample.labels[:, part], sample.matched_idxs[:, part], batch
+        )
+        for i, stage in enumerate(self._heads):
+            if i:
+                sample = self._rematch(stage, sample, batch)
+            # The stages share the features, which would otherwise learn three times as fast as with one.
+            logits, deltas = stage.predict(features, sample.boxes, gradient_share=1 / len(self.stages))
+            stage_losses = stage.box_losses(logits, deltas, sample, batch)
+            found |= {f"{name}_stage{i}": loss for name, loss in stage_losses.items()}
+            sample = replace(sample, boxes=self._refine(stage, sample.boxes, deltas, batch.image_sizes))
+        return found | masks
+
+    @torch.no_grad()
+    def _rematch(self, stage: RoIHeads, sample: RoISample, batch: Batch) -> RoISample:
+        """The same regions, moved, with the labels of the next stage; those that shrank to nothing no longer count."""
+        labels, matched_idxs = stage.match(sample.boxes, batch)
+        valid = sample.valid & is_large_enough(sample.boxes, stage.min_size) & (labels >= 0)
+        return RoISample(sample.boxes, torch.where(valid, labels, 0), matched_idxs.clamp(min=0), valid)
+
+    @staticmethod
+    def _refine(stage: RoIHeads, boxes: Tensor, deltas: Tensor, image_sizes: Tensor) -> Tensor:
+        """Boxes `(B, P, 4)` moved by deltas `(B, P, 1, 4)`, inside the image, without a gradient."""
+        return clip_boxes(stage.box_coder.decode(deltas.detach()[:, :, 0], boxes), image_sizes)
+
+    def detect(self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor) -> list[dict[str, Tensor]]:
+        """As `RoIHeads.detect`."""
+        scores: list[Tensor] = []
+        *earlier, last = self._heads
+        for stage in earlier:
+            logits, deltas = stage.predict(features, proposals.boxes)
+            scores.append(logits.float().softmax(dim=-1))
+            proposals = replace(proposals, boxes=self._refine(stage, proposals.boxes, deltas, image_sizes))
+        logits, deltas = last.predict(features, proposals.boxes)
+        scores.append(logits.float().softmax(dim=-1))
+        detections = last.decide(torch.stack(scores).mean(dim=0), deltas, proposals, image_sizes)
+        return self.add_masks(features, detections)
