@@ -29,13 +29,17 @@ log = logging.getLogger(__name__)
 class Throughput(L.Callback):
     """Logs `images/s` over all devices, the fraction of time spent waiting for data, and the learning rate.
 
+    And what the data lost, on the first device: `data/dropped_boxes`, the share of objects of which the augmentation
+    left nothing, and `data/unreadable`, how many times an image could not be read and another took its place.
+
     Args:
         window: steps that are averaged.
         line_every: seconds between lines in the log; 0 for none, where a progress bar shows the same.
     """
 
     def __init__(self, window: int = 20, line_every: float = 0.0) -> None:
-        self._steps: deque[tuple[float, float, int]] = deque(maxlen=window)
+        self._steps: deque[tuple[float, float, int, int, int]] = deque(maxlen=window)
+        self._unreadable = 0
         self._line_every, self._last_line = line_every, time.perf_counter()
         self._ended = self._started = 0.0
 
@@ -54,11 +58,15 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         now = time.perf_counter()
-        self._steps.append((now - self._ended, self._started - self._ended, len(batch) * trainer.world_size))
+        objects = batch.objects_given, batch.objects_dropped
+        self._steps.append((now - self._ended, self._started - self._ended, len(batch) * trainer.world_size, *objects))
         self._ended = now
-        seconds, waiting, images = (sum(column) for column in zip(*self._steps, strict=True))
+        seconds, waiting, images, given, dropped = (sum(column) for column in zip(*self._steps, strict=True))
+        self._unreadable += len(batch.unreadable)
         pl_module.log("images/s", images / seconds, prog_bar=True, batch_size=1)
         pl_module.log("time/data", waiting / seconds, batch_size=1)
+        pl_module.log("data/dropped_boxes", dropped / max(given, 1), batch_size=1)
+        pl_module.log("data/unreadable", float(self._unreadable), batch_size=1)
         pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
         if self._line_every and now - self._last_line > self._line_every and trainer.is_global_zero:
             self._last_line = now
@@ -115,11 +123,15 @@ class PredictionPictures(L.Callback):
         pairs = []
         for target, detection in zip(batch.targets, detections, strict=True):
             image = read_image(dataset.root / target.file_name, target.size)
-            found = {name: value.cpu().numpy() for name, value in detection.items()}
-            found = {name: value[found["scores"] >= self.score_thresh] for name, value in found.items()}
-            truth = draw_objects(image, target.boxes.numpy(), target.labels.numpy(), pl_module.class_names)
-            guess = draw_objects(image, found["boxes"], found["labels"], pl_module.class_names, found["scores"])
-            pairs.append((truth, guess))
+            boxes, labels, scores = (detection[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
+            shown = scores >= self.score_thresh
+            found, masks = (boxes[shown], labels[shown]), None
+            if "masks" in detection:
+                masks = [mask for mask, show in zip(detection["masks"], shown, strict=True) if show]
+            names, truth = pl_module.class_names, (target.boxes.numpy(), target.labels.numpy())
+            left = draw_objects(image, *truth, names, masks=target.masks)
+            right = draw_objects(image, *found, names, scores[shown], masks)
+            pairs.append((left, right))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         side_by_side(pairs, ("ground truth", f"predictions with score >= {self.score_thresh}")).save(
             self.path, quality=88
@@ -150,6 +162,7 @@ class Results(L.Callback):
             self.best = {name: value for name, value in metrics.items() if name.startswith("val/")}
             self.best_step = trainer.global_step
         shown = {"train/loss": "loss", "val/loss": "validation loss", "val/map": "mAP", "val/map_50": "AP50"}
+        shown |= {"val/segm_map": "mask mAP"}
         figures = [f"{title} {metrics[name]:.3f}" for name, title in shown.items() if name in metrics]
         if "images/s" in metrics:
             figures.append(f"{metrics['images/s']:.1f} images/s")
@@ -180,6 +193,9 @@ SUMMARY = {
     "map_medium": "AP medium",
     "map_large": "AP large",
     "mar_100": "AR100",
+    "segm_map": "mask AP",
+    "segm_map_50": "mask AP50",
+    "segm_map_75": "mask AP75",
 }
 
 

@@ -15,7 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from detection.data.batch import Batch, check_batch
 from detection.evaluation.mean_ap import MeanAP
+from detection.evaluation.results import encode_masks
 from detection.models.detector import FasterRCNN
+from detection.models.masks import paste_masks
 from detection.recipes import rebuild
 
 log = logging.getLogger(__name__)
@@ -70,11 +72,17 @@ class DetectionModule(L.LightningModule):
         self.class_names = list(class_names)
         self.optimizer_name, self.lr, self.momentum, self.weight_decay = optimizer, lr, momentum, weight_decay
         self.schedule, self.milestones, self.warmup_steps = schedule, tuple(milestones), warmup_steps
-        self.metric = MeanAP(self.class_names, detections_per_img)
+        self.metric = MeanAP(self.class_names, detections_per_img, ("bbox", "segm") if detector.has_masks else "bbox")
 
     def forward(self, images: Batch | Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Detections of each image, in its own pixels."""
         return self.detector(images)  # type: ignore[return-value]
+
+    def setup(self, stage: str) -> None:
+        """Refuse to learn masks from data that is read without them."""
+        data = getattr(self.trainer, "datamodule", None)
+        if stage != "predict" and self.detector.has_masks and data is not None and not data.hparams["masks"]:
+            raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Check the ground truth while it is still on the CPU, where looking at values costs nothing."""
@@ -96,15 +104,15 @@ class DetectionModule(L.LightningModule):
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Tensor]]:
-        """Detections of each image, in original pixels."""
-        return self.detector.run(batch, with_losses=False, with_detections=True)[1]
+        """Detections of each image in original pixels; masks as COCO RLE, which is a thousandth of their size."""
+        return encode_detections(self.detector.run(batch, with_losses=False, with_detections=True)[1], batch)
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         losses, detections = self.detector.run(batch, with_losses=True, with_detections=True)
         losses["loss"] = torch.stack(list(losses.values())).sum()
         logged = {f"{stage}/{name}": value for name, value in losses.items()}
         self.log_dict(logged, batch_size=len(batch), on_epoch=True, sync_dist=True)
-        self.metric.update(detections, batch.targets)
+        self.metric.update(encode_detections(detections, batch), batch.targets)
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
@@ -116,11 +124,14 @@ class DetectionModule(L.LightningModule):
         """Log the figures of the epoch. The sanity check sees too few images for them to mean anything."""
         try:
             if not self.trainer.sanity_checking:
-                values = {f"{stage}/{name}": value for name, value in self.metric.compute().items()}
+                figures = self.metric.compute()
+                values = {f"{stage}/{name.removeprefix('bbox_')}": value for name, value in figures.items()}
                 # COCO says -1 where there is no object of a size; in a chart that would be a figure.
                 self.log_dict({name: value for name, value in values.items() if value >= 0 or name == f"{stage}/map"})
                 self.log(f"{stage}_map", values[f"{stage}/map"], prog_bar=True, logger=False)
-                self.log_dict({f"{stage}/ap/{name}": value for name, value in self.metric.per_class().items()})
+                for kind, prefix in zip(self.metric.iou_type, ("ap", "segm_ap"), strict=False):
+                    of_classes = self.metric.per_class(kind)  # type: ignore[arg-type]
+                    self.log_dict({f"{stage}/{prefix}/{name}": value for name, value in of_classes.items()})
         finally:
             self.metric.reset()
 
@@ -152,6 +163,16 @@ class DetectionModule(L.LightningModule):
             return rise * 0.1 ** sum(step >= milestone * steps for milestone in self.milestones)
         done = max(0, step - warmup) / max(1, steps - warmup)
         return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def encode_detections(detections: list[dict[str, Any]], batch: Batch) -> list[dict[str, Any]]:
+    """What `FasterRCNN.run` found, with its small masks laid on the images and packed as COCO RLE, a few at a time."""
+    for detection, (height, width) in zip(detections, batch.original_sizes.tolist(), strict=True):
+        if "masks" in detection:
+            parts = zip(detection["masks"].split(16), detection["boxes"].split(16), strict=True)
+            laid = (paste_masks(masks, boxes, (height, width)) for masks, boxes in parts)
+            detection["masks"] = [mask for masks in laid for mask in encode_masks(masks)]
+    return detections
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from detection.data import rle
+
 Pixels = NDArray[np.uint8]
 PALETTE = (  # for the first classes; neighbours differ most
     (66, 117, 245), (255, 179, 38), (222, 60, 205), (77, 214, 92), (240, 68, 56), (46, 217, 230),
@@ -39,6 +41,7 @@ def draw_objects(
     labels: NDArray[Any],
     class_names: Sequence[str],
     scores: NDArray[Any] | None = None,
+    masks: Sequence[dict[str, Any]] | None = None,
     side: int = 480,
 ) -> Image.Image:
     """The image with its objects, scaled so that its longer side is `side` pixels; text keeps its size.
@@ -49,13 +52,17 @@ def draw_objects(
         labels: `(N,)` from 1 on.
         class_names: of label 1 first.
         scores: `(N,)` in [0, 1], written behind the names; the lowest are drawn first.
+        masks: COCO RLE of each object, in the size of `image`; its pixels take on half of the class's colour.
         side: longer side of the result.
     """
     scale = side / max(image.shape[:2])
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
-    picture = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
-    pen = ImageDraw.Draw(picture)
     order = np.argsort(scores, kind="stable") if scores is not None else range(len(boxes))
+    picture = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
+    for i in order if masks is not None else ():
+        shape = Image.fromarray(rle.decode(masks[i]) * np.uint8(128)).resize(size, Image.Resampling.BILINEAR)  # type: ignore[index]
+        picture.paste(class_colour(int(labels[i])), (0, 0), shape)
+    pen = ImageDraw.Draw(picture)
     tags = []
     for i in order:
         x1, y1, x2, y2 = (float(v) * scale for v in boxes[i])

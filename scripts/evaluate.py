@@ -40,7 +40,7 @@ def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None
     data.prepare_data()
     data.setup("validate" if split == "val" else "test")
     loader: Any = data.val_dataloader() if split == "val" else data.test_dataloader()
-    metric = MeanAP(module.class_names, module.hparams["detections_per_img"], backend=backend)
+    metric = MeanAP(module.class_names, module.hparams["detections_per_img"], module.metric.iou_type, backend)
     trainer = L.Trainer(accelerator=accelerator, devices=1, logger=False, callbacks=[CollectDetections(metric)])
     trainer.predict(module, loader, return_predictions=False)
     folder, home = output or ckpt.parent / f"evaluation_{split}", loader.dataset.root

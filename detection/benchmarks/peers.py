@@ -43,6 +43,8 @@ class TorchvisionDetector(nn.Module):
             `min_size` and `max_size` must be those of the batches: torchvision resizes by them again.
     """
 
+    has_masks = False
+
     def __init__(self, backbone: Backbone, num_classes: int, **options: Any) -> None:
         super().__init__()
         sizes = options.pop("anchor_sizes", [[32], [64], [128], [256], [512]])

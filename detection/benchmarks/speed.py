@@ -98,7 +98,7 @@ def _build(network: Network, size: int) -> tuple[nn.Module, zoo.FasterRCNN]:
         options = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **sizes}
         theirs = TorchvisionDetector(efficientnet_lite0_fpn(fpn_norm="batch"), 91, **options).model
     with torch.no_grad():
-        for parameter in ours.roi_heads.box_predictor.parameters():
+        for parameter in ours.roi_heads.get_submodule("box_predictor").parameters():
             parameter.mul_(10)
     theirs.load_state_dict(ours.state_dict())
     return theirs, ours

@@ -56,6 +56,11 @@ class FasterRCNN(nn.Module):
         """Classes with background."""
         return self.roi_heads.num_classes
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether it predicts masks too."""
+        return self.roi_heads.has_masks
+
     def forward(
         self, images: Batch | Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
     ) -> Losses | Detections:
