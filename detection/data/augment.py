@@ -277,6 +277,51 @@ def mosaic(pictures: Sequence[Picture], rng: random.Random) -> Picture:
     return Picture(canvas, np.concatenate(boxes), labels, np.concatenate(masks) if masks else None)
 
 
+PASTE_SCALES = (0.5, 2.0)  # of the picture that gives, fitted into the one that takes
+
+
+def copy_paste(picture: Picture, other: Picture, rng: random.Random) -> Picture:
+    """Some objects of another picture, cut out by their masks and pasted onto this one (Ghiasi et al. 2021, section 3).
+
+    The other picture is scaled at random and laid at a random place first. What is covered loses that part of its mask,
+    and its box shrinks to the rest; objects of which nothing is left have empty boxes.
+
+    Args:
+        picture, other: both with masks.
+        rng: chooses the objects, at least one of those there are, and where they go.
+    """
+    if picture.masks is None or other.masks is None:
+        raise ValueError("copy-paste cuts objects out by their masks, but the pictures have none")
+    if not len(other.boxes):
+        return picture
+    height, width = picture.image.shape[:2]
+    chosen = sorted(rng.sample(range(len(other.boxes)), rng.randint(1, len(other.boxes))))
+    view = ScaleJitter(max(height, width), PASTE_SCALES)(other.image.shape[0], other.image.shape[1], rng)
+    h, w = min(view.size[0], height), min(view.size[1], width)
+    y, x = rng.randint(0, height - h), rng.randint(0, width - w)
+    x1, y1, x2, y2 = view.window
+    layer = cv2.resize(other.image[y1:y2, x1:x2], view.size[::-1], interpolation=cv2.INTER_LINEAR)[:h, :w]
+    pasted = np.zeros((len(chosen), height, width), np.uint8)
+    pasted[:, y : y + h, x : x + w] = view.masks(other.masks[chosen])[:, :h, :w]
+    covered = np.asarray(pasted.any(axis=0))
+    image, boxes, masks = picture.image.copy(), picture.boxes.copy(), picture.masks * ~covered
+    image[y : y + h, x : x + w][covered[y : y + h, x : x + w]] = layer[covered[y : y + h, x : x + w]]
+    hit = (masks != picture.masks).any(axis=(1, 2))
+    boxes[hit] = _boxes_of(masks[hit])
+    return Picture(
+        image,
+        np.concatenate([boxes, _boxes_of(pasted)]),
+        np.concatenate([picture.labels, other.labels[chosen]]),
+        np.concatenate([masks, pasted]),
+    )
+
+
+def _boxes_of(masks: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Boxes `(N, 4)` of masks `(N, H, W)`; of an empty mask `(0, 0, 0, 0)`."""
+    corners = [(x, y, x + w, y + h) for x, y, w, h in map(cv2.boundingRect, masks)]
+    return np.array(corners, np.float32).reshape(-1, 4)
+
+
 def eval_transform(min_size: int = 800, max_size: int = 1333) -> Transform:
     """Resize only, by torchvision's rule: the pipeline of validation, test and prediction."""
     return Transform(ShortSide((min_size,), max_size))

@@ -75,6 +75,8 @@ class Batch:
         proposals: `(B, P, 4)` float32 xyxy in the pixels of `images`, best first, or None, for detectors that learn
             none themselves; rows that are not valid hold zeros.
         proposals_valid: `(B, P)` bool.
+        objects_given, objects_dropped: how many objects went into the augmentation, and how many did not come out.
+        unreadable: what was wrong with each image that could not be read, and for which another one stands in.
     """
 
     images: Tensor
@@ -88,6 +90,9 @@ class Batch:
     gt_mask_windows: Tensor | None = None
     proposals: Tensor | None = None
     proposals_valid: Tensor | None = None
+    objects_given: int = 0
+    objects_dropped: int = 0
+    unreadable: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.images.shape[0]

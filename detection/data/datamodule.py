@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from detection.data.voc import read_voc
 from detection.data.yolo import read_yolo
 from detection.recipes import rebuild
 
+log = logging.getLogger(__name__)
 Stage = Literal["train", "val", "test"]
 
 
@@ -39,6 +41,9 @@ class TrainLoader(DataLoader[Sample]):
 
     Its state counts the batches handed out, not those that workers have fetched ahead, and Lightning keeps it in the
     checkpoint. A resumed run sees exactly the batches, and the augmentations, that an unbroken run would have seen.
+
+    Images that can't be read, in whose place the data set drew others, are named in a warning, each once. When they
+    are more than `dataset.max_unreadable`, counted on each rank for itself, that is a DataError.
     """
 
     batch_sampler: TrainBatchSampler
@@ -46,12 +51,26 @@ class TrainLoader(DataLoader[Sample]):
     def __init__(self, dataset: DetectionDataset, batch_sampler: TrainBatchSampler, **options: Any) -> None:
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
         self._epoch, self._handed_out = 0, 0
+        self._unreadable: dict[str, None] = {}
+        self._most_unreadable = dataset.max_unreadable
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self._epoch, self._handed_out = self.batch_sampler.epoch, self.batch_sampler.start_batch
         for batch in super().__iter__():
             self._handed_out += 1
+            self._report(batch.unreadable)
             yield batch
+
+    def _report(self, unreadable: tuple[str, ...]) -> None:
+        for problem in unreadable:
+            if problem not in self._unreadable:
+                self._unreadable[problem] = None
+                log.warning("%s. Another image is trained on in its place", problem)
+        if len(self._unreadable) > self._most_unreadable:
+            raise DataError(
+                f"{len(self._unreadable)} images can't be read, more than max_unreadable allows "
+                f"({self._most_unreadable}); restore them: {' | '.join(self._unreadable)}"
+            )
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and batch that come next, and the number of processes that share the epoch."""
@@ -90,11 +109,14 @@ class DetectionDataModule(L.LightningDataModule):
         hflip, vflip, photometric: probability of each, see `train_transform`.
         scale_jitter: large-scale jitter's range of factors, e.g. `[0.1, 2.0]`; off when None.
         mosaic: probability of training on a mosaic of four images.
+        copy_paste: probability of pasting objects of another image onto a training image; needs `masks`.
         group_by_aspect: batch wide images with wide, high with high.
         repeat_threshold: show images of classes rarer than this fraction of images more often; 0 is off.
         with_difficult: train on objects marked difficult too.
         masks: read instance masks.
         proposals: give each image the proposals of this source, for detectors that learn none (Fast R-CNN, R-CNN).
+        max_unreadable: training images, on each device, that may become unreadable during a run and are replaced by
+            others, with a warning; one more is an error. In evaluation the first is.
         seed: of the order and the augmentation.
         timeout: seconds after which a silent worker is an error.
     """
@@ -119,11 +141,13 @@ class DetectionDataModule(L.LightningDataModule):
         photometric: float = 0.0,
         scale_jitter: tuple[float, float] | None = None,
         mosaic: float = 0.0,
+        copy_paste: float = 0.0,
         group_by_aspect: bool = True,
         repeat_threshold: float = 0.0,
         with_difficult: bool = False,
         masks: bool = False,
         proposals: ProposalSource | None = None,
+        max_unreadable: int = 10,
         seed: int = 0,
         timeout: int = 300,
     ) -> None:
@@ -220,9 +244,9 @@ class DetectionDataModule(L.LightningDataModule):
             transform = eval_transform(max(sizes), hp["max_size"])
         rank_zero_info(describe(index, split))
         self._check_shared_memory(max(sizes))
-        mosaic = hp["mosaic"] if split == "train" else 0.0
-        proposals = self._prepare_proposals(index, split)
-        return DetectionDataset(index, transform, hp["with_difficult"], mosaic, proposals)
+        proposals, names = self._prepare_proposals(index, split), ("mosaic", "copy_paste", "max_unreadable")
+        training = {name: hp[name] for name in names if split == "train"}
+        return DetectionDataset(index, transform, hp["with_difficult"], proposals=proposals, **training)
 
     def _check_shared_memory(self, min_size: int, folder: str = "/dev/shm") -> None:
         """Warn where the batches that workers keep ready won't fit: a container's 64 MiB end in a bus error."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from detection.data import shared
-from detection.data.augment import Augmented, Picture, mosaic, resize_into
+from detection.data.augment import Augmented, Picture, copy_paste, mosaic, resize_into
 from detection.data.batch import Batch, Target, pad_masks, pad_objects
 from detection.data.images import read_image
 from detection.data.proposals import ProposalCache
@@ -154,6 +154,8 @@ class Sample(NamedTuple):
         target: the original ground truth, for evaluation.
         masks, windows: `(N, m, m)` uint8 and `(N, 4)` float32 as `Augmented` has them, when read with masks.
         proposals: `(P, 4)` float32 xyxy in the pixels of the resized image, best first, when the data set has them.
+        dropped: how many objects the augmentation left nothing of.
+        unreadable: the errors of images in whose place others were drawn.
     """
 
     pixels: NDArray[np.uint8]
@@ -164,6 +166,8 @@ class Sample(NamedTuple):
     masks: Tensor | None = None
     windows: Tensor | None = None
     proposals: Tensor | None = None
+    dropped: int = 0
+    unreadable: tuple[str, ...] = ()
 
     @property
     def image(self) -> Tensor:
@@ -182,6 +186,9 @@ class DetectionDataset(Dataset[Sample]):
         with_difficult: also train on objects marked difficult. Crowds are never trained on.
         mosaic: probability of a mosaic of the image and three random others.
         proposals: where the proposals of the images lie. They go with neither mosaics nor masks.
+        copy_paste: probability of pasting objects of a random other image onto the image, see `augment.copy_paste`.
+        max_unreadable: how many images that can't be read are replaced by others in one sample before it is an error.
+            The seed draws the others. 0, the default, is for evaluation, whose figures would silently change.
 
     A key is an index, or `(index, seed)` as the batch samplers of this package give it: then every random choice
     follows from the seed, in whatever worker it is made. A plain index draws its seed from torch's generator, which a
@@ -195,7 +202,11 @@ class DetectionDataset(Dataset[Sample]):
         with_difficult: bool = False,
         mosaic: float = 0.0,
         proposals: ProposalCache | None = None,
+        copy_paste: float = 0.0,
+        max_unreadable: int = 0,
     ) -> None:
+        if copy_paste and all(segment is None for record in index.records for segment in record.segments or ()):
+            raise DataError(f"{index.root}: copy_paste needs masks, but no object has one; read them or leave it out")
         if proposals is not None and (mosaic or any(record.segments is not None for record in index.records)):
             raise DataError("proposals go with neither mosaics nor masks: leave those out")
         self.root = index.root
@@ -205,19 +216,27 @@ class DetectionDataset(Dataset[Sample]):
         self.with_difficult = with_difficult
         self.mosaic = mosaic
         self.proposals = proposals
+        self.copy_paste = copy_paste
+        self.max_unreadable = max_unreadable
         self.store = RecordStore(index.records)
 
     def __len__(self) -> int:
         return len(self.store)
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        """Decode and transform one image; raises `DataError` naming the file when it can't be read."""
+        """Decode and transform one image.
+
+        Raises:
+            DataError: an image can't be read and `max_unreadable` others could not either; names the file.
+        """
         i, seed = key if isinstance(key, tuple) else (key, int(torch.randint(2**62, ())))
-        rng, record = random.Random(seed), self.store[i]
-        picture = self._load(record)
+        rng, unreadable = random.Random(seed), list[str]()
+        record, picture = self._load(i, rng, unreadable)
         if self.mosaic and rng.random() < self.mosaic:
-            others = [self._load(self.store[rng.randrange(len(self))]) for _ in range(3)]
+            others = [self._load(rng.randrange(len(self)), rng, unreadable)[1] for _ in range(3)]
             picture = mosaic([picture, *others], rng)
+        if self.copy_paste and rng.random() < self.copy_paste:
+            picture = copy_paste(picture, self._load(rng.randrange(len(self)), rng, unreadable)[1], rng)
         boxes = picture.boxes
         if self.proposals is not None:  # behind the objects, so that they move with the image as those do
             boxes = np.concatenate((boxes, self.proposals.read(record)))
@@ -232,14 +251,25 @@ class DetectionDataset(Dataset[Sample]):
             masks=None if out.masks is None else torch.from_numpy(out.masks),
             windows=None if out.windows is None else torch.from_numpy(out.windows),
             proposals=None if self.proposals is None else torch.from_numpy(out.boxes[~own]),
+            dropped=len(picture.boxes) - int(own.sum()),
+            unreadable=tuple(unreadable),
         )
 
-    def _load(self, record: Record) -> Picture:
-        """The decoded image with the objects to train on."""
-        image = read_image(self.root / record.file_name, (record.height, record.width))
+    def _load(self, i: int, rng: random.Random, unreadable: list[str]) -> tuple[Record, Picture]:
+        """Image i, or another that `rng` draws where it can't be read, with its objects to train on."""
+        while True:
+            record = self.store[i]
+            try:
+                image = read_image(self.root / record.file_name, (record.height, record.width))
+                break
+            except DataError as error:
+                if len(unreadable) >= self.max_unreadable:
+                    raise
+                unreadable.append(str(error))
+                i = rng.randrange(len(self))
         trained = ~record.iscrowd if self.with_difficult else ~(record.iscrowd | record.difficult)
         masks = None if record.segments is None else _decode(record, trained)
-        return Picture(image, record.boxes[trained], record.labels[trained], masks)
+        return record, Picture(image, record.boxes[trained], record.labels[trained], masks)
 
 
 def _decode(record: Record, chosen: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -276,4 +306,7 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
         gt_mask_windows=gt_windows,
         proposals=proposals,
         proposals_valid=proposals_valid,
+        objects_given=sum(len(sample.boxes) + sample.dropped for sample in samples),
+        objects_dropped=sum(sample.dropped for sample in samples),
+        unreadable=tuple(message for sample in samples for message in sample.unreadable),
     )
