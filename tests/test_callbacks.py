@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from detection.callbacks import Results, Throughput, result_table
+from detection.data.batch import Batch
 
 
 class Module:
@@ -30,20 +32,27 @@ def trainer(**values: Any) -> Any:
 def test_throughput_counts_all_devices_and_no_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    callback, module, batch = Throughput(), Module(), [0] * 4
+    callback, module = Throughput(), Module()
 
-    def step(wait: float, work: float) -> None:
+    def step(wait: float, work: float, dropped: int, *unreadable: str) -> None:
+        batch = Batch(*[torch.zeros(4)] * 6, objects_given=10, objects_dropped=dropped, unreadable=unreadable)
         clock[0] += wait
         callback.on_train_batch_start(trainer(), module, batch, 0)  # type: ignore[arg-type]
         clock[0] += work
         callback.on_train_batch_end(trainer(), module, None, batch, 0)  # type: ignore[arg-type]
 
     callback.on_train_epoch_start(trainer(), module)  # type: ignore[arg-type]
-    step(1.0, 3.0)
+    step(1.0, 3.0, 4, "a.png: truncated")
     clock[0] += 100
     callback.on_validation_end(trainer(), module)  # type: ignore[arg-type]
-    step(1.0, 3.0)
-    assert module.logged == {"images/s": pytest.approx(2 * 4 * 2 / 8), "time/data": pytest.approx(2 / 8), "lr": 0.25}
+    step(1.0, 3.0, 1)
+    assert module.logged == {
+        "images/s": pytest.approx(2 * 4 * 2 / 8),
+        "time/data": pytest.approx(2 / 8),
+        "data/dropped_boxes": pytest.approx(5 / 20),
+        "data/unreadable": 1,
+        "lr": 0.25,
+    }
 
 
 def test_best_epoch_is_kept_and_survives_a_checkpoint() -> None:

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms.v2 import functional as F
 
+from detection.data import augment
 from detection.data.augment import (
     MASK_SIDE,
     Picture,
     ScaleJitter,
     Transform,
+    copy_paste,
     eval_transform,
     mosaic,
     resize_into,
@@ -201,3 +203,71 @@ def test_mosaic_scales_by_the_smallest_factor_that_covers() -> None:
     slope_x = np.diff(out.image[10, :40, 0].astype(int)).mean()  # source columns a column of the quarter
     assert 1 / 0.7 - 0.1 <= slope_x <= 1 / 0.3 + 0.1
     assert out.masks is None and out.boxes.shape == (4, 4)
+
+
+def filled(boxes: list[tuple[int, int, int, int]], height: int, width: int) -> np.ndarray:
+    masks = np.zeros((len(boxes), height, width), np.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes, strict=True):
+        mask[y1:y2, x1:x2] = 1
+    return masks
+
+
+def test_pasted_objects_cover_what_lies_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns 2 to 5 are pasted over: one object keeps its left column, one its right, one nothing, one everything."""
+    monkeypatch.setattr(augment, "PASTE_SCALES", (1.0, 1.0))
+    inner = [(1, 1, 4, 4), (5, 1, 7, 3), (3, 4, 5, 6), (0, 5, 1, 6)]
+    boxes = np.array(inner, np.float32)
+    boxes[3] = (0, 4.5, 1.5, 6)  # drawn by hand, wider than its mask
+    below = Picture(np.full((6, 8, 3), 10, np.uint8), boxes, np.array([1, 2, 3, 4]), filled(inner, 6, 8))
+    above = Picture(np.full((6, 8, 3), 99, np.uint8), boxes[:1], np.array([7]), filled([(2, 0, 6, 6)], 6, 8))
+    out = copy_paste(below, above, random.Random(0))
+    assert out.boxes.tolist() == [[1, 1, 2, 4], [6, 1, 7, 3], [0, 0, 0, 0], [0, 4.5, 1.5, 6], [2, 0, 6, 6]]
+    assert out.labels.tolist() == [1, 2, 3, 4, 7] and out.masks is not None
+    expected = filled([(1, 1, 2, 4), (6, 1, 7, 3), (0, 0, 0, 0), (0, 5, 1, 6), (2, 0, 6, 6)], 6, 8)
+    np.testing.assert_array_equal(out.masks, expected)
+    assert (out.image[:, 2:6] == 99).all() and (out.image[:, [0, 1, 6, 7]] == 10).all()
+    assert (below.image == 10).all() and below.masks is not None and below.masks[2].sum() == 4  # nothing of it changed
+    assert eval_transform(6, 8)(out.image, out.boxes, out.masks).kept.tolist() == [0, 1, 3, 4]
+
+
+def test_nothing_to_paste_and_no_masks() -> None:
+    bare = Picture(picture(), BOX, np.array([1]), None)
+    masked = bare._replace(masks=filled([(10, 10, 60, 30)], 90, 120))
+    empty = masked._replace(boxes=BOX[:0], labels=np.zeros(0, np.int64), masks=np.zeros((0, 90, 120), np.uint8))
+    assert copy_paste(masked, empty, random.Random(0)) is masked
+    onto_empty = copy_paste(empty, masked, random.Random(0))
+    assert onto_empty.boxes.shape == (1, 4) and onto_empty.labels.tolist() == [1]
+    with pytest.raises(ValueError, match="masks"):
+        copy_paste(masked, bare, random.Random(0))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 2**62))
+def test_copy_paste_keeps_objects_in_step(seed: int) -> None:
+    """The two pictures have colours of their own, and a mask shows where its object is, before and after jitter."""
+    rng, pictures = np.random.default_rng(seed), []
+    for number in range(2):
+        height, width, count = rng.integers((40, 40, 0), (120, 120, 6))
+        corners = rng.integers(0, (width - 20, height - 20), (count, 2))
+        inner = np.concatenate([corners, corners + rng.integers(6, 20, (count, 2))], axis=1)
+        image = np.full((height, width, 3), 100 * (1 + number), np.uint8)
+        masks = filled(inner.tolist(), height, width)
+        pictures.append(Picture(image, inner.astype(np.float32), 10 * number + np.arange(count), masks))
+    below, above = pictures
+    out = copy_paste(below, above, random.Random(seed))
+    assert below.masks is not None and out.masks is not None and out.image.shape == below.image.shape
+    count = len(below.labels)
+    assert len(out.boxes) == len(out.labels) == len(out.masks) and out.labels[:count].tolist() == below.labels.tolist()
+    assert (len(out.labels) > count) == bool(len(above.labels))
+    assert len(set(out.labels.tolist())) == len(out.labels) and set(out.labels[count:]) <= set(above.labels)
+    pasted = out.masks[count:].any(axis=0)
+    assert ((out.image == 200).all(axis=-1) == pasted).all()
+    np.testing.assert_array_equal(out.masks[:count], below.masks & ~pasted)
+    for box, mask in zip(out.boxes, out.masks, strict=True):
+        rows, columns = np.nonzero(mask)
+        tight = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] if len(rows) else [0, 0, 0, 0]
+        assert box.tolist() == tight
+    jittered = train_transform(64, 64, scale_jitter=(0.5, 2.0))(out.image, out.boxes, out.masks, seed)
+    assert jittered.masks is not None and len(jittered.masks) == len(jittered.boxes) == len(jittered.kept)
+    assert out.masks[jittered.kept].any(axis=(1, 2)).all()
+    assert copy_paste(below, above, random.Random(seed)).boxes.tolist() == out.boxes.tolist()

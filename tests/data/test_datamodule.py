@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +318,34 @@ def test_an_evaluation_file_may_list_other_categories(tmp_path: Path) -> None:
     assert data.category_ids == [3, 7, 9]
     assert target.labels.tolist() == [2]  # the owl is left out, the dog is found by name
     assert target.boxes.tolist() == [[3, 2, 16, 11]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_lost_during_a_run_are_named_up_to_a_cap(
+    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, num_workers: int
+) -> None:
+    """Of twenty images two vanish after `setup` and training goes on; a third is too many. Evaluation stops at one."""
+    shutil.copytree(scenes.location(cache), scenes.location(tmp_path))
+    data = drawn(tmp_path, num_workers=num_workers, max_unreadable=2)
+    train, val = data._datasets["train"], data._datasets["val"]
+    lost = [train.root / train.store[i].file_name for i in range(3)]
+    for path in lost[:2]:
+        path.unlink()
+    loader = data.train_dataloader()
+    with caplog.at_level(logging.WARNING, "detection"):
+        ids = [target.image_id for _ in range(2) for batch in loader for target in batch.targets]
+    assert len(ids) == 40 and not {train.store[0].image_id, train.store[1].image_id} & set(ids)
+    for path in lost[:2]:
+        assert caplog.text.count(f"{path}: ") == 1  # once, though every epoch asks for it
+    lost[2].unlink()
+    with pytest.raises(DataError, match="3 images can't be read") as error:
+        list(loader)
+    assert all(str(path) in str(error.value) for path in lost)
+    (val.root / val.store[0].file_name).unlink()
+    with pytest.raises(DataError, match=Path(val.store[0].file_name).name):
+        list(data.val_dataloader())
+
+
+def test_copy_paste_without_masks_is_refused(cache: Path) -> None:
+    with pytest.raises(DataError, match="copy_paste needs masks"):
+        drawn(cache, copy_paste=0.5)

@@ -192,6 +192,54 @@ def test_workers_send_the_same_batches_without_descriptors(index: Index) -> None
         assert torch.equal(got.iscrowd, target.iscrowd) and got.file_name == target.file_name
 
 
+def test_copy_paste_needs_masks_and_counts_what_it_covers(index: Index) -> None:
+    with pytest.raises(DataError, match="copy_paste needs masks"):
+        DetectionDataset(index, eval_transform(60, 200), copy_paste=0.5)
+    for i, r in enumerate(index.records):
+        r.labels[:] = i + 1
+        r.iscrowd[:] = r.difficult[:] = False
+        r.segments = [[[x1, y1, x2, y1, x2, y2, x1, y2]] for x1, y1, x2, y2 in r.boxes.tolist()]
+    dataset = DetectionDataset(index, train_transform(60, 80, scale_jitter=(0.5, 2.0)), copy_paste=0.5)
+    samples = [dataset[0, seed] for seed in range(60)]
+    mixed = [bool(set(s.labels.tolist()) - {1}) for s in samples]
+    assert 10 <= sum(mixed) <= 40 and any(sample.dropped for sample in samples)
+    for sample in samples:
+        assert sample.masks is not None and len(sample.masks) == len(sample.boxes) == len(sample.labels)
+    assert torch.equal(samples[7].image, dataset[0, 7].image)
+    batch = collate(samples)
+    assert batch.objects_given - batch.objects_dropped == int(batch.gt_valid.sum())
+    assert batch.objects_dropped == sum(sample.dropped for sample in samples)
+
+
+def test_dropped_objects_are_counted(index: Index) -> None:
+    """Images whose short side of 60 or 50 becomes 6 pixels: objects that end up thinner than a pixel are lost."""
+    dataset = DetectionDataset(index, eval_transform(6, 8), with_difficult=True)
+    batch = collate([dataset[i] for i in range(6)])
+    given = [r.boxes[~r.iscrowd] for r in index.records]
+    assert batch.objects_given == sum(map(len, given))
+    thin = sum(int((np.ptp(b.reshape(-1, 2, 2), axis=1).min(axis=1) < 60 / 6).sum()) for b in given[0::3] + given[1::3])
+    thin += sum(int((np.ptp(b.reshape(-1, 2, 2), axis=1).min(axis=1) < 50 / 6).sum()) for b in given[2::3])
+    assert batch.objects_dropped == thin > 0
+
+
+def test_unreadable_images_are_replaced_in_training(index: Index) -> None:
+    broken = index.root / index.records[1].file_name
+    broken.write_bytes(broken.read_bytes()[:100])
+    dataset = DetectionDataset(index, train_transform(60, 200), max_unreadable=9)
+    samples = [dataset[1, seed] for seed in range(20)]
+    for seed, sample in enumerate(samples):
+        assert sample.target.image_id != index.records[1].image_id and len(sample.boxes) == len(sample.labels)
+        assert sample.unreadable and all("ünicode 1.png" in problem for problem in sample.unreadable)
+        assert torch.equal(sample.image, dataset[1, seed].image)
+    assert len({sample.target.image_id for sample in samples}) > 2
+    assert dataset[0, 3].unreadable == ()
+    assert collate([dataset[0, 1], samples[0]]).unreadable == samples[0].unreadable
+    for r in index.records:
+        (index.root / r.file_name).unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"ünicode \d\.png"):
+        dataset[0, 0]
+
+
 def _is_mapped_shared(tensor: torch.Tensor) -> bool:
     """Whether the kernel maps the tensor's memory as shared between processes (`rw-s`)."""
     for line in Path("/proc/self/maps").read_text().splitlines():
