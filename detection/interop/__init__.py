@@ -1,6 +1,13 @@
 """Checkpoints from and to torchvision, Detectron2 and MMDetection."""
 
-from detection.interop.files import detector_for_classes, export_detector, import_detector, load_detector, save_detector
+from detection.interop.files import (
+    detector_for_classes,
+    export_detector,
+    fetch_weights,
+    import_detector,
+    load_detector,
+    save_detector,
+)
 from detection.models.weights import CheckpointError, adapt_classes
 
 __all__ = [
@@ -8,6 +15,7 @@ __all__ = [
     "adapt_classes",
     "detector_for_classes",
     "export_detector",
+    "fetch_weights",
     "import_detector",
     "load_detector",
     "save_detector",

@@ -2,24 +2,32 @@
 
 Aligned RoI Align with as many samples as a bin has pixels, anchors that are not rounded, L1 for boxes, 1000 proposals
 in training.
+
+Shape shorthand:
+    B: images     P: proposals an image
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 from detection.anchors import AnchorGenerator
 from detection.interop.rows import STYLES, Style
 from detection.models.backbones import Backbone, ResNetName, resnet_c4, resnet_dc5, resnet_fpn
-from detection.models.c4 import res5_head
+from detection.models.c4 import Res5Head, Res5Maps, res5_head
+from detection.models.cascade import CascadeRoIHeads
+from detection.models.compose import cascade_rcnn, default_anchors, faster_rcnn, mask_rcnn
 from detection.models.detector import FasterRCNN
 from detection.models.pooling import RoIPooler
+from detection.models.roi_heads import RoIHeads
+from detection.models.rpn import Proposals
 from detection.models.weights import CheckpointError
-from detection.models.zoo import default_anchors, faster_rcnn
 from detection.recipes import recorded
 
 DEPTHS: dict[int, ResNetName] = {6: "resnet50", 23: "resnet101", 36: "resnet152"}  # by the blocks of layer3
@@ -58,18 +66,30 @@ def resnet_of(blocks: int) -> ResNetName:
     return DEPTHS[blocks]
 
 
-def build(layout: Layout, style: Style) -> FasterRCNN:
-    """A detector of this layout and style, with random weights and a recipe."""
-    name, in_1x1 = layout.resnet, style.stride_in_1x1
+def build(layout: Layout, style: Style, **options: Any) -> FasterRCNN:
+    """A detector of this layout and style, with random weights and a recipe.
+
+    Args:
+        layout, style: from the checkpoint.
+        **options: those of `aligned_cascade_rcnn` in which the libraries differ.
+
+    Raises:
+        CheckpointError: a cascade without a pyramid, or of other than three stages.
+    """
+    name, count = layout.resnet, layout.num_classes
+    common: dict[str, Any] = {"norm": "frozen", "stride_in_1x1": style.stride_in_1x1}
+    if layout.stages > 1:
+        if layout.features != "fpn" or layout.stages != 3:
+            raise CheckpointError("a cascade can be converted with three stages and a pyramid only")
+        return aligned_cascade_rcnn(resnet_fpn(name, **common), count, layout.mask, **options)
     if layout.features == "fpn":
-        return aligned_rcnn(resnet_fpn(name, norm="frozen", stride_in_1x1=in_1x1), layout.num_classes)
-    parts: dict[str, Any] = {"rpn_pre_nms_top_n_train": 12000, "rpn_pre_nms_top_n_test": 6000}
-    parts["rpn_post_nms_top_n_train"] = 2000
-    if layout.features == "c4":
-        backbone = resnet_c4(name, norm="frozen", stride_in_1x1=in_1x1)
-        head = res5_head(name, stride_in_1x1=in_1x1)
-        return aligned_rcnn(backbone, layout.num_classes, box_head=head, box_output_size=14, **parts)
-    return aligned_rcnn(resnet_dc5(name, norm="frozen", stride_in_1x1=in_1x1), layout.num_classes, **parts)
+        return aligned_rcnn(resnet_fpn(name, **common), count, layout.mask)
+    proposals: dict[str, Any] = {"rpn_pre_nms_top_n_train": 12000, "rpn_pre_nms_top_n_test": 6000}
+    proposals["rpn_post_nms_top_n_train"] = 2000
+    if layout.features == "dc5":
+        return aligned_rcnn(resnet_dc5(name, **common), count, layout.mask, **proposals)
+    head, backbone = res5_head(name, **common), resnet_c4(name, **common)
+    return aligned_rcnn(backbone, count, layout.mask, box_head=head, box_output_size=14, **proposals)
 
 
 def style_of(model: FasterRCNN) -> Style:
@@ -78,36 +98,113 @@ def style_of(model: FasterRCNN) -> Style:
     return STYLES["caffe" if any(block.conv1.stride != (1, 1) for block in blocks) else "pytorch"]
 
 
+def box_pool_of(model: FasterRCNN) -> RoIPooler:
+    """What pools for the boxes, of the first stage in a cascade."""
+    heads = next(module for module in model.roi_heads.modules() if isinstance(module, RoIHeads))
+    return heads.box_roi_pool
+
+
 @recorded
 def aligned_rcnn(
     backbone: Backbone,
     num_classes: int,
+    masks: bool = False,
     box_head: nn.Module | None = None,
     box_output_size: int = 7,
     rpn_anchor_generator: AnchorGenerator | None = None,
     rpn_post_nms_top_n_train: int = 1000,
     **kwargs: Any,
 ) -> FasterRCNN:
-    """Faster R-CNN as Detectron2 and MMDetection train it.
+    """Faster or Mask R-CNN as Detectron2 and MMDetection train it.
 
     Args:
         backbone: e.g. `resnet_fpn(norm="frozen", stride_in_1x1=True)`.
         num_classes: classes with background.
-        box_head: default: two layers of 1024.
+        masks: with a mask branch.
+        box_head: default: two layers of 1024. A `Res5Head` serves the masks, too.
         box_output_size: side of the pooled features.
         rpn_anchor_generator: default: that of `faster_rcnn`, not rounded.
         rpn_post_nms_top_n_train: proposals of an image in training.
         **kwargs: see `faster_rcnn`.
     """
-    levels = max(1, len(backbone.strides) - 1)
-    model = faster_rcnn(
+    arguments: dict[str, Any] = kwargs | {
+        "rpn_anchor_generator": rpn_anchor_generator or default_anchors(len(backbone.strides), round_anchors=False),
+        "rpn_post_nms_top_n_train": rpn_post_nms_top_n_train,
+        "box_roi_pool": _pooler(backbone, box_output_size),
+        "box_head": box_head,
+    }
+    if masks:
+        mask_head = Res5Maps(box_head) if isinstance(box_head, Res5Head) else None
+        model = mask_rcnn(backbone, num_classes, _pooler(backbone, 14), mask_head, **arguments)
+    else:
+        model = faster_rcnn(backbone, num_classes, **arguments)
+    _set_betas(model, 0.0, 0.0)
+    return model
+
+
+@recorded
+def aligned_cascade_rcnn(
+    backbone: Backbone,
+    num_classes: int,
+    masks: bool = False,
+    rpn_anchor_generator: AnchorGenerator | None = None,
+    cascade_bbox_reg_weights: Sequence[Sequence[float]] = ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)),
+    mean_of_logits: bool = False,
+    rpn_box_beta: float = 0.0,
+    box_beta: float = 0.0,
+    **kwargs: Any,
+) -> FasterRCNN:
+    """Cascade R-CNN as Detectron2 trains it and, with other arguments, MMDetection.
+
+    Args:
+        backbone, num_classes, masks, rpn_anchor_generator: see `aligned_rcnn`.
+        cascade_bbox_reg_weights: of each stage.
+        mean_of_logits: average the stages' logits (MMDetection) in place of their probabilities.
+        rpn_box_beta, box_beta: see `losses.box_loss`.
+        **kwargs: see `cascade_rcnn`.
+    """
+    model = cascade_rcnn(
         backbone,
         num_classes,
+        masks,
+        cascade_bbox_reg_weights=cascade_bbox_reg_weights,
         rpn_anchor_generator=rpn_anchor_generator or default_anchors(len(backbone.strides), round_anchors=False),
-        rpn_post_nms_top_n_train=rpn_post_nms_top_n_train,
-        box_roi_pool=RoIPooler(box_output_size, sampling_ratio=0, aligned=True, num_levels=levels),
-        box_head=box_head,
+        box_roi_pool=_pooler(backbone, 7),
         **kwargs,
     )
-    model.rpn.box_beta = model.roi_heads.box_beta = 0.0
+    heads: Any = model.roi_heads
+    if mean_of_logits:
+        model.roi_heads = heads = MeanLogitHeads(
+            list(heads.stages), heads.mask_roi_pool, heads.mask_head, heads.mask_predictor
+        )
+    if masks:
+        heads.mask_roi_pool = _pooler(backbone, 14)
+    _set_betas(model, rpn_box_beta, box_beta)
     return model
+
+
+class MeanLogitHeads(CascadeRoIHeads):
+    """A cascade whose class probabilities are those of the stages' mean logits."""
+
+    def detect(self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor) -> list[dict[str, Tensor]]:
+        """As `RoIHeads.detect`."""
+        every: list[Tensor] = []
+        *earlier, last = self._heads
+        for stage in earlier:
+            logits, deltas = stage.predict(features, proposals.boxes)
+            every.append(logits.float())
+            proposals = replace(proposals, boxes=self._refine(stage, proposals.boxes, deltas, image_sizes))
+        logits, deltas = last.predict(features, proposals.boxes)
+        scores = torch.stack([*every, logits.float()]).mean(dim=0).softmax(dim=-1)
+        return self.add_masks(features, last.decide(scores, deltas, proposals, image_sizes))
+
+
+def _pooler(backbone: Backbone, output_size: int) -> RoIPooler:
+    return RoIPooler(output_size, sampling_ratio=0, aligned=True, num_levels=max(1, len(backbone.strides) - 1))
+
+
+def _set_betas(model: FasterRCNN, rpn: float, box: float) -> None:
+    model.rpn.box_beta = rpn
+    for heads in model.roi_heads.modules():
+        if isinstance(heads, RoIHeads):
+            heads.box_beta = box

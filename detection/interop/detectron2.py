@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from detection.interop import rows
-from detection.interop.builders import Layout, build, resnet_of, style_of
-from detection.interop.names import Rules, collect, count_blocks, drop, load, rename
+from detection.interop.builders import Layout, box_pool_of, build, resnet_of, style_of
+from detection.interop.names import Rules, collect, count_blocks, drop, load, rename, state_of
 from detection.interop.rows import Style
 from detection.models.detector import FasterRCNN
 from detection.models.weights import CheckpointError
@@ -90,8 +90,7 @@ def to_detectron2(model: FasterRCNN) -> dict[str, Tensor]:
     Raises:
         CheckpointError: Detectron2 has no such detector.
     """
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    state = rows.without_counters(state)
+    state = rows.without_counters(state_of(model))
     names = list(state)
     pyramid = any(name.startswith("backbone.fpn.") for name in names)
     if style_of(model).bgr_bytes:
@@ -112,6 +111,24 @@ def read_style(state: Mapping[str, Tensor]) -> str | None:
     """Name of the style that a file with its pixels' mean in it tells; blue, first in BGR, has the smallest mean."""
     mean = state.get("pixel_mean")
     return None if mean is None else "caffe" if mean.flatten()[0] < mean.flatten()[2] else "pytorch"
+
+
+def settings_of(model: FasterRCNN) -> str:
+    """What Detectron2's configuration has to say for the weights of `to_detectron2` to give the same detections."""
+    style, transform, pool = style_of(model), model.transform, box_pool_of(model)
+    mean, std = 255 * transform.mean.flatten(), 255 * transform.std.flatten()
+    if style.bgr_bytes:
+        mean, std = mean.flip(0), torch.ones(3)
+    settings = {
+        "MODEL.RESNETS.STRIDE_IN_1X1": style.stride_in_1x1,
+        "INPUT.FORMAT": "BGR" if style.bgr_bytes else "RGB",
+        "MODEL.PIXEL_MEAN": [round(value, 3) for value in mean.tolist()],
+        "MODEL.PIXEL_STD": [round(value, 3) for value in std.tolist()],
+        "MODEL.ROI_HEADS.NUM_CLASSES": model.num_classes - 1,
+        "MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignV2" if pool.aligned else "ROIAlign",
+        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": pool.sampling_ratio,
+    }
+    return "Set " + ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def names_of(model: FasterRCNN, layout: Layout) -> dict[str, str]:

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torchvision.models import get_weight
 
 from detection.data.voc import VOC_CLASSES
 from detection.interop import detectron2, mmdetection, rows, torchvision
-from detection.interop.names import load
+from detection.interop.names import load, state_of
 from detection.interop.pickles import read_pickle
 from detection.models.detector import FasterRCNN
 from detection.models.weights import (
@@ -24,6 +25,7 @@ from detection.models.weights import (
     CheckpointError,
     Saved,
     adapt_classes,
+    cache_path,
     find_state,
     read_safetensors,
     read_saved,
@@ -97,7 +99,7 @@ def save_detector(
         "class_names": list(class_names) if class_names is not None else None,
         "category_ids": list(category_ids) if category_ids is not None else None,
     }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    tensors = state_of(model)
     metadata = {"format": "pt", FACTS: json.dumps(facts)}
     _write(Path(path), lambda part: save_file(tensors, part, metadata))
 
@@ -150,7 +152,7 @@ def _import(
 
 def export_detector(
     source: Path, output: Path, library: Library, category_ids: bool = False, without_epsilon: bool = False
-) -> None:
+) -> str:
     """Write a detector of ours for another library.
 
     Args:
@@ -159,17 +161,20 @@ def export_detector(
         library: who shall read it.
         category_ids, without_epsilon: see `torchvision.to_torchvision`.
 
+    Returns:
+        what to do over there to load it.
+
     Raises:
         CheckpointError: the library has no such detector, or no such kind of file.
     """
     model = load_detector(source)
     content: dict[str, Any]
     if library == "torchvision":
-        state = torchvision.to_torchvision(model, without_epsilon, category_ids)
-        content = state
+        content = state = torchvision.to_torchvision(model, without_epsilon, category_ids)
+        advice = torchvision.advice(model, state)
     else:
         state = detectron2.to_detectron2(model)
-        content = {"model": state}
+        content, advice = {"model": state}, detectron2.settings_of(model)
     if output.suffix == ".safetensors":
         _write(output, lambda part: save_file(state, part, {"format": "pt"}))
     elif output.suffix == ".pth":
@@ -179,6 +184,33 @@ def export_detector(
         _write(output, lambda part: part.write_bytes(pickle.dumps({"model": arrays, "__author__": "detection"})))
     else:
         raise CheckpointError(f"{output}: write .pth or .safetensors, or .pkl for Detectron2")
+    return advice
+
+
+def fetch_weights(name: str) -> Path:
+    """Download a named set of torchvision's weights into its cache, unless they are there; the path of the file.
+
+    Args:
+        name: e.g. `"FasterRCNN_ResNet50_FPN_Weights.COCO_V1"`.
+
+    Raises:
+        CheckpointError: no such name, no connection, or a wrong checksum; the message says how to do without.
+    """
+    try:
+        weights = get_weight(name)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"torchvision has no weights {name}: give e.g. ResNet50_Weights.DEFAULT") from error
+    path = cache_path(weights)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        published = torch.hub.HASH_REGEX.search(path.name)
+        try:
+            torch.hub.download_url_to_file(weights.url, str(path), published[1] if published else None, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{weights.url} can't be fetched ({error}): fetch it on a machine with access and put it at {path}"
+            ) from error
+    return path
 
 
 def _read_foreign(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

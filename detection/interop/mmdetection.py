@@ -34,6 +34,13 @@ RULES: Rules = (
     (r"^roi_heads\.mask_predictor\.conv5_mask\.", "roi_head.mask_head.upsample."),
     (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "roi_head.mask_head.conv_logits."),
 )
+# Its cascade's deltas have standard deviations that aren't quite 1/30 and 1/15, and its losses are smoothed.
+CASCADE = {
+    "cascade_bbox_reg_weights": [(10, 10, 5, 5), (20, 20, 10, 10), (1 / 0.033, 1 / 0.033, 1 / 0.067, 1 / 0.067)],
+    "mean_of_logits": True,
+    "rpn_box_beta": 1 / 9,
+    "box_beta": 1.0,
+}
 # A run with a moving average has that under the plain names and the raw weights under `ema_`.
 DROPPED = (r"num_batches_tracked$", r"^data_preprocessor\.", r"^ema_")
 
@@ -80,7 +87,7 @@ def from_mmdetection(state: Mapping[str, Tensor], style: Style) -> FasterRCNN:
         state = {name.removeprefix("ema_"): value for name, value in state.items()}
     state = drop(state, DROPPED)
     layout = read_layout(state)
-    model = build(layout, style)
+    model = build(layout, style, **CASCADE)
     table = rename(rows.without_counters(model.state_dict()), RULES)
     state = collect({name: value.float() for name, value in state.items()}, table)
     state = rows.background_to_front(state)

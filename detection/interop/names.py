@@ -69,6 +69,12 @@ def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(dict(state))
 
 
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's tensors as files have them: on the CPU, without gradient, and with their rows in order."""
+    state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    return {name: value if value.is_meta else value.cpu() for name, value in state.items()}
+
+
 def count_blocks(names: Iterable[str], prefix: str) -> int:
     """How many different numbers follow a prefix: blocks of a stage, stages of a cascade."""
     found = {match[1] for name in names if (match := re.match(re.escape(prefix) + r"(\d+)\.", name))}

@@ -8,8 +8,8 @@ from torch import Tensor
 from torchvision.models import detection as reference
 
 from detection.interop import rows
-from detection.interop.builders import resnet_of, style_of
-from detection.interop.names import count_blocks, load
+from detection.interop.builders import box_pool_of, resnet_of, style_of
+from detection.interop.names import count_blocks, load, state_of
 from detection.models import zoo
 from detection.models.detector import FasterRCNN
 from detection.models.weights import CheckpointError, fold_epsilon, unfold_epsilon, upgrade_names
@@ -90,7 +90,7 @@ def to_torchvision(model: FasterRCNN, without_epsilon: bool = False, category_id
     Raises:
         CheckpointError: torchvision can't have such a detector.
     """
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = state_of(model)
     find_builder(state)
     if style_of(model).stride_in_1x1:
         raise CheckpointError(
@@ -100,3 +100,15 @@ def to_torchvision(model: FasterRCNN, without_epsilon: bool = False, category_id
     if category_ids:
         state = rows.to_category_ids(state)
     return unfold_epsilon(state) if without_epsilon else state
+
+
+def advice(model: FasterRCNN, state: Mapping[str, Tensor]) -> str:
+    """How to load weights of `to_torchvision`, and what torchvision will compute otherwise."""
+    builder = str((model.recipe or {}).get("class_path")).rpartition(".")[2]
+    classes = len(state["roi_heads.box_predictor.cls_score.weight"])
+    text = f"Load it into torchvision.models.detection.{builder}(weights=None, num_classes={classes})"
+    if not hasattr(reference, builder):
+        text = f"Load it into a detector of torchvision's on such a backbone, num_classes={classes}"
+    if box_pool_of(model).aligned:
+        text += "; its RoI Align is not aligned as this detector's is, so expect boxes off by half a cell, or train on"
+    return text

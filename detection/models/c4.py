@@ -33,6 +33,23 @@ class Res5Head(nn.Module):
         return self.layer4(pooled).mean(dim=(2, 3))
 
 
+class Res5Maps(nn.Module):
+    """The same stage without the average, as head of the mask branch: the stage itself belongs to the box head.
+
+    Args:
+        head: of the boxes, with which this one shares all its weights.
+    """
+
+    def __init__(self, head: Res5Head) -> None:
+        super().__init__()
+        self._shared = [head]  # in a list, so that its tensors stand in the state_dict once
+        self.out_channels = head.out_channels
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """`(R, C, o, o)` -> `(R, out_channels, o / 2, o / 2)`."""
+        return self._shared[0].layer4(pooled)
+
+
 @recorded
 def res5_head(
     name: ResNetName = "resnet50",

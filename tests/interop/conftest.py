@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -46,9 +48,10 @@ class Kind:
         return [4, 8, 16, 32, 64] if self.features == "fpn" else [16]
 
 
-def draw(kind: Kind, seed: int = 0) -> Raw:
+@lru_cache(maxsize=1)
+def draw(kind: Kind) -> Raw:
     """Random weights that give features of ordinary size, scores of all sizes and boxes that move."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     raw: Raw = {}
 
     def normal(name: str, shape: tuple[int, ...], spread: float, bias: float | None = 0.1) -> None:
@@ -96,9 +99,11 @@ def draw(kind: Kind, seed: int = 0) -> Raw:
         normal(f"{name}.cls", (CLASSES + 1, width), 3 / math.sqrt(width))
         normal(f"{name}.reg", (4 * boxes, width), 2 / math.sqrt(width))
     if kind.mask:
-        for layer in range(4):
+        inside = 2048 if kind.features == "c4" else 256
+        for layer in range(0 if kind.features == "c4" else 4):
             normal(f"mask.conv{layer}", (256, 256, 3, 3), math.sqrt(2 / 2304))
-        normal("mask.up", (256, 256, 2, 2), math.sqrt(2 / 256))
+        raw["mask.up.weight"] = torch.randn((inside, 256, 2, 2), generator=generator) * math.sqrt(2 / inside)
+        raw["mask.up.bias"] = 0.1 * torch.randn(256, generator=generator)
         normal("mask.logits", (CLASSES, 256, 1, 1), 2 / 16)
     return raw
 
@@ -302,6 +307,26 @@ class Reference:
             x = self.pool(features, boxes, 7).flatten(1)
             x = self.linear(self.linear(x, f"box{stage}.fc1").relu(), f"box{stage}.fc2").relu()
         return self.linear(x, f"box{stage}.cls"), self.linear(x, f"box{stage}.reg")
+
+    def cascade(self, features: list[Tensor], boxes: Tensor, weights: list[tuple[float, ...]]) -> list[Any]:
+        """Logits and boxes after each stage, which each start from the clipped boxes of the one before."""
+        outputs = []
+        for stage, scale in enumerate(weights):
+            logits, deltas = self.head(features, boxes, stage)
+            boxes = self.clip(self.decode(deltas, boxes, scale)[:, 0])
+            outputs.append((logits, boxes))
+        return outputs
+
+    def masks(self, features: list[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+        """Probabilities `(N, m, m)` of each box's own class, from 0."""
+        x = self.pool(features, boxes, 14)
+        if self.kind.features == "c4":
+            x = self.stage(x, 4)
+        else:
+            for layer in range(4):
+                x = self.plain(x, f"mask.conv{layer}").relu()
+        x = F.conv_transpose2d(x, self.raw["mask.up.weight"], self.raw["mask.up.bias"], stride=2).relu()
+        return self.plain(x, "mask.logits")[torch.arange(len(boxes)), labels].sigmoid()
 
     def detect(self, features: list[Tensor], proposals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes, scores and classes from 0, best first."""

@@ -23,10 +23,10 @@ KINDS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     # library, what is drawn, the style to be given
     "detectron2, model zoo": ("detectron2", {}, None),
     "detectron2, torchvision's backbone": ("detectron2", {"bgr": False, "in_1x1": False}, "pytorch"),
-    "detectron2, C4": ("detectron2", {"features": "c4"}, None),
+    "detectron2, C4": ("detectron2", {"features": "c4", "mask": True}, None),
     "detectron2, DC5": ("detectron2", {"features": "dc5"}, None),
     "mmdetection, pytorch": ("mmdetection", {"bgr": False, "in_1x1": False}, None),
-    "mmdetection, caffe": ("mmdetection", {}, "caffe"),
+    "mmdetection, caffe": ("mmdetection", {"mask": True}, "caffe"),
 }
 
 
@@ -62,13 +62,15 @@ def test_a_converted_detector_computes_what_its_library_does(
     kind = theirs.Kind(**options)
     raw = theirs.draw(kind)
     reference = theirs.Reference(raw, kind)
-    model, saved = files.import_detector(write(tmp_path, theirs, library, kind, raw), style)  # type: ignore[arg-type]
-    # Through the file that conversion writes, and from it without any setting.
-    save_detector(tmp_path / "ours.safetensors", model, saved.class_names, saved.category_ids)
-    model = load_detector(tmp_path / "ours.safetensors")
-    assert not model.training and model.num_classes == 6
-    if library == "mmdetection":
-        assert saved.class_names == ["a", "b", "c", "d", "e"]
+    if kind.features == "fpn":  # through the file that conversion writes, and from it without any setting
+        source = write(tmp_path, theirs, library, kind, raw)
+        model, saved = files.import_detector(source, style)  # type: ignore[arg-type]
+        save_detector(tmp_path / "ours.safetensors", model, saved.class_names, saved.category_ids)
+        model = load_detector(tmp_path / "ours.safetensors")
+        assert not model.training and model.num_classes == 6
+        assert saved.class_names == (["a", "b", "c", "d", "e"] if library == "mmdetection" else None)
+    else:
+        model = from_detectron2(theirs.detectron2_names(raw, kind), Style(True, True)).eval()
 
     expected = reference.features(photograph)
     features = our_features(model, photograph)
@@ -97,6 +99,48 @@ def test_a_converted_detector_computes_what_its_library_does(
     torch.testing.assert_close(logits[0], wanted_logits.roll(1, dims=1), atol=TOLERANCE, rtol=TOLERANCE)
     torch.testing.assert_close(deltas[0, :, 1:].flatten(1), wanted_deltas, atol=TOLERANCE, rtol=TOLERANCE)
     assert not deltas[0, :, 0].any()
+    if kind.mask:
+        assert_same_masks(model, reference, features, some)
+
+
+def assert_same_masks(model: Any, reference: Any, features: list[Tensor], boxes: Tensor) -> None:
+    labels = torch.arange(len(boxes)) % 5
+    masks = model.roi_heads.mask_logits(features, boxes[None], labels[None] + 1)[0].sigmoid()
+    wanted = reference.masks(features, boxes, labels)
+    assert wanted.std() > 0.05
+    torch.testing.assert_close(masks, wanted, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["detectron2", "mmdetection"])
+@torch.no_grad()
+def test_a_converted_cascade(library: str, theirs: SimpleNamespace, photograph: Tensor, tmp_path: Path) -> None:
+    """Detectron2 averages probabilities, MMDetection logits; and the deltas of the last stage differ a little."""
+    kind = theirs.Kind(stages=3, mask=library == "detectron2")
+    raw = theirs.draw(kind)
+    reference = theirs.Reference(raw, kind)
+    model, _ = files.import_detector(write(tmp_path, theirs, library, kind, raw), "caffe")
+    save_detector(tmp_path / "ours.safetensors", model)
+    model = load_detector(tmp_path / "ours.safetensors")
+    model.transform.min_size, model.transform.max_size = (photograph.shape[-2],), photograph.shape[-1]
+    features = reference.features(photograph)
+    stds = (0.033, 0.033, 0.067, 0.067)
+    last = tuple(1 / s for s in stds) if library == "mmdetection" else (30, 30, 15, 15)
+    weights = [(10, 10, 5, 5), (20, 20, 10, 10), last]
+    outputs = reference.cascade(features, reference.proposals(features), weights)
+    logits = torch.stack([stage_logits for stage_logits, _ in outputs])
+    by_probability, by_logit = logits.softmax(dim=-1).mean(dim=0), logits.mean(dim=0).softmax(dim=-1)
+    assert (by_probability - by_logit).abs().max() > 100 * TOLERANCE
+    scores = (by_probability if library == "detectron2" else by_logit)[:, :-1]
+    boxes = outputs[-1][1][:, None].expand(-1, scores.shape[1], -1)
+    boxes, scores, labels = reference.select(boxes, scores)
+    (detected,) = model([photograph])
+    assert len(boxes) > 10 and scores.std() > 0.05
+    torch.testing.assert_close(detected["scores"], scores, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(detected["boxes"], boxes, atol=1e-3, rtol=0)
+    assert torch.equal(detected["labels"], labels + 1)
+    if kind.mask:
+        assert_same_masks(model, reference, features, boxes[:24])
 
 
 @pytest.mark.slow

@@ -1,0 +1,303 @@
+"""Files: what is written in them, prefixes and metadata of others, round trips through Detectron2, the script."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torchvision.models import ResNet18_Weights
+from torchvision.models._api import Weights
+
+from detection.interop import (
+    CheckpointError,
+    detector_for_classes,
+    fetch_weights,
+    files,
+    import_detector,
+    load_detector,
+    mmdetection,
+    save_detector,
+)
+from detection.interop.builders import Layout, build
+from detection.interop.detectron2 import from_detectron2, read_layout, settings_of, to_detectron2
+from detection.interop.rows import STYLES
+from detection.models import zoo
+from detection.models.detector import FasterRCNN
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert.py"
+NAMES = ["cat", "dog", "fox"]
+
+
+@pytest.fixture
+def small() -> FasterRCNN:
+    torch.manual_seed(0)
+    return zoo.fasterrcnn_resnet_fpn(num_classes=4, norm="frozen", min_size=64, max_size=96, rpn_nms_thresh=0.6)
+
+
+def test_a_file_says_everything(small: FasterRCNN, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "ours.safetensors"
+    save_detector(path, small, NAMES, [3, 5, 9])
+    assert [p.name for p in path.parent.iterdir()] == ["ours.safetensors"]
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["detection"])
+    assert facts == {"recipe": small.recipe, "class_names": NAMES, "category_ids": [3, 5, 9]}
+    model = load_detector(path)
+    assert not model.training and model.rpn.nms_thresh == 0.6 and model.recipe == small.recipe
+    images = [torch.rand(3, 70, 90)]
+    with torch.no_grad():
+        ours, expected = model(images)[0], small.eval()(images)[0]
+    assert all(torch.equal(ours[key], expected[key]) for key in expected)
+
+
+def test_a_run_is_a_file_of_ours_too(small: FasterRCNN, tmp_path: Path) -> None:
+    content = {
+        "state_dict": {f"detector.{k}": v for k, v in small.state_dict().items()},
+        "hyper_parameters": {"detector": small.recipe, "class_names": NAMES},
+    }
+    torch.save(content, tmp_path / "best.ckpt")
+    model = load_detector(tmp_path / "best.ckpt")
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in small.state_dict().items())
+    model, saved = import_detector(tmp_path / "best.ckpt")
+    assert saved.class_names == NAMES and model.recipe == small.recipe
+
+
+def test_other_classes_keep_those_of_the_same_name(small: FasterRCNN, tmp_path: Path) -> None:
+    save_detector(tmp_path / "ours.safetensors", small, NAMES)
+    model = detector_for_classes(tmp_path / "ours.safetensors", ["fox", "bear"])
+    assert model.training and model.num_classes == 3
+    assert model.recipe is not None and model.recipe["init_args"]["num_classes"] == 3
+    old, new = small.state_dict(), model.state_dict()
+    key = "roi_heads.box_predictor.cls_score.weight"
+    assert torch.equal(new[key][:2], old[key][[0, 3]]) and not torch.equal(new[key][2], old[key][2])
+    assert torch.equal(new["roi_heads.box_head.fc6.weight"], old["roi_heads.box_head.fc6.weight"])
+    save_detector(tmp_path / "unnamed.safetensors", small)
+    with pytest.raises(CheckpointError, match=r"unnamed\.safetensors: does not name its classes"):
+        detector_for_classes(tmp_path / "unnamed.safetensors", ["fox"])
+
+
+def test_files_that_can_not_be_used(small: FasterRCNN, tmp_path: Path) -> None:
+    path = tmp_path / "ours.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*ours\.safetensors"):
+        load_detector(path)
+    with pytest.raises(CheckpointError, match="2 class names are given for 3 classes"):
+        save_detector(path, small, ["a", "b"])
+    state = {k: v.contiguous() for k, v in small.state_dict().items()}
+    save_file(state, path)
+    with pytest.raises(CheckpointError, match=r"ours\.safetensors: does not say how to build.*convert\.py"):
+        load_detector(path)
+
+    def write(recipe: Any, tensors: dict[str, Tensor] = state) -> None:
+        save_file(tensors, path, {"detection": json.dumps({"recipe": recipe})})
+
+    write({"class_path": "os.system", "init_args": {"command": "true"}})
+    with pytest.raises(CheckpointError, match=r"ours\.safetensors: the recipe names os\.system"):
+        load_detector(path)
+    write({"class_path": "detection.models.rpn.RPNHead", "init_args": {"in_channels": 8, "num_anchors": 3}})
+    with pytest.raises(CheckpointError, match="not that of a detector"):
+        load_detector(path)
+    del state["rpn.head.cls_logits.bias"]
+    write(small.recipe, state | {"more": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=r"missing \(rpn\.head\.cls_logits\.bias\) and 1 tensors .* \(more\)"):
+        load_detector(path)
+    small.recipe = None
+    with pytest.raises(CheckpointError, match="parts of your own"):
+        save_detector(path, small)
+
+
+def test_what_is_ours_already_is_not_converted(small: FasterRCNN, tmp_path: Path) -> None:
+    save_detector(tmp_path / "ours.safetensors", small)
+    with pytest.raises(CheckpointError, match="written by this project already"):
+        import_detector(tmp_path / "ours.safetensors")
+
+
+def test_detectron2s_parameters_are_counted_right() -> None:
+    """Its detector has no box row for the background; its own test has this number for R50-FPN on COCO."""
+    layout = Layout("resnet50", "fpn", 81, 1, False)
+    with torch.device("meta"):
+        model = build(layout, STYLES["pytorch"])
+        theirs = to_detectron2(model)
+        frozen = {name for name in theirs if ".norm." in name}
+        assert sum(value.numel() for name, value in theirs.items() if name not in frozen) == 41_699_936
+        assert read_layout(theirs) == layout
+        for depth in ("resnet101", "resnet152"):
+            other = Layout(depth, "c4", 21, 1, False)  # type: ignore[arg-type]
+            assert read_layout(to_detectron2(build(other, STYLES["pytorch"]))) == other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"bgr": False, "in_1x1": False, "features": "c4"}])
+def test_to_detectron2_and_back(options: dict[str, Any], theirs: SimpleNamespace) -> None:
+    kind = theirs.Kind(**options)
+    state = theirs.detectron2_names(theirs.draw(kind), kind)
+    model = from_detectron2(state, STYLES["caffe" if kind.bgr else "pytorch"])
+    back = to_detectron2(model)
+    assert set(back) == set(state)
+    for name, value in state.items():
+        torch.testing.assert_close(back[name], value, rtol=3e-7, atol=0, msg=name)
+    said = settings_of(model)
+    assert ("INPUT.FORMAT BGR" in said) == kind.bgr and f"STRIDE_IN_1X1 {kind.bgr}" in said
+    assert f"PIXEL_MEAN {[103.53, 116.28, 123.675] if kind.bgr else [123.675, 116.28, 103.53]}" in said
+
+
+@pytest.mark.slow
+def test_files_for_detectron2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(Layout("resnet50", "c4", 4, 1, False), STYLES["caffe"])
+    monkeypatch.setattr(files, "load_detector", lambda _: model)
+    expected = to_detectron2(model)
+    for suffix in (".pkl", ".pth", ".safetensors"):
+        files.export_detector(tmp_path / "ours.safetensors", tmp_path / f"back{suffix}", "detectron2")
+    arrays = pickle.loads((tmp_path / "back.pkl").read_bytes())["model"]
+    assert all(isinstance(value, np.ndarray) for value in arrays.values())
+    for read in (
+        {name: torch.from_numpy(value) for name, value in arrays.items()},
+        torch.load(tmp_path / "back.pth", weights_only=True)["model"],
+        load_file(tmp_path / "back.safetensors"),
+    ):
+        assert set(read) == set(expected) and all(torch.equal(read[name], expected[name]) for name in expected)
+    for name in ("back.onnx", "back"):
+        with pytest.raises(CheckpointError, match=r"write \.pth or \.safetensors, or \.pkl"):
+            files.export_detector(tmp_path / "ours.safetensors", tmp_path / name, "detectron2")
+
+
+@pytest.mark.slow
+def test_what_detectron2_files_carry_besides(theirs: SimpleNamespace, tmp_path: Path) -> None:
+    """Pixel means and anchors of old versions, and normalisation that is folded into its weight already."""
+    kind = theirs.Kind()
+    raw = theirs.draw(kind)
+    state = theirs.detectron2_names(raw, kind)
+    plain = from_detectron2(state, STYLES["caffe"]).state_dict()
+    more = state | {
+        "pixel_mean": torch.tensor([103.53, 116.28, 123.675])[:, None, None],
+        "pixel_std": torch.ones(3, 1, 1),
+        "proposal_generator.anchor_generator.cell_anchors.0": torch.zeros(3, 4),
+    }
+    torch.save({"model": more, "iteration": 3}, tmp_path / "model.pth")
+    model, saved = import_detector(tmp_path / "model.pth")
+    assert all(torch.equal(value, plain[name]) for name, value in model.state_dict().items())
+    assert saved.class_names is None
+    with pytest.raises(CheckpointError, match="pixel_mean is that of style caffe, not pytorch"):
+        import_detector(tmp_path / "model.pth", "pytorch")
+    folded = {k: v for k, v in state.items() if not k.endswith(("running_mean", "running_var"))}
+    model = from_detectron2(folded, STYLES["caffe"])
+    norm: Any = model.backbone.body["bn1"]
+    images = torch.rand(1, 64, 4, 4)
+    scale, bias = (raw[f"stem.norm.{part}"][:, None, None] for part in ("weight", "bias"))
+    torch.testing.assert_close(norm(images), images * scale + bias)
+    with pytest.raises(CheckpointError, match=r"1 tensors are missing \(roi_heads\.box_head\.fc2\.bias\)"):
+        from_detectron2({k: v for k, v in state.items() if k != "roi_heads.box_head.fc2.bias"}, STYLES["caffe"])
+    with pytest.raises(CheckpointError, match="not a Faster, Mask or Cascade R-CNN of Detectron2"):
+        from_detectron2({"proposal_generator.x": torch.zeros(1)}, STYLES["caffe"])
+
+
+def test_a_detector_that_detectron2_does_not_have() -> None:
+    with torch.device("meta"):
+        model = zoo.fasterrcnn_resnet50_fpn_v2(num_classes=4)
+    with pytest.raises(CheckpointError, match=r"no place in such a detector \(backbone\.fpn\.inner_blocks\.0\.1"):
+        to_detectron2(model)
+
+
+@pytest.mark.slow
+def test_prefixes_and_metadata_of_mmdetection(theirs: SimpleNamespace, tmp_path: Path) -> None:
+    kind = theirs.Kind()
+    state = theirs.mmdetection_names(theirs.draw(kind), kind)
+    counters = {k.replace("running_var", "num_batches_tracked"): torch.tensor(7) for k in state if "running_var" in k}
+    config = "model = dict(type='FasterRCNN', backbone=dict(type='ResNet', style='caffe'))"
+    files_and_states: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
+        "r50_caffe_fpn": ({}, {f"module.{k}": v for k, v in (state | counters).items()}),
+        "ema": ({}, {f"ema_{k}": v for k, v in state.items()}),
+        "version_2": (
+            {"config": config, "CLASSES": tuple("abcde")},
+            state | {f"ema_{k.replace('.', '_')}": v for k, v in counters.items()},
+        ),
+        "version_3": ({"cfg": config, "dataset_meta": {"classes": tuple("abcde"), "palette": None}}, state),
+    }
+    expected = mmdetection.from_mmdetection(state, STYLES["caffe"]).state_dict()
+    for name, (meta, tensors) in files_and_states.items():
+        path = tmp_path / f"{name}.pth"
+        torch.save({"meta": {"epoch": 12} | meta, "state_dict": tensors}, path)
+        model, saved = import_detector(path, "caffe" if name == "ema" else None)
+        assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items()), name
+        assert saved.class_names == (list("abcde") if meta else None)
+        assert model.recipe is not None and model.recipe["init_args"]["backbone"]["init_args"]["stride_in_1x1"]
+        path.unlink()
+
+
+def test_files_of_mmdetection_that_can_not_be_used() -> None:
+    for names, message in (
+        (["bbox_head.fc_cls.weight"], "written by MMDetection 1"),
+        (["rpn_head.rpn_cls.weight"], "not a Faster, Mask or Cascade R-CNN of MMDetection"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            mmdetection.read_layout({name: torch.zeros(1) for name in names})
+
+
+@pytest.mark.parametrize("classes", [81, 21, 91, 4])
+def test_classes_of_known_data_sets(classes: int) -> None:
+    names, ids = files._classes(classes, None)
+    known = {81: ("toothbrush", 90), 21: ("tvmonitor", 20), 91: ("toothbrush", 90)}
+    assert (names is None) == (classes == 4)
+    if names and ids:
+        assert len(names) == len(ids) == classes - 1 and (names[-1], ids[-1]) == known[classes]
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file as torchvision publishes it, at an address without a network, and an empty cache."""
+    source = tmp_path / "resnet18-5c106cde.pth"
+    source.write_bytes(b"not the file that was published")
+    fake = Weights(url=source.as_uri(), transforms=lambda: None, meta={})
+    monkeypatch.setattr(ResNet18_Weights.DEFAULT, "_value_", fake)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return source
+
+
+def test_weights_are_fetched_when_asked(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, target = "ResNet18_Weights.DEFAULT", published.parent / "hub" / "checkpoints" / published.name
+    with pytest.raises(CheckpointError, match=r"can't be fetched \(invalid hash value.*put it at .*resnet18-5c106cde"):
+        fetch_weights(name)
+    assert not target.exists()
+    published.unlink()
+    with pytest.raises(CheckpointError, match="can't be fetched"):
+        fetch_weights(name)
+    target.write_bytes(b"from elsewhere")
+    assert fetch_weights(name) == target and target.read_bytes() == b"from elsewhere"
+    with pytest.raises(CheckpointError, match=r"torchvision has no weights ResNet18_Weights\.BEST"):
+        fetch_weights("ResNet18_Weights.BEST")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert.py", *arguments])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+@pytest.mark.slow
+def test_the_script(
+    small: FasterRCNN, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = zoo.fasterrcnn_mobilenet_v3_large_fpn(num_classes=91, norm="frozen")
+    torch.save(model.state_dict(), tmp_path / "theirs.pth")
+    ours, back = str(tmp_path / "ours.safetensors"), str(tmp_path / "back.pth")
+    run(monkeypatch, "import", "--source", str(tmp_path / "theirs.pth"), "--output", ours, "--contiguous", "true")
+    assert "ours.safetensors: 80 classes, 19,3" in capsys.readouterr().out
+    assert load_detector(ours).num_classes == 81
+    run(monkeypatch, "export", "--source", ours, "--output", back, "--to", "torchvision", "--category_ids", "true")
+    assert "(weights=None, num_classes=91)" in capsys.readouterr().out
+    for arguments, message in (
+        (("import", "--source", "nowhere.pth", "--output", ours), "error: no checkpoint at nowhere.pth"),
+        (("export", "--source", ours, "--output", back, "--to", "detectron2"), "no such"),
+        (("download", "--weights", "Nothing.AT_ALL"), "error: torchvision has no weights"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run(monkeypatch, *arguments)
+        assert message in str(stopped.value.code) or message == "no such", stopped.value.code

@@ -1,0 +1,184 @@
+"""torchvision's detectors here and back: the same tensors, the same features, COCO's two ways of counting classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import detection as reference
+from torchvision.ops import FrozenBatchNorm2d
+
+from detection.interop import CheckpointError, export_detector, import_detector, load_detector, rows, save_detector
+from detection.interop.torchvision import WITHOUT_EPSILON, find_builder, from_torchvision, to_torchvision
+from detection.models import zoo
+from detection.models.backbones import resnet_fpn
+
+TWINS = [
+    "fasterrcnn_resnet50_fpn",
+    "fasterrcnn_resnet50_fpn_v2",
+    "fasterrcnn_mobilenet_v3_large_fpn",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "maskrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_fpn_v2",
+]
+MOBILE = "fasterrcnn_mobilenet_v3_large_fpn"
+
+
+def torchvisions(name: str, num_classes: int = 5) -> nn.Module:
+    """torchvision's detector with random weights; statistics too, and frozen where its published files have them so."""
+    torch.manual_seed(0)
+    model: nn.Module = getattr(reference, name)(weights=None, weights_backbone=None, num_classes=num_classes)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
+    return model.eval()
+
+
+def without_counters(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+
+
+def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the published files of 2019 have them."""
+    old = {}
+    for name, value in state.items():
+        if name.startswith("backbone.fpn."):
+            name = name.replace(".0.weight", ".weight").replace(".0.bias", ".bias")
+        name = name.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
+        for i in range(4):
+            name = name.replace(f"roi_heads.mask_head.{i}.0.", f"roi_heads.mask_head.mask_fcn{i + 1}.")
+        old[name] = value
+    return old
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWINS)
+def test_here_and_back(name: str, tmp_path: Path) -> None:
+    theirs = torchvisions(name)
+    state = theirs.state_dict()
+    live = name.endswith("_v2")
+    published = state if live else old_names(without_counters(state))
+    assert live or set(published) != set(state)
+    torch.save(published, tmp_path / f"{name}-0123abcd.pth")
+    model, saved = import_detector(tmp_path / f"{name}-0123abcd.pth")
+    assert model.recipe is not None and model.recipe["class_path"] == f"detection.models.zoo.{name}"
+    assert saved.class_names is None  # four classes could be any
+    save_detector(tmp_path / "ours.safetensors", model)
+    model = load_detector(tmp_path / "ours.safetensors")
+    image = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        ours, expected = model.backbone(image), theirs.backbone(image)
+    for key in expected:
+        assert (ours[key] - expected[key]).abs().max() < 1e-5 * expected[key].abs().max()
+    said = export_detector(tmp_path / "ours.safetensors", tmp_path / "back.pth", "torchvision")
+    assert f"torchvision.models.detection.{name}(weights=None, num_classes=5)" in said
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    wanted = state if live else without_counters(state)
+    assert set(back) == set(wanted) and all(torch.equal(back[key], wanted[key]) for key in wanted)
+    missing, extra = getattr(reference, name)(weights=None, weights_backbone=None, num_classes=5).load_state_dict(
+        back, strict=False
+    )
+    assert not extra and all(key.endswith("num_batches_tracked") for key in missing)
+
+
+def test_builders_are_found_by_the_tensors_and_the_name() -> None:
+    with torch.device("meta"):
+        states = {name: getattr(reference, name)(weights=None, weights_backbone=None).state_dict() for name in TWINS}
+    for name, state in states.items():
+        assert find_builder(state, f"{name}-0123abcd.pth") == name
+    for name in TWINS[:2]:
+        assert find_builder(states[name], "model.pth") == name
+    state = states[TWINS[0]]
+    with pytest.raises(CheckpointError, match="not a Faster or Mask R-CNN of torchvision"):
+        find_builder({"fc.weight": torch.zeros(2)})
+    fewer = {k: v for k, v in state.items() if "layer3.5" not in k}
+    with pytest.raises(CheckpointError, match="5 blocks in its third stage"):
+        find_builder(fewer)
+
+
+def test_an_odd_file_is_named_with_its_tensors(tmp_path: Path) -> None:
+    state = torchvisions(MOBILE).state_dict()
+    path = tmp_path / f"{MOBILE}-0123abcd.pth"
+    lacking = {k: v for k, v in state.items() if not k.startswith("roi_heads.box_head.fc7")}
+    torch.save(lacking | {"head.extra": torch.zeros(1)}, path)
+    message = (
+        r"0123abcd\.pth: 2 tensors are missing \(roi_heads\.box_head\.fc7\.weight, roi_heads\.box_head\.fc7\.bias\) "
+        r"and 1 tensors have no place in such a detector \(head\.extra\)"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        import_detector(path)
+    torch.save(state | {"roi_heads.box_head.fc7.bias": torch.zeros(7)}, path)
+    with pytest.raises(CheckpointError, match=r"fc7\.bias is \(7,\) where \(1024,\) is wanted"):
+        import_detector(path)
+
+
+@pytest.mark.slow
+def test_the_epsilon_of_published_files(tmp_path: Path) -> None:
+    """torchvision's COCO_V1 normalises without epsilon, and so does the exported file, with the same values."""
+    theirs = torchvisions("fasterrcnn_resnet50_fpn")
+    state = without_counters(theirs.state_dict())
+    for name, value in state.items():
+        if "body" in name and name.endswith("running_var"):
+            value.mul_(0.01)
+        elif "body" in name and name.endswith(("bn1.weight", "bn2.weight", "bn3.weight")):
+            value.fill_(0.01 if "bn3" in name else 0.1)
+    exact = FrozenBatchNorm2d(64, eps=0.0)
+    exact.load_state_dict({k.rpartition(".")[2]: v for k, v in state.items() if k.startswith("backbone.body.bn1.")})
+    image = torch.rand(1, 3, 32, 32)
+    expected = exact(theirs.backbone.body.conv1(image))
+
+    def difference(model: Any) -> float:
+        return float((model.backbone.body["bn1"](model.backbone.body["conv1"](image)) - expected).abs().max())
+
+    with torch.no_grad():
+        assert difference(from_torchvision(state, WITHOUT_EPSILON[0])) < 1e-6
+        assert difference(from_torchvision(state, "mine.pth", without_epsilon=True)) < 1e-6
+        assert difference(from_torchvision(state, "mine.pth")) > 1e-5
+    back = to_torchvision(from_torchvision(state, WITHOUT_EPSILON[0]), without_epsilon=True)
+    torch.testing.assert_close(back, state, rtol=2e-6, atol=0)
+    assert WITHOUT_EPSILON == ("fasterrcnn_resnet50_fpn_coco-258fb6c6.pth", "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth")
+
+
+def test_cocos_gaps() -> None:
+    assert len(rows.COCO_IDS) == len(rows.COCO_NAMES) == 80
+    assert sorted(set(range(1, 91)) - set(rows.COCO_IDS)) == [12, 26, 29, 30, 45, 66, 68, 69, 71, 83]
+    assert (rows.COCO_NAMES[0], rows.COCO_NAMES[11], rows.COCO_NAMES[79]) == ("person", "stop sign", "toothbrush")
+    assert (rows.COCO_IDS[11], rows.COCO_IDS[79]) == (13, 90)
+
+
+@pytest.mark.slow
+def test_91_classes_become_80_and_91_again(tmp_path: Path) -> None:
+    theirs = torchvisions(MOBILE, 91)
+    path = tmp_path / f"{MOBILE}-0123abcd.pth"
+    torch.save(theirs.state_dict(), path)
+    _, saved = import_detector(path)
+    assert saved.class_names is not None and len(saved.class_names) == 90 and saved.category_ids == list(range(1, 91))
+    model, saved = import_detector(path, contiguous=True)
+    assert model.num_classes == 81 and saved.class_names == rows.COCO_NAMES and saved.category_ids == rows.COCO_IDS
+    features = torch.rand(3, 1024)
+    with torch.no_grad():
+        logits, deltas = model.roi_heads.box_predictor(features)
+        wanted_logits, wanted_deltas = theirs.roi_heads.box_predictor(features)
+        kept = [0, *rows.COCO_IDS]
+        torch.testing.assert_close(logits, wanted_logits[:, kept])
+        torch.testing.assert_close(deltas.view(3, 81, 4), wanted_deltas.view(3, 91, 4)[:, kept])
+        save_detector(tmp_path / "ours.safetensors", model, saved.class_names, saved.category_ids)
+        export_detector(tmp_path / "ours.safetensors", tmp_path / "back.pth", "torchvision", category_ids=True)
+        again = torchvisions(MOBILE, 91)
+        again.load_state_dict(torch.load(tmp_path / "back.pth", weights_only=True), strict=False)
+        back_logits, back_deltas = again.roi_heads.box_predictor(features)
+    torch.testing.assert_close(back_logits[:, kept], logits)
+    torch.testing.assert_close(back_deltas.view(3, 91, 4)[:, kept], deltas.view(3, 81, 4))
+    absent = [i for i in range(91) if i not in kept]
+    assert (back_logits.softmax(dim=1)[:, absent] < 1e-30).all()
+
+
+def test_what_torchvision_can_not_have_is_refused() -> None:
+    with torch.device("meta"):
+        moved = zoo.faster_rcnn(resnet_fpn("resnet50", norm="frozen", stride_in_1x1=True), 5)
+    with pytest.raises(CheckpointError, match="stride in the 1x1 convolutions"):
+        to_torchvision(moved)
