@@ -4,16 +4,30 @@ from detection.anchors import AnchorGenerator
 from detection.boxes import BoxCoder
 from detection.data.batch import Batch, Target
 from detection.data.datamodule import DetectionDataModule
+from detection.data.proposals import ProposalFiles, SearchedProposals
 from detection.matching import BalancedSampler, Matcher
 from detection.models.backbones import Backbone
+from detection.models.cascade import CascadeRoIHeads
+from detection.models.compose import cascade_rcnn, faster_rcnn, mask_rcnn
 from detection.models.detector import FasterRCNN
+from detection.models.family import (
+    fast_rcnn,
+    fastrcnn_efficientnet_lite0_fpn,
+    fastrcnn_resnet_fpn,
+    rcnn_efficientnet_lite0,
+    rcnn_resnet,
+)
 from detection.models.fpn import FeaturePyramidNetwork
-from detection.models.pooling import RoIPooler
+from detection.models.masks import MaskHead, MaskPredictor
+from detection.models.pooling import RoIPool, RoIPooler
+from detection.models.proposals import GivenProposals
+from detection.models.rcnn import RegionWarp
 from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor, RoIHeads, TwoFCHead
 from detection.models.rpn import RegionProposalNetwork, RPNHead
 from detection.models.zoo import (
+    cascadercnn_efficientnet_lite0_fpn,
+    cascadercnn_resnet50_fpn,
     create_faster_rcnn,
-    faster_rcnn,
     fasterrcnn_efficientnet_lite0_fpn,
     fasterrcnn_mobilenet_v3_large_320_fpn,
     fasterrcnn_mobilenet_v3_large_fpn,
@@ -22,8 +36,12 @@ from detection.models.zoo import (
     fasterrcnn_resnet101_fpn,
     fasterrcnn_resnet_fpn,
     fasterrcnn_timm_fpn,
+    maskrcnn_efficientnet_lite0_fpn,
+    maskrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn_v2,
 )
 from detection.module import DetectionModule
+from detection.selective_search import SelectiveSearch
 
 __all__ = [
     "AnchorGenerator",
@@ -31,20 +49,33 @@ __all__ = [
     "BalancedSampler",
     "Batch",
     "BoxCoder",
+    "CascadeRoIHeads",
     "ConvFCHead",
     "DetectionDataModule",
     "DetectionModule",
     "FastRCNNPredictor",
     "FasterRCNN",
     "FeaturePyramidNetwork",
+    "GivenProposals",
+    "MaskHead",
+    "MaskPredictor",
     "Matcher",
+    "ProposalFiles",
     "RPNHead",
     "RegionProposalNetwork",
+    "RegionWarp",
     "RoIHeads",
+    "RoIPool",
     "RoIPooler",
+    "SearchedProposals",
+    "SelectiveSearch",
     "Target",
     "TwoFCHead",
+    "cascade_rcnn",
+    "cascadercnn_efficientnet_lite0_fpn",
+    "cascadercnn_resnet50_fpn",
     "create_faster_rcnn",
+    "fast_rcnn",
     "faster_rcnn",
     "fasterrcnn_efficientnet_lite0_fpn",
     "fasterrcnn_mobilenet_v3_large_320_fpn",
@@ -54,4 +85,12 @@ __all__ = [
     "fasterrcnn_resnet50_fpn_v2",
     "fasterrcnn_resnet_fpn",
     "fasterrcnn_timm_fpn",
+    "fastrcnn_efficientnet_lite0_fpn",
+    "fastrcnn_resnet_fpn",
+    "mask_rcnn",
+    "maskrcnn_efficientnet_lite0_fpn",
+    "maskrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_fpn_v2",
+    "rcnn_efficientnet_lite0",
+    "rcnn_resnet",
 ]

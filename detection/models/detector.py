@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,8 +85,7 @@ class FasterRCNN(nn.Module):
 
         Masks are still small here: `(D, m, m)` probabilities inside each box, which `paste_masks` lays on the image.
         """
-        batch = replace(batch, images=self.transform.normalise(batch.images, batch.image_sizes))
-        features = list(self.backbone(batch.images).values())
+        features = list(self.backbone(self.transform.normalise(batch.images, batch.image_sizes)).values())
         proposals, losses = self.rpn(features, batch, with_losses)
         if with_losses:
             losses |= self.roi_heads.losses(features, proposals, batch)
