@@ -103,7 +103,7 @@ class MaskBranch(nn.Module):
 
         Args:
             features: as for the box head.
-            boxes, labels, matched_idxs: `(B, M, ...)` of a `RoISample`. Regions of label 0 don't count.
+            boxes, labels, matched_idxs: `(B, M, ...)` of a `RoISample`, foreground first. Label 0 doesn't count.
             batch: for its masks.
 
         Returns:
@@ -116,9 +116,8 @@ class MaskBranch(nn.Module):
             return {}
         if batch.gt_masks is None or batch.gt_mask_windows is None:
             raise ValueError("the detector learns masks but there are none: give targets `masks`, or set data.masks")
-        if boxes.device.type == "cpu":  # where it costs nothing to wait for a number, and much to compute for no one
-            most = max(1, int((labels > 0).sum(dim=1).max()))
-            boxes, labels, matched_idxs = boxes[:, :most], labels[:, :most], matched_idxs[:, :most]
+        places = self._places(labels)
+        boxes, labels, matched_idxs = boxes[:, :places], labels[:, :places], matched_idxs[:, :places]
         foreground = labels > 0
         logits = self.mask_logits(features, boxes, labels)
         with torch.no_grad():
@@ -127,6 +126,13 @@ class MaskBranch(nn.Module):
             wanted = project_masks(batch.gt_masks, batch.gt_mask_windows, index, boxes, logits.shape[-1])
         loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=(2, 3))
         return {"loss_mask": torch.where(foreground, loss, 0.0).sum() / foreground.sum().clamp(min=1)}
+
+    @staticmethod
+    def _places(labels: Tensor) -> int:
+        """How many regions of each image the branch runs on: all on an accelerator, so that nothing waits for it."""
+        if labels.device.type != "cpu":
+            return labels.shape[1]
+        return max(1, int((labels > 0).sum(dim=1).max()))  # a processor has no queue to stop, and pays for each region
 
     def add_masks(self, features: Sequence[Tensor], detections: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Detections in pixels of the batch, with a branch also `masks` `(D, m, m)`: probabilities inside the box."""
