@@ -129,3 +129,32 @@ def _nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float)
     boxes, scores = boxes.to(exact), scores.to(exact)
     extent = boxes.amax() - boxes.amin() + 1 if boxes.numel() else boxes.new_zeros(())
     return nms(boxes + (groups.to(boxes) * extent)[:, None], scores, iou_thresh)
+
+
+def soft_nms(boxes: Tensor, scores: Tensor, groups: Tensor, sigma: float, count: int) -> tuple[Tensor, Tensor]:
+    """Soft-NMS (Bodla et al. 2017, equation 4): a box that overlaps a better one of its group loses score, not life.
+
+    Each in turn, the best of what is left is taken, and the others of its group are multiplied by exp(-IoU^2 / sigma).
+
+    Args:
+        boxes: `(B, N, 4)` float32.
+        scores: `(B, N)`, not negative; 0 for places that hold no box.
+        groups: `(B, N)` int64; boxes of different groups do not touch each other.
+        sigma: above 0; 0.5 in the paper.
+        count: how many are taken.
+
+    Returns:
+        `(B, min(count, N))` int64 indices into N, best first, and their lowered scores.
+    """
+    scores, rows = scores.clone(), torch.arange(len(boxes), device=boxes.device)
+    taken, values = [], []
+    for _ in range(min(count, scores.shape[1])):
+        value, best = scores.max(dim=1)
+        iou = pairwise_iou(boxes[rows, best][:, None], boxes)[:, 0]
+        fades = torch.where(groups == groups[rows, best][:, None], torch.exp(-iou.square() / sigma), 1.0)
+        scores = (scores * fades).scatter(1, best[:, None], -1.0)  # taken: below all others, 0 included
+        taken.append(best)
+        values.append(value)
+    if not taken:
+        return groups[:, :0], scores[:, :0]
+    return torch.stack(taken, dim=1), torch.stack(values, dim=1)

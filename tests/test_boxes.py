@@ -13,7 +13,16 @@ from torchvision import ops
 from torchvision.models.detection._utils import BoxCoder as ReferenceCoder
 
 from detection import boxes as box_arithmetic
-from detection.boxes import BoxCoder, box_area, clip_boxes, grouped_nms, is_large_enough, pairwise_iou, resize_boxes
+from detection.boxes import (
+    BoxCoder,
+    box_area,
+    clip_boxes,
+    grouped_nms,
+    is_large_enough,
+    pairwise_iou,
+    resize_boxes,
+    soft_nms,
+)
 
 seeds = st.integers(0, 2**31)
 counts = st.integers(0, 30)
@@ -177,3 +186,36 @@ def test_one_launch_of_nms_equals_one_for_each_group() -> None:
     shift = (groups * (boxes.amax() - boxes.amin() + 1))[:, None]
     assert not torch.equal(ops.nms(boxes + shift, scores, 0.5), expected)  # what is guarded against
     assert len(box_arithmetic._nms_apart(boxes[:0], scores[:0], groups[:0], 0.5)) == 0
+
+
+def test_soft_nms_by_hand() -> None:
+    """Two unit squares that share half (IoU 1/3), one of another group on top of the first, and one far away."""
+    boxes = torch.tensor([[0.0, 0, 2, 1], [1, 0, 3, 1], [0, 0, 2, 1], [9, 9, 10, 10]])[None]
+    scores, groups = torch.tensor([[0.9, 0.8, 0.7, 0.6]]), torch.tensor([[0, 0, 1, 0]])
+    taken, faded = soft_nms(boxes, scores, groups, 0.5, 3)
+    assert taken.tolist() == [[0, 2, 1]]  # 0.8 exp(-(1/3)^2 / 0.5) = 0.6406 comes after 0.7 and before 0.6
+    torch.testing.assert_close(faded, torch.tensor([[0.9, 0.7, 0.8 * math.exp(-2 / 9)]]))
+    taken, faded = soft_nms(boxes, scores, groups, 0.5, 9)
+    assert taken.tolist() == [[0, 2, 1, 3]] and faded[0, 3] == scores[0, 3]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31), st.integers(0, 30), st.floats(0.05, 2))
+def test_soft_nms_equals_its_definition(seed: int, count: int, sigma: float) -> None:
+    """A plain loop over lists, one image and group at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand((2, count, 2), generator=generator) * 8
+    boxes = torch.cat((corner, corner + torch.rand((2, count, 2), generator=generator) * 8), dim=-1)
+    scores, groups = torch.rand((2, count), generator=generator), torch.arange(count).expand(2, -1) % 3
+    taken, faded = soft_nms(boxes, scores, groups, sigma, 100)
+    for image in range(2):
+        left = {i: float(scores[image, i]) for i in range(count)}
+        for index, value in zip(taken[image].tolist(), faded[image].tolist(), strict=True):
+            best = max(left, key=lambda i: left[i])
+            assert abs(value - left[best]) < 1e-5 and abs(left[index] - left[best]) < 1e-5
+            del left[index]
+            for i in left:
+                if groups[image, i] == groups[image, index]:
+                    iou = float(ops.box_iou(boxes[image, i][None], boxes[image, index][None]).nan_to_num())
+                    left[i] *= math.exp(-(iou**2) / sigma)
+        assert not left

@@ -51,6 +51,7 @@ def faster_rcnn(
     box_batch_size_per_image: int = 512,
     box_positive_fraction: float = 0.25,
     bbox_reg_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
+    soft_nms_sigma: float | None = None,
 ) -> FasterRCNN:
     """Faster R-CNN on a backbone, each part replaceable; names and defaults are those of torchvision's `FasterRCNN`.
 
@@ -69,7 +70,7 @@ def faster_rcnn(
         box_head: default: two layers of 1024.
         box_predictor: default: one layer each for classes and boxes.
         box_score_thresh, box_nms_thresh, box_detections_per_img, box_fg_iou_thresh, box_bg_iou_thresh,
-            box_batch_size_per_image, box_positive_fraction, bbox_reg_weights: see `RoIHeads`.
+            box_batch_size_per_image, box_positive_fraction, bbox_reg_weights, soft_nms_sigma: see `RoIHeads`.
     """
     anchor_generator = rpn_anchor_generator or default_anchors(len(backbone.strides))
     channels = backbone.out_channels
@@ -101,6 +102,7 @@ def faster_rcnn(
         box_score_thresh,
         box_nms_thresh,
         box_detections_per_img,
+        soft_nms_sigma=soft_nms_sigma,
     )
     model = FasterRCNN(backbone, rpn, roi_heads, ImageTransform(min_size, max_size, image_mean, image_std))
     # Convolutions are quicker so on CPUs and GPUs alike, and the pooler reads rows of channels.
@@ -194,6 +196,7 @@ def cascade_rcnn(
             plain.nms_thresh,
             plain.detections_per_img,
             plain.box_beta,
+            plain.soft_nms_sigma,
         )
         stages.append(stage)
     model.roi_heads = CascadeRoIHeads(stages)

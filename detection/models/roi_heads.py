@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detection import losses
-from detection.boxes import BoxCoder, clip_boxes, grouped_nms, is_large_enough
+from detection.boxes import BoxCoder, clip_boxes, grouped_nms, is_large_enough, soft_nms
 from detection.data.batch import Batch
 from detection.matching import BalancedSampler, Matcher
 from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPooler
 from detection.models.rpn import Proposals
 from detection.recipes import recorded
+
+SOFT_NMS_CANDIDATES = 1000  # best detections of an image that go into Soft-NMS, which takes a step for each result
 
 
 @recorded
@@ -107,6 +109,7 @@ class RoIHeads(MaskBranch):
         nms_thresh: IoU above which the worse of two boxes of a class goes.
         detections_per_img: most detections of an image.
         box_beta: see `losses.box_loss`.
+        soft_nms_sigma: Soft-NMS with this sigma (0.5 in the paper) in place of `nms_thresh`; None for plain NMS.
         mask_roi_pool, mask_head, mask_predictor: the mask branch of `detection.models.masks`; None for boxes alone.
     """
 
@@ -127,6 +130,7 @@ class RoIHeads(MaskBranch):
         nms_thresh: float = 0.5,
         detections_per_img: int = 100,
         box_beta: float = 1 / 9,
+        soft_nms_sigma: float | None = None,
         mask_roi_pool: RoIPooler | None = None,
         mask_head: nn.Module | None = None,
         mask_predictor: nn.Module | None = None,
@@ -138,6 +142,7 @@ class RoIHeads(MaskBranch):
         self.box_coder = BoxCoder(bbox_reg_weights)
         self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
         self.detections_per_img, self.box_beta = detections_per_img, box_beta
+        self.soft_nms_sigma = soft_nms_sigma
 
     @property
     def num_classes(self) -> int:
@@ -233,6 +238,8 @@ class RoIHeads(MaskBranch):
             boxes: `(B, P, K - 1, 4)`.
             scores, usable: `(B, P, K - 1)`.
         """
+        if self.soft_nms_sigma is not None:
+            return self._select_softly(boxes, scores, usable, self.soft_nms_sigma)
         image, _, label = usable.nonzero(as_tuple=True)
         boxes, scores = boxes[usable], scores[usable]
         keep = grouped_nms(boxes, scores, image * usable.shape[2] + label, self.nms_thresh)
@@ -240,4 +247,17 @@ class RoIHeads(MaskBranch):
         for i in range(len(usable)):
             own = keep[image[keep] == i][: self.detections_per_img]
             detections.append({"boxes": boxes[own], "labels": label[own] + 1, "scores": scores[own]})
+        return detections
+
+    def _select_softly(self, boxes: Tensor, scores: Tensor, usable: Tensor, sigma: float) -> list[dict[str, Tensor]]:
+        classes = usable.shape[2]
+        ranked = torch.where(usable, scores, 0.0).flatten(1)
+        ranked, order = ranked.topk(min(SOFT_NMS_CANDIDATES, ranked.shape[1]), dim=1)
+        candidates = boxes.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, 4))
+        taken, faded = soft_nms(candidates, ranked, order % classes, sigma, self.detections_per_img)
+        detections = []
+        for i in range(len(usable)):
+            own = taken[i][faded[i] > self.score_thresh]
+            found = {"boxes": candidates[i][own], "labels": order[i][own] % classes + 1}
+            detections.append(found | {"scores": faded[i][faded[i] > self.score_thresh]})
         return detections

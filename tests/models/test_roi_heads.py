@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -168,3 +170,20 @@ def test_empty_slots_give_no_detections() -> None:
     heads = make_heads(score_thresh=0.0).eval()
     found = heads.detect(make_features(), make_proposals(20, 0), torch.tensor([SIZE] * 2))
     assert all(len(detections["scores"]) == 0 for detections in found)
+
+
+def test_soft_nms_keeps_what_plain_nms_drops_at_a_lower_score() -> None:
+    boxes = torch.tensor([[0.0, 0, 20, 20], [1, 0, 21, 20], [40, 40, 50, 50]])[None, :, None].expand(1, 3, 2, 4)
+    scores = torch.tensor([[[0.9, 0.0], [0.8, 0.3], [0.5, 0.0]]])
+    usable = scores > 0.05
+    plain = make_heads(3).select(boxes, scores, usable)[0]
+    assert plain["scores"].tolist() == pytest.approx([0.9, 0.5, 0.3]) and plain["labels"].tolist() == [1, 1, 2]
+    soft = make_heads(3, soft_nms_sigma=0.5).select(boxes, scores, usable)[0]
+    lowered = 0.8 * math.exp(-((19 / 21) ** 2) / 0.5)
+    assert soft["scores"].tolist() == pytest.approx([0.9, 0.5, 0.3, lowered]) and soft["labels"].tolist() == [
+        1,
+        1,
+        2,
+        1,
+    ]
+    assert make_heads(3, soft_nms_sigma=0.5).select(boxes, scores, usable & False)[0]["boxes"].shape == (0, 4)
