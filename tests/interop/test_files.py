@@ -130,9 +130,29 @@ def test_detectron2s_parameters_are_counted_right() -> None:
         frozen = {name for name in theirs if ".norm." in name}
         assert sum(value.numel() for name, value in theirs.items() if name not in frozen) == 41_699_936
         assert read_layout(theirs) == layout
-        for depth in ("resnet101", "resnet152"):
-            other = Layout(depth, "c4", 21, 1, False)  # type: ignore[arg-type]
-            assert read_layout(to_detectron2(build(other, STYLES["pytorch"]))) == other
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout("resnet101", "fpn", 81, 1, True),
+        Layout("resnet50", "fpn", 21, 3, True),
+        Layout("resnet101", "fpn", 21, 3, False),
+        Layout("resnet101", "c4", 21, 1, False),
+        Layout("resnet50", "c4", 81, 1, True),
+        Layout("resnet152", "dc5", 81, 1, False),
+    ],
+    ids=str,
+)
+def test_every_layout_goes_there_and_is_known_again(layout: Layout) -> None:
+    with torch.device("meta"):
+        theirs = to_detectron2(build(layout, STYLES["pytorch"]))
+    assert read_layout(theirs) == layout
+    boxes = theirs[f"roi_heads.box_predictor.{'2.' if layout.stages == 3 else ''}bbox_pred.weight"]
+    assert len(boxes) == (4 if layout.stages == 3 else 4 * (layout.num_classes - 1))
+    if layout.mask:
+        assert len(theirs["roi_heads.mask_head.predictor.weight"]) == layout.num_classes - 1
+    assert any("mask_fcn" in name for name in theirs) == (layout.mask and layout.features == "fpn")
 
 
 @pytest.mark.slow
@@ -234,8 +254,10 @@ def test_prefixes_and_metadata_of_mmdetection(theirs: SimpleNamespace, tmp_path:
 
 
 def test_files_of_mmdetection_that_can_not_be_used() -> None:
+    cascade = ["roi_head.bbox_head.0.fc_cls.weight", "neck.lateral_convs.0.conv.weight"]
     for names, message in (
         (["bbox_head.fc_cls.weight"], "written by MMDetection 1"),
+        ([*cascade, "roi_head.mask_head.0.conv_logits.weight"], "a mask branch for each stage"),
         (["rpn_head.rpn_cls.weight"], "not a Faster, Mask or Cascade R-CNN of MMDetection"),
     ):
         with pytest.raises(CheckpointError, match=message):
