@@ -1,0 +1,61 @@
+"""The commands of `scripts/benchmark.py`; each imports what it measures only when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from detection.benchmarks.report import report
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def train(network: Literal["resnet50", "efficientnet_lite0"] = "resnet50", size: int = 320, batch_size: int = 2,
+          bf16: bool = False, rounds: int = 7, device: str = "cpu", json: Path | None = None) -> None:  # fmt: skip
+    """Time a whole training step against torchvision's; see `detection.benchmarks.speed`."""
+    from detection.benchmarks.speed import measure_speed
+
+    report([measure_speed("train", network, size, batch_size, bf16, rounds, device)], json)
+
+
+def infer(network: Literal["resnet50", "efficientnet_lite0"] = "resnet50", size: int = 320, batch_size: int = 1,
+          bf16: bool = False, rounds: int = 7, device: str = "cpu", json: Path | None = None) -> None:  # fmt: skip
+    """Time inference against torchvision's; see `detection.benchmarks.speed`."""
+    from detection.benchmarks.speed import measure_speed
+
+    report([measure_speed("infer", network, size, batch_size, bf16, rounds, device)], json)
+
+
+def data(images: Path | None = None, rounds: int = 5, num_workers: int = 2, json: Path | None = None) -> None:
+    """Images a second of the loader against Pillow + torchvision v2; see `detection.benchmarks.data`."""
+    from detection.benchmarks.data import loader_throughput
+
+    report([loader_throughput(images, rounds=rounds, num_workers=num_workers)], json)
+
+
+def evaluation(images: int = 5000, json: Path | None = None) -> None:
+    """Time of computing mAP against torchmetrics with pycocotools; see `detection.benchmarks.evaluation`."""
+    from detection.benchmarks.evaluation import benchmark_eval
+
+    report(benchmark_eval(images=images), json)
+
+
+def accuracy(root: Path, config: Path = CONFIGS / "bccd.yaml", seeds: list[int] = [0, 1, 2],  # noqa: B006
+             contenders: list[str] = [], json: Path | None = None) -> None:  # noqa: B006  # fmt: skip
+    """AP after the same training as torchvision's detector; see `detection.benchmarks.accuracy`."""
+    from detection.benchmarks.accuracy import measure_accuracy, summarise
+
+    rows = measure_accuracy(config, root, seeds, contenders)
+    report(rows, json)
+    report(summarise(rows), None)
+
+
+def family(ckpts: list[Path], root: Path | None = None, images: int = 10, rounds: int = 3,
+           json: Path | None = None) -> None:  # fmt: skip
+    """Proposal time, time an image and AP of trained checkpoints; see `detection.benchmarks.family`."""
+    from detection.benchmarks.family import measure_family
+
+    report(measure_family(ckpts, root, images, rounds), json)
+
+
+COMMANDS = {"train": train, "infer": infer, "data": data, "eval": evaluation, "accuracy": accuracy, "family": family}
