@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,6 +114,7 @@ class DetectionDataModule(L.LightningDataModule):
         group_by_aspect: batch wide images with wide, high with high.
         repeat_threshold: show images of classes rarer than this fraction of images more often; 0 is off.
         with_difficult: train on objects marked difficult too.
+        keep_empty: train on images without objects too. Evaluation always has them.
         masks: read instance masks.
         proposals: give each image the proposals of this source, for detectors that learn none (Fast R-CNN, R-CNN).
         max_unreadable: training images, on each device, that may become unreadable during a run and are replaced by
@@ -145,6 +147,7 @@ class DetectionDataModule(L.LightningDataModule):
         group_by_aspect: bool = True,
         repeat_threshold: float = 0.0,
         with_difficult: bool = False,
+        keep_empty: bool = True,
         masks: bool = False,
         proposals: ProposalSource | None = None,
         max_unreadable: int = 10,
@@ -235,6 +238,8 @@ class DetectionDataModule(L.LightningDataModule):
         self._classes()  # the training split names the classes of all splits
         index, self._train_index = (split == "train" and self._train_index) or self._read(split), None
         _check(index, split)
+        if split == "train" and not hp["keep_empty"]:
+            index = replace(index, records=[record for record in index.records if len(record.labels)])
         sizes = [hp["min_size"]] if isinstance(hp["min_size"], int) else list(hp["min_size"])
         if split == "train":
             transform = train_transform(
@@ -252,7 +257,8 @@ class DetectionDataModule(L.LightningDataModule):
         """Warn where the batches that workers keep ready won't fit: a container's 64 MiB end in a bus error."""
         if self.hparams["num_workers"] and Path(folder).is_dir():
             batch = 3 * min(min_size, self.hparams["max_size"]) * self.hparams["max_size"] * self.hparams["batch_size"]
-            need, free = 2 * batch * self.hparams["num_workers"] >> 20, shutil.disk_usage(folder).free >> 20
+            # each has two batches ready or in work, and one that it gave away is not free yet
+            need, free = 3 * batch * self.hparams["num_workers"] >> 20, shutil.disk_usage(folder).free >> 20
             if need > free:
                 rank_zero_warn(
                     f"{folder} has {free} MiB free, but {self.hparams['num_workers']} workers with batches of "

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -34,6 +39,22 @@ def picture(height: int = 90, width: int = 120, seed: int = 0) -> np.ndarray:
     grid = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(seed))
     image = torch.nn.functional.interpolate(grid, (height, width), mode="bicubic").clamp(0, 1) * 255
     return np.ascontiguousarray(image[0].permute(1, 2, 0).byte().numpy())
+
+
+def test_albumentations_is_called_here_only_and_asks_the_network_for_nothing() -> None:
+    """Its import would ask for the newest version; any attempt to connect ends the process with code 3."""
+    package = Path(augment.__file__).parents[1]
+    call = re.compile(r"^(import|from) albumentations", re.MULTILINE)
+    assert [path for path in package.rglob("*.py") if call.search(path.read_text())] == [Path(augment.__file__)]
+    script = (
+        "import os, sys; calls = ('socket.connect', 'socket.getaddrinfo')\n"
+        "sys.addaudithook(lambda event, _: os._exit(3) if event in calls else None)\n"
+        "import detection.data.augment, albumentations; print(albumentations.__version__)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "NO_ALBUMENTATIONS_UPDATE"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=package.parent)
+    assert done.returncode == 0 and done.stdout.startswith("2.0."), done.stderr
 
 
 @given(st.integers(2, 2000), st.integers(2, 2000), st.integers(30, 900), st.integers(0, 700))

@@ -244,7 +244,7 @@ def test_small_shared_memory_is_warned_of(cache: Path, monkeypatch: pytest.Monke
     usage = type("Usage", (), {"free": 64 << 20})
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
     data = DetectionDataModule(root=str(cache), batch_size=16, num_workers=4, min_size=800, max_size=1333)
-    with pytest.warns(UserWarning, match="64 MiB free, but 4 workers with batches of 48 MiB may need 390"):
+    with pytest.warns(UserWarning, match="64 MiB free, but 4 workers with batches of 48 MiB may need 585"):
         data._check_shared_memory(800, str(cache))
 
 
@@ -344,6 +344,23 @@ def test_images_lost_during_a_run_are_named_up_to_a_cap(
     (val.root / val.store[0].file_name).unlink()
     with pytest.raises(DataError, match=Path(val.store[0].file_name).name):
         list(data.val_dataloader())
+
+
+def test_images_without_objects_are_kept_unless_asked(shared_data: Path) -> None:
+    """tiny_coco's splits have 1 and 2 images without an annotation."""
+    for keep in (True, False):
+        data = DetectionDataModule(
+            root=str(shared_data / "tiny_coco"),
+            format="coco",
+            train_split="annotations/instances_train2017.json",
+            val_split="annotations/instances_val2017.json",
+            train_images="train2017",
+            val_images="val2017",
+            keep_empty=keep,
+        )
+        data.setup("fit")
+        empty = [int((d.store.object_ends.diff() == 0).sum()) for d in data._datasets.values()]
+        assert empty == [1 if keep else 0, 2]
 
 
 def test_copy_paste_without_masks_is_refused(cache: Path) -> None:
