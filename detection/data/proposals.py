@@ -152,18 +152,25 @@ class SearchedProposals:
             index: the images.
             split: its name, for the log.
             **loading: of the DataLoader whose workers compute: `num_workers`, `worker_init_fn`.
+
+        Raises:
+            DataError: an image can't be read, or scikit-image is not installed.
         """
         cache = self.open(index, split)
         missing = cache.missing(index.records)
         if missing:
             rank_zero_info(f"{split}: Selective Search on {len(missing)} images, to be kept in {cache.folder}")
             loader = DataLoader(_Search(self.search, cache, missing), batch_size=None, **loading)
-            for _ in _shown(loader, len(missing), f"proposals of {split}"):
-                pass
+            for problem in _shown(loader, len(missing), f"proposals of {split}"):
+                if problem:
+                    raise DataError(problem)
 
 
-class _Search(Dataset[int]):
-    """Computes and writes the proposals of an image when it is asked for, and gives back their number."""
+class _Search(Dataset[str]):
+    """Computes and writes the proposals of an image when it is asked for, and gives back what went wrong, or nothing.
+
+    An error that leaves a worker would arrive as a page of traceback.
+    """
 
     def __init__(self, search: SelectiveSearch, cache: ProposalCache, records: Sequence[Record]) -> None:
         self.search, self.cache, self.records = search, cache, records
@@ -171,11 +178,14 @@ class _Search(Dataset[int]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, i: int) -> int:
+    def __getitem__(self, i: int) -> str:
         record = self.records[i]
-        boxes = self.search(read_image(self.cache.root / record.file_name, (record.height, record.width)))
-        self.cache.write(record, boxes)
-        return len(boxes)
+        try:
+            image = read_image(self.cache.root / record.file_name, (record.height, record.width))
+            self.cache.write(record, self.search(image))
+        except (DataError, ImportError, OSError) as error:
+            return str(error)
+        return ""
 
 
 def _shown(items: Iterable[Any], total: int, label: str) -> Iterator[Any]:

@@ -155,10 +155,14 @@ def test_an_interrupted_write_leaves_nothing(
     assert content(cache.folder) == before
 
 
-def test_an_image_that_cannot_be_read_is_named(index: Index, source: SearchedProposals) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named_in_one_line(
+    index: Index, source: SearchedProposals, workers: int
+) -> None:
     (index.root / "a.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"a\.png"):
-        source.prepare(index, "train", num_workers=1)
+    with pytest.raises(DataError, match=r"/a\.png: ") as error:
+        source.prepare(index, "train", num_workers=workers)
+    assert "\n" not in str(error.value)
 
 
 def test_results_files_by_hand(tmp_path: Path) -> None:
