@@ -5,6 +5,8 @@ from detection.boxes import BoxCoder
 from detection.data.batch import Batch, Target
 from detection.data.datamodule import DetectionDataModule
 from detection.data.proposals import ProposalFiles, SearchedProposals
+from detection.interop import detector_for_classes, load_detector, save_detector
+from detection.losses import CIoULoss, GIoULoss
 from detection.matching import BalancedSampler, Matcher
 from detection.models.backbones import Backbone
 from detection.models.cascade import CascadeRoIHeads
@@ -12,6 +14,8 @@ from detection.models.compose import cascade_rcnn, faster_rcnn, mask_rcnn
 from detection.models.detector import FasterRCNN
 from detection.models.family import (
     fast_rcnn,
+    fasterrcnn_resnet_c4,
+    fasterrcnn_resnet_dc5,
     fastrcnn_efficientnet_lite0_fpn,
     fastrcnn_resnet_fpn,
     rcnn_efficientnet_lite0,
@@ -49,6 +53,7 @@ __all__ = [
     "BalancedSampler",
     "Batch",
     "BoxCoder",
+    "CIoULoss",
     "CascadeRoIHeads",
     "ConvFCHead",
     "DetectionDataModule",
@@ -56,6 +61,7 @@ __all__ = [
     "FastRCNNPredictor",
     "FasterRCNN",
     "FeaturePyramidNetwork",
+    "GIoULoss",
     "GivenProposals",
     "MaskHead",
     "MaskPredictor",
@@ -75,6 +81,7 @@ __all__ = [
     "cascadercnn_efficientnet_lite0_fpn",
     "cascadercnn_resnet50_fpn",
     "create_faster_rcnn",
+    "detector_for_classes",
     "fast_rcnn",
     "faster_rcnn",
     "fasterrcnn_efficientnet_lite0_fpn",
@@ -83,14 +90,18 @@ __all__ = [
     "fasterrcnn_resnet101_fpn",
     "fasterrcnn_resnet50_fpn",
     "fasterrcnn_resnet50_fpn_v2",
+    "fasterrcnn_resnet_c4",
+    "fasterrcnn_resnet_dc5",
     "fasterrcnn_resnet_fpn",
     "fasterrcnn_timm_fpn",
     "fastrcnn_efficientnet_lite0_fpn",
     "fastrcnn_resnet_fpn",
+    "load_detector",
     "mask_rcnn",
     "maskrcnn_efficientnet_lite0_fpn",
     "maskrcnn_resnet50_fpn",
     "maskrcnn_resnet50_fpn_v2",
     "rcnn_efficientnet_lite0",
     "rcnn_resnet",
+    "save_detector",
 ]

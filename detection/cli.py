@@ -28,7 +28,7 @@ from detection.callbacks import Bar, PredictionPictures, Results, Throughput
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
 from detection.loggers import MetricsFile, WandbMode, wandb_logger
-from detection.models import zoo
+from detection.models import family, zoo
 from detection.module import DetectionModule
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Parser(LightningArgumentParser):
         for word in re.findall(r"--([\w.+-]+)", message) + re.findall(r"['\"]([\w.+-]+)['\"]", message):
             if word not in known and (name := _nearest(word, known)):
                 return f" (did you mean --{name}?)"
-        builder = difflib.get_close_matches(message.split()[-1], vars(zoo), 1, 0.75)
+        builder = difflib.get_close_matches(message.split()[-1], {**vars(zoo), **vars(family)}, 1, 0.75)
         return f" (did you mean {builder[0]}?)" if builder else ""
 
 
@@ -216,8 +216,9 @@ def expand(args: Sequence[str]) -> list[str]:
         flag, equals, value = arg.partition("=") if arg.startswith("-") else (previous, "", arg)
         if flag in ("-c", "--config") and not Path(value).is_file() and (CONFIGS / f"{value}.yaml").is_file():
             value = str(CONFIGS / f"{value}.yaml")
-        if flag in ("--model.detector", "--model.detector.class_path") and value in vars(zoo):
-            value = f"{zoo.__name__}.{value}"
+        home = next((module for module in (zoo, family) if value in vars(module)), None)
+        if flag in ("--model.detector", "--model.detector.class_path") and home is not None:
+            value = f"{home.__name__}.{value}"
         expanded.append(f"{flag}{equals}{value}" if arg.startswith("-") else value)
         previous = arg
         if flag == "--resume":
@@ -236,6 +237,8 @@ def fit_detector_to_data(detector: Namespace, data: DetectionDataModule) -> None
         "min_size": sizes if isinstance(sizes, int) else sorted(sizes),
         "max_size": data.hparams["max_size"],
     }
+    if any(detector.init_args.get(name) for name in ("weights", "path")):
+        follow["class_names"] = data.class_names  # to keep what the weights know of classes of the same name
     defaults = _defaults(detector.class_path)
     for name, value in follow.items():
         if name in detector.init_args and detector.init_args[name] == defaults.get(name):

@@ -12,6 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import complete_box_iou_loss, generalized_box_iou_loss
+
+from detection.recipes import recorded
 
 
 def objectness_loss(logits: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
@@ -49,6 +52,43 @@ def box_loss(deltas: Tensor, gt_deltas: Tensor, foreground: Tensor, valid: Tenso
     wanted = torch.where(foreground[:, None], gt_deltas, 0.0)
     loss = F.smooth_l1_loss(deltas.float(), wanted, beta=beta, reduction="none").sum(dim=1)
     return _mean_of(loss, foreground, valid)
+
+
+class OverlapLoss:
+    """A loss of how predicted and true boxes overlap, to take the place of the smooth L1 of their deltas.
+
+    Args:
+        weight: factor on the loss, which is smaller than smooth L1's sum over four deltas.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+
+    def __call__(self, boxes: Tensor, gt_boxes: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
+        """As `box_loss`, on boxes `(R, 4)` xyxy float32 in pixels; rows that are not foreground may hold anything."""
+        unit = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])  # two equal boxes: no loss, and a gradient that is finite
+        pair = [torch.where(foreground[:, None], side, unit) for side in (boxes, gt_boxes)]
+        return self.weight * _mean_of(self.of_pairs(*pair), foreground, valid)
+
+    def of_pairs(self, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+        """The loss `(R,)` of each pair."""
+        raise NotImplementedError
+
+
+@recorded
+class GIoULoss(OverlapLoss):
+    """1 - generalised IoU (Rezatofighi et al. 2019, algorithm 1)."""
+
+    def of_pairs(self, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+        return generalized_box_iou_loss(boxes, gt_boxes)
+
+
+@recorded
+class CIoULoss(OverlapLoss):
+    """1 - IoU and penalties on the distance of centres and on the shape (Zheng et al. 2020, equation 10)."""
+
+    def of_pairs(self, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+        return complete_box_iou_loss(boxes, gt_boxes)
 
 
 def _mean_of(loss: Tensor, counted: Tensor, valid: Tensor) -> Tensor:

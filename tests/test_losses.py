@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
 from detection.boxes import BoxCoder
-from detection.losses import box_loss, classification_loss, objectness_loss
+from detection.losses import CIoULoss, GIoULoss, OverlapLoss, box_loss, classification_loss, objectness_loss
 
 
 def test_fast_rcnn_losses_of_a_seeded_predictor() -> None:
@@ -107,3 +108,31 @@ def test_losses_of_half_precision_are_float32() -> None:
     assert classification_loss(half[0], labels, valid).dtype == torch.float32
     assert objectness_loss(half[0][:, 0], labels > 0, valid).dtype == torch.float32
     assert box_loss(half[1], wanted, labels > 0, valid).dtype == torch.float32
+
+
+# The values that Detectron2 publishes for its losses: boxes that share a half, and the same box.
+UNIT, HALF = [0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.5, 1.0]
+
+
+def test_overlap_losses_of_published_values() -> None:
+    one = torch.ones(1, dtype=torch.bool)
+    unit, half = torch.tensor([UNIT]), torch.tensor([HALF])
+    # GIoU of boxes inside each other is their IoU; centres 0.25 apart in a hull of diagonal sqrt(2): d^2 / c^2 = 1/32.
+    torch.testing.assert_close(GIoULoss()(unit, half, one, one), torch.tensor(0.5))
+    torch.testing.assert_close(CIoULoss()(unit, half, one, one), torch.tensor(0.5345), atol=1e-4, rtol=0)
+    apart = torch.tensor([[1.0, 1.0, 2.0, 2.0]])  # hull of 4, union of 2: 1 + (4 - 2) / 4
+    torch.testing.assert_close(GIoULoss(2.0)(unit, apart, one, one), torch.tensor(3.0))
+
+
+@pytest.mark.parametrize("loss", [GIoULoss(), CIoULoss()])
+def test_overlap_losses_count_foreground_over_all_valid_rows(loss: OverlapLoss) -> None:
+    boxes = torch.tensor([UNIT, UNIT, [0.0, 0, -5, float("nan")], [float("inf")] * 4], requires_grad=True)
+    gt_boxes = torch.tensor([HALF, UNIT, [float("nan")] * 4, HALF])
+    foreground, valid = torch.tensor([True, True, False, False]), torch.tensor([True, True, True, False])
+    found = loss(boxes, gt_boxes, foreground, valid)
+    single = loss(torch.tensor([UNIT]), torch.tensor([HALF]), foreground[:1], valid[:1])
+    torch.testing.assert_close(found, single / 3)
+    none = loss(boxes, gt_boxes, foreground & False, valid)
+    assert none == 0
+    (found + none).backward()
+    assert boxes.grad is not None and boxes.grad.isfinite().all() and boxes.grad[0].any() and not boxes.grad[2:].any()

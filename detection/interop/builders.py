@@ -10,23 +10,20 @@ Shape shorthand:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.resnet import Bottleneck
 
 from detection.anchors import AnchorGenerator
 from detection.interop.rows import STYLES, Style
 from detection.models.backbones import Backbone, ResNetName, resnet_c4, resnet_dc5, resnet_fpn
 from detection.models.c4 import Res5Head, Res5Maps, res5_head
-from detection.models.cascade import CascadeRoIHeads
 from detection.models.compose import cascade_rcnn, default_anchors, faster_rcnn, mask_rcnn
 from detection.models.detector import FasterRCNN
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import RoIHeads
-from detection.models.rpn import Proposals
 from detection.models.weights import CheckpointError
 from detection.recipes import recorded
 
@@ -101,7 +98,7 @@ def style_of(model: FasterRCNN) -> Style:
 def box_pool_of(model: FasterRCNN) -> RoIPooler:
     """What pools for the boxes, of the first stage in a cascade."""
     heads = next(module for module in model.roi_heads.modules() if isinstance(module, RoIHeads))
-    return heads.box_roi_pool
+    return heads.box_roi_pool  # type: ignore[return-value]
 
 
 @recorded
@@ -113,6 +110,8 @@ def aligned_rcnn(
     box_output_size: int = 7,
     rpn_anchor_generator: AnchorGenerator | None = None,
     rpn_post_nms_top_n_train: int = 1000,
+    rpn_box_beta: float = 0.0,
+    box_beta: float = 0.0,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Faster or Mask R-CNN as Detectron2 and MMDetection train it.
@@ -125,6 +124,7 @@ def aligned_rcnn(
         box_output_size: side of the pooled features.
         rpn_anchor_generator: default: that of `faster_rcnn`, not rounded.
         rpn_post_nms_top_n_train: proposals of an image in training.
+        rpn_box_beta, box_beta: plain L1; see `losses.box_loss`.
         **kwargs: see `faster_rcnn`.
     """
     arguments: dict[str, Any] = kwargs | {
@@ -132,14 +132,13 @@ def aligned_rcnn(
         "rpn_post_nms_top_n_train": rpn_post_nms_top_n_train,
         "box_roi_pool": _pooler(backbone, box_output_size),
         "box_head": box_head,
+        "rpn_box_beta": rpn_box_beta,
+        "box_beta": box_beta,
     }
-    if masks:
-        mask_head = Res5Maps(box_head) if isinstance(box_head, Res5Head) else None
-        model = mask_rcnn(backbone, num_classes, _pooler(backbone, 14), mask_head, **arguments)
-    else:
-        model = faster_rcnn(backbone, num_classes, **arguments)
-    _set_betas(model, 0.0, 0.0)
-    return model
+    if not masks:
+        return faster_rcnn(backbone, num_classes, **arguments)
+    mask_head = Res5Maps(box_head) if isinstance(box_head, Res5Head) else None
+    return mask_rcnn(backbone, num_classes, _pooler(backbone, 14), mask_head, **arguments)
 
 
 @recorded
@@ -168,43 +167,17 @@ def aligned_cascade_rcnn(
         num_classes,
         masks,
         cascade_bbox_reg_weights=cascade_bbox_reg_weights,
+        mean_of_logits=mean_of_logits,
+        rpn_box_beta=rpn_box_beta,
+        box_beta=box_beta,
         rpn_anchor_generator=rpn_anchor_generator or default_anchors(len(backbone.strides), round_anchors=False),
         box_roi_pool=_pooler(backbone, 7),
         **kwargs,
     )
-    heads: Any = model.roi_heads
-    if mean_of_logits:
-        model.roi_heads = heads = MeanLogitHeads(
-            list(heads.stages), heads.mask_roi_pool, heads.mask_head, heads.mask_predictor
-        )
     if masks:
-        heads.mask_roi_pool = _pooler(backbone, 14)
-    _set_betas(model, rpn_box_beta, box_beta)
+        model.roi_heads.mask_roi_pool = _pooler(backbone, 14)
     return model
-
-
-class MeanLogitHeads(CascadeRoIHeads):
-    """A cascade whose class probabilities are those of the stages' mean logits."""
-
-    def detect(self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor) -> list[dict[str, Tensor]]:
-        """As `RoIHeads.detect`."""
-        every: list[Tensor] = []
-        *earlier, last = self._heads
-        for stage in earlier:
-            logits, deltas = stage.predict(features, proposals.boxes)
-            every.append(logits.float())
-            proposals = replace(proposals, boxes=self._refine(stage, proposals.boxes, deltas, image_sizes))
-        logits, deltas = last.predict(features, proposals.boxes)
-        scores = torch.stack([*every, logits.float()]).mean(dim=0).softmax(dim=-1)
-        return self.add_masks(features, last.decide(scores, deltas, proposals, image_sizes))
 
 
 def _pooler(backbone: Backbone, output_size: int) -> RoIPooler:
     return RoIPooler(output_size, sampling_ratio=0, aligned=True, num_levels=max(1, len(backbone.strides) - 1))
-
-
-def _set_betas(model: FasterRCNN, rpn: float, box: float) -> None:
-    model.rpn.box_beta = rpn
-    for heads in model.roi_heads.modules():
-        if isinstance(heads, RoIHeads):
-            heads.box_beta = box

@@ -50,7 +50,7 @@ def load_detector(path: str | Path) -> FasterRCNN:
     return model.eval()
 
 
-def detector_for_classes(path: str | Path, class_names: Sequence[str]) -> FasterRCNN:
+def detector_for_classes(path: str | Path, class_names: Sequence[str] = ()) -> FasterRCNN:
     """A detector to train further on other classes; those of the same name keep what was learned of them.
 
     Args:

@@ -34,6 +34,7 @@ class CascadeRoIHeads(MaskBranch):
         stages: heads with `class_agnostic` predictors; IoU thresholds rise from one to the next.
         mask_roi_pool, mask_head, mask_predictor: one branch, on the boxes that the first stage samples in training and
             on the detections in evaluation; None for boxes alone.
+        mean_of_logits: average the stages' logits, as MMDetection does, and not their probabilities.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class CascadeRoIHeads(MaskBranch):
         mask_roi_pool: RoIPooler | None = None,
         mask_head: nn.Module | None = None,
         mask_predictor: nn.Module | None = None,
+        mean_of_logits: bool = False,
     ) -> None:
         super().__init__(mask_roi_pool, mask_head, mask_predictor, stages[0].strides)
+        self.mean_of_logits = mean_of_logits
         self.stages = nn.ModuleList(stages)
 
     @property
@@ -88,13 +91,14 @@ class CascadeRoIHeads(MaskBranch):
 
     def detect(self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor) -> list[dict[str, Tensor]]:
         """As `RoIHeads.detect`."""
-        scores: list[Tensor] = []
+        every: list[Tensor] = []
         *earlier, last = self._heads
         for stage in earlier:
             logits, deltas = stage.predict(features, proposals.boxes)
-            scores.append(logits.float().softmax(dim=-1))
+            every.append(logits.float())
             proposals = replace(proposals, boxes=self._refine(stage, proposals.boxes, deltas, image_sizes))
         logits, deltas = last.predict(features, proposals.boxes)
-        scores.append(logits.float().softmax(dim=-1))
-        detections = last.decide(torch.stack(scores).mean(dim=0), deltas, proposals, image_sizes)
-        return self.add_masks(features, detections)
+        stacked = torch.stack([*every, logits.float()])
+        mean_first = self.mean_of_logits
+        scores = stacked.mean(dim=0).softmax(dim=-1) if mean_first else stacked.softmax(dim=-1).mean(dim=0)
+        return self.add_masks(features, last.decide(scores, deltas, proposals, image_sizes))

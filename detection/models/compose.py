@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from detection.anchors import AnchorGenerator
+from detection.losses import OverlapLoss
 from detection.models.backbones import Backbone
 from detection.models.cascade import CascadeRoIHeads
 from detection.models.detector import FasterRCNN
@@ -40,7 +41,7 @@ def faster_rcnn(
     rpn_batch_size_per_image: int = 256,
     rpn_positive_fraction: float = 0.5,
     rpn_score_thresh: float = 0.0,
-    box_roi_pool: RoIPooler | None = None,
+    box_roi_pool: nn.Module | None = None,
     box_head: nn.Module | None = None,
     box_predictor: nn.Module | None = None,
     box_score_thresh: float = 0.05,
@@ -52,6 +53,10 @@ def faster_rcnn(
     box_positive_fraction: float = 0.25,
     bbox_reg_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
     soft_nms_sigma: float | None = None,
+    rpn_box_beta: float = 1 / 9,
+    box_beta: float = 1 / 9,
+    rpn_overlap_loss: OverlapLoss | None = None,
+    box_overlap_loss: OverlapLoss | None = None,
 ) -> FasterRCNN:
     """Faster R-CNN on a backbone, each part replaceable; names and defaults are those of torchvision's `FasterRCNN`.
 
@@ -71,6 +76,8 @@ def faster_rcnn(
         box_predictor: default: one layer each for classes and boxes.
         box_score_thresh, box_nms_thresh, box_detections_per_img, box_fg_iou_thresh, box_bg_iou_thresh,
             box_batch_size_per_image, box_positive_fraction, bbox_reg_weights, soft_nms_sigma: see `RoIHeads`.
+        rpn_box_beta, box_beta: where smooth L1 turns from quadratic to linear, see `losses.box_loss`.
+        rpn_overlap_loss, box_overlap_loss: `GIoULoss` or `CIoULoss` in place of smooth L1.
     """
     anchor_generator = rpn_anchor_generator or default_anchors(len(backbone.strides))
     channels = backbone.out_channels
@@ -86,9 +93,11 @@ def faster_rcnn(
         {"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test},
         rpn_nms_thresh,
         rpn_score_thresh,
+        rpn_box_beta,
+        overlap_loss=rpn_overlap_loss,
     )
     box_roi_pool = box_roi_pool or RoIPooler(num_levels=max(1, len(backbone.strides) - 1))
-    box_head = box_head or TwoFCHead(channels, box_roi_pool.output_size)
+    box_head = box_head or TwoFCHead(channels, box_roi_pool.output_size)  # type: ignore[arg-type]
     roi_heads = RoIHeads(
         box_roi_pool,
         box_head,
@@ -102,7 +111,9 @@ def faster_rcnn(
         box_score_thresh,
         box_nms_thresh,
         box_detections_per_img,
-        soft_nms_sigma=soft_nms_sigma,
+        box_beta,
+        soft_nms_sigma,
+        box_overlap_loss,
     )
     model = FasterRCNN(backbone, rpn, roi_heads, ImageTransform(min_size, max_size, image_mean, image_std))
     # Convolutions are quicker so on CPUs and GPUs alike, and the pooler reads rows of channels.
@@ -157,6 +168,7 @@ def cascade_rcnn(
     masks: bool = False,
     cascade_iou_thresh: Sequence[float] = (0.5, 0.6, 0.7),
     cascade_bbox_reg_weights: Sequence[Sequence[float]] = ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)),
+    mean_of_logits: bool = False,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Cascade R-CNN (Cai and Vasconcelos 2018, section 4): three box heads in a row.
@@ -166,6 +178,7 @@ def cascade_rcnn(
         masks: with a mask branch.
         cascade_iou_thresh: of each stage, foreground from it on.
         cascade_bbox_reg_weights: of each stage; the boxes get better, so the deltas get smaller.
+        mean_of_logits: see `CascadeRoIHeads`.
         **kwargs: see `faster_rcnn`; `box_fg_iou_thresh`, `box_bg_iou_thresh`, `bbox_reg_weights`, `box_head` and
             `box_predictor` have no say here.
 
@@ -181,7 +194,7 @@ def cascade_rcnn(
     plain: RoIHeads = model.roi_heads  # type: ignore[assignment]
     stages = []
     for iou, weights in zip(cascade_iou_thresh, cascade_bbox_reg_weights, strict=True):
-        head = TwoFCHead(backbone.out_channels, plain.box_roi_pool.output_size)
+        head = TwoFCHead(backbone.out_channels, plain.box_roi_pool.output_size)  # type: ignore[arg-type]
         stage = RoIHeads(
             plain.box_roi_pool,
             head,
@@ -197,9 +210,10 @@ def cascade_rcnn(
             plain.detections_per_img,
             plain.box_beta,
             plain.soft_nms_sigma,
+            plain.overlap_loss,
         )
         stages.append(stage)
-    model.roi_heads = CascadeRoIHeads(stages)
+    model.roi_heads = CascadeRoIHeads(stages, mean_of_logits=mean_of_logits)
     if masks:
         add_mask_branch(model.roi_heads, backbone, num_classes)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]

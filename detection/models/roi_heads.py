@@ -109,6 +109,7 @@ class RoIHeads(MaskBranch):
         nms_thresh: IoU above which the worse of two boxes of a class goes.
         detections_per_img: most detections of an image.
         box_beta: see `losses.box_loss`.
+        overlap_loss: in place of smooth L1, on the boxes themselves.
         soft_nms_sigma: Soft-NMS with this sigma (0.5 in the paper) in place of `nms_thresh`; None for plain NMS.
         mask_roi_pool, mask_head, mask_predictor: the mask branch of `detection.models.masks`; None for boxes alone.
     """
@@ -117,7 +118,7 @@ class RoIHeads(MaskBranch):
 
     def __init__(
         self,
-        box_roi_pool: RoIPooler,
+        box_roi_pool: nn.Module,
         box_head: nn.Module,
         box_predictor: nn.Module,
         strides: Sequence[int],
@@ -131,6 +132,7 @@ class RoIHeads(MaskBranch):
         detections_per_img: int = 100,
         box_beta: float = 1 / 9,
         soft_nms_sigma: float | None = None,
+        overlap_loss: losses.OverlapLoss | None = None,
         mask_roi_pool: RoIPooler | None = None,
         mask_head: nn.Module | None = None,
         mask_predictor: nn.Module | None = None,
@@ -142,7 +144,7 @@ class RoIHeads(MaskBranch):
         self.box_coder = BoxCoder(bbox_reg_weights)
         self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
         self.detections_per_img, self.box_beta = detections_per_img, box_beta
-        self.soft_nms_sigma = soft_nms_sigma
+        self.soft_nms_sigma, self.overlap_loss = soft_nms_sigma, overlap_loss
 
     @property
     def num_classes(self) -> int:
@@ -199,17 +201,20 @@ class RoIHeads(MaskBranch):
     def box_losses(self, logits: Tensor, deltas: Tensor, sample: RoISample, batch: Batch) -> dict[str, Tensor]:
         """`loss_classifier` and `loss_box_reg` of what `predict` gave for the sampled regions."""
         index = sample.matched_idxs[..., None].expand(-1, -1, 4)
-        gt_deltas = self.box_coder.encode(batch.gt_boxes.gather(1, index), sample.boxes)
+        gt_boxes = batch.gt_boxes.gather(1, index)
         # The refinement of the true class alone is trained.
         own = sample.labels if deltas.shape[2] > 1 else torch.zeros_like(sample.labels)
         deltas = deltas.gather(2, own[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
         labels, valid = sample.labels.flatten(), sample.valid.flatten()
-        return {
-            "loss_classifier": losses.classification_loss(logits.flatten(0, 1), labels, valid),
-            "loss_box_reg": losses.box_loss(
-                deltas.flatten(0, 1), gt_deltas.flatten(0, 1), (labels > 0) & valid, valid, self.box_beta
-            ),
-        }
+        foreground = (labels > 0) & valid
+        if self.overlap_loss is not None:
+            boxes = self.box_coder.decode(deltas, sample.boxes)
+            box_loss = self.overlap_loss(boxes.flatten(0, 1), gt_boxes.flatten(0, 1), foreground, valid)
+        else:
+            gt_deltas = self.box_coder.encode(gt_boxes, sample.boxes)
+            box_loss = losses.box_loss(deltas.flatten(0, 1), gt_deltas.flatten(0, 1), foreground, valid, self.box_beta)
+        classes = losses.classification_loss(logits.flatten(0, 1), labels, valid)
+        return {"loss_classifier": classes, "loss_box_reg": box_loss}
 
     def detect(self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor) -> list[dict[str, Tensor]]:
         """Each image's `boxes` `(D, 4)` in pixels of the batch, `labels` and `scores` `(D,)`, best first.

@@ -89,6 +89,7 @@ class RegionProposalNetwork(nn.Module):
         nms_thresh: IoU above which NMS drops the worse box; levels do not suppress each other.
         score_thresh: least objectness of a proposal, in [0, 1].
         box_beta: see `losses.box_loss`.
+        overlap_loss: in place of smooth L1, on the boxes themselves.
     """
 
     min_size = 1e-3  # pixels: sides that a proposal must have
@@ -107,6 +108,7 @@ class RegionProposalNetwork(nn.Module):
         nms_thresh: float = 0.7,
         score_thresh: float = 0.0,
         box_beta: float = 1 / 9,
+        overlap_loss: losses.OverlapLoss | None = None,
     ) -> None:
         super().__init__()
         self.anchor_generator = anchor_generator
@@ -117,6 +119,7 @@ class RegionProposalNetwork(nn.Module):
         self.sampler = BalancedSampler(batch_size_per_image, positive_fraction)
         self.pre_nms_top_n, self.post_nms_top_n = dict(pre_nms_top_n), dict(post_nms_top_n)
         self.nms_thresh, self.score_thresh, self.box_beta = nms_thresh, score_thresh, box_beta
+        self.overlap_loss = overlap_loss
 
     def forward(
         self, features: Sequence[Tensor], batch: Batch, with_losses: bool
@@ -182,12 +185,14 @@ class RegionProposalNetwork(nn.Module):
         matched = matched_idxs.gather(1, sampled)
         foreground = (matched >= 0) & valid
         index = matched.clamp(min=0)[..., None].expand(-1, -1, 4)
-        gt_deltas = self.box_coder.encode(batch.gt_boxes.gather(1, index), anchors[sampled])
-        sampled_deltas = deltas.gather(1, sampled[..., None].expand(-1, -1, 4)).flatten(0, 1)
+        gt_boxes, sampled_anchors = batch.gt_boxes.gather(1, index), anchors[sampled]
+        sampled_deltas = deltas.gather(1, sampled[..., None].expand(-1, -1, 4))
         foreground, valid = foreground.flatten(), valid.flatten()
-        return {
-            "loss_objectness": losses.objectness_loss(objectness.gather(1, sampled).flatten(), foreground, valid),
-            "loss_rpn_box_reg": losses.box_loss(
-                sampled_deltas, gt_deltas.flatten(0, 1), foreground, valid, self.box_beta
-            ),
-        }
+        if self.overlap_loss is not None:
+            boxes = self.box_coder.decode(sampled_deltas, sampled_anchors)
+            box_loss = self.overlap_loss(boxes.flatten(0, 1), gt_boxes.flatten(0, 1), foreground, valid)
+        else:
+            gt_deltas = self.box_coder.encode(gt_boxes, sampled_anchors).flatten(0, 1)
+            box_loss = losses.box_loss(sampled_deltas.flatten(0, 1), gt_deltas, foreground, valid, self.box_beta)
+        objects = losses.objectness_loss(objectness.gather(1, sampled).flatten(), foreground, valid)
+        return {"loss_objectness": objects, "loss_rpn_box_reg": box_loss}

@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import nn
 from torchvision.models import detection as reference
-from torchvision.ops import FrozenBatchNorm2d
 
 from detection.anchors import AnchorGenerator
 from detection.models.backbones import (
@@ -30,7 +29,7 @@ from detection.models.detector import FasterRCNN
 from detection.models.masks import MaskHead
 from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor
 from detection.models.rpn import RPNHead
-from detection.models.weights import Weights, find_weights, is_given
+from detection.models.weights import Weights, adapt_classes, find_class_names, find_weights, fold_epsilon, is_given
 from detection.recipes import recorded
 
 WITHOUT_EPSILON = (reference.FasterRCNN_ResNet50_FPN_Weights, reference.MaskRCNN_ResNet50_FPN_Weights)
@@ -40,6 +39,7 @@ WITHOUT_EPSILON = (reference.FasterRCNN_ResNet50_FPN_Weights, reference.MaskRCNN
 def fasterrcnn_resnet50_fpn(
     *,
     weights: Weights = None,
+    class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
@@ -49,7 +49,9 @@ def fasterrcnn_resnet50_fpn(
     """Faster R-CNN with a ResNet-50-FPN backbone (Lin et al. 2017): torchvision's v1 detector, COCO AP 37.0.
 
     Args:
-        weights: `"DEFAULT"` or `"COCO_V1"` from torchvision's cache, or a file; sets the default of `num_classes`.
+        weights: `"DEFAULT"` or `"COCO_V1"` from torchvision's cache, or a file.
+        class_names: of the foreground. Where `weights` are of other classes that have names, those of the same name
+            keep what was learned of them, and the rest starts afresh.
         num_classes: classes with background; default 91.
         weights_backbone: ImageNet weights: `"IMAGENET1K_V1"`, `"IMAGENET1K_V2"`, a file, or None.
         trainable_backbone_layers: 0 to 5, counted from layer4; default 3 with weights, all without.
@@ -57,14 +59,15 @@ def fasterrcnn_resnet50_fpn(
         **kwargs: see `faster_rcnn`.
     """
     backbone = resnet_fpn("resnet50", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
-    model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
-    return _finish(model, weights_backbone, weights, reference.FasterRCNN_ResNet50_FPN_Weights)
+    model = faster_rcnn(backbone, _count(num_classes, class_names), **kwargs)
+    return _finish(model, weights_backbone, weights, reference.FasterRCNN_ResNet50_FPN_Weights, class_names)
 
 
 @recorded
 def fasterrcnn_resnet50_fpn_v2(
     *,
     weights: Weights = None,
+    class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
@@ -84,13 +87,13 @@ def fasterrcnn_resnet50_fpn_v2(
     anchors = rpn_anchor_generator or default_anchors(len(backbone.strides))
     model = faster_rcnn(
         backbone,
-        num_classes or COCO_CATEGORIES,
+        _count(num_classes, class_names),
         rpn_anchor_generator=anchors,
         rpn_head=rpn_head or RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0], conv_depth=2),
         box_head=box_head or ConvFCHead(backbone.out_channels),
         **kwargs,
     )
-    return _finish(model, weights_backbone, weights, reference.FasterRCNN_ResNet50_FPN_V2_Weights)
+    return _finish(model, weights_backbone, weights, reference.FasterRCNN_ResNet50_FPN_V2_Weights, class_names)
 
 
 @recorded
@@ -98,6 +101,7 @@ def fasterrcnn_resnet_fpn(
     *,
     backbone_name: ResNetName = "resnet18",
     weights: Weights = None,
+    class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
@@ -106,13 +110,15 @@ def fasterrcnn_resnet_fpn(
 ) -> FasterRCNN:
     """Faster R-CNN on a ResNet of any depth. Arguments as for `fasterrcnn_resnet50_fpn`; `weights` only from a file."""
     backbone = resnet_fpn(backbone_name, weights_backbone, trainable_backbone_layers, _norm(norm, weights))
-    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone, weights)
+    model = faster_rcnn(backbone, _count(num_classes, class_names), **kwargs)
+    return _finish(model, weights_backbone, weights, class_names=class_names)
 
 
 @recorded
 def fasterrcnn_resnet101_fpn(
     *,
     weights: Weights = None,
+    class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
@@ -124,13 +130,15 @@ def fasterrcnn_resnet101_fpn(
     Arguments as for `fasterrcnn_resnet_fpn`.
     """
     backbone = resnet_fpn("resnet101", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
-    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone, weights)
+    model = faster_rcnn(backbone, _count(num_classes, class_names), **kwargs)
+    return _finish(model, weights_backbone, weights, class_names=class_names)
 
 
 @recorded
 def fasterrcnn_mobilenet_v3_large_fpn(
     *,
     weights: Weights = None,
+    class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
@@ -143,14 +151,15 @@ def fasterrcnn_mobilenet_v3_large_fpn(
     Arguments as for `fasterrcnn_resnet50_fpn`; `trainable_backbone_layers` goes to 6.
     """
     backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights))
-    model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, rpn_score_thresh=rpn_score_thresh, **kwargs)
-    return _finish(model, weights_backbone, weights, reference.FasterRCNN_MobileNet_V3_Large_FPN_Weights)
+    model = faster_rcnn(backbone, _count(num_classes, class_names), rpn_score_thresh=rpn_score_thresh, **kwargs)
+    return _finish(model, weights_backbone, weights, reference.FasterRCNN_MobileNet_V3_Large_FPN_Weights, class_names)
 
 
 @recorded
 def fasterrcnn_mobilenet_v3_large_320_fpn(
     *,
     weights: Weights = None,
+    class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
@@ -169,7 +178,7 @@ def fasterrcnn_mobilenet_v3_large_320_fpn(
     backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights))
     model = faster_rcnn(
         backbone,
-        num_classes or COCO_CATEGORIES,
+        _count(num_classes, class_names),
         min_size,
         max_size,
         rpn_pre_nms_top_n_test=rpn_pre_nms_top_n_test,
@@ -177,7 +186,9 @@ def fasterrcnn_mobilenet_v3_large_320_fpn(
         rpn_score_thresh=rpn_score_thresh,
         **kwargs,
     )
-    return _finish(model, weights_backbone, weights, reference.FasterRCNN_MobileNet_V3_Large_320_FPN_Weights)
+    return _finish(
+        model, weights_backbone, weights, reference.FasterRCNN_MobileNet_V3_Large_320_FPN_Weights, class_names
+    )
 
 
 @recorded
@@ -238,6 +249,7 @@ def fasterrcnn_timm_fpn(
 def maskrcnn_resnet50_fpn(
     *,
     weights: Weights = None,
+    class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
@@ -249,14 +261,15 @@ def maskrcnn_resnet50_fpn(
     Arguments as for `fasterrcnn_resnet50_fpn`, and those of `mask_rcnn`.
     """
     backbone = resnet_fpn("resnet50", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
-    model = mask_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs)
-    return _finish(model, weights_backbone, weights, reference.MaskRCNN_ResNet50_FPN_Weights)
+    model = mask_rcnn(backbone, _count(num_classes, class_names), **kwargs)
+    return _finish(model, weights_backbone, weights, reference.MaskRCNN_ResNet50_FPN_Weights, class_names)
 
 
 @recorded
 def maskrcnn_resnet50_fpn_v2(
     *,
     weights: Weights = None,
+    class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
@@ -277,14 +290,14 @@ def maskrcnn_resnet50_fpn_v2(
     anchors = rpn_anchor_generator or default_anchors(len(backbone.strides))
     model = mask_rcnn(
         backbone,
-        num_classes or COCO_CATEGORIES,
+        _count(num_classes, class_names),
         rpn_anchor_generator=anchors,
         rpn_head=rpn_head or RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0], conv_depth=2),
         box_head=box_head or ConvFCHead(backbone.out_channels),
         mask_head=mask_head or MaskHead(backbone.out_channels, batch_norm=True),
         **kwargs,
     )
-    return _finish(model, weights_backbone, weights, reference.MaskRCNN_ResNet50_FPN_V2_Weights)
+    return _finish(model, weights_backbone, weights, reference.MaskRCNN_ResNet50_FPN_V2_Weights, class_names)
 
 
 @recorded
@@ -310,6 +323,7 @@ def maskrcnn_efficientnet_lite0_fpn(
 def cascadercnn_resnet50_fpn(
     *,
     weights: Weights = None,
+    class_names: Sequence[str] | None = None,
     num_classes: int | None = None,
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
@@ -321,7 +335,8 @@ def cascadercnn_resnet50_fpn(
     Arguments as for `fasterrcnn_resnet_fpn`, and those of `cascade_rcnn`; `masks` makes it Cascade Mask R-CNN.
     """
     backbone = resnet_fpn("resnet50", weights_backbone, trainable_backbone_layers, _norm(norm, weights))
-    return _finish(cascade_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone, weights)
+    model = cascade_rcnn(backbone, _count(num_classes, class_names), **kwargs)
+    return _finish(model, weights_backbone, weights, class_names=class_names)
 
 
 @recorded
@@ -365,16 +380,28 @@ def _norm(norm: Norm | None, weights: Weights) -> Norm | None:
     return "frozen" if norm is None and is_given(weights) else norm
 
 
-def _finish(model: FasterRCNN, backbone: Weights, weights: Weights = None, names: Any = None) -> FasterRCNN:
+def _count(num_classes: int | None, class_names: Sequence[str] | None) -> int:
+    return num_classes or (len(class_names) + 1 if class_names else COCO_CATEGORIES)
+
+
+def _finish(
+    model: FasterRCNN,
+    backbone: Weights,
+    weights: Weights = None,
+    names: Any = None,
+    class_names: Sequence[str] | None = None,
+) -> FasterRCNN:
     """Load the weights of the whole detector, and note what having weights decided, for the recipe."""
     if is_given(weights):
-        model.load_state_dict(find_weights(weights, names))
+        state = find_weights(weights, names)
         if names in WITHOUT_EPSILON and weights in (names.COCO_V1, "COCO_V1", "DEFAULT"):
             # torchvision trained these without the epsilon of the frozen normalisation, and evaluates them so: taking
             # it off the variance gives the same numbers without a setting that a checkpoint would have to carry.
-            for module in model.modules():
-                if isinstance(module, FrozenBatchNorm2d):
-                    module.running_var -= module.eps  # type: ignore[operator]
+            state = fold_epsilon(state)
+        old_names = find_class_names(weights, names) if class_names else None
+        if class_names and old_names:
+            state = adapt_classes(state, model.state_dict(), old_names, class_names)
+        model.load_state_dict(state)
     if is_given(weights) or is_given(backbone):
         model.implied = {"norm": "frozen", "trainable_backbone_layers": 3}
     return model

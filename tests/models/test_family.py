@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ from detection.data.batch import Batch
 from detection.data.images import read_image
 from detection.models.backbones import Backbone, resnet_fpn
 from detection.models.compose import faster_rcnn
+from detection.models.detector import FasterRCNN
 from detection.models.family import (
     fast_rcnn,
+    fasterrcnn_resnet_c4,
+    fasterrcnn_resnet_dc5,
     fastrcnn_efficientnet_lite0_fpn,
     fastrcnn_resnet_fpn,
     rcnn_efficientnet_lite0,
@@ -261,6 +264,19 @@ def test_the_packaged_configurations_train_from_the_command_line(name: str, data
     assert len(found[0][0]["scores"]) > 0
     for key, value in found[0][0].items():
         assert torch.equal(found[1][0][key], value), key
+
+
+@pytest.mark.parametrize("build", [fasterrcnn_resnet_c4, fasterrcnn_resnet_dc5])
+def test_one_map_of_stride_16_serves_proposals_and_heads(build: Callable[..., FasterRCNN]) -> None:
+    torch.manual_seed(0)
+    model = build(num_classes=3, min_size=64, max_size=96, rpn_pre_nms_top_n_train=200, rpn_post_nms_top_n_train=50)
+    assert model.backbone.strides == (16,) and model.rpn.anchor_generator.num_anchors_per_location() == [15]
+    target = {"boxes": torch.tensor([[10.0, 10, 50, 60]]), "labels": torch.tensor([1])}
+    losses = model.train()([torch.rand(3, 64, 90)], [target])
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    again = rebuild(model.recipe or {})
+    assert [p.shape for p in again.parameters()] == [p.shape for p in model.parameters()]
 
 
 @pytest.mark.slow

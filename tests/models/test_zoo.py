@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models import detection as reference
 
 from detection.anchors import AnchorGenerator
+from detection.losses import CIoULoss, GIoULoss, OverlapLoss
 from detection.models import zoo
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import FastRCNNPredictor, TwoFCHead
@@ -282,3 +283,17 @@ def test_create_faster_rcnn_from_coco_has_a_fresh_predictor(coco_cache: Path) ->
     assert [(k, p.requires_grad, p.shape) for k, p in again.named_parameters()] == [
         (k, p.requires_grad, p.shape) for k, p in model.named_parameters()
     ]
+
+
+@pytest.mark.parametrize("loss", [GIoULoss(2.0), CIoULoss()])
+def test_overlap_losses_train_both_stages_and_come_back_from_a_checkpoint(loss: OverlapLoss) -> None:
+    torch.manual_seed(0)
+    model = zoo.fasterrcnn_efficientnet_lite0_fpn(
+        num_classes=3, weights_backbone=None, min_size=64, max_size=96, rpn_overlap_loss=loss, box_overlap_loss=loss
+    )
+    target = {"boxes": torch.tensor([[10.0, 10, 50, 60]]), "labels": torch.tensor([1])}
+    losses = model.train()([torch.rand(3, 64, 80)], [target])
+    torch.stack(list(losses.values())).sum().backward()
+    assert 0 < losses["loss_box_reg"] < 2 * loss.weight and 0 < losses["loss_rpn_box_reg"] < 2 * loss.weight
+    again = rebuild(model.recipe or {})
+    assert type(again.rpn.overlap_loss) is type(loss) and again.roi_heads.overlap_loss.weight == loss.weight
