@@ -28,6 +28,7 @@ from detection.models.proposals import GivenProposals
 from detection.models.rcnn import RegionWarp
 from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor, RoIHeads, TwoFCHead
 from detection.models.rpn import RegionProposalNetwork, RPNHead
+from detection.models.tta import TestTimeAugmentation
 from detection.models.zoo import (
     cascadercnn_efficientnet_lite0_fpn,
     cascadercnn_resnet50_fpn,
@@ -76,6 +77,7 @@ __all__ = [
     "SearchedProposals",
     "SelectiveSearch",
     "Target",
+    "TestTimeAugmentation",
     "TwoFCHead",
     "cascade_rcnn",
     "cascadercnn_efficientnet_lite0_fpn",

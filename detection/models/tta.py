@@ -1,0 +1,95 @@
+"""Test-time augmentation: the detections of several views of an image, merged.
+
+Shape shorthand:
+    B: images     H, W: padded height and width     D: detections of an image
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detection.boxes import grouped_nms
+from detection.data.batch import Batch
+from detection.models.detector import Detections, FasterRCNN, Losses
+
+
+class TestTimeAugmentation(nn.Module):
+    """A detector that looks at each batch at several scales, mirrored and not, and keeps the best by NMS.
+
+    It stands in for the detector wherever `run` is called: `module.detector = TestTimeAugmentation(module.detector)`.
+
+    Args:
+        detector: gives the detections; its NMS threshold and number of detections are those of the merging, too.
+        scales: factors on the images of the batch.
+        hflip: look at the mirror image as well.
+    """
+
+    __test__ = False  # pytest would take it for a test
+
+    def __init__(self, detector: FasterRCNN, scales: Sequence[float] = (1.0,), hflip: bool = True) -> None:
+        super().__init__()
+        self.detector, self.scales, self.hflip = detector, tuple(scales), hflip
+
+    @property
+    def num_classes(self) -> int:
+        return self.detector.num_classes
+
+    @property
+    def has_masks(self) -> bool:
+        return self.detector.has_masks
+
+    def run(self, batch: Batch, with_losses: bool, with_detections: bool) -> tuple[Losses, Detections]:
+        """As `FasterRCNN.run`; the losses are those of the batch as it is."""
+        losses = self.detector.run(batch, True, False)[0] if with_losses else {}
+        if not with_detections:
+            return losses, []
+        views: list[Detections] = []
+        for scale in self.scales:
+            scaled = rescale(batch, scale)
+            views.append(self.detector.run(scaled, False, True)[1])
+            if self.hflip:
+                mirrored = self.detector.run(mirror(scaled), False, True)[1]
+                widths = batch.original_sizes[:, 1]
+                views.append([_mirror_back(d, width) for d, width in zip(mirrored, widths, strict=True)])
+        return losses, [self._merge(found) for found in zip(*views, strict=True)]
+
+    def _merge(self, views: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        heads = next(m for m in self.detector.roi_heads.modules() if hasattr(m, "nms_thresh"))
+        joined = {name: torch.cat([view[name] for view in views]) for name in views[0]}
+        keep = grouped_nms(joined["boxes"], joined["scores"], joined["labels"], float(heads.nms_thresh))  # type: ignore[arg-type]
+        return {name: values[keep[: int(heads.detections_per_img)]] for name, values in joined.items()}  # type: ignore[arg-type]
+
+
+def rescale(batch: Batch, scale: float, divisor: int = 32) -> Batch:
+    """The images of a batch at `scale` times their size, without ground truth; detections find their way back."""
+    if scale == 1.0:
+        return batch
+    sizes = (batch.image_sizes * scale).long().clamp(min=1)
+    height, width = (-(-int(side) // divisor) * divisor for side in sizes.amax(dim=0))
+    images = batch.images.new_zeros((len(batch), 3, height, width))
+    for image, slot, (h, w), (new_h, new_w) in zip(
+        batch.images, images, batch.image_sizes.tolist(), sizes.tolist(), strict=True
+    ):
+        resized = F.interpolate(image[None, :, :h, :w].float(), (new_h, new_w), mode="bilinear", antialias=scale < 1)[0]
+        slot[:, :new_h, :new_w] = resized.round() if images.dtype == torch.uint8 else resized
+    return replace(batch, images=images, image_sizes=sizes)
+
+
+def mirror(batch: Batch) -> Batch:
+    """The mirror image of each image of a batch, whose padding stays at the right; without ground truth."""
+    column, width = torch.arange(batch.images.shape[-1], device=batch.images.device), batch.image_sizes[:, 1, None]
+    source = torch.where(column < width, width - 1 - column, column)
+    return replace(batch, images=batch.images.gather(3, source[:, None, None].expand_as(batch.images)))
+
+
+def _mirror_back(detection: dict[str, Tensor], width: Tensor) -> dict[str, Tensor]:
+    x1, y1, x2, y2 = detection["boxes"].unbind(-1)
+    found = detection | {"boxes": torch.stack((width - x2, y1, width - x1, y2), dim=-1)}
+    if "masks" in detection:
+        found["masks"] = detection["masks"].flip(-1)
+    return found
