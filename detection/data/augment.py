@@ -146,21 +146,25 @@ def crop_masks(
 
     Args:
         masks: `(N, H, W)` uint8 0/1.
-        boxes: `(N, 4)` of the objects, in pixels of the view; the window where a mask is empty.
+        boxes: `(N, 4)` of the objects, in pixels of the view.
         view: what is shown of the image.
 
     Returns:
         `(N, MASK_SIDE, MASK_SIDE)` uint8, the share of each pixel that is covered, 255 for all of it; and the windows
-        that they show, `(N, 4)` float32 in pixels of the view.
+        that they show, `(N, 4)` float32 in pixels of the view: box and mask, whichever reaches further.
     """
     x1, y1, x2, y2 = view.window
-    crops, windows = np.zeros((len(masks), MASK_SIDE, MASK_SIDE), np.uint8), boxes.copy()
-    for i, mask in enumerate(masks[:, y1:y2, x1:x2]):
+    per_pixel = np.array([(x2 - x1) / view.size[1], (y2 - y1) / view.size[0]] * 2)
+    sources = boxes * per_pixel  # in pixels of the window
+    corners = np.concatenate([np.floor(sources[:, :2] + 1e-3), np.ceil(sources[:, 2:] - 1e-3)], axis=1).astype(int)
+    crops = np.zeros((len(masks), MASK_SIDE, MASK_SIDE), np.uint8)
+    for mask, corner, slot in zip(masks[:, y1:y2, x1:x2], corners, crops, strict=True):
         x, y, w, h = cv2.boundingRect(mask)
         if w and h:
-            crops[i] = _to_square(mask[y : y + h, x : x + w] * np.uint8(255))
-            windows[i] = view.boxes(np.array([[x1 + x, y1 + y, x1 + x + w, y1 + y + h]], np.float32))[0]
-    return crops, windows
+            corner[:] = *np.minimum(corner[:2], (x, y)), *np.maximum(corner[2:], (x + w, y + h))
+        left, top, right, bottom = corner
+        slot[:] = _to_square(mask[top:bottom, left:right] * np.uint8(255))
+    return crops, (corners / per_pixel).astype(np.float32)
 
 
 def _to_square(crop: NDArray[np.uint8]) -> NDArray[np.uint8]:
