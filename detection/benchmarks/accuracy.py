@@ -30,7 +30,9 @@ BASELINE_MODEL = {"optimizer": "sgd", "lr": 0.04, "schedule": "cosine", "warmup_
 BASELINE_STEPS = 200
 
 
-def measure_accuracy(config: Path, root: Path, seeds: Sequence[int], contenders: Sequence[str] = ()) -> list[Row]:
+def measure_accuracy(
+    config: Path, root: Path, seeds: Sequence[int], contenders: Sequence[str] = (), output: Path | None = None
+) -> list[Row]:
     """Train and test every contender with every seed; one row a run.
 
     Args:
@@ -38,13 +40,14 @@ def measure_accuracy(config: Path, root: Path, seeds: Sequence[int], contenders:
         root: folder of the data set.
         seeds: of initial weights, order and augmentation.
         contenders: some of `ours`, `torchvision` and `torchvision, our settings`; all by default.
+        output: folder that keeps ours as `ours_<seed>.ckpt`, for `benchmark.py family`.
     """
     settings = yaml.safe_load(config.read_text())
     settings["data"] |= {"root": str(root), "num_workers": 0}
     rows = []
     for seed in seeds:
         for name in contenders or ("torchvision", "torchvision, our settings", "ours"):
-            row = {"detector": name, "seed": seed, **_train(settings, name, seed)}
+            row = {"detector": name, "seed": seed, **_train(settings, name, seed, output)}
             print(
                 ", ".join(
                     f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
@@ -70,7 +73,7 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     return table
 
 
-def _train(settings: Mapping[str, Any], name: str, seed: int) -> Row:
+def _train(settings: Mapping[str, Any], name: str, seed: int, output: Path | None) -> Row:
     data_args, trainer_args = dict(settings["data"]), settings["trainer"]
     model_args = {k: v for k, v in settings["model"].items() if k != "detector"}
     steps = trainer_args["max_steps"]
@@ -94,6 +97,8 @@ def _train(settings: Mapping[str, Any], name: str, seed: int) -> Row:
     started = time.perf_counter()
     trainer.fit(module, datamodule=data)
     seconds = time.perf_counter() - started
+    if output is not None and name == "ours":
+        trainer.save_checkpoint(output / f"{name}_{seed}.ckpt")
     figures = L.Trainer(**quiet).test(module, datamodule=data, verbose=False)[0]
     return {"images": steps * data_args["batch_size"], "train_s": seconds} | {f: figures[f"test/{f}"] for f in FIGURES}
 

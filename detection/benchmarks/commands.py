@@ -41,11 +41,11 @@ def evaluation(images: int = 5000, json: Path | None = None) -> None:
 
 
 def accuracy(root: Path, config: Path = CONFIGS / "bccd.yaml", seeds: list[int] = [0, 1, 2],  # noqa: B006
-             contenders: list[str] = [], json: Path | None = None) -> None:  # noqa: B006  # fmt: skip
+             contenders: list[str] = [], output: Path | None = None, json: Path | None = None) -> None:  # noqa: B006  # fmt: skip
     """AP after the same training as torchvision's detector; see `detection.benchmarks.accuracy`."""
     from detection.benchmarks.accuracy import measure_accuracy, summarise
 
-    rows = measure_accuracy(config, root, seeds, contenders)
+    rows = measure_accuracy(config, root, seeds, contenders, output)
     report(rows, json)
     report(summarise(rows), None)
 
