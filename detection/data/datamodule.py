@@ -21,7 +21,7 @@ from detection.data.batch import Batch
 from detection.data.coco import read_coco
 from detection.data.dataset import DetectionDataset, Sample, collate
 from detection.data.proposals import ProposalCache, ProposalSource
-from detection.data.records import DataError, Index, relabel
+from detection.data.records import DataError, Index, merge, relabel
 from detection.data.samplers import TrainBatchSampler, rank_and_world
 from detection.data.voc import read_voc
 from detection.data.yolo import read_yolo
@@ -99,8 +99,9 @@ class DetectionDataModule(L.LightningDataModule):
     Args:
         root: folder of the data set. With `format: scenes`, where to draw them; None for a folder in the user's cache.
         format: how the annotations are written.
-        train_split, val_split, test_split: VOC and YOLO: the split's name. COCO: the annotation file, relative to
-            `root`. `test_split` None is the validation split.
+        train_split, val_split, test_split: VOC and YOLO: the split's name; for VOC also of several folders in `root`,
+            as in `VOC2007:trainval+VOC2012:trainval`. COCO: the annotation file, relative to `root`. `test_split` None
+            is the validation split.
         train_images, val_images, test_images: COCO only: folder of the split's images, relative to `root`.
         classes: foreground classes in the order of their labels; None takes all of the training split.
         batch_size: images a batch, on each device.
@@ -109,6 +110,7 @@ class DetectionDataModule(L.LightningDataModule):
         max_size: cap of the long side in pixels.
         hflip, vflip, photometric: probability of each, see `train_transform`.
         scale_jitter: large-scale jitter's range of factors, e.g. `[0.1, 2.0]`; off when None.
+        scale_jitter_size: side of the square that the jitter fills, in pixels; None is `max_size`.
         mosaic: probability of training on a mosaic of four images.
         copy_paste: probability of pasting objects of another image onto a training image; needs `masks`.
         group_by_aspect: batch wide images with wide, high with high.
@@ -142,6 +144,7 @@ class DetectionDataModule(L.LightningDataModule):
         vflip: float = 0.0,
         photometric: float = 0.0,
         scale_jitter: tuple[float, float] | None = None,
+        scale_jitter_size: int | None = None,
         mosaic: float = 0.0,
         copy_paste: float = 0.0,
         group_by_aspect: bool = True,
@@ -222,8 +225,10 @@ class DetectionDataModule(L.LightningDataModule):
         name, images = hp[f"{split}_split"], hp[f"{split}_images"]
         if name is None:
             name, images = hp["val_split"], hp["val_images"]
+        if hp["format"] == "voc" and split != "train" and self._known is not None:
+            return relabel(_read_voc(root, name, None, hp["masks"]), *self._known)  # it may lack a rare class
         if hp["format"] == "voc":
-            return read_voc(root, name, classes, hp["masks"])
+            return _read_voc(root, name, classes, hp["masks"])
         if hp["format"] == "yolo":
             return read_yolo(root, name, classes)
         if hp["format"] == "scenes":
@@ -242,9 +247,9 @@ class DetectionDataModule(L.LightningDataModule):
             index = replace(index, records=[record for record in index.records if len(record.labels)])
         sizes = [hp["min_size"]] if isinstance(hp["min_size"], int) else list(hp["min_size"])
         if split == "train":
-            transform = train_transform(
-                sizes, hp["max_size"], hp["hflip"], hp["vflip"], hp["photometric"], hp["scale_jitter"]
-            )
+            jitter, square = hp["scale_jitter"], hp["scale_jitter_size"]
+            longest = square if jitter and square else hp["max_size"]
+            transform = train_transform(sizes, longest, hp["hflip"], hp["vflip"], hp["photometric"], jitter)
         else:
             transform = eval_transform(max(sizes), hp["max_size"])
         rank_zero_info(describe(index, split))
@@ -317,6 +322,17 @@ def _splits(stage: str) -> tuple[Stage, ...]:
     """What a stage of the trainer needs."""
     needed: dict[str, tuple[Stage, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
     return needed.get(stage, ("test",))
+
+
+def _read_voc(root: Path, name: str, classes: list[str] | None, masks: bool) -> Index:
+    """A split of one VOC folder, or of those that `folder:split+folder:split` names."""
+    if ":" not in name:
+        return read_voc(root, name, classes, masks)
+    parts: dict[str, Index] = {}
+    for part in name.split("+"):
+        folder, _, split = part.partition(":")
+        parts[folder] = read_voc(root / folder, split, None, masks)
+    return merge(root, parts, classes)
 
 
 def _check(index: Index, split: str) -> None:

@@ -6,7 +6,7 @@ anything silently: whatever they repair or leave out is a `Defect` in the index'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -112,6 +112,32 @@ def relabel(index: Index, classes: Sequence[str], category_ids: Sequence[int]) -
         for name, count in dropped.items()
     ]
     return Index(index.root, tuple(classes), tuple(category_ids), records, [*index.defects, *left_out])
+
+
+def merge(root: Path, parts: Mapping[str, Index], classes: Sequence[str] | None = None) -> Index:
+    """Several folders below `root` as one split, e.g. two years of VOC. Image ids are counted through.
+
+    Args:
+        root: that all folders lie in.
+        parts: by folder, relative to `root`.
+        classes: those wanted, in the order of their labels; None takes all, in the order of the folders.
+
+    Raises:
+        DataError: no folder has a class that is wanted.
+    """
+    known = list(dict.fromkeys(name for index in parts.values() for name in index.classes))
+    absent = [name for name in classes or () if name not in known]
+    if absent:
+        raise DataError(f"{root}: there is no class '{absent[0]}' in {', '.join(parts)}; there are: {', '.join(known)}")
+    names = tuple(classes or known)
+    records: list[Record] = []
+    defects: list[Defect] = []
+    for folder, index in parts.items():
+        same = relabel(index, names, range(1, len(names) + 1))
+        for record in same.records:
+            records.append(replace(record, image_id=len(records), file_name=f"{folder}/{record.file_name}"))
+        defects += [replace(defect, file=f"{folder}/{defect.file}") for defect in same.defects]
+    return Index(root, names, tuple(range(1, len(names) + 1)), records, defects)
 
 
 class DataError(ValueError):

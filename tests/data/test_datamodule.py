@@ -104,6 +104,44 @@ def test_real_voc(shared_data: Path, caplog: pytest.LogCaptureFixture) -> None:
         torch.testing.assert_close(batch.gt_boxes[i][batch.gt_valid[i]], target.boxes / 2)
 
 
+def write_voc(folder: Path, stem: str, name: str) -> None:
+    """A VOC folder of one image with one object."""
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / part).mkdir(parents=True)
+    cv2.imwrite(str(folder / "JPEGImages" / f"{stem}.jpg"), np.full((60, 80, 3), 90, np.uint8))
+    box = "<xmin>11</xmin><ymin>11</ymin><xmax>40</xmax><ymax>30</ymax>"
+    xml = f"<annotation><object><name>{name}</name><bndbox>{box}</bndbox></object></annotation>"
+    (folder / "Annotations" / f"{stem}.xml").write_text(xml)
+    (folder / "ImageSets/Main/trainval.txt").write_text(stem)
+
+
+def test_two_years_of_voc_are_one_split(tmp_path: Path) -> None:
+    write_voc(tmp_path / "VOC2007", "000001", "dog")
+    write_voc(tmp_path / "VOC2012", "000001", "cat")  # the same stem in both years
+    options: dict[str, Any] = {"root": str(tmp_path), "format": "voc", "batch_size": 1, "num_workers": 0}
+    options |= {"train_split": "VOC2007:trainval+VOC2012:trainval", "val_split": "VOC2012:trainval"}
+    data = DetectionDataModule(**options)
+    data.setup("fit")
+    assert len(data.class_names) == 20  # of VOC, whichever occur
+    found = {target.file_name: target for batch in data.train_dataloader() for target in batch.targets}
+    assert sorted(found) == ["VOC2007/JPEGImages/000001.jpg", "VOC2012/JPEGImages/000001.jpg"]
+    assert sorted(target.image_id for target in found.values()) == [0, 1]
+    assert [data.class_names[int(found[name].labels[0]) - 1] for name in sorted(found)] == ["dog", "cat"]
+    assert [target.file_name for b in data.val_dataloader() for target in b.targets] == sorted(found)[1:]
+    data = DetectionDataModule(**options, classes=["cat"])
+    data.setup("fit")
+    assert data.class_names == ["cat"] and sum(int(b.gt_valid.sum()) for b in data.train_dataloader()) == 1
+    with pytest.raises(DataError, match="no class 'spoon' in VOC2007, VOC2012; there are: aeroplane"):
+        DetectionDataModule(**options, classes=["spoon"]).setup("fit")
+
+
+def test_the_square_of_the_jitter_may_differ_from_the_size_of_validation(cache: Path) -> None:
+    data = drawn(cache, scale_jitter=(2.0, 2.0), scale_jitter_size=96)
+    data.setup("fit")
+    assert {tuple(batch.images.shape[2:]) for batch in data.train_dataloader()} == {(96, 96)}
+    assert next(iter(data.val_dataloader())).image_sizes.amax() > 96
+
+
 def test_real_coco_and_chosen_classes(shared_data: Path) -> None:
     data = DetectionDataModule(
         root=str(shared_data / "tiny_coco"),
