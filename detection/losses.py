@@ -9,12 +9,15 @@ any foreground gives a box loss of exactly 0 that is still connected to the grap
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import complete_box_iou_loss, generalized_box_iou_loss
 
 from detection.recipes import recorded
+
+EPSILON = 1e-7  # torchvision's, in the denominators of overlaps
 
 
 def objectness_loss(logits: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
@@ -80,7 +83,9 @@ class GIoULoss(OverlapLoss):
     """1 - generalised IoU (Rezatofighi et al. 2019, algorithm 1)."""
 
     def of_pairs(self, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
-        return generalized_box_iou_loss(boxes, gt_boxes)
+        iou, union, hull = _overlap(boxes, gt_boxes)
+        area = hull.prod(dim=1)
+        return 1 - iou + (area - union) / (area + EPSILON)
 
 
 @recorded
@@ -88,7 +93,24 @@ class CIoULoss(OverlapLoss):
     """1 - IoU and penalties on the distance of centres and on the shape (Zheng et al. 2020, equation 10)."""
 
     def of_pairs(self, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
-        return complete_box_iou_loss(boxes, gt_boxes)
+        iou, _, hull = _overlap(boxes, gt_boxes)
+        centres = [(b[:, :2] + b[:, 2:]) / 2 for b in (boxes, gt_boxes)]
+        distance = (centres[0] - centres[1]).square().sum(dim=1) / (hull.square().sum(dim=1) + EPSILON)
+        angles = [torch.atan((b[:, 2] - b[:, 0]) / (b[:, 3] - b[:, 1])) for b in (boxes, gt_boxes)]
+        shape = (4 / math.pi**2) * (angles[1] - angles[0]).square()
+        with torch.no_grad():  # equation 11, a constant of the optimisation
+            trade_off = shape / (1 - iou + shape + EPSILON)
+        return 1 - iou + distance + trade_off * shape
+
+
+def _overlap(boxes: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """IoU `(R,)`, union `(R,)` and sides of the smallest box around both `(R, 2)` of each pair."""
+    # torchvision.ops has these losses too, but indexes with a mask, for which an accelerator has to wait.
+    low, high = torch.maximum(boxes[:, :2], gt_boxes[:, :2]), torch.minimum(boxes[:, 2:], gt_boxes[:, 2:])
+    intersection = (high - low).clamp(min=0).prod(dim=1)
+    union = sum((b[:, 2:] - b[:, :2]).prod(dim=1) for b in (boxes, gt_boxes)) - intersection
+    hull = torch.maximum(boxes[:, 2:], gt_boxes[:, 2:]) - torch.minimum(boxes[:, :2], gt_boxes[:, :2])
+    return intersection / (union + EPSILON), union, hull
 
 
 def _mean_of(loss: Tensor, counted: Tensor, valid: Tensor) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.ops import complete_box_iou_loss, generalized_box_iou_loss
 
 from detection.boxes import BoxCoder
 from detection.losses import CIoULoss, GIoULoss, OverlapLoss, box_loss, classification_loss, objectness_loss
@@ -122,6 +125,24 @@ def test_overlap_losses_of_published_values() -> None:
     torch.testing.assert_close(CIoULoss()(unit, half, one, one), torch.tensor(0.5345), atol=1e-4, rtol=0)
     apart = torch.tensor([[1.0, 1.0, 2.0, 2.0]])  # hull of 4, union of 2: 1 + (4 - 2) / 4
     torch.testing.assert_close(GIoULoss(2.0)(unit, apart, one, one), torch.tensor(3.0))
+
+
+@pytest.mark.parametrize(
+    ("loss", "reference"), [(GIoULoss(), generalized_box_iou_loss), (CIoULoss(), complete_box_iou_loss)]
+)
+def test_overlap_losses_and_their_gradients_equal_torchvision(loss: OverlapLoss, reference: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand((2, 200, 2), generator=generator) * 60
+    pairs = torch.cat((corner, corner + 0.5 + torch.rand((2, 200, 2), generator=generator) * 50), dim=2)
+    found: list[Tensor] = []
+    for of_pairs in (loss.of_pairs, reference):
+        boxes = pairs[0].clone().requires_grad_()
+        values = of_pairs(boxes, pairs[1])
+        values.sum().backward()
+        assert boxes.grad is not None
+        found += [values.detach(), boxes.grad]
+    torch.testing.assert_close(found[0], found[2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], found[3], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss", [GIoULoss(), CIoULoss()])

@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from detection.data.batch import Batch
+from detection.losses import GIoULoss
 from detection.models import roi_heads, rpn, zoo
 from detection.models.detector import FasterRCNN
+from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPooler
 
 DATA_DEPENDENT = {
@@ -107,6 +109,8 @@ def make_batch(objects: bool = True) -> Batch:
         gt_labels=torch.tensor([[1, 2, 0], [3, 0, 0]]) * gt_valid,
         gt_valid=gt_valid,
         original_sizes=torch.tensor([[128, 180], [120, 192]]),
+        gt_masks=torch.randint(0, 256, (2, 3, 14, 14), generator=generator, dtype=torch.uint8),
+        gt_mask_windows=gt_boxes * gt_valid[..., None],
     )
 
 
@@ -115,6 +119,8 @@ BUILDERS: dict[str, Callable[[], FasterRCNN]] = {
     "resnet": lambda: zoo.fasterrcnn_resnet_fpn(norm="frozen", **OPTIONS),
     "mobilenet": lambda: zoo.fasterrcnn_mobilenet_v3_large_320_fpn(**OPTIONS),
     "lite0": lambda: zoo.fasterrcnn_efficientnet_lite0_fpn(weights_backbone=None, **OPTIONS),
+    "mask": lambda: zoo.maskrcnn_efficientnet_lite0_fpn(weights_backbone=None, box_overlap_loss=GIoULoss(), **OPTIONS),
+    "cascade": lambda: zoo.cascadercnn_efficientnet_lite0_fpn(weights_backbone=None, masks=True, **OPTIONS),
 }
 
 
@@ -126,6 +132,9 @@ BUILDERS: dict[str, Callable[[], FasterRCNN]] = {
         ("mobilenet", "_align", True),
         ("mobilenet", "_gather", False),
         ("lite0", "_gather", True),
+        ("mask", "_align", True),
+        ("mask", "_gather", False),
+        ("cascade", "_align", True),
     ],
 )
 def test_a_training_step_depends_on_no_value(
@@ -134,11 +143,12 @@ def test_a_training_step_depends_on_no_value(
     model = BUILDERS[builder]().train()
     # Whether by the CPU's path or by that of an accelerator.
     monkeypatch.setattr(RoIPooler, "_gather", getattr(RoIPooler, path))
+    monkeypatch.setattr(MaskBranch, "_places", staticmethod(lambda labels: labels.shape[1]))
     with watching() as watch:
         losses, detections = model.run(make_batch(objects), with_losses=True, with_detections=False)
         torch.stack(list(losses.values())).sum().backward()
     assert not watch.dependent, f"data-dependent operations: {dict(watch.dependent)}"
-    assert detections == [] and len(losses) == 4
+    assert detections == [] and len(losses) == {"mask": 5, "cascade": 9}.get(builder, 4)
     # The watch saw the whole of it: convolutions both ways, pooling, and NMS where it is allowed.
     assert watch.seen["convolution"] > 20 and watch.seen["convolution_backward"] > 20
     assert watch.seen["nms"] > 0

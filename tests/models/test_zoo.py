@@ -63,7 +63,9 @@ def test_defaults_are_torchvisions() -> None:
     theirs = inspect.signature(reference.FasterRCNN.__init__).parameters
     ours = inspect.signature(zoo.faster_rcnn).parameters
     assert set(theirs) - set(ours) == {"self", "kwargs"}
-    theirs_values = {name: theirs[name].default for name in ours if name != "backbone"}
+    own = {"soft_nms_sigma", "rpn_box_beta", "box_beta", "rpn_overlap_loss", "box_overlap_loss"}
+    assert set(ours) - set(theirs) == own
+    theirs_values = {name: theirs[name].default for name in set(ours) - own if name != "backbone"}
     for name, value in theirs_values.items():
         if value is None or name == "num_classes":
             assert name in ("num_classes", "bbox_reg_weights", "image_mean", "image_std") or ours[name].default is None
