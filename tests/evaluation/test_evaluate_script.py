@@ -12,7 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 
-from detection import fasterrcnn_efficientnet_lite0_fpn
+from detection import maskrcnn_efficientnet_lite0_fpn
 from detection.data.datamodule import DetectionDataModule
 from detection.module import DetectionModule
 
@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate.py"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A checkpoint after three steps on twelve drawn images whose category ids have gaps, and what it logged."""
+    """A Mask R-CNN after three steps on twelve drawn images whose category ids have gaps, and what it logged."""
     folder = tmp_path_factory.mktemp("trained")
     rng = np.random.default_rng(0)
     images, annotations = [], []
@@ -32,6 +32,7 @@ def trained(tmp_path_factory):
             category = int(rng.integers(2))
             pixels[y : y + h, x : x + w, category] = 230
             entry = {"image_id": 100 + image, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
+            entry["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
             annotations.append(entry | {"id": len(annotations) + 1, "category_id": (7, 90)[category]})
         cv2.imwrite(str(folder / f"{image}.png"), pixels)
         images.append({"id": 100 + image, "file_name": f"{image}.png", "height": 96, "width": 128})
@@ -40,16 +41,25 @@ def trained(tmp_path_factory):
     (folder / "objects.json").write_text(json.dumps(content))
     L.seed_everything(0)
     data = DetectionDataModule(
-        str(folder), "coco", "objects.json", "objects.json", batch_size=4, num_workers=0, min_size=96, max_size=128
+        str(folder),
+        "coco",
+        "objects.json",
+        "objects.json",
+        batch_size=4,
+        num_workers=0,
+        min_size=96,
+        max_size=128,
+        masks=True,
     )
-    detector = fasterrcnn_efficientnet_lite0_fpn(num_classes=3, weights_backbone=None, box_score_thresh=0.0)
+    detector = maskrcnn_efficientnet_lite0_fpn(num_classes=3, weights_backbone=None, box_score_thresh=0.0)
     module = DetectionModule(detector, data.class_names, warmup_steps=1)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "devices": 1}
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", num_sanity_val_steps=0, enable_checkpointing=False, **quiet)
     trainer.fit(module, data)
     trainer.save_checkpoint(folder / "last.ckpt")
-    logged = {k.removeprefix("val/"): float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/m")}
-    return folder, logged
+    logged = {k.removeprefix("val/"): float(v) for k, v in trainer.callback_metrics.items()}
+    boxes = {f"bbox_{k}": v for k, v in logged.items() if k.startswith(("map", "mar"))}
+    return folder, boxes | {k: v for k, v in logged.items() if k.startswith("segm_m")}
 
 
 def run(*arguments):
@@ -64,12 +74,14 @@ def test_figures_are_those_of_training(trained, pycoco):
     assert done.returncode == 0, done.stderr
     out = folder / "evaluation_val"
     figures = json.loads((out / "figures.json").read_text())["figures"]
-    assert logged["map_50"] > 0
+    assert logged["bbox_map_50"] > 0 and logged["segm_map_50"] > 0
     assert {name: figures[name] for name in logged} == pytest.approx(logged, abs=1e-6)
     # Training logs no figure for sizes that no object has.
     assert {figures[name] for name in figures.keys() - logged} <= {-1.0}
-    official = pycoco(str(folder / "objects.json"), str(out / "detections_bbox.json"))["figures"]
-    assert figures == pytest.approx(official, abs=1e-6)
+    for kind in ("bbox", "segm"):
+        official = pycoco(str(folder / "objects.json"), str(out / f"detections_{kind}.json"), kind)["figures"]
+        own = {name.removeprefix(f"{kind}_"): value for name, value in figures.items() if name.startswith(kind)}
+        assert own == pytest.approx(official, abs=1e-6) and len(own) == 12
     assert f"report: {out / 'report.html'}" in done.stdout
     assert (out / "report.html").is_file()
 
