@@ -26,7 +26,7 @@ from detection.models.backbones import (
 )
 from detection.models.compose import COCO_CATEGORIES, cascade_rcnn, default_anchors, faster_rcnn, mask_rcnn
 from detection.models.detector import FasterRCNN
-from detection.models.masks import MaskHead
+from detection.models.masks import MaskHead, MaskPredictor
 from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor
 from detection.models.rpn import RPNHead
 from detection.models.weights import Weights, adapt_classes, find_class_names, find_weights, fold_epsilon, is_given
@@ -311,11 +311,26 @@ def maskrcnn_efficientnet_lite0_fpn(
     trainable_backbone_layers: int | None = None,
     image_mean: Sequence[float] = (0.5, 0.5, 0.5),
     image_std: Sequence[float] = (0.5, 0.5, 0.5),
+    mask_head: nn.Module | None = None,
+    mask_predictor: nn.Module | None = None,
     **kwargs: Any,
 ) -> FasterRCNN:
-    """Mask R-CNN on EfficientNet-Lite0. Arguments as for `fasterrcnn_efficientnet_lite0_fpn` and `mask_rcnn`."""
+    """Mask R-CNN on EfficientNet-Lite0, its mask branch as narrow as its pyramid: a fifth of the usual one's work.
+
+    Arguments as for `fasterrcnn_efficientnet_lite0_fpn` and `mask_rcnn`.
+    """
     backbone = efficientnet_lite0_fpn(weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers)
-    model = mask_rcnn(backbone, num_classes or COCO_CATEGORIES, image_mean=image_mean, image_std=image_std, **kwargs)
+    classes = num_classes or COCO_CATEGORIES
+    mask_head = mask_head or MaskHead(fpn_channels, [fpn_channels] * 4)
+    model = mask_rcnn(
+        backbone,
+        classes,
+        mask_head=mask_head,
+        mask_predictor=mask_predictor or MaskPredictor(mask_head.out_channels, classes, fpn_channels),  # type: ignore[arg-type]
+        image_mean=image_mean,
+        image_std=image_std,
+        **kwargs,
+    )
     return _finish(model, weights_backbone)
 
 
