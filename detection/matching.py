@@ -60,7 +60,7 @@ class Matcher:
         def overlap(block: Tensor) -> Tensor:
             return pairwise_iou(gt_boxes, block).masked_fill_(~gt_valid[..., None], -1.0)
 
-        size = max(1, MAX_IOU_ELEMENTS // gt_valid.numel())
+        size = max(1, MAX_IOU_ELEMENTS // max(1, gt_valid.numel()))
         if boxes.shape[-2] <= size:
             return self(overlap(boxes))
         blocks = boxes.split(size, dim=-2)

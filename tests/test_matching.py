@@ -60,6 +60,8 @@ def test_nothing_to_match() -> None:
     assert Matcher(0.5, 0.5, True)(torch.zeros(0, 5)).tolist() == [-1] * 5
     assert Matcher(0.5, 0.5, True)(torch.zeros(3, 0)).shape == (0,)
     assert Matcher(0.5, 0.5, True)(torch.zeros(2, 0, 5)).tolist() == [[-1] * 5] * 2
+    none = Matcher(0.5, 0.5, True).match(torch.zeros(2, 0, 4), torch.zeros(2, 0).bool(), torch.rand(5, 4))
+    assert none.tolist() == [[-1] * 5] * 2
     padding = Matcher(0.5, 0.5, True).match(torch.zeros(2, 3, 4), torch.zeros(2, 3).bool(), torch.rand(5, 4))
     assert padding.tolist() == [[-1] * 5] * 2
 

@@ -143,7 +143,7 @@ def check_targets(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
         boxes, labels = target["boxes"], target["labels"]
         if boxes.ndim != 2 or boxes.shape[-1] != 4:
             raise ValueError(f"image {i}: boxes must be (N, 4) as x1, y1, x2, y2, not {tuple(boxes.shape)}")
-        if labels.shape != boxes.shape[:1] or labels.is_floating_point():
+        if labels.shape != boxes.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(
                 f"image {i}: labels must be ({len(boxes)},) integers, not {tuple(labels.shape)} {labels.dtype}"
             )
