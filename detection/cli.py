@@ -161,7 +161,10 @@ class FitCLI(LightningCLI):
         if bar:
             callbacks.append(Bar())
         if given.enable_checkpointing is not False:
-            callbacks += [self._keeps("best", monitor="val/map", mode="max"), self._keeps("last")]
+            # Lightning saves after validations; where those are rare, or never, the newest is saved after each epoch.
+            rare = (given.check_val_every_n_epoch or 2) > 1 or given.limit_val_batches == 0
+            last = self._keeps("last", save_on_train_epoch_end=True if rare else None)
+            callbacks += [self._keeps("best", monitor="val/map", mode="max"), last]
         return callbacks
 
     def _keeps(self, name: str, **options: Any) -> ModelCheckpoint:

@@ -99,6 +99,15 @@ def test_map_is_logged_each_epoch_and_best_is_the_largest(run: tuple[FitCLI, Pat
     assert last["epoch"] == 1
 
 
+@pytest.mark.parametrize("rarely", [["--trainer.limit_val_batches", "0"], ["--trainer.check_val_every_n_epoch", "9"]])
+def test_a_run_that_is_never_validated_is_saved_after_each_epoch(rarely: list[str], data: Path, tmp_path: Path) -> None:
+    flags = ["--trainer.max_epochs", "1", "--data.batch_size", "4", "--output", str(tmp_path)]
+    FitCLI([*flags, *rarely, *SMALL, *coco_flags(data)]).fit()
+    (folder,) = (tmp_path / "quickstart").iterdir()
+    last = torch.load(folder / "last.ckpt", weights_only=True)
+    assert last["epoch"] == 0 and last["global_step"] == 2
+
+
 def test_throughput_is_logged(run: tuple[FitCLI, Path]) -> None:
     rows = [row for row in read_metrics(run[1]) if row["images/s"]]
     assert len(rows) == 4
