@@ -113,12 +113,18 @@ def read_style(state: Mapping[str, Tensor]) -> str | None:
     return None if mean is None else "caffe" if mean.flatten()[0] < mean.flatten()[2] else "pytorch"
 
 
+def pixel_statistics(model: FasterRCNN) -> dict[str, Tensor]:
+    """The tensors of a file that say what its pixels are, and so its style: `pixel_mean` and `pixel_std`."""
+    mean, std = 255 * model.transform.mean.flatten(), 255 * model.transform.std.flatten()
+    if style_of(model).bgr_bytes:
+        mean, std = mean.flip(0), torch.ones(3)
+    return {"pixel_mean": mean.view(3, 1, 1), "pixel_std": std.view(3, 1, 1)}
+
+
 def settings_of(model: FasterRCNN) -> str:
     """What Detectron2's configuration has to say for the weights of `to_detectron2` to give the same detections."""
-    style, transform, pool = style_of(model), model.transform, box_pool_of(model)
-    mean, std = 255 * transform.mean.flatten(), 255 * transform.std.flatten()
-    if style.bgr_bytes:
-        mean, std = mean.flip(0), torch.ones(3)
+    style, pool = style_of(model), box_pool_of(model)
+    mean, std = (value.flatten() for value in pixel_statistics(model).values())
     settings = {
         "MODEL.RESNETS.STRIDE_IN_1X1": style.stride_in_1x1,
         "INPUT.FORMAT": "BGR" if style.bgr_bytes else "RGB",

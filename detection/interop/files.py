@@ -173,7 +173,7 @@ def export_detector(
         content = state = torchvision.to_torchvision(model, without_epsilon, category_ids)
         advice = torchvision.advice(model, state)
     else:
-        state = detectron2.to_detectron2(model)
+        state = detectron2.to_detectron2(model) | detectron2.pixel_statistics(model)
         content, advice = {"model": state}, detectron2.settings_of(model)
     if output.suffix == ".safetensors":
         _write(output, lambda part: save_file(state, part, {"format": "pt"}))

@@ -30,7 +30,14 @@ from detection.interop import (
     save_detector,
 )
 from detection.interop.builders import Layout, build
-from detection.interop.detectron2 import from_detectron2, read_layout, settings_of, to_detectron2
+from detection.interop.detectron2 import (
+    from_detectron2,
+    pixel_statistics,
+    read_layout,
+    read_style,
+    settings_of,
+    to_detectron2,
+)
 from detection.interop.rows import STYLES
 from detection.models import zoo
 from detection.models.detector import FasterRCNN
@@ -171,10 +178,11 @@ def test_to_detectron2_and_back(options: dict[str, Any], theirs: SimpleNamespace
 
 
 @pytest.mark.slow
-def test_files_for_detectron2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(Layout("resnet50", "c4", 4, 1, False), STYLES["caffe"])
+@pytest.mark.parametrize("style", ["caffe", "pytorch"])
+def test_files_for_detectron2(style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(Layout("resnet50", "c4", 4, 1, False), STYLES[style])
     monkeypatch.setattr(files, "load_detector", lambda _: model)
-    expected = to_detectron2(model)
+    expected = to_detectron2(model) | pixel_statistics(model)
     for suffix in (".pkl", ".pth", ".safetensors"):
         files.export_detector(tmp_path / "ours.safetensors", tmp_path / f"back{suffix}", "detectron2")
     arrays = pickle.loads((tmp_path / "back.pkl").read_bytes())["model"]
@@ -185,6 +193,7 @@ def test_files_for_detectron2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         load_file(tmp_path / "back.safetensors"),
     ):
         assert set(read) == set(expected) and all(torch.equal(read[name], expected[name]) for name in expected)
+        assert read_style(read) == style  # or it would be taken for the zoo's, of other strides and colours
     for name in ("back.onnx", "back"):
         with pytest.raises(CheckpointError, match=r"write \.pth or \.safetensors, or \.pkl"):
             files.export_detector(tmp_path / "ours.safetensors", tmp_path / name, "detectron2")
