@@ -28,6 +28,7 @@ from detection.data.datamodule import DetectionDataModule
 from detection.data.dataset import DetectionDataset
 from detection.data.images import read_image
 from detection.data.samplers import TrainBatchSampler
+from detection.interop import save_detector
 from detection.module import DetectionModule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +107,20 @@ def test_a_run_that_is_never_validated_is_saved_after_each_epoch(rarely: list[st
     (folder,) = (tmp_path / "quickstart").iterdir()
     last = torch.load(folder / "last.ckpt", weights_only=True)
     assert last["epoch"] == 0 and last["global_step"] == 2
+
+
+def test_training_on_from_a_file_keeps_classes_of_the_same_name(
+    run: tuple[FitCLI, Path], data: Path, tmp_path: Path
+) -> None:
+    chosen = ["star", "ball"]  # in another order, and the others left out
+    save_detector(tmp_path / "old.safetensors", run[0].model.detector, scenes.CLASSES)
+    part = {"class_path": "detection.detector_for_classes", "init_args": {"path": str(tmp_path / "old.safetensors")}}
+    (tmp_path / "on.yaml").write_text(yaml.safe_dump({"name": "on", "model": {"detector": part}}))
+    flags = ["--config", str(tmp_path / "on.yaml"), "--output", str(tmp_path), "--data.classes", str(chosen)]
+    new = FitCLI([*flags, *coco_flags(data)]).model.detector
+    rows = [0, *(scenes.CLASSES.index(name) + 1 for name in chosen)]
+    old, own = (d.roi_heads.get_submodule("box_predictor.cls_score") for d in (run[0].model.detector, new))
+    assert torch.equal(own.weight, old.weight[rows]) and new.num_classes == 3
 
 
 def test_throughput_is_logged(run: tuple[FitCLI, Path]) -> None:

@@ -50,12 +50,12 @@ def load_detector(path: str | Path) -> FasterRCNN:
     return model.eval()
 
 
-def detector_for_classes(path: str | Path, class_names: Sequence[str] = ()) -> FasterRCNN:
+def detector_for_classes(path: str | Path, class_names: Sequence[str] | None = None) -> FasterRCNN:
     """A detector to train further on other classes; those of the same name keep what was learned of them.
 
     Args:
         path: as for `load_detector`.
-        class_names: of the foreground, label 1 first.
+        class_names: of the foreground, label 1 first; None for those of the file. On the command line, the data's.
 
     Raises:
         CheckpointError: also where the file does not name its classes.
@@ -63,12 +63,11 @@ def detector_for_classes(path: str | Path, class_names: Sequence[str] = ()) -> F
     saved = _read_own(Path(path))
     if saved.recipe is None or saved.class_names is None:
         raise CheckpointError(f"{path}: does not name its classes; write it with save_detector(..., class_names)")
+    class_names = saved.class_names if class_names is None else class_names
     arguments = {**saved.recipe["init_args"], "num_classes": len(class_names) + 1}
     model = _rebuild(Path(path), {**saved.recipe, "init_args": arguments})
     old_names = saved.class_names
-    _named(
-        Path(path), lambda: load(model, adapt_classes(saved.tensors, model.state_dict(), old_names, list(class_names)))
-    )
+    _named(Path(path), lambda: load(model, adapt_classes(saved.tensors, model.state_dict(), old_names, class_names)))
     return model
 
 
