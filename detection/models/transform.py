@@ -76,7 +76,9 @@ class ImageTransform(nn.Module):
         if targets is None or "masks" not in targets[0]:
             return batch
         masks = [_resize_masks(t["masks"], image) for t, image in zip(targets, resized, strict=True)]
-        windows = [F.pad(size.flip(0).float(), (2, 0)).expand(len(m), 4) for m, size in zip(masks, sizes[0])]  # noqa: B905
+        windows = [
+            F.pad(size.flip(0).float(), (2, 0)).expand(len(m), 4) for m, size in zip(masks, sizes[0], strict=True)
+        ]
         gt_masks, gt_windows = pad_masks(masks, windows, batch.gt_valid.shape[1])
         return replace(batch, gt_masks=gt_masks, gt_mask_windows=gt_windows)
 
