@@ -30,6 +30,7 @@ from detection.data.records import DataError
 from detection.loggers import MetricsFile, WandbMode, wandb_logger
 from detection.models import family, zoo
 from detection.module import DetectionModule
+from detection.safety import Guard, check_start, end_other_ranks, end_with_parent, explain
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +134,8 @@ class FitCLI(LightningCLI):
         """
         if self.config.trainer.strategy != "auto" or self.config.trainer.devices != "auto":
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo's remarks on host names
+        if _rank() and RUN_FOLDER in os.environ:  # started by the first rank, not by a cluster's launcher
+            end_with_parent(os.getppid())
         self.checkpoint = find_checkpoint(self.config.resume)
         self.folder = run_folder(Path(self.config.output) / self.config.name, self.checkpoint)
         self.datamodule = DetectionDataModule(**self.config.data.as_dict())
@@ -157,7 +160,8 @@ class FitCLI(LightningCLI):
 
     def _callbacks(self, given: Namespace) -> list[Callback]:
         bar = self._shows_bar(given)
-        callbacks = [Throughput(line_every=0 if bar else 60), PredictionPictures(str(self.folder)), Results()]
+        watching = [Throughput(line_every=0 if bar else 60), PredictionPictures(str(self.folder)), Results()]
+        callbacks: list[Callback] = [Guard(self.folder), *watching]
         if bar:
             callbacks.append(Bar())
         if given.enable_checkpointing is not False:
@@ -185,7 +189,8 @@ class FitCLI(LightningCLI):
     def fit(self) -> None:
         """Train to the end, or on from the checkpoint."""
         if _rank() == 0 and not self.config.trainer.fast_dev_run:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            slots = 2 if self.model.optimizer_name == "adamw" else 1
+            check_start(self.folder, self.model, slots, 2 * self.datamodule.hparams["num_workers"])
             (self.folder / "README.md").write_text(RUN_README.format(folder=self.folder.as_posix()))
         parameters = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         total, trained = sum(n for n, _ in parameters), sum(n for n, trains in parameters if trains)
@@ -324,8 +329,14 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(error)
     try:
         cli.fit()
-    except DataError as error:
-        return _fail(error)
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is not None and not (_rank() and getattr(error, "on_all_ranks", False)):
+            sys.stderr.write(f"error: {sentence}{f' (rank {_rank()})' if _rank() else ''}\n")
+        end_other_ranks(cli.trainer, error)
+        if sentence is None:
+            raise
+        return 2 if isinstance(error, DataError) else 1
     return 0
 
 

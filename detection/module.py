@@ -73,6 +73,7 @@ class DetectionModule(L.LightningModule):
         self.optimizer_name, self.lr, self.momentum, self.weight_decay = optimizer, lr, momentum, weight_decay
         self.schedule, self.milestones, self.warmup_steps = schedule, tuple(milestones), warmup_steps
         self.metric = MeanAP(self.class_names, detections_per_img, ("bbox", "segm") if detector.has_masks else "bbox")
+        self.step_losses: dict[str, Tensor] = {}  # of the newest training step, for those who look for what went wrong
 
     def forward(self, images: Batch | Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Detections of each image, in its own pixels."""
@@ -92,8 +93,8 @@ class DetectionModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses, _ = self.detector.run(batch, with_losses=True, with_detections=False)
         total = torch.stack(list(losses.values())).sum()
-        logged = {f"train/{name}": value.detach() for name, value in losses.items()}
-        self.log_dict(logged, batch_size=len(batch))
+        self.step_losses = {name: value.detach() for name, value in losses.items()}
+        self.log_dict({f"train/{name}": value for name, value in self.step_losses.items()}, batch_size=len(batch))
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
         return total
 

@@ -122,7 +122,7 @@ class DetectionDataModule(L.LightningDataModule):
         max_unreadable: training images, on each device, that may become unreadable during a run and are replaced by
             others, with a warning; one more is an error. In evaluation the first is.
         seed: of the order and the augmentation.
-        timeout: seconds after which a silent worker is an error.
+        timeout: seconds after which loaders' processes that bring no batch are an error; 0 waits for ever.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class DetectionDataModule(L.LightningDataModule):
         proposals: ProposalSource | None = None,
         max_unreadable: int = 10,
         seed: int = 0,
-        timeout: int = 300,
+        timeout: int = 50,
     ) -> None:
         super().__init__()
         if root is None and format != "scenes":

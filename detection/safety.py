@@ -1,0 +1,377 @@
+"""What keeps a run from being lost, or lost without a word: checks at its start, a guard over its losses, and causes.
+
+Three things: `check_start` refuses what would fail hours later; `Guard` stops all ranks at a loss that is not finite,
+before it reaches the weights; `explain` turns the failures that users meet into one sentence with the way out.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from detection.data.batch import Batch
+from detection.data.records import DataError
+
+# Files that a process keeps open: 60 or so for itself, and for each worker its pipes and shared batches.
+FILES, FILES_PER_WORKER = 128, 32
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class RunError(RuntimeError):
+    """A run that can't start or go on; the message is one sentence with the cause and the way out.
+
+    Attributes:
+        on_all_ranks: every rank raises the same, so that one message will do.
+    """
+
+    def __init__(self, message: str, on_all_ranks: bool = False) -> None:
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks
+
+
+def check_start(folder: Path, model: nn.Module, slots: int, workers: int) -> None:
+    """Make the run's folder and refuse what would end the run later.
+
+    Args:
+        folder: of the run; checkpoints go there.
+        model: whose checkpoints they are.
+        slots: tensors that the optimiser keeps for each parameter: 1 for SGD with momentum, 2 for Adam.
+        workers: processes that load data.
+
+    Raises:
+        RunError: the folder can't be written, has no room for two checkpoints, or too few files may be open.
+    """
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"{_disk(folder, error)}: name another with --output") from error
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values()) + slots * trained
+    free = shutil.disk_usage(folder).free
+    if free < 2 * size:
+        raise RunError(
+            f"{folder} has {free >> 20} MiB free, but two checkpoints take {2 * size >> 20}: make room, or name "
+            "another folder with --output"
+        )
+    _allow_open_files(FILES + FILES_PER_WORKER * workers)
+
+
+def _allow_open_files(needed: int) -> None:
+    """Raise the limit of open files as far as is needed and allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise RunError(
+            f"this process may open {hard} files, but its loaders need about {needed}: raise the limit "
+            f"(ulimit -n {max(4096, needed)}), or lower data.num_workers"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process when the one that started it has ended, as a rank without the first would wait for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        sys.stderr.write("error: the first process of this run has ended, so this one ends too\n")
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
+
+
+def end_other_ranks(trainer: L.Trainer, error: BaseException, patience: float = 3.0) -> None:
+    """End the run's other processes on this machine after a failure of this one: in a collective they would hang.
+
+    Args:
+        trainer: of the run.
+        error: what ended this process; ranks that fail together leave the message, and the end, to the first.
+        patience: seconds to end, and to say why, by themselves.
+    """
+    if getattr(error, "on_all_ranks", False) and trainer.local_rank:
+        time.sleep(20)  # Lightning kills the first rank, message or not, when it sees that another has ended
+    for process in getattr(trainer.strategy.launcher, "procs", ()):
+        try:
+            process.wait(patience)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@dataclass(slots=True)
+class _Step:
+    """What one optimiser step was made of: a batch and its losses for each accumulated part."""
+
+    number: int
+    epoch: int
+    parts: list[tuple[Batch, Tensor, dict[str, Tensor]]] = field(default_factory=list)
+    norm: Tensor | None = None
+    bad: Tensor | None = None
+    event: torch.cuda.Event | None = None
+
+
+class Guard(L.Callback):
+    """Stops every rank at a loss or gradient that is not finite, and says what was in work when a run fails.
+
+    Before each optimiser step the ranks agree, by one reduction of one number, whether losses and gradient are finite.
+    On the CPU the answer is there at once, and the step is not taken. On an accelerator to wait for it would leave the
+    device idle: the number goes to the fused optimiser, whose kernel leaves the weights alone where it is 1 (as for
+    `GradScaler`), and the host looks at it a step later, at the latest before validation and before saving. With an
+    optimiser that can't do that it is waited for. With float16 gradients that overflow are usual, and the scaler skips
+    them; there the losses alone count.
+
+    Args:
+        folder: of the run; `nonfinite.json` and `nonfinite-rank*.safetensors` are written there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._batch: Batch | None = None
+        self._step: _Step | None = None
+        self._unread: _Step | None = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        self._batch = batch
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        self._batch = batch
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._batch = None  # or its memory could not be used for the next
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self._batch = None
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        if self._step is None:
+            self._step = _Step(trainer.global_step, trainer.current_epoch)
+        if isinstance(self._batch, Batch):
+            self._step.parts.append((self._batch, loss.detach(), dict(getattr(pl_module, "step_losses", {}))))
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        step, self._step = self._step, None
+        if step is None or not step.parts:
+            return
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        step.norm = torch.nn.utils.get_total_norm(gradients)
+        finite = torch.stack([loss for _, loss, _ in step.parts]).isfinite().all()
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if not scaled:
+            finite = finite & step.norm.isfinite()
+        step.bad = (~finite).float()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(step.bad, dist.ReduceOp.MAX)
+        harmless = scaled or getattr(optimizer, "_step_supports_amp_scaling", False)
+        if step.bad.device.type != "cuda" or not harmless:
+            self._read(step, trainer, pl_module, now=True)
+            return
+        if not scaled:
+            optimizer.found_inf = step.bad  # type: ignore[attr-defined]
+        step.bad = step.bad.to("cpu", non_blocking=True)
+        step.event = torch.cuda.Event()
+        step.event.record()
+        before, self._unread = self._unread, step
+        self._read(before, trainer, pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._read_all(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._read_all(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Nothing is saved after a step that was not finite, nor any weights that are not."""
+        self._read_all(trainer, pl_module)
+        damaged = [name for name, p in pl_module.named_parameters() if not _largest(p).isfinite()]
+        damaged += [name for name, b in pl_module.named_buffers() if b.is_floating_point() and _largest(b).isnan()]
+        if damaged:
+            raise RunError(
+                f"step {trainer.global_step}: {damaged[0]} is not finite any more, so nothing was saved; go on from "
+                "the checkpoint before with a lower model.lr",
+                on_all_ranks=True,
+            )
+
+    def _read_all(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        step, self._unread = self._unread, None
+        self._read(step, trainer, pl_module)
+
+    def _read(self, step: _Step | None, trainer: L.Trainer, pl_module: L.LightningModule, now: bool = False) -> None:
+        """Look at a step's answer; all ranks do it at the same step, as they must to stop together."""
+        if step is None or step.bad is None or step.norm is None:
+            return
+        if step.event is not None:
+            step.event.synchronize()
+        if not step.bad:
+            return
+        gradients = _bad_gradients(pl_module) if now else []
+        parts = [_describe_part(batch, loss, losses) for batch, loss, losses in step.parts]
+        own = {"rank": trainer.global_rank, "gradient_norm": _number(step.norm), "parts": parts}
+        reports: list[Any] = [own | {"gradients": gradients}]
+        if dist.is_available() and dist.is_initialized():
+            reports = [None] * dist.get_world_size()
+            dist.all_gather_object(reports, own | {"gradients": gradients})
+        rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        facts = {"step": step.number, "epoch": step.epoch, "learning_rates": rates, "ranks": reports}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if trainer.is_global_zero:
+            (self.folder / "nonfinite.json").write_text(json.dumps(facts, indent=2))
+        tensors = {f"{i}.{name}": value for i, part in enumerate(step.parts) for name, value in _tensors(part[0])}
+        save_file(tensors, self.folder / f"nonfinite-rank{trainer.global_rank}.safetensors")
+        raise RunError(f"{_sentence(facts)}; see {self.folder / 'nonfinite.json'}", on_all_ranks=True)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Note down what can't be known later: the batch in work, and what the loaders' processes were doing."""
+        if isinstance(self._batch, Batch):
+            batch, self._batch = self._batch, None
+            shape = "x".join(map(str, batch.images.shape))
+            exception.add_note(f"the batch was {shape} with up to {batch.gt_boxes.shape[1]} objects an image")
+        if "DataLoader" in str(exception):
+            for worker in multiprocessing.active_children():
+                exception.add_note(_doing(worker.pid or 0))
+            _end_workers()
+
+
+def _largest(value: Tensor) -> Tensor:
+    return torch.nn.utils.get_total_norm([value.detach()], math.inf)  # NaN where there is one
+
+
+def _describe_part(batch: Batch, loss: Tensor, losses: dict[str, Tensor]) -> dict[str, Any]:
+    terms = {name: _number(value) for name, value in [*losses.items(), ("loss", loss)]}
+    images = [{"file": t.file_name, "image_id": t.image_id, "boxes": t.boxes.tolist()} for t in batch.targets]
+    return {"losses": terms, "images": images}
+
+
+def _number(value: Tensor) -> float | str:
+    number = float(value)
+    return number if math.isfinite(number) else str(number)  # JSON has no NaN
+
+
+def _tensors(batch: Batch) -> list[tuple[str, Tensor]]:
+    names = ("images", "image_sizes", "gt_boxes", "gt_labels", "gt_valid")
+    return [(name, getattr(batch, name).detach().cpu().contiguous()) for name in names]
+
+
+def _bad_gradients(module: nn.Module) -> list[str]:
+    return [name for name, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+
+
+def _sentence(facts: dict[str, Any]) -> str:
+    """What was not finite, where and when."""
+    found = []
+    for rank in facts["ranks"]:
+        where = f" (rank {rank['rank']})" if len(facts["ranks"]) > 1 else ""
+        for part in rank["parts"]:
+            terms = {n: v for n, v in part["losses"].items() if isinstance(v, str)}
+            named = ", ".join(f"{n} is {v}" for n, v in terms.items() if n != "loss" or len(terms) == 1)
+            if named:
+                found.append(f"{named} on {', '.join(image['file'] for image in part['images'])}{where}")
+    if not found:
+        files = [image["file"] for rank in facts["ranks"] for part in rank["parts"] for image in part["images"]]
+        bad = next((rank["gradients"][0] for rank in facts["ranks"] if rank["gradients"]), "the weights")
+        found = [f"the losses are finite but the gradient of {bad} is not, on {', '.join(files)}"]
+    rate = max(facts["learning_rates"], default=0.0)
+    return (
+        f"step {facts['step']} of epoch {facts['epoch']}, at learning rate {rate:.3g}: {'; '.join(found)}. The step "
+        "was not taken and no checkpoint has it: look at these images, or lower model.lr and go on from the last one"
+    )
+
+
+def _doing(pid: int) -> str:
+    """A loader's process in words: its state and the file it reads, as far as the system tells."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        links = [os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
+    except OSError:
+        return f"worker {pid} has ended"
+    words = {"T": "is stopped", "D": "waits for a disk", "R": "is running", "Z": "has ended"}
+    files = [link for link in links if link.startswith("/") and not link.startswith(("/dev/", "/proc/"))]
+    return f"worker {pid} {words.get(state, 'sleeps')}" + (f", reading {files[-1]}" if files else "")
+
+
+def _end_workers() -> None:
+    """Kill the loaders' processes: a stopped one hears nothing else, and Python would wait for it at its end."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises the error that is being handled
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join(5)
+    signal.signal(signal.SIGCHLD, before)
+
+
+def _disk(path: object, error: OSError) -> str:
+    reasons = {errno.ENOSPC: "is full", errno.EDQUOT: "is over its quota", errno.EROFS: "can only be read"}
+    return f"{path} {reasons.get(error.errno or 0, f'can not be written ({error.strerror})')}"
+
+
+LOWER = "lower data.batch_size or data.max_size, or try --trainer.precision bf16-mixed"
+
+
+def explain(error: BaseException) -> str | None:
+    """One sentence on what ended a run and what to do, or None for what this code doesn't know: that is a bug.
+
+    Args:
+        error: what was raised, with the notes that `Guard` adds to it.
+    """
+    text, notes = str(error), "; ".join(getattr(error, "__notes__", ()))
+    beside = f" ({notes})" if notes else ""
+    if isinstance(error, (DataError, RunError)):
+        return _innermost(text)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _matches(
+        text, "out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory"
+    ):
+        asked = re.search(r"allocate ([\d.]+ [KMGT]iB|\d+ bytes)", text)
+        return f"out of memory{f' when asked for {asked[1]}' if asked else ''}{beside}: {LOWER}"
+    if _matches(text, "Bus error", "unable to (allocate|open|mmap|write|resize)[^:]*(shared memory|</torch_)"):
+        return f"the shared memory of this machine is full{beside}: give it more (docker run --shm-size=8g), or {LOWER}"
+    if _matches(text, "Too many open files", "items of ancdata"):
+        return f"too many files are open{beside}: raise the limit (ulimit -n 4096), or lower data.num_workers"
+    if found := re.search(r"DataLoader timed out after (\d+)", text):
+        return (
+            f"no batch came from the loader's processes for {found[1]} seconds{beside}: look at the storage, or raise "
+            "data.timeout where reading takes that long"
+        )
+    if found := re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (.*)", text):
+        return (
+            f"the loader's process {found[1]} {found[2].strip(' .')}{beside}: most often the system ran out of memory; "
+            "lower data.num_workers or data.batch_size, and go on with --resume"
+        )
+    if _matches(text, "closed by peer", "reset by peer", "Broken pipe", "NCCL.*(remote|timeout|abort)"):
+        return "another process of this run has ended, which its own message explains; go on with --resume"
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"{_disk(error.filename or 'the disk', error)}; make room and go on with --resume"
+    return None
+
+
+def _matches(text: str, *patterns: str) -> bool:
+    return any(re.search(pattern, text) for pattern in patterns)
+
+
+def _innermost(text: str) -> str:
+    """The message itself, where a worker has sent it with the story of its life."""
+    if "Original Traceback" not in text:
+        return text
+    last = text.strip().splitlines()[-1]
+    return last.partition("Error: ")[2] or last
