@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
@@ -30,10 +30,12 @@ from detection.data.records import DataError
 from detection.loggers import MetricsFile, WandbMode, wandb_logger
 from detection.models import family, zoo
 from detection.module import DetectionModule
+from detection.recipes import name_only_known
 from detection.safety import Guard, check_start, end_other_ranks, end_with_parent, explain
 
 log = logging.getLogger(__name__)
 
+set_parsing_settings(import_path_denylist=[])  # jsonargparse's own, such as `os`, is an error and no warning
 CONFIGS = Path(__file__).parent / "configs"
 QUICKSTART = "quickstart"
 RUN_FOLDER = "DETECTION_RUN_FOLDER"  # hands the folder to the processes of other ranks
@@ -60,6 +62,8 @@ class Parser(LightningArgumentParser):
         for word in re.findall(r"--([\w.+-]+)", message) + re.findall(r"['\"]([\w.+-]+)['\"]", message):
             if word not in known and (name := _nearest(word, known)):
                 return f" (did you mean --{name}?)"
+        if "import path denylist" in message:
+            return " (if the file that names it is yours, say so with --config FILE)"
         builder = difflib.get_close_matches(message.split()[-1], {**vars(zoo), **vars(family)}, 1, 0.75)
         return f" (did you mean {builder[0]}?)" if builder else ""
 
@@ -148,8 +152,9 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer with our loggers and callbacks beside those of the configuration."""
         given = self.config_init.trainer
-        settings: dict[str, Any] = {"default_root_dir": str(self.folder), "callbacks": list(given.callbacks or [])}
-        settings["callbacks"] += self._callbacks(given)
+        settings: dict[str, Any] = {"default_root_dir": str(self.folder)}
+        guard = Guard(self.folder, self.datamodule.hparams["timeout"])
+        settings["callbacks"] = [guard, *(given.callbacks or []), *self._callbacks(given)]
         settings["enable_progress_bar"] = self._shows_bar(given)
         if given.logger is None or given.logger is True:
             settings["logger"] = self._loggers()
@@ -160,8 +165,7 @@ class FitCLI(LightningCLI):
 
     def _callbacks(self, given: Namespace) -> list[Callback]:
         bar = self._shows_bar(given)
-        watching = [Throughput(line_every=0 if bar else 60), PredictionPictures(str(self.folder)), Results()]
-        callbacks: list[Callback] = [Guard(self.folder), *watching]
+        callbacks = [Throughput(line_every=0 if bar else 60), PredictionPictures(str(self.folder)), Results()]
         if bar:
             callbacks.append(Bar())
         if given.enable_checkpointing is not False:
@@ -219,7 +223,7 @@ def expand(args: Sequence[str]) -> list[str]:
 
     None means that of the run to go on with, else the quickstart.
     """
-    expanded, previous, default = [], "", CONFIGS / f"{QUICKSTART}.yaml"
+    expanded, own, previous, default = list[str](), list[str](), "", CONFIGS / f"{QUICKSTART}.yaml"
     for arg in args:
         flag, equals, value = arg.partition("=") if arg.startswith("-") else (previous, "", arg)
         if flag in ("-c", "--config") and not Path(value).is_file() and (CONFIGS / f"{value}.yaml").is_file():
@@ -228,12 +232,16 @@ def expand(args: Sequence[str]) -> list[str]:
         if flag in ("--model.detector", "--model.detector.class_path") and home is not None:
             value = f"{home.__name__}.{value}"
         expanded.append(f"{flag}{equals}{value}" if arg.startswith("-") else value)
+        if flag.startswith(("--trainer.", "--model.", "--data.proposals")):
+            own.append(value)
         previous = arg
         if flag == "--resume":
             resumed = Path(value) if Path(value).is_dir() else Path(value).parent
             default = resumed / "config.yaml" if (resumed / "config.yaml").is_file() else default
     if not any(arg.partition("=")[0] in ("-c", "--config") for arg in args):
         expanded = ["--config", str(default), *expanded]
+        if default.parent != CONFIGS:
+            name_only_known(own)  # that file may have come with somebody's checkpoint
     return expanded
 
 

@@ -7,13 +7,22 @@ nothing outside this package, so that loading somebody's checkpoint runs no code
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from inspect import isclass, signature
 from typing import Any, TypeVar
 
+from jsonargparse import set_parsing_settings
+
 Made = TypeVar("Made", bound=Callable[..., Any])
 PACKAGE = __name__.partition(".")[0]
+# Whose classes the configuration in a run's folder may name: it may have come with somebody's checkpoint.
+KNOWN = (
+    *(PACKAGE, "lightning.pytorch", "lightning.fabric", "torch.nn", "torch.optim", "torchmetrics"),
+    *("torchvision.models", "torchvision.ops", "albumentations", "timm"),
+)
 
 
 class RecipeError(ValueError):
@@ -74,6 +83,17 @@ def rebuild(recipe: Mapping[str, Any]) -> Any:
         return maker(**arguments)
     except TypeError as error:
         raise RecipeError(f"the recipe of {path} does not fit this version of {PACKAGE}: {error}") from error
+
+
+def name_only_known(own: Iterable[str]) -> None:
+    """From now on configurations of this process name nothing but parts of `KNOWN` packages and what `own` names.
+
+    Args:
+        own: values that the user has typed where classes are expected: the packages they name are trusted.
+    """
+    words = [name for argument in own for name in re.findall(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", argument)]
+    typed = {name.partition(".")[0] for name in words} - {"jsonargparse", *sys.stdlib_module_names}
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*KNOWN, *sorted(typed)])
 
 
 def _arguments(

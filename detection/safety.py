@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -31,7 +32,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from detection.data.batch import Batch
+from detection.data.images import EXTENSIONS
 from detection.data.records import DataError
+
+log = logging.getLogger(__name__)
 
 # Files that a process keeps open: 60 or so for itself, and for each worker its pipes and shared batches.
 FILES, FILES_PER_WORKER = 128, 32
@@ -115,9 +119,12 @@ def end_other_ranks(trainer: L.Trainer, error: BaseException, patience: float = 
     """
     if getattr(error, "on_all_ranks", False) and trainer.local_rank:
         time.sleep(20)  # Lightning kills the first rank, message or not, when it sees that another has ended
-    for process in getattr(trainer.strategy.launcher, "procs", ()):
+    for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", ()), 1):
         try:
-            process.wait(patience)
+            code = process.wait(patience)
+            sys.stderr.write(
+                f"rank {rank} has ended " + (f"by signal {-code}\n" if code < 0 else f"with code {code}\n")
+            )
         except subprocess.TimeoutExpired:
             process.kill()
 
@@ -146,13 +153,23 @@ class Guard(L.Callback):
 
     Args:
         folder: of the run; `nonfinite.json` and `nonfinite-rank*.safetensors` are written there.
+        patience: seconds after which a loader's process that is stopped is killed; 0 for never.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, patience: float = 50.0) -> None:
+        self.folder, self.patience = folder, patience
+        self._done = threading.Event()
         self._batch: Batch | None = None
         self._step: _Step | None = None
         self._unread: _Step | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.patience:
+            self._done.clear()
+            threading.Thread(target=_end_stopped, args=(self.patience, self._done), daemon=True).start()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._done.set()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         self._batch = batch
@@ -250,8 +267,8 @@ class Guard(L.Callback):
             shape = "x".join(map(str, batch.images.shape))
             exception.add_note(f"the batch was {shape} with up to {batch.gt_boxes.shape[1]} objects an image")
         if "DataLoader" in str(exception):
-            for worker in multiprocessing.active_children():
-                exception.add_note(_doing(worker.pid or 0))
+            for doing in filter(None, (_doing(worker.pid or 0) for worker in multiprocessing.active_children())):
+                exception.add_note(doing)
             _end_workers()
 
 
@@ -301,15 +318,37 @@ def _sentence(facts: dict[str, Any]) -> str:
 
 
 def _doing(pid: int) -> str:
-    """A loader's process in words: its state and the file it reads, as far as the system tells."""
+    """What a loader's process waits for, as far as the system tells; empty for nothing in particular."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         links = [os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
     except OSError:
-        return f"worker {pid} has ended"
-    words = {"T": "is stopped", "D": "waits for a disk", "R": "is running", "Z": "has ended"}
-    files = [link for link in links if link.startswith("/") and not link.startswith(("/dev/", "/proc/"))]
-    return f"worker {pid} {words.get(state, 'sleeps')}" + (f", reading {files[-1]}" if files else "")
+        links = []
+    files = [link for link in links if link.startswith("/") and Path(link).suffix.lower() in EXTENSIONS]
+    state = {"T": "is stopped", "D": "waits for a disk"}.get(_state(pid), "")
+    doing = " and ".join(filter(None, (state, f"reads {files[-1]}" if files else "")))
+    return f"worker {pid} {doing}" if doing else ""
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def _end_stopped(patience: float, done: threading.Event) -> None:
+    """Kill loaders' processes that stay stopped: to receive a batch from one can block for ever, whatever the timeout.
+
+    Seconds are counted here, so that those in which the whole run was stopped do not count.
+    """
+    stopped: dict[int, int] = {}
+    while not done.wait(1):
+        for worker in multiprocessing.active_children():
+            pid = worker.pid or 0
+            stopped[pid] = stopped.get(pid, 0) + 1 if _state(pid) == "T" else 0
+            if stopped[pid] > patience:
+                log.error("the loader's process %d has been stopped for %g seconds: it is killed", pid, patience)
+                worker.kill()
 
 
 def _end_workers() -> None:
