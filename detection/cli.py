@@ -27,11 +27,12 @@ from rich.logging import RichHandler
 from detection.callbacks import Bar, PredictionPictures, Results, Throughput
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
+from detection.errors import explain
 from detection.loggers import MetricsFile, WandbMode, wandb_logger
 from detection.models import family, zoo
 from detection.module import DetectionModule
 from detection.recipes import name_only_known
-from detection.safety import Guard, check_start, end_other_ranks, end_with_parent, explain
+from detection.safety import Guard, check_start, end_other_ranks, end_with_parent
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import lightning as L
 import torch
@@ -18,6 +18,7 @@ from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.results import encode_masks
 from detection.models.detector import FasterRCNN
 from detection.models.masks import paste_masks
+from detection.models.weights import readable
 from detection.recipes import rebuild
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,17 @@ class DetectionModule(L.LightningModule):
         self.schedule, self.milestones, self.warmup_steps = schedule, tuple(milestones), warmup_steps
         self.metric = MeanAP(self.class_names, detections_per_img, ("bbox", "segm") if detector.has_masks else "bbox")
         self.step_losses: dict[str, Tensor] = {}  # of the newest training step, for those who look for what went wrong
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> Self:  # type: ignore[override]
+        """The module of a checkpoint, which says how to rebuild it; nothing but tensors and plain values is unpickled.
+
+        Raises:
+            CheckpointError: the file is damaged, foreign, or names anything but parts of this package.
+            FileNotFoundError: there is none.
+        """
+        with readable(checkpoint_path):
+            return super().load_from_checkpoint(checkpoint_path, **{"weights_only": True} | options)
 
     def forward(self, images: Batch | Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Detections of each image, in its own pixels."""

@@ -1,18 +1,16 @@
-"""What keeps a run from being lost, or lost without a word: checks at its start, a guard over its losses, and causes.
+"""What keeps a run from being lost, or lost without a word: checks at its start, and a guard over its losses.
 
-Three things: `check_start` refuses what would fail hours later; `Guard` stops all ranks at a loss that is not finite,
-before it reaches the weights; `explain` turns the failures that users meet into one sentence with the way out.
+`check_start` refuses what would fail hours later; `Guard` stops all ranks at a loss that is not finite, before it
+reaches the weights; the rest sees to it that no process waits for one that has ended.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
 import multiprocessing
 import os
-import re
 import resource
 import shutil
 import signal
@@ -33,25 +31,12 @@ from torch.optim import Optimizer
 
 from detection.data.batch import Batch
 from detection.data.images import EXTENSIONS
-from detection.data.records import DataError
+from detection.errors import RunError, blame_disk
 
 log = logging.getLogger(__name__)
 
 # Files that a process keeps open: 60 or so for itself, and for each worker its pipes and shared batches.
 FILES, FILES_PER_WORKER = 128, 32
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-class RunError(RuntimeError):
-    """A run that can't start or go on; the message is one sentence with the cause and the way out.
-
-    Attributes:
-        on_all_ranks: every rank raises the same, so that one message will do.
-    """
-
-    def __init__(self, message: str, on_all_ranks: bool = False) -> None:
-        super().__init__(message)
-        self.on_all_ranks = on_all_ranks
 
 
 def check_start(folder: Path, model: nn.Module, slots: int, workers: int) -> None:
@@ -72,7 +57,7 @@ def check_start(folder: Path, model: nn.Module, slots: int, workers: int) -> Non
         probe.write_bytes(b"\0" * 4096)
         probe.unlink()
     except OSError as error:
-        raise RunError(f"{_disk(folder, error)}: name another with --output") from error
+        raise RunError(f"{blame_disk(folder, error)}: name another with --output") from error
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     size = sum(t.numel() * t.element_size() for t in model.state_dict().values()) + slots * trained
     free = shutil.disk_usage(folder).free
@@ -358,59 +343,3 @@ def _end_workers() -> None:
         worker.kill()
         worker.join(5)
     signal.signal(signal.SIGCHLD, before)
-
-
-def _disk(path: object, error: OSError) -> str:
-    reasons = {errno.ENOSPC: "is full", errno.EDQUOT: "is over its quota", errno.EROFS: "can only be read"}
-    return f"{path} {reasons.get(error.errno or 0, f'can not be written ({error.strerror})')}"
-
-
-LOWER = "lower data.batch_size or data.max_size, or try --trainer.precision bf16-mixed"
-
-
-def explain(error: BaseException) -> str | None:
-    """One sentence on what ended a run and what to do, or None for what this code doesn't know: that is a bug.
-
-    Args:
-        error: what was raised, with the notes that `Guard` adds to it.
-    """
-    text, notes = str(error), "; ".join(getattr(error, "__notes__", ()))
-    beside = f" ({notes})" if notes else ""
-    if isinstance(error, (DataError, RunError)):
-        return _innermost(text)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _matches(
-        text, "out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory"
-    ):
-        asked = re.search(r"allocate ([\d.]+ [KMGT]iB|\d+ bytes)", text)
-        return f"out of memory{f' when asked for {asked[1]}' if asked else ''}{beside}: {LOWER}"
-    if _matches(text, "Bus error", "unable to (allocate|open|mmap|write|resize)[^:]*(shared memory|</torch_)"):
-        return f"the shared memory of this machine is full{beside}: give it more (docker run --shm-size=8g), or {LOWER}"
-    if _matches(text, "Too many open files", "items of ancdata"):
-        return f"too many files are open{beside}: raise the limit (ulimit -n 4096), or lower data.num_workers"
-    if found := re.search(r"DataLoader timed out after (\d+)", text):
-        return (
-            f"no batch came from the loader's processes for {found[1]} seconds{beside}: look at the storage, or raise "
-            "data.timeout where reading takes that long"
-        )
-    if found := re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (.*)", text):
-        return (
-            f"the loader's process {found[1]} {found[2].strip(' .')}{beside}: most often the system ran out of memory; "
-            "lower data.num_workers or data.batch_size, and go on with --resume"
-        )
-    if _matches(text, "closed by peer", "reset by peer", "Broken pipe", "NCCL.*(remote|timeout|abort)"):
-        return "another process of this run has ended, which its own message explains; go on with --resume"
-    if isinstance(error, OSError) and error.errno in FULL:
-        return f"{_disk(error.filename or 'the disk', error)}; make room and go on with --resume"
-    return None
-
-
-def _matches(text: str, *patterns: str) -> bool:
-    return any(re.search(pattern, text) for pattern in patterns)
-
-
-def _innermost(text: str) -> str:
-    """The message itself, where a worker has sent it with the story of its life."""
-    if "Original Traceback" not in text:
-        return text
-    last = text.strip().splitlines()[-1]
-    return last.partition("Error: ")[2] or last

@@ -12,9 +12,11 @@ from jsonargparse import auto_cli
 from detection.data.datamodule import DetectionDataModule
 from detection.data.images import read_image
 from detection.data.records import DataError
+from detection.errors import complaint
 from detection.evaluation.collect import CollectDetections
 from detection.evaluation.mean_ap import Backend, MeanAP
 from detection.evaluation.report import write_evaluation
+from detection.models.weights import readable
 from detection.module import DetectionModule
 
 
@@ -32,9 +34,10 @@ def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None
         accelerator: cpu, gpu or auto.
         backend: who computes mAP: our arrays, or torchmetrics with faster_coco_eval or pycocotools.
     """
-    module = DetectionModule.load_from_checkpoint(ckpt, map_location="cpu", weights_only=True)
+    module = DetectionModule.load_from_checkpoint(ckpt, map_location="cpu")
     changes: Any = {k: v for k, v in {"root": root, "batch_size": batch_size}.items() if v is not None}
-    data = DetectionDataModule.load_from_checkpoint(ckpt, weights_only=True, classes=module.class_names, **changes)
+    with readable(ckpt):
+        data = DetectionDataModule.load_from_checkpoint(ckpt, weights_only=True, classes=module.class_names, **changes)
     if split == "test" and data.hparams["test_split"] is None:
         raise DataError(f"{ckpt}: the model was trained without naming a test split; use --split val")
     data.prepare_data()
@@ -47,13 +50,10 @@ def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None
     facts = {"checkpoint": ckpt.name, "data": home.name, "split": split}
     figures = write_evaluation(folder, metric, data.category_ids, lambda r: read_image(home / r.file_name, r.size),
                                f"Evaluation of {ckpt.resolve().parent.name}", facts)  # fmt: skip
-    print(
-        *(f"{name:<12}{value:8.4f}" for name, value in figures.items()), f"report: {folder / 'report.html'}", sep="\n"
-    )
+    for name, value in figures.items():
+        print(f"{name:<12}{value:8.4f}")
+    print(f"report: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(evaluate, as_positional=False)
-    except (DataError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(complaint(lambda: auto_cli(evaluate, as_positional=False)))

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -142,8 +143,22 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def read_torch(path: Path) -> dict[str, Any]:
     """What `torch.save` has written, as long as it is tensors and plain values: nothing else is unpickled."""
-    try:
+    with readable(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds {type(content).__name__}, not a state_dict; save model.state_dict()")
+    return dict(content)
+
+
+@contextmanager
+def readable(path: Any) -> Iterator[None]:
+    """Whatever goes wrong inside, with a file that may be damaged, foreign or hostile, is a CheckpointError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no checkpoint at {path}") from None
+    except CheckpointError as error:
+        raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it needs {wanted[1]}" if wanted else "it needs more than tensors and plain values, or is damaged"
@@ -151,11 +166,11 @@ def read_torch(path: Path) -> dict[str, Any]:
             f"{path}: not opened, as {reason}, and unpickling objects can run anything. Where the file was made, keep "
             f'its tensors only: torch.save({{"state_dict": torch.load(path, weights_only=False)["state_dict"]}}, new)'
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole PyTorch file ({error}); fetch or write it again") from error
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds {type(content).__name__}, not a state_dict; save model.state_dict()")
-    return dict(content)
+    except Exception as error:  # a damaged or foreign file may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(
+            f"{path}: not a whole file of this kind, or not of this version ({reason}); fetch or write it again"
+        ) from error
 
 
 def find_state(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
