@@ -1,0 +1,112 @@
+"""What was found in one image, in its own pixels, with class names; and as supervision, COCO or a picture has it.
+
+Shape shorthand:
+    D: detections of the image     H, W: its height and width in pixels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from detection.data import rle
+from detection.visualize import draw_objects
+
+
+@dataclass(frozen=True, slots=True)
+class Detections:
+    """The objects of one image, best first.
+
+    Attributes:
+        boxes: `(D, 4)` float32 xyxy in pixels of the image.
+        labels: `(D,)` int64 from 1 on.
+        scores: `(D,)` float32 in [0, 1].
+        class_names: of all classes, label 1 first.
+        size: (height, width) of the image.
+        masks: the COCO RLE of each object; None of a detector that finds boxes alone.
+    """
+
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    class_names: tuple[str, ...]
+    size: tuple[int, int]
+    masks: tuple[dict[str, Any], ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def names(self) -> list[str]:
+        """The class of each detection."""
+        return [self.class_names[label - 1] for label in self.labels]
+
+    def take(self, index: NDArray[Any]) -> Detections:
+        """Those that a bool or integer array of numpy selects."""
+        index = np.flatnonzero(index) if index.dtype == np.bool_ else index
+        masks = None if self.masks is None else tuple(self.masks[i] for i in index)
+        return replace(self, boxes=self.boxes[index], labels=self.labels[index], scores=self.scores[index], masks=masks)
+
+    def above(self, score: float) -> Detections:
+        """Those that score at least `score`."""
+        return self.take(self.scores >= score)
+
+    def of(self, classes: Sequence[str]) -> Detections:
+        """Those of the named classes; a ValueError says which name is none of `class_names`."""
+        unknown = [name for name in classes if name not in self.class_names]
+        if unknown:
+            raise ValueError(f"there is no class '{unknown[0]}'; the detector knows: {', '.join(self.class_names)}")
+        return self.take(np.isin(self.labels, [self.class_names.index(name) + 1 for name in classes]))
+
+    def bitmaps(self) -> NDArray[np.bool_]:
+        """The masks `(D, H, W)`; a ValueError where there are none."""
+        if self.masks is None:
+            raise ValueError("the detector finds boxes alone: there are no masks")
+        return np.array([rle.decode(mask) for mask in self.masks], np.bool_).reshape(-1, *self.size)
+
+    def draw(self, image: NDArray[np.uint8]) -> Image.Image:
+        """The image `(H, W, 3)` with boxes, names, scores and masks, in its own size."""
+        masks = None if self.masks is None else list(self.masks)
+        return draw_objects(image, self.boxes, self.labels, self.class_names, self.scores, masks, max(image.shape[:2]))
+
+    def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """One entry of a COCO results file for each detection.
+
+        Args:
+            image_id: of the data set.
+            category_ids: of the data set, one for each of `class_names`; by default the labels.
+        """
+        ids = category_ids or range(1, len(self.class_names) + 1)
+        entries: list[dict[str, Any]] = []
+        for i, (x1, y1, x2, y2) in enumerate(self.boxes.tolist()):
+            entry: dict[str, Any] = {"image_id": image_id, "category_id": ids[int(self.labels[i]) - 1]}
+            entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(self.scores[i])}
+            if self.masks is not None:
+                counts = self.masks[i]["counts"]
+                text = counts.decode() if isinstance(counts, bytes) else counts
+                entry["segmentation"] = {"size": list(self.size), "counts": text}
+            entries.append(entry)
+        return entries
+
+    def to_supervision(self) -> Any:
+        """The same as `supervision.Detections`: class ids are labels less one, names in `data["class_name"]`.
+
+        Raises:
+            ImportError: supervision is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise ImportError('supervision is not installed: pip install "detection[supervision]"') from error
+        return supervision.Detections(
+            xyxy=self.boxes.reshape(-1, 4),
+            mask=self.bitmaps() if self.masks is not None and len(self) else None,
+            confidence=self.scores,
+            class_id=self.labels - 1,
+            data={"class_name": np.array(self.names, dtype=str)},
+        )

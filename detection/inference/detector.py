@@ -1,0 +1,159 @@
+"""A trained detector with all it needs: weights, class names, the sizes it was evaluated at.
+
+from detection import Detector
+
+detector = Detector.from_checkpoint("runs/quickstart/<time>/best.ckpt")
+detections = detector("street.jpg")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from detection.data.augment import resized_size
+from detection.data.batch import Batch, Target
+from detection.data.dataset import Sample, collate
+from detection.data.images import read_image
+from detection.inference.detections import Detections
+from detection.interop import CheckpointError, load_detector
+from detection.models.detector import FasterRCNN
+from detection.models.tta import TestTimeAugmentation
+from detection.models.weights import read_saved, read_torch
+from detection.module import encode_detections
+
+ImageLike: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
+Precision = Literal["32", "bf16", "16"]
+DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
+
+
+class Detector:
+    """Images of any size -> detections in their pixels. Images are resized exactly as evaluation does it.
+
+    Args:
+        model: the detector, or its test-time augmentation.
+        class_names: of the foreground, label 1 first.
+        category_ids: of the data set, likewise, for COCO files; by default the labels.
+        min_size, max_size: see `ImageTransform`; by default the model's own.
+        device: `auto` is the first GPU, or the CPU.
+        precision: of the network; boxes are always computed in float32. 32 gives the figures of evaluation.
+    """
+
+    def __init__(
+        self,
+        model: FasterRCNN | TestTimeAugmentation,
+        class_names: Sequence[str],
+        category_ids: Sequence[int] | None = None,
+        min_size: int | None = None,
+        max_size: int | None = None,
+        device: str = "auto",
+        precision: Precision = "32",
+    ) -> None:
+        if model.num_classes != len(class_names) + 1:
+            raise ValueError(f"{len(class_names)} class names are given for {model.num_classes - 1} classes")
+        self.device = torch.device(_best_device() if device == "auto" else device)
+        self.model = model.eval().to(self.device)
+        self.class_names = tuple(class_names)
+        self.category_ids = tuple(category_ids or range(1, len(class_names) + 1))
+        transform = (model.detector if isinstance(model, TestTimeAugmentation) else model).transform
+        self.min_size, self.max_size = min_size or transform.min_size[-1], max_size or transform.max_size
+        self.precision = precision
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str = "auto", precision: Precision = "32") -> Detector:
+        """The detector of a run's `.ckpt`, or of a `.safetensors` file of `save_detector` or `scripts/convert.py`.
+
+        Raises:
+            CheckpointError: the file doesn't say how to build its detector, or what its classes are called.
+            FileNotFoundError: there is none.
+        """
+        path = Path(path)
+        model = load_detector(path)
+        saved = read_saved(path)
+        if saved.class_names is None:
+            raise CheckpointError(f"{path}: does not name its classes; write it with save_detector(..., class_names)")
+        data: dict[str, Any] = {}
+        if path.suffix != ".safetensors":
+            data = read_torch(path).get("datamodule_hyper_parameters") or {}
+        sizes = data.get("min_size")
+        min_size = max(sizes) if isinstance(sizes, (list, tuple)) else sizes
+        return cls(model, saved.class_names, saved.category_ids, min_size, data.get("max_size"), device, precision)
+
+    def __call__(self, image: ImageLike) -> Detections:
+        """Detections of one image.
+
+        Args:
+            image: a path, a PIL image, `(H, W, 3)` uint8 RGB as array, or `(3, H, W)` uint8 or float in [0, 1] as
+                tensor.
+
+        Raises:
+            DataError: a file that can't be read.
+            ValueError: something that is no image.
+        """
+        return self.predict([image])[0]
+
+    def predict(self, images: Sequence[ImageLike], batch_size: int = 8) -> list[Detections]:
+        """Detections of several images, `batch_size` at a time; images as for a call."""
+        pixels = [to_pixels(image) for image in images]
+        parts = [pixels[i : i + batch_size] for i in range(0, len(pixels), batch_size)]
+        return [found for part in parts for found in self._detect(part)]
+
+    def batch(self, pixels: Sequence[NDArray[np.uint8]]) -> Batch:
+        """The batch that the model sees of `(H, W, 3)` uint8 images."""
+        return collate([self._sample(image) for image in pixels]).to(self.device)
+
+    def _sample(self, pixels: NDArray[np.uint8]) -> Sample:
+        height, width = pixels.shape[:2]
+        boxes, labels = torch.zeros((0, 4)), torch.zeros(0, dtype=torch.int64)
+        flags = torch.zeros(0, dtype=torch.bool)
+        target = Target(0, "", (height, width), boxes, labels, torch.zeros(0), flags, flags)
+        return Sample(pixels, resized_size(height, width, self.min_size, self.max_size), boxes, labels, target)
+
+    @torch.inference_mode()
+    def _detect(self, pixels: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+        batch = self.batch(pixels)
+        half = self.precision != "32"
+        with torch.autocast(self.device.type, DTYPES.get(self.precision, torch.bfloat16), enabled=half):
+            detections = self.model.run(batch, with_losses=False, with_detections=True)[1]
+        found = encode_detections(detections, batch)
+        return [self._pack(d, image.shape[:2]) for d, image in zip(found, pixels, strict=True)]
+
+    def _pack(self, detection: dict[str, Any], size: tuple[int, ...]) -> Detections:
+        boxes, labels, scores = (detection[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
+        order = np.argsort(-scores, kind="stable")
+        masks = tuple(detection["masks"]) if "masks" in detection else None
+        shape = (int(size[0]), int(size[1]))
+        found = Detections(boxes.astype(np.float32), labels, scores.astype(np.float32), self.class_names, shape, masks)
+        return found.take(order)
+
+
+def to_pixels(image: ImageLike) -> NDArray[np.uint8]:
+    """Any of the forms that a `Detector` takes as `(H, W, 3)` uint8 RGB; errors as there."""
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        return np.array(image.convert("RGB"))
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(f"an image as tensor must be (3, H, W) in RGB order, not {tuple(image.shape)}")
+        if image.is_floating_point():
+            if not (image.amin() >= 0 and image.amax() <= 1):
+                raise ValueError("an image as float tensor must be in [0, 1]: divide by 255, or give uint8")
+            image = (image * 255).round().to(torch.uint8)
+        array = image.permute(1, 2, 0).cpu().numpy()
+    else:
+        array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or min(array.shape) < 1:
+        raise ValueError(f"an image as array must be (H, W, 3) uint8 in RGB order, not {array.shape} {array.dtype}")
+    return np.ascontiguousarray(array)
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

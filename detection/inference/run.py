@@ -1,0 +1,180 @@
+"""Detection in files, from one end to the other: pictures in, annotated pictures, COCO JSON and CSV out."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from detection.inference.detections import Detections
+from detection.inference.detector import Detector
+from detection.inference.sources import Images, Pixels, Video
+from detection.inference.tiles import Tiles
+
+COLUMNS = ("image", "class", "score", "x1", "y1", "x2", "y2")
+
+
+@dataclass
+class Summary:
+    """What a run of `predict` did.
+
+    Attributes:
+        images: how many images or frames were looked at.
+        counts: detections of each class.
+        problems: one line for each file that could not be read.
+        folder: where the results are.
+    """
+
+    folder: Path
+    images: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def predict(
+    detector: Detector,
+    source: Images | Video,
+    folder: Path,
+    score_thresh: float = 0.5,
+    classes: Sequence[str] | None = None,
+    batch_size: int = 8,
+    tiles: Tiles | None = None,
+    limit: int | None = None,
+    pictures: bool = True,
+) -> Summary:
+    """Detect in all of a source; Ctrl-C ends it early, with whole files.
+
+    Writes `predictions.json`, a COCO data set whose annotations have scores (and are a COCO results list),
+    `predictions.csv`, a line a detection, and pictures: images under their names in `annotated`, a video as one.
+
+    Args:
+        detector: finds.
+        source: of images or frames.
+        folder: to write to; made if absent.
+        score_thresh: detections below it are left out.
+        classes: those wanted; None for all.
+        batch_size: images (or tiles) a batch.
+        tiles: look at each image in tiles.
+        limit: stop after so many images.
+        pictures: whether pictures are wanted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = Summary(folder)
+    writer = _writer(folder, source) if pictures else None
+    document: dict[str, Any] = {"images": [], "annotations": []}
+    pairs = zip(detector.category_ids, detector.class_names, strict=True)
+    document["categories"] = [{"id": number, "name": name} for number, name in pairs]
+    with _bar() as bar, (folder / "predictions.csv").open("w", newline="") as file:
+        task = bar.add_task("detecting", total=min(len(source), limit or len(source)) or limit)
+        table = csv.writer(file)
+        table.writerow(COLUMNS)
+        try:
+            for name, pixels, found in _detect(detector, islice(source, limit), batch_size, tiles):
+                found = found.above(score_thresh)
+                found = found.of(classes) if classes is not None else found
+                _record(document, name, found, detector.category_ids)
+                table.writerows(_rows(name, found))
+                if writer is not None:
+                    writer.write(name, found.draw(pixels))
+                for kind in found.names:
+                    summary.counts[kind] = summary.counts.get(kind, 0) + 1
+                summary.images += 1
+                bar.advance(task)
+        except KeyboardInterrupt:
+            summary.problems.append(f"interrupted after {summary.images} images")
+        finally:
+            if writer is not None:
+                writer.close()
+            (folder / "predictions.json").write_text(json.dumps(document, allow_nan=False))
+    summary.problems += source.problems
+    return summary
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _detect(
+    detector: Detector, images: Iterable[tuple[str, Pixels]], batch_size: int, tiles: Tiles | None
+) -> Iterator[tuple[str, Pixels, Detections]]:
+    images = iter(images)
+    while batch := list(islice(images, batch_size if tiles is None else 1)):
+        if tiles is None:
+            found = detector.predict([pixels for _, pixels in batch], batch_size)
+        else:
+            found = [detect_tiled(detector, pixels, tiles, batch_size) for _, pixels in batch]
+        yield from ((name, pixels, one) for (name, pixels), one in zip(batch, found, strict=True))
+
+
+def detect_tiled(detector: Detector, pixels: Pixels, tiles: Tiles, batch_size: int = 8) -> Detections:
+    """Detections of an image `(H, W, 3)` looked at in tiles."""
+    height, width = pixels.shape[:2]
+    windows = tiles.windows(height, width)
+    parts = detector.predict([pixels[y1:y2, x1:x2] for x1, y1, x2, y2 in windows], batch_size)
+    return parts[0] if len(parts) == 1 else tiles.merge(parts, windows, (height, width))
+
+
+def _record(document: dict[str, Any], name: str, found: Detections, category_ids: Sequence[int]) -> None:
+    number = len(document["images"]) + 1
+    entry = {"id": number, "file_name": name, "width": found.size[1], "height": found.size[0]}
+    document["images"].append(entry)
+    for detection in found.to_coco(number, category_ids):
+        detection |= {"id": len(document["annotations"]) + 1, "iscrowd": 0}
+        detection["area"] = detection["bbox"][2] * detection["bbox"][3]
+        document["annotations"].append(detection)
+
+
+def _rows(name: str, found: Detections) -> Iterator[list[Any]]:
+    for kind, score, box in zip(found.names, found.scores, found.boxes, strict=True):
+        yield [name, kind, f"{score:.4f}", *(f"{value:.2f}" for value in box)]
+
+
+class _Pictures:
+    """Annotated images, each under the name of its original."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, name: str, picture: Image.Image) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, quality=90)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class _Film:
+    """Annotated frames as one video, in MPEG-4, which OpenCV's builds can write everywhere."""
+
+    def __init__(self, path: Path, fps: float) -> None:
+        self.path, self.fps = path, fps
+        self._writer: cv2.VideoWriter | None = None
+
+    def write(self, name: str, picture: Image.Image) -> None:
+        if self._writer is None:
+            self._writer = cv2.VideoWriter(
+                str(self.path), cv2.VideoWriter.fourcc(*"mp4v"), self.fps, (picture.width, picture.height)
+            )
+        self._writer.write(np.ascontiguousarray(np.asarray(picture)[..., ::-1]))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.release()
+
+
+def _writer(folder: Path, source: Images | Video) -> _Pictures | _Film:
+    if isinstance(source, Images):
+        return _Pictures(folder / "annotated")
+    return _Film(folder / f"{Path(source.name).stem}_annotated.mp4", source.fps)

@@ -1,0 +1,54 @@
+"""Detect in images, videos or a camera's pictures: `python scripts/predict.py --ckpt RUN/best.ckpt --source photos`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+from detection.data.records import DataError
+from detection.inference import Detector, Tiles, predict
+from detection.inference.detector import Precision
+from detection.inference.sources import open_source
+from detection.models.weights import CheckpointError
+
+
+def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thresh: float = 0.5,
+         classes: list[str] | None = None, batch_size: int = 8, tile: int | None = None, overlap: float = 0.2,
+         limit: int | None = None, pictures: bool = True, device: str = "auto",
+         precision: Precision = "32") -> None:  # fmt: skip
+    """Write annotated images or a video, predictions.json (COCO) and predictions.csv.
+
+    Args:
+        ckpt: checkpoint of scripts/fit.py, or .safetensors of scripts/convert.py.
+        source: image, folder, pattern such as 'photos/*.jpg' (quoted), video, or the number of a camera.
+        output: folder to write to.
+        score_thresh: detections below it are left out.
+        classes: those wanted, e.g. '[car, person]'; all by default.
+        batch_size: images, or tiles, a batch.
+        tile: side in pixels of tiles to look at one by one, for large images.
+        overlap: of neighbouring tiles, as a share of their side.
+        limit: stop after so many images or frames.
+        pictures: false leaves the annotated images or video out.
+        device: auto, cpu, cuda, cuda:1, mps.
+        precision: of the network: 32, bf16 or 16.
+    """
+    detector = Detector.from_checkpoint(ckpt, device, precision)
+    tiles = Tiles(tile, overlap) if tile is not None else None
+    detector_of = detector.class_names
+    if unknown := [name for name in classes or () if name not in detector_of]:
+        raise DataError(f"{ckpt}: there is no class '{unknown[0]}'; there are: {', '.join(detector_of)}")
+    done = predict(detector, open_source(source), output, score_thresh, classes, batch_size, tiles, limit, pictures)
+    print(f"{done.images} images, {sum(done.counts.values())} objects: {done.counts}; results in {output}")
+    if done.problems:
+        print(f"{len(done.problems)} not read:", *done.problems, sep="\n  ", file=sys.stderr)
+    if not done.images:
+        raise DataError(f"{source}: nothing in it could be read")
+
+
+if __name__ == "__main__":
+    try:
+        auto_cli(main, as_positional=False)
+    except (CheckpointError, DataError, FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
