@@ -20,6 +20,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.logging import RichHandler
@@ -27,7 +28,7 @@ from rich.logging import RichHandler
 from detection.callbacks import Bar, PredictionPictures, Results, Throughput
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
-from detection.errors import explain
+from detection.errors import RunError, explain
 from detection.loggers import MetricsFile, WandbMode, wandb_logger
 from detection.models import family, zoo
 from detection.module import DetectionModule
@@ -336,6 +337,12 @@ def main(args: Sequence[str] | None = None) -> int:
         cli = FitCLI(sys.argv[1:] if args is None else args)
     except (ValueError, FileNotFoundError) as error:
         return _fail(error)
+    except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, MisconfigurationException) as error:
+        if os.environ.get("JSONARGPARSE_DEBUG"):
+            raise
+        said = " ".join(str(error).split())
+        return _fail(RunError(f"these settings can't be built: {type(error).__name__}: {said} (JSONARGPARSE_DEBUG=1 "
+                              "shows where)"))  # fmt: skip
     try:
         cli.fit()
     except Exception as error:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from detection.data.records import DataError
 from detection.models.weights import CheckpointError
@@ -43,7 +44,7 @@ def explain(error: BaseException) -> str | None:
     """
     text, notes = str(error), "; ".join(getattr(error, "__notes__", ()))
     beside = f" ({notes})" if notes else ""
-    if isinstance(error, (DataError, RunError, CheckpointError, FileNotFoundError)):
+    if isinstance(error, (DataError, RunError, CheckpointError, FileNotFoundError, MisconfigurationException)):
         return _innermost(text)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _matches(
         text, "out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -259,11 +260,20 @@ class DetectionDataModule(L.LightningDataModule):
         return DetectionDataset(index, transform, hp["with_difficult"], proposals=proposals, **training)
 
     def _check_shared_memory(self, min_size: int, folder: str = "/dev/shm") -> None:
-        """Warn where the batches that workers keep ready won't fit: a container's 64 MiB end in a bus error."""
-        if self.hparams["num_workers"] and Path(folder).is_dir():
+        """Warn where the batches that workers keep ready may not fit, refuse where not one does: a container's 64 MiB
+        end in a bus error.
+        """
+        if self.hparams["num_workers"] and sys.platform == "linux":
+            if not Path(folder).is_dir():
+                raise DataError(f"{folder} is missing, through which workers send batches: set data.num_workers to 0")
             batch = 3 * min(min_size, self.hparams["max_size"]) * self.hparams["max_size"] * self.hparams["batch_size"]
             # each has two batches ready or in work, and one that it gave away is not free yet
             need, free = 3 * batch * self.hparams["num_workers"] >> 20, shutil.disk_usage(folder).free >> 20
+            if batch >> 20 > free:
+                raise DataError(
+                    f"{folder} has {free} MiB free, but one batch takes {batch >> 20}: give the container more "
+                    "(docker run --shm-size=8g), or lower batch_size, or set num_workers to 0"
+                )
             if need > free:
                 rank_zero_warn(
                     f"{folder} has {free} MiB free, but {self.hparams['num_workers']} workers with batches of "
