@@ -106,7 +106,7 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float
     Args:
         boxes: `(N, 4)` float32.
         scores: `(N,)`.
-        groups: `(N,)` int64.
+        groups: `(N,)` int64 from 0 on; -1 for rows that are no boxes, whose fate the caller does not look at.
         iou_thresh: in [0, 1].
 
     Returns:
@@ -115,8 +115,8 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float
     if boxes.device.type == "cpu":
         # The CPU kernel is quadratic in the number of boxes, so each group goes alone.
         order = torch.argsort(groups, stable=True)
-        counts = torch.bincount(groups).tolist()
-        kept = [part[nms(boxes[part], scores[part], iou_thresh)] for part in order.split(counts) if len(part)]
+        counts = torch.bincount(groups + 1).tolist()
+        kept = [part[nms(boxes[part], scores[part], iou_thresh)] for part in order.split(counts)[1:] if len(part)]
         keep = torch.cat(kept) if kept else order
         return keep[torch.argsort(scores[keep], descending=True, stable=True)]
     return _nms_apart(boxes, scores, groups, iou_thresh)

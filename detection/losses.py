@@ -5,6 +5,8 @@ Shape shorthand:
 All are sums over valid rows divided by the number of valid rows of the batch, foreground and background alike
 (Faster R-CNN, equation 2, with N_cls = N_reg and lambda = 1, as torchvision and Detectron2 have it). A batch without
 any foreground gives a box loss of exactly 0 that is still connected to the graph.
+In training on several processes "the batch" is that of all of them, so that their averaged gradient is that of one
+process with the whole batch, however the images are dealt out.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from detection.recipes import recorded
@@ -114,4 +116,16 @@ def _overlap(boxes: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _mean_of(loss: Tensor, counted: Tensor, valid: Tensor) -> Tensor:
-    return torch.where(counted, loss, 0.0).sum() / valid.sum().clamp(min=1)
+    return torch.where(counted, loss, 0.0).sum() / count_over_ranks(valid)
+
+
+def count_over_ranks(rows: Tensor) -> Tensor:
+    """How many of the bool `rows` are True in an average process's share of the batch: float32 scalar, above 0.
+
+    Only where gradients are wanted do the processes meet: in evaluation they may have different numbers of batches.
+    """
+    count = rows.sum().float()
+    if not (torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized()):
+        return count.clamp(min=1)
+    distributed.all_reduce(count)
+    return count.clamp(min=1) / distributed.get_world_size()

@@ -91,6 +91,7 @@ def _build(network: Network, size: int) -> tuple[nn.Module, zoo.FasterRCNN]:
     sizes = {"min_size": size, "max_size": size}  # torchvision resizes by them even where it has nothing to do
     if network == "resnet50":
         ours = zoo.fasterrcnn_resnet50_fpn(norm="frozen")
+        ours.load_state_dict(_with_measured_statistics(size))
         trunk = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3)
         theirs: nn.Module = ReferenceFasterRCNN(trunk, 91, **sizes)
     else:
@@ -102,6 +103,17 @@ def _build(network: Network, size: int) -> tuple[nn.Module, zoo.FasterRCNN]:
             parameter.mul_(10)
     theirs.load_state_dict(ours.state_dict())
     return theirs, ours
+
+
+def _with_measured_statistics(size: int) -> dict[str, Tensor]:
+    """Random weights whose features are as large as trained ones: others make proposals without area, and no work."""
+    live = zoo.fasterrcnn_resnet50_fpn(norm="batch")
+    for module in live.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the plain mean of all batches
+    with torch.no_grad():
+        live.train().backbone(torch.randn(4, 3, size, size).contiguous(memory_format=torch.channels_last))
+    return live.state_dict()
 
 
 def _step(model: nn.Module, losses: Callable[[], dict[str, Tensor]], fused: bool) -> Callable[[], None]:

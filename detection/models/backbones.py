@@ -7,35 +7,21 @@ Shape shorthand:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import timm
 import torch
-from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_large, resnet
 from torchvision.models.resnet import Bottleneck, ResNet
-from torchvision.ops import FrozenBatchNorm2d
 
 from detection.models.fpn import FeaturePyramidNetwork
+from detection.models.norms import NORM_LAYERS, Norm, fold_frozen_norms, freeze_timm_norms, replace_batch_norm
 from detection.models.weights import Weights, find_weights, is_given
 from detection.recipes import recorded
 
-Norm = Literal["frozen", "batch", "group"]
 ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation (Wu and He 2018) with 32 groups, or the most that divide the channels."""
-    return nn.GroupNorm(next(groups for groups in (32, 16, 8, 4, 2, 1) if channels % groups == 0), channels)
-
-
-NORM_LAYERS: Mapping[Norm, Callable[[int], nn.Module]] = {
-    "frozen": FrozenBatchNorm2d,
-    "batch": nn.BatchNorm2d,
-    "group": group_norm,
-}
 
 
 class Trunk(nn.ModuleDict):
@@ -218,6 +204,7 @@ def resnet_network(
     groups = [["layer4"], ["layer3"], ["layer2"], ["layer1"], ["conv1", "bn1"]]
     # torchvision trains the stem's normalisation only when everything trains, which the last group says.
     _freeze(network, groups, _count_trainable(trainable_layers, pretrained, 5))
+    fold_frozen_norms(network)
     return network
 
 
@@ -243,6 +230,7 @@ def mobilenet_v3_large_fpn(
     bounds = [*starts, len(layers)]
     groups = [[str(i) for i in range(a, b)] for a, b in zip(bounds[:-1], bounds[1:], strict=True)][::-1]
     _freeze(layers, groups, _count_trainable(trainable_layers, pretrained, 6))
+    fold_frozen_norms(network)
     channels = [layers[starts[-2]].out_channels, layers[-1].out_channels]
     body = Trunk(dict(layers.named_children()), {str(starts[-2]): "0", str(starts[-1]): "1"})
     return Backbone(body, channels, (32, 32))
@@ -281,9 +269,9 @@ def timm_fpn(
     if is_given(weights):
         _load_matching(network, find_weights(weights), name)
     if norm == "frozen" or (norm is None and is_given(weights)):
-        network = freeze_batch_norm_2d(network)
+        network = freeze_timm_norms(network)
     elif norm == "group":
-        _replace_batch_norm(network)
+        replace_batch_norm(network)
     info = network.feature_info
     pretrained = is_given(weights) or norm == "frozen"
     outputs = [module.replace(".", "_") for module in info.module_name()]
@@ -362,16 +350,6 @@ def _count_trainable(layers: int | None, pretrained: bool, groups: int) -> int:
     if not 0 <= layers <= groups:
         raise ValueError(f"trainable_backbone_layers must be from 0 to {groups}, not {layers}")
     return layers
-
-
-def _replace_batch_norm(network: nn.Module) -> None:
-    """Put group normalisation in the place of batch normalisation, and keep the activations that timm joins to it."""
-    for name, module in list(network.named_modules()):
-        if isinstance(module, BatchNormAct2d):
-            parts = (group_norm(module.num_features), module.drop, module.act)
-            network.set_submodule(name, nn.Sequential(*parts))
-        elif isinstance(module, nn.BatchNorm2d):
-            network.set_submodule(name, group_norm(module.num_features))
 
 
 def _freeze_up_to(network: nn.Module, outputs: Sequence[str], trainable: int) -> None:

@@ -91,7 +91,7 @@ class FasterRCNN(nn.Module):
             losses |= self.roi_heads.losses(features, proposals, batch)
         if not with_detections:
             return losses, []
-        detections = self.roi_heads.detect(features, proposals, batch.image_sizes)
+        detections = self.roi_heads.detect(features, proposals.trimmed(), batch.image_sizes)
         for i, detection in enumerate(detections):
             detection["boxes"] = resize_boxes(detection["boxes"], batch.image_sizes[i], batch.original_sizes[i])
         return losses, detections

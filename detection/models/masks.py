@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from detection.data.batch import Batch
+from detection.losses import count_over_ranks
 from detection.models.pooling import RoIPooler
 from detection.recipes import recorded
 
@@ -125,7 +126,7 @@ class MaskBranch(nn.Module):
             index = torch.where(foreground, first + matched_idxs, -1)
             wanted = project_masks(batch.gt_masks, batch.gt_mask_windows, index, boxes, logits.shape[-1])
         loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=(2, 3))
-        return {"loss_mask": torch.where(foreground, loss, 0.0).sum() / foreground.sum().clamp(min=1)}
+        return {"loss_mask": torch.where(foreground, loss, 0.0).sum() / count_over_ranks(foreground)}
 
     @staticmethod
     def _places(labels: Tensor) -> int:

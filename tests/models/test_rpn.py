@@ -47,6 +47,49 @@ def test_head_equals_torchvision(depth: int) -> None:
         torch.testing.assert_close(deltas[level], moves)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("softmax", [False, True])
+def test_head_at_some_anchors_equals_the_head_on_all(depth: int, softmax: bool) -> None:
+    torch.manual_seed(0)
+    head = RPNHead(8, 3, depth, softmax).double()
+    features = [f.double().requires_grad_() for f in make_features()]
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn_like(parameter) / 4)
+    objectness, deltas = (torch.cat(levels, dim=1) for levels in head(features))
+    # All anchors of the first image, corners and edges among them, and some of the second in any order, some twice.
+    count = objectness.shape[1]
+    anchors = torch.stack((torch.arange(count), torch.randint(count, (count,))))
+    expected = objectness.gather(1, anchors), deltas.gather(1, anchors[..., None].expand(-1, -1, 4))
+    found = head.at(features, anchors)
+    shares = [torch.randn_like(values) for values in expected]
+    inputs = [*features, *head.parameters()]
+    gradients = [torch.autograd.grad(values, inputs, shares) for values in (expected, found)]
+    for wanted, given in zip((*expected, *gradients[0]), (*found, *gradients[1]), strict=True):
+        assert wanted.abs().max() > 0.1
+        torch.testing.assert_close(given, wanted)
+
+
+def test_training_learns_from_the_sampled_anchors_alone() -> None:
+    rpn = make_rpn(batch_size_per_image=4)
+    seen: list[int] = []
+    rpn.head.cls_logits.register_forward_hook(lambda _, inputs, output: seen.append(int(output.requires_grad)))
+    features = [f.requires_grad_() for f in make_features()]
+    _, losses = rpn(features, make_batch([[[10, 10, 40, 40]], []]), with_losses=True)
+    assert seen == [0, 0, 1]  # both levels in full without gradients, the sample with
+    torch.stack(list(losses.values())).sum().backward()
+    touched = [int((f.grad != 0).any(dim=1).sum()) for f in features]
+    assert 0 < sum(touched) <= 2 * 4 * 9
+
+
+def test_on_the_cpu_places_that_no_image_fills_are_left_out() -> None:
+    valid = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    boxes, scores = torch.rand(2, 4, 4), torch.rand(2, 4)
+    trimmed = Proposals(boxes, scores, valid).trimmed()
+    assert torch.equal(trimmed.boxes, boxes[:, :3]) and torch.equal(trimmed.valid, valid[:, :3])
+    assert Proposals(boxes, scores, valid & False).trimmed().boxes.shape == (2, 1, 4)
+
+
 def test_two_logits_are_a_softmax_over_background_and_object() -> None:
     torch.manual_seed(0)
     head = RPNHead(8, 3, softmax_objectness=True)

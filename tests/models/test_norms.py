@@ -1,0 +1,110 @@
+"""Frozen normalisation inside the convolution before it: the same numbers, gradients and names."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import freeze_batch_norm_2d
+from torch import Tensor, nn
+from torchvision.models import resnet50
+from torchvision.ops import FrozenBatchNorm2d
+
+from detection.models import norms
+from detection.models.norms import FoldedConv2d, FoldedNorm, fold_for_good, fold_frozen_norms
+
+IMAGES = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+
+
+def stir(network: nn.Module) -> nn.Module:
+    """Statistics and weights of which none is 0 or 1."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in network.modules():
+            if hasattr(module, "running_var"):
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.3)
+    return network
+
+
+def frozen(name: str) -> nn.Module:
+    if name == "torchvision":
+        return stir(resnet50(norm_layer=FrozenBatchNorm2d)).eval()
+    return freeze_batch_norm_2d(stir(timm.create_model(name, features_only=True))).eval()
+
+
+def outputs(network: nn.Module) -> list[Tensor]:
+    found = network(IMAGES)
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+# ghostnet gives out a convolution's own output, and densenet normalises one output in several places.
+@pytest.mark.parametrize("name", ["torchvision", "tf_efficientnet_lite0", "regnety_002", "ghostnet_100", "densenet121"])
+def test_folding_changes_neither_numbers_nor_names(name: str) -> None:
+    network = frozen(name)
+    with torch.no_grad():
+        expected = outputs(network)
+        state = copy.deepcopy(network.state_dict())
+        fold_frozen_norms(network)
+        folded = [m for m in network.modules() if isinstance(m, FoldedConv2d)]
+        assert len(folded) > 30
+        assert list(network.state_dict()) == list(state)
+        for wanted, given in zip(expected, outputs(network), strict=True):
+            torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+        for wanted, given in zip(expected, outputs(copy.deepcopy(network)), strict=True):
+            torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+        fold_for_good(network)
+        assert not any(isinstance(m, FoldedConv2d) for m in network.modules())
+        for wanted, given in zip(expected, outputs(network), strict=True):
+            torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_a_copy_has_statistics_of_its_own() -> None:
+    network = frozen("torchvision")
+    fold_frozen_norms(network)
+    twin = copy.deepcopy(network)
+    with torch.no_grad():
+        twin.bn1.running_mean.add_(5)
+        assert torch.equal(network(IMAGES), network(IMAGES))
+        assert (twin(IMAGES) - network(IMAGES)).abs().max() > 1e-3
+        assert twin.conv1.norm[0] is twin.bn1
+
+
+def test_the_gradients_are_those_of_the_two_modules() -> None:
+    norm = stir(FrozenBatchNorm2d(5))
+    plain = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False), norm).double()
+    folded = copy.deepcopy(plain)
+    folded[1] = FoldedNorm(folded[1])
+    folded[0] = FoldedConv2d(folded[0], folded[1])
+    images = [IMAGES.double().clone().requires_grad_() for _ in range(2)]
+    for network, image in zip((plain, folded), images, strict=True):
+        network(image).square().sum().backward()
+    torch.testing.assert_close(images[1].grad, images[0].grad)
+    torch.testing.assert_close(folded[0].weight.grad, plain[0].weight.grad)
+
+
+def test_under_autocast_the_output_stays_in_half_precision() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), FrozenBatchNorm2d(5))
+    fold_frozen_norms(network)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(IMAGES).dtype == torch.bfloat16
+
+
+def test_statistics_of_a_live_network_can_be_loaded() -> None:
+    live = stir(resnet50())
+    network = frozen("torchvision")
+    fold_frozen_norms(network)
+    network.load_state_dict(live.state_dict())  # its counters of batches are left aside, as torchvision does
+    with torch.no_grad():
+        torch.testing.assert_close(network(IMAGES), live.eval()(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_without_frozen_norms_is_left_alone() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))
+    fold_frozen_norms(network)
+    assert [type(m) for m in network] == [nn.Conv2d, nn.BatchNorm2d]
+    assert norms.group_norm(48).num_groups == 16
