@@ -201,7 +201,7 @@ class RegionProposalNetwork(nn.Module):
         mode = "training" if self.training else "testing"
         boxes, logits, levels = [], [], []
         for level, (score, delta, anchor) in enumerate(zip(objectness, deltas, anchors, strict=True)):
-            top_score, top = score.float().topk(min(self.pre_nms_top_n[mode], score.shape[1]), dim=1)
+            top_score, top = score.float().topk(torch.sym_min(self.pre_nms_top_n[mode], score.shape[1]), dim=1)
             boxes.append(self.box_coder.decode(delta.gather(1, top[..., None].expand(-1, -1, 4)), anchor[top]))
             logits.append(top_score)
             levels.append(torch.full_like(top, level))
@@ -211,7 +211,7 @@ class RegionProposalNetwork(nn.Module):
         usable = is_large_enough(candidates, self.min_size) & (scores >= self.score_thresh)
         kept = self._suppress(candidates, scores, torch.cat(levels, dim=1), usable)
         ranked = torch.where(kept, scores, -1.0)
-        best, order = ranked.topk(min(self.post_nms_top_n[mode], ranked.shape[1]), dim=1)
+        best, order = ranked.topk(torch.sym_min(self.post_nms_top_n[mode], ranked.shape[1]), dim=1)
         valid = best >= 0
         proposals = candidates.gather(1, order[..., None].expand(-1, -1, 4))
         return Proposals(torch.where(valid[..., None], proposals, 0.0), best, valid)
