@@ -1,5 +1,6 @@
 # make fit    install and train the quickstart      make test   install and run all tests
 # make lint   ruff                                  make types  mypy
+# make faults the fault matrix, to faults.md        make audit  packages against the advisory database
 #
 # PYTHON=python3.12   another interpreter, 3.11 or newer
 # CPU=1               PyTorch's CPU build, a tenth of the download
@@ -13,7 +14,7 @@ CPU ?=
 BIN := $(VENV)/bin
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: fit test lint types check clean
+.PHONY: fit test faults audit lint types check clean
 
 fit: $(VENV)/.installed
 	$(BIN)/python scripts/fit.py $(ARGS)
@@ -21,6 +22,15 @@ fit: $(VENV)/.installed
 # A process of one thread on each core: two of two threads on two cores wait for each other.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+
+# What is promised when disks fill, processes die and files are hostile: each row of the table is a real injection.
+faults: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --fault-table faults.md $(ARGS)
+
+# Needs the network: asks the advisory database about every package installed. Without it, tests/known_bad.txt holds.
+audit: $(VENV)/.installed-dev
+	$(BIN)/pip install -q $(PIP_ARGS) pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

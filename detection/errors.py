@@ -61,9 +61,10 @@ def explain(error: BaseException) -> str | None:
             "data.timeout where reading takes that long"
         )
     if found := re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (.*)", text):
+        why = "" if "was stopped" in beside else "most often the system ran out of memory; lower data.num_workers or "
         return (
-            f"the loader's process {found[1]} {found[2].strip(' .')}{beside}: most often the system ran out of memory; "
-            "lower data.num_workers or data.batch_size, and go on with --resume"
+            f"the loader's process {found[1]} {found[2].strip(' .')}{beside}: "
+            f"{why and why + 'data.batch_size, and '}go on with --resume"
         )
     if _matches(text, "closed by peer", "reset by peer", "Broken pipe", "NCCL.*(remote|timeout|abort)"):
         return "another process of this run has ended, which its own message explains; go on with --resume"

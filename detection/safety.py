@@ -7,7 +7,6 @@ reaches the weights; the rest sees to it that no process waits for one that has 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -32,8 +31,6 @@ from torch.optim import Optimizer
 from detection.data.batch import Batch
 from detection.data.images import EXTENSIONS
 from detection.errors import RunError, blame_disk
-
-log = logging.getLogger(__name__)
 
 # Files that a process keeps open: 60 or so for itself, and for each worker its pipes and shared batches.
 FILES, FILES_PER_WORKER = 128, 32
@@ -103,7 +100,7 @@ def end_other_ranks(trainer: L.Trainer, error: BaseException, patience: float = 
         patience: seconds to end, and to say why, by themselves.
     """
     if getattr(error, "on_all_ranks", False) and trainer.local_rank:
-        time.sleep(20)  # Lightning kills the first rank, message or not, when it sees that another has ended
+        time.sleep(5)  # Lightning kills the first rank, message or not, when it sees that another has ended
     for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", ()), 1):
         try:
             code = process.wait(patience)
@@ -143,7 +140,7 @@ class Guard(L.Callback):
 
     def __init__(self, folder: Path, patience: float = 50.0) -> None:
         self.folder, self.patience = folder, patience
-        self._done = threading.Event()
+        self._done, self._killed = threading.Event(), list[str]()
         self._batch: Batch | None = None
         self._step: _Step | None = None
         self._unread: _Step | None = None
@@ -151,7 +148,7 @@ class Guard(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.patience:
             self._done.clear()
-            threading.Thread(target=_end_stopped, args=(self.patience, self._done), daemon=True).start()
+            threading.Thread(target=_end_stopped, args=(self.patience, self._done, self._killed), daemon=True).start()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._done.set()
@@ -238,12 +235,13 @@ class Guard(L.Callback):
             dist.all_gather_object(reports, own | {"gradients": gradients})
         rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
         facts = {"step": step.number, "epoch": step.epoch, "learning_rates": rates, "ranks": reports}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(trainer.strategy.broadcast(str(self.folder)))
+        folder.mkdir(parents=True, exist_ok=True)
         if trainer.is_global_zero:
-            (self.folder / "nonfinite.json").write_text(json.dumps(facts, indent=2))
+            (folder / "nonfinite.json").write_text(json.dumps(facts, indent=2))
         tensors = {f"{i}.{name}": value for i, part in enumerate(step.parts) for name, value in _tensors(part[0])}
-        save_file(tensors, self.folder / f"nonfinite-rank{trainer.global_rank}.safetensors")
-        raise RunError(f"{_sentence(facts)}; see {self.folder / 'nonfinite.json'}", on_all_ranks=True)
+        save_file(tensors, folder / f"nonfinite-rank{trainer.global_rank}.safetensors")
+        raise RunError(f"{_sentence(facts)}; see {folder / 'nonfinite.json'}", on_all_ranks=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Note down what can't be known later: the batch in work, and what the loaders' processes were doing."""
@@ -252,8 +250,9 @@ class Guard(L.Callback):
             shape = "x".join(map(str, batch.images.shape))
             exception.add_note(f"the batch was {shape} with up to {batch.gt_boxes.shape[1]} objects an image")
         if "DataLoader" in str(exception):
-            for doing in filter(None, (_doing(worker.pid or 0) for worker in multiprocessing.active_children())):
-                exception.add_note(doing)
+            doing = [_doing(worker.pid or 0) for worker in multiprocessing.active_children()]
+            for note in filter(None, [*self._killed, *doing]):
+                exception.add_note(note)
             _end_workers()
 
 
@@ -321,7 +320,7 @@ def _state(pid: int) -> str:
         return ""
 
 
-def _end_stopped(patience: float, done: threading.Event) -> None:
+def _end_stopped(patience: float, done: threading.Event, killed: list[str]) -> None:
     """Kill loaders' processes that stay stopped: to receive a batch from one can block for ever, whatever the timeout.
 
     Seconds are counted here, so that those in which the whole run was stopped do not count.
@@ -331,8 +330,8 @@ def _end_stopped(patience: float, done: threading.Event) -> None:
         for worker in multiprocessing.active_children():
             pid = worker.pid or 0
             stopped[pid] = stopped.get(pid, 0) + 1 if _state(pid) == "T" else 0
-            if stopped[pid] > patience:
-                log.error("the loader's process %d has been stopped for %g seconds: it is killed", pid, patience)
+            if stopped[pid] == int(patience) + 1:
+                killed.append(f"worker {pid} was stopped for {patience:g} seconds, and so it was killed")
                 worker.kill()
 
 
