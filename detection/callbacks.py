@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import resource
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -13,13 +15,12 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 from rich.table import Table
 
 from detection.data.batch import Batch
-from detection.data.dataset import collate
 from detection.data.images import read_image
+from detection.evaluation.results import spread
 from detection.module import DetectionModule
 from detection.visualize import draw_objects, side_by_side
 
@@ -27,10 +28,11 @@ log = logging.getLogger(__name__)
 
 
 class Throughput(L.Callback):
-    """Logs `images/s` over all devices, the fraction of time spent waiting for data, and the learning rate.
+    """Logs `images/s` over all devices, the fraction of time spent waiting for data, the learning rate and memory.
 
-    And what the data lost, on the first device: `data/dropped_boxes`, the share of objects of which the augmentation
-    left nothing, and `data/unreadable`, how many times an image could not be read and another took its place.
+    Memory is that of the first process, without its workers, and the most that tensors took on its GPU. And what the
+    data lost, on the first device: `data/dropped_boxes`, the share of objects of which the augmentation left nothing,
+    and `data/unreadable`, how many times an image could not be read and another took its place.
 
     Args:
         window: steps that are averaged.
@@ -68,6 +70,9 @@ class Throughput(L.Callback):
         pl_module.log("data/dropped_boxes", dropped / max(given, 1), batch_size=1)
         pl_module.log("data/unreadable", float(self._unreadable), batch_size=1)
         pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
+        pl_module.log("memory/process_gib", resident_bytes() / 2**30, batch_size=1)
+        if torch.cuda.is_available():
+            pl_module.log("memory/gpu_peak_gib", torch.cuda.max_memory_allocated() / 2**30, batch_size=1)
         if self._line_every and now - self._last_line > self._line_every and trainer.is_global_zero:
             self._last_line = now
             loss = float(trainer.callback_metrics.get("train/loss", torch.nan))
@@ -78,6 +83,15 @@ class Throughput(L.Callback):
                 loss,
                 images / seconds,
             )
+
+
+def resident_bytes() -> int:
+    """Memory of this process, now on Linux, elsewhere at its peak."""
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 class Bar(RichProgressBar):
@@ -103,7 +117,7 @@ class PredictionPictures(L.Callback):
     """After each validation `predictions.jpg`: the same images each time, ground truth beside predictions.
 
     Args:
-        folder: where the picture goes; also sent to W&B where that is in use.
+        folder: where the picture goes.
         count: how many images, spread over the validation split.
         score_thresh: detections below it are not drawn.
     """
@@ -115,30 +129,19 @@ class PredictionPictures(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: DetectionModule) -> None:  # type: ignore[override]
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        dataset = trainer.val_dataloaders.dataset  # type: ignore[union-attr]
-        chosen = np.unique(np.linspace(0, len(dataset) - 1, min(self.count, len(dataset))).astype(int)).tolist()
-        batch = collate([dataset[(i, 0)] for i in chosen])  # a seed, so that nothing is drawn from torch
-        with torch.no_grad():
-            detections = pl_module.predict_step(batch.to(pl_module.device), 0)
+        root, names = trainer.val_dataloaders.dataset.root, pl_module.class_names  # type: ignore[union-attr]
         pairs = []
-        for target, detection in zip(batch.targets, detections, strict=True):
-            image = read_image(dataset.root / target.file_name, target.size)
-            boxes, labels, scores = (detection[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
-            shown = scores >= self.score_thresh
-            found, masks = (boxes[shown], labels[shown]), None
-            if "masks" in detection:
-                masks = [mask for mask, show in zip(detection["masks"], shown, strict=True) if show]
-            names, truth = pl_module.class_names, (target.boxes.numpy(), target.labels.numpy())
-            left = draw_objects(image, *truth, names, masks=target.masks)
-            right = draw_objects(image, *found, names, scores[shown], masks)
-            pairs.append((left, right))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        side_by_side(pairs, ("ground truth", f"predictions with score >= {self.score_thresh}")).save(
-            self.path, quality=88
-        )
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("val/predictions", [str(self.path)], step=trainer.global_step)
+        for result in spread(pl_module.metric.results, self.count):
+            image = read_image(root / result.file_name, result.size)
+            shown = result.scores >= self.score_thresh
+            masks = [result.masks[i] for i in np.flatnonzero(shown)] if result.masks is not None else None
+            found = (result.boxes[shown], result.labels[shown], names, result.scores[shown], masks)
+            truth = (result.gt_boxes, result.gt_labels, names, None, result.gt_masks)
+            pairs.append((draw_objects(image, *truth), draw_objects(image, *found)))
+        if pairs:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            sheet = side_by_side(pairs, ("ground truth", f"predictions with score >= {self.score_thresh}"))
+            sheet.save(self.path, quality=88)
 
 
 class Results(L.Callback):
@@ -193,6 +196,7 @@ SUMMARY = {
     "map_medium": "AP medium",
     "map_large": "AP large",
     "mar_100": "AR100",
+    "proposals_ar_100": "AR100 of proposals",
     "segm_map": "mask AP",
     "segm_map_50": "mask AP50",
     "segm_map_75": "mask AP75",

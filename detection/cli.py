@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -29,11 +30,12 @@ from detection.callbacks import Bar, PredictionPictures, Results, Throughput
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
 from detection.errors import RunError, explain
-from detection.loggers import MetricsFile, WandbMode, wandb_logger
+from detection.loggers import MetricsFile, Tracker, WandbMode
 from detection.models import family, zoo
 from detection.module import DetectionModule
 from detection.recipes import name_only_known
 from detection.safety import Guard, check_start, end_other_ranks, end_with_parent
+from detection.tracking import ProposalRecall, SampledForeground, Tracking
 
 log = logging.getLogger(__name__)
 
@@ -130,8 +132,9 @@ class FitCLI(LightningCLI):
             "--resume", type=str | None, default=None, help="Checkpoint, or folder of a run, to go on with."
         )
         parser.add_argument(
-            "--wandb", type=WandbMode, default="off", help="`auto`: online when logged in, else offline."
+            "--wandb", type=WandbMode, default="auto", help="`auto`: online when logged in, else offline."
         )
+        parser.add_argument("--log_model", type=bool, default=False, help="Keep best.ckpt in W&B too, as an artifact.")
 
     def instantiate_classes(self) -> None:
         """Build the data first: it knows the classes and image sizes that the detector needs.
@@ -168,6 +171,7 @@ class FitCLI(LightningCLI):
     def _callbacks(self, given: Namespace) -> list[Callback]:
         bar = self._shows_bar(given)
         callbacks = [Throughput(line_every=0 if bar else 60), PredictionPictures(str(self.folder)), Results()]
+        callbacks += [ProposalRecall(), SampledForeground(), Tracking(self.folder, self.config.log_model)]
         if bar:
             callbacks.append(Bar())
         if given.enable_checkpointing is not False:
@@ -188,8 +192,9 @@ class FitCLI(LightningCLI):
 
     def _loggers(self) -> list[Logger]:
         loggers: list[Logger] = [MetricsFile(self.folder)]
-        if self.config.wandb != "off":
-            loggers.append(wandb_logger(self.config.wandb, self.folder))
+        if self.config.wandb != "off" and os.environ.get("WANDB_MODE") != "disabled":
+            plain = yaml.safe_load(self.parser.dump(self.config))
+            loggers.append(Tracker(self.config.wandb, self.folder, plain))
         return loggers
 
     def fit(self) -> None:

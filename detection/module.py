@@ -127,26 +127,30 @@ class DetectionModule(L.LightningModule):
         self.log_dict(logged, batch_size=len(batch), on_epoch=True, sync_dist=True)
         self.metric.update(encode_detections(detections, batch), batch.targets)
 
+    def on_validation_epoch_start(self) -> None:
+        self.metric.reset()  # here and not at the end: callbacks show what it holds
+
     def on_validation_epoch_end(self) -> None:
         self._report("val")
+
+    def on_test_epoch_start(self) -> None:
+        self.metric.reset()
 
     def on_test_epoch_end(self) -> None:
         self._report("test")
 
     def _report(self, stage: str) -> None:
         """Log the figures of the epoch. The sanity check sees too few images for them to mean anything."""
-        try:
-            if not self.trainer.sanity_checking:
-                figures = self.metric.compute()
-                values = {f"{stage}/{name.removeprefix('bbox_')}": value for name, value in figures.items()}
-                # COCO says -1 where there is no object of a size; in a chart that would be a figure.
-                self.log_dict({name: value for name, value in values.items() if value >= 0 or name == f"{stage}/map"})
-                self.log(f"{stage}_map", values[f"{stage}/map"], prog_bar=True, logger=False)
-                for kind, prefix in zip(self.metric.iou_type, ("ap", "segm_ap"), strict=False):
-                    of_classes = self.metric.per_class(kind)  # type: ignore[arg-type]
-                    self.log_dict({f"{stage}/{prefix}/{name}": value for name, value in of_classes.items()})
-        finally:
-            self.metric.reset()
+        if self.trainer.sanity_checking:
+            return
+        figures = self.metric.compute()
+        values = {f"{stage}/{name.removeprefix('bbox_')}": value for name, value in figures.items()}
+        # COCO says -1 where there is no object of a size; in a chart that would be a figure.
+        self.log_dict({name: value for name, value in values.items() if value >= 0 or name == f"{stage}/map"})
+        self.log(f"{stage}_map", values[f"{stage}/map"], prog_bar=True, logger=False)
+        for kind, prefix in zip(self.metric.iou_type, ("ap", "segm_ap"), strict=False):
+            of_classes = self.metric.per_class(kind)  # type: ignore[arg-type]
+            self.log_dict({f"{stage}/{prefix}/{name}": value for name, value in of_classes.items()})
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """The optimiser with scaled learning rate and, each step, the warm-up and the schedule."""

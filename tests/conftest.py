@@ -13,6 +13,9 @@ settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
+# Runs start W&B by default, which takes seconds; the tests that are about it set the variable themselves.
+os.environ.setdefault("WANDB_MODE", "disabled")
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -46,6 +46,8 @@ def test_throughput_counts_all_devices_and_no_validation(monkeypatch: pytest.Mon
     clock[0] += 100
     callback.on_validation_end(trainer(), module)  # type: ignore[arg-type]
     step(1.0, 3.0, 1)
+    assert 0.01 < module.logged.pop("memory/process_gib") < 100
+    module.logged.pop("memory/gpu_peak_gib", None)
     assert module.logged == {
         "images/s": pytest.approx(2 * 4 * 2 / 8),
         "time/data": pytest.approx(2 / 8),

@@ -84,7 +84,9 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[FitCLI, P
 
 def test_run_folder_holds_what_it_should(run: tuple[FitCLI, Path]) -> None:
     names = {path.name for path in run[1].iterdir()}
-    assert names == {"README.md", "best.ckpt", "config.yaml", "last.ckpt", "metrics.csv", "predictions.jpg"}
+    assert names == {"README.md", "best.ckpt", "config.yaml", "last.ckpt", "metrics.csv", "plots", "predictions.jpg"}
+    plots = {path.stem for path in (run[1] / "plots").iterdir()}
+    assert plots == {"confusion", "curves", "mistakes", "precision_recall", "scores", "sizes"}
     assert min(Image.open(run[1] / "predictions.jpg").size) > 100
     assert str(run[1]) in (run[1] / "README.md").read_text()
 

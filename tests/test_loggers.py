@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from detection.loggers import MetricsFile, logged_in, wandb_logger
+from detection.loggers import MetricsFile, Tracker, logged_in
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -28,7 +28,7 @@ def test_resumed_run_appends_with_new_and_old_columns(tmp_path: Path) -> None:
 
 
 def test_key_is_found_where_wandb_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert not logged_in()
@@ -36,7 +36,8 @@ def test_key_is_found_where_wandb_looks(tmp_path: Path, monkeypatch: pytest.Monk
     netrc.write_text("machine api.wandb.ai\n  login user\n  password 0123456789\n")
     netrc.chmod(0o600)
     assert logged_in()
-    netrc.unlink()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")  # a server of one's own has its own key
+    assert not logged_in()
     monkeypatch.setenv("WANDB_API_KEY", "0123456789")
     assert logged_in()
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -47,6 +48,17 @@ def test_run_keeps_its_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "voc" / "2026-01-02_03-04-05"
-    first, second = wandb_logger("auto", folder), wandb_logger("auto", folder)
-    assert first.version == second.version == "voc-2026-01-02_03-04-05"
+    first, other = Tracker("auto", folder), Tracker("auto", folder)  # on two machines, in the same second
+    assert first.version != other.version
+    assert str(first.version).startswith("voc-2026-01-02_03-04-05-")
+    (folder / "wandb" / f"offline-run-20260102_030406-{first.version}").mkdir(parents=True)
+    (folder / "wandb" / "latest-run").symlink_to(f"offline-run-20260102_030406-{first.version}")
+    assert Tracker("auto", folder).version == first.version
     assert first._offline
+
+
+def test_online_without_a_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="wandb login"):
+        Tracker("online", tmp_path / "a")

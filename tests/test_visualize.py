@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from detection.visualize import class_colour, draw_objects, side_by_side, write_tag
+from detection.visualize import Tags, class_colour, draw_objects, side_by_side, text_size
 
 NAMES = ["cat", "a name that is rather long"]
 
@@ -38,14 +38,44 @@ def test_no_objects_leave_the_image_as_it_is() -> None:
     assert (np.asarray(picture) == image).all()
 
 
+def painted(picture: Image.Image) -> int:
+    return int(np.asarray(picture).any(axis=2).sum())
+
+
 @pytest.mark.parametrize("corner", [(-50.0, -50.0), (190.0, 0.0), (190.0, 99.0), (0.0, 500.0)])
 def test_text_stays_inside(corner: tuple[float, float]) -> None:
-    def painted(place: tuple[float, float]) -> int:
+    def write(place: tuple[float, float]) -> int:
         picture = Image.new("RGB", (200, 100), "black")
-        write_tag(ImageDraw.Draw(picture), place, "cat 0.87", (0, 0, 255), (200, 100))  # white on blue
-        return int(np.asarray(picture).any(axis=2).sum())
+        tags = Tags(ImageDraw.Draw(picture), picture.size)
+        tags.write((*place, place[0] + 20, place[1] + 20), "cat 0.87", (0, 0, 255))  # white on blue
+        return painted(picture)
 
-    assert painted(corner) == painted((60.0, 60.0)) > 300
+    assert write(corner) == write((60.0, 60.0)) > 300
+
+
+def test_names_of_a_crowd_do_not_hide_each_other() -> None:
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 380, (40, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(20, 100, (40, 2))], axis=1)
+    together = Image.new("RGB", (480, 480), "black")
+    tags, alone = Tags(ImageDraw.Draw(together), together.size), 0
+    for box in boxes:
+        tags.write(box, "cat 0.87", (0, 0, 255))
+        single = Image.new("RGB", (480, 480), "black")
+        Tags(ImageDraw.Draw(single), single.size).write(box, "cat 0.87", (0, 0, 255))
+        alone += painted(single)
+    assert painted(together) == alone
+
+
+@pytest.mark.parametrize("side", [60, 480, 4000])
+def test_text_is_readable_in_a_picture_of_its_own_size(side: int) -> None:
+    image = np.zeros((side // 2, side, 3), np.uint8)
+    box = np.array([[side / 4, side / 4, side / 2, side / 2 - 1]])
+    picture = draw_objects(image, box, np.array([1]), NAMES, np.array([0.5]), side=None)
+    assert picture.width == max(320, side)
+    rows = np.nonzero((np.asarray(picture) == class_colour(1)).all(axis=2).any(axis=1))[0]
+    assert (rows < picture.width // 4 - 1).sum() >= 0.018 * picture.width  # the ground of the text, above the box
+    assert 9 <= text_size(picture.size) <= picture.width / 20
 
 
 def test_neighbouring_classes_differ() -> None:

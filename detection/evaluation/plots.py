@@ -141,6 +141,36 @@ def mistakes(rows: Sequence[Mistake]) -> Figure:
     return figure
 
 
+def training_curves(rows: Sequence[Mapping[str, str]]) -> Figure:
+    """Losses and AP over the optimiser steps of a run.
+
+    Args:
+        rows: of `metrics.csv`; empty where a figure was not logged in that row.
+    """
+    figure = Figure(figsize=(10.4, 3.8), layout="constrained")
+    panels = (
+        ("loss", {"train/loss": ("training", ACCENT), "val/loss": ("validation", "#e58a1f")}),
+        ("AP on validation images", {"val/map": ("AP", ACCENT), "val/map_50": ("AP50", "#9cc2f7")}),
+    )
+    for place, (title, lines) in enumerate(panels, 1):
+        axes = _style(figure.add_subplot(1, len(panels), place))
+        for key, (name, colour) in lines.items():
+            points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=colour,
+                    lw=1.6,
+                    label=name,
+                    marker="o" if len(points) < 40 else "",
+                    ms=3,
+                )
+        axes.set(xlabel="step", ylabel=title, ylim=(0, None))
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def _text(name: str) -> str:
     """A name as it stands: matplotlib reads formulas between dollars and hides labels that start with an underscore."""
     return ("\u200a" if name.startswith("_") else "") + name.replace("$", r"\$")
@@ -148,10 +178,13 @@ def _text(name: str) -> str:
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
+    return figure, _style(figure.add_subplot())
+
+
+def _style(axes: Axes) -> Axes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK, labelsize=9, length=0)
     axes.grid(color="#eef1f4", lw=0.8)
     axes.set_axisbelow(True)
-    return figure, axes
+    return axes

@@ -7,7 +7,7 @@ Boxes are `(x1, y1, x2, y2)` float32 pixels of the original image; labels are in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,12 @@ def image_result(detection: Mapping[str, Any], target: Target, num_classes: int,
         gt_difficult=_array(target.difficult, np.bool_),
         gt_masks=target.masks if masks else None,
     )
+
+
+def spread(results: Sequence[ImageResult], count: int) -> list[ImageResult]:
+    """At most `count` images, evenly from the whole of them; the same for the same images."""
+    places = np.linspace(0, len(results) - 1, min(count, len(results))).astype(int)
+    return [results[i] for i in np.unique(places)]
 
 
 def encode_masks(masks: Any) -> list[Rle]:

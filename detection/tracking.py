@@ -1,0 +1,330 @@
+"""What a run shows of itself beside its losses: proposals, samples, plots, and the media that W&B gets.
+
+Shape shorthand:
+    D: detections of one image     N: objects of one image     H, W: height and width of one image
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from detection.boxes import resize_boxes
+from detection.data import rle
+from detection.data.batch import Batch, Target
+from detection.data.images import read_image
+from detection.evaluation.analysis import analyse
+from detection.evaluation.coco_eval import evaluate
+from detection.evaluation.mean_ap import mean_valid
+from detection.evaluation.plots import training_curves
+from detection.evaluation.report import draw_plots
+from detection.evaluation.results import ImageResult, spread
+from detection.loggers import Tracker
+from detection.matching import BalancedSampler
+from detection.module import DetectionModule
+
+Pixels = NDArray[np.uint8]
+PROPOSAL_LIMITS = (100, 300, 1000)
+MOST_MASK_CLASSES = 255  # W&B keeps the class of each pixel in a byte
+
+
+class ProposalRecall(L.Callback):
+    """At each validation `val/proposals_ar_100`, `_300` and `_1000`: how much of the ground truth proposals reach.
+
+    COCO's average recall over IoU .50 to .95 with classes ignored, in original pixels, of that many best proposals an
+    image, whatever made them. Of several processes, the images that pad their last batches count twice.
+    """
+
+    def __init__(self) -> None:
+        self._hook: Any = None
+        self._proposals: Any = None
+        self._found = torch.zeros(1 + len(PROPOSAL_LIMITS), dtype=torch.float64)  # objects, then those reached
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._found.zero_()
+        source = getattr(pl_module.detector, "rpn", None)
+        if source is not None and not trainer.sanity_checking:
+            self._hook = source.register_forward_hook(self._keep)
+
+    def _keep(self, module: Any, args: Any, output: Any) -> None:
+        self._proposals = output[0]
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *place: int
+    ) -> None:
+        if self._proposals is not None:
+            given, self._proposals = self._proposals, None
+            boxes = resize_boxes(given.boxes, batch.image_sizes, batch.original_sizes)
+            boxes, scores, valid = (values.float().cpu() for values in (boxes, given.scores, given.valid))
+            rows = zip(boxes, scores, valid.bool(), batch.targets, strict=True)
+            self._found += recalled([proposal_result(box[ok], score[ok], target) for box, score, ok, target in rows])
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._hook is None:
+            return
+        self._hook.remove()
+        self._hook = None
+        total = trainer.strategy.reduce(self._found.float().to(pl_module.device), reduce_op="sum").cpu()
+        if total[0]:
+            for limit, count in zip(PROPOSAL_LIMITS, total[1:], strict=True):
+                pl_module.log(f"val/proposals_ar_{limit}", count / total[0], rank_zero_only=False)
+
+
+def proposal_result(boxes: Tensor, scores: Tensor, target: Target) -> ImageResult:
+    """Proposals `(P, 4)` of an image, in its own pixels, beside its ground truth, all of one class."""
+    count, one = len(target.labels), np.ones(len(boxes), np.int64)
+    truth = (target.boxes.numpy(), np.ones(count, np.int64), target.areas.numpy(), target.iscrowd.numpy())
+    shown = (boxes.numpy(), one, scores.numpy(), None)
+    return ImageResult(target.image_id, target.file_name, target.size, *shown, *truth, np.zeros(count, bool), None)
+
+
+def recalled(results: Sequence[ImageResult]) -> Tensor:
+    """Objects that count, then how many of them the best proposals reach at each of `PROPOSAL_LIMITS`, float64."""
+    objects = sum(int((~result.gt_iscrowd).sum()) for result in results)
+    if not objects:
+        return torch.zeros(1 + len(PROPOSAL_LIMITS), dtype=torch.float64)
+    recall = evaluate(results, 1, PROPOSAL_LIMITS).recall[:, 0, 0].mean(0)
+    return torch.tensor([objects, *(recall * objects)], dtype=torch.float64)
+
+
+class CountingSampler(BalancedSampler):
+    """A sampler that keeps how much foreground it drew, on the device, so that nothing waits for the number.
+
+    Attributes:
+        foreground: boxes an image in the last batch, a tensor; None before the first.
+    """
+
+    def __init__(self, sampler: BalancedSampler) -> None:
+        super().__init__(sampler.batch_size_per_image, sampler.positive_fraction)
+        self.foreground: Tensor | None = None
+
+    def __call__(self, labels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """As the sampler itself."""
+        indices, valid = super().__call__(labels, generator)
+        drawn = (labels.gather(-1, indices) > 0) & valid
+        self.foreground = drawn.sum(dim=-1).float().mean()
+        return indices, valid
+
+
+class SampledForeground(L.Callback):
+    """Logs `train/foreground_rpn` and `train/foreground_roi_heads`: positives an image in what each sampler draws."""
+
+    def __init__(self) -> None:
+        self._samplers: dict[str, CountingSampler] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for name, part in pl_module.detector.named_modules():  # type: ignore[operator, union-attr]
+            if type(getattr(part, "sampler", None)) is BalancedSampler:
+                part.sampler = self._samplers[name] = CountingSampler(part.sampler)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        for name, sampler in self._samplers.items():
+            if sampler.foreground is not None:  # a cascade's later stages draw none of their own
+                pl_module.log(f"train/foreground_{name.split('.')[0]}", sampler.foreground, batch_size=1)
+
+
+class Tracking(L.Callback):
+    """Plots in the run's folder, and to W&B, where it is in use, plots, a table by class, pictures and the checkpoint.
+
+    After a validation: `plots/*.png` as `scripts/evaluate.py` draws them, AP by class as a table, and the same images
+    each time with boxes and masks of ground truth and predictions to switch on and off. In a long run that happens ever
+    more rarely, 32 times and then 16 in each doubling of validations, for the sake of disk and quota. At the end:
+    `plots/curves.png`, and the best checkpoint as an artifact, if wanted.
+
+    Args:
+        folder: of the run.
+        log_model: send `best.ckpt`.
+        count: images, spread over the validation split.
+        score_thresh: detections below it are not sent.
+    """
+
+    def __init__(
+        self, folder: str | Path, log_model: bool = False, count: int = 16, score_thresh: float = 0.05
+    ) -> None:
+        self.folder, self.log_model = Path(folder), log_model
+        self.count, self.score_thresh = count, score_thresh
+        self.validations = 0
+        self._drawn = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for tracker in trackers(trainer):
+            tracker.start()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: DetectionModule) -> None:  # type: ignore[override]
+        if trainer.sanity_checking:
+            return
+        self.validations += 1
+        self._drawn = self.validations % (1 << max(0, self.validations.bit_length() - 5)) == 0
+        if self._drawn:
+            self._show(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: DetectionModule) -> None:  # type: ignore[override]
+        if not trainer.is_global_zero or is_rehearsal(trainer):
+            return
+        if not self._drawn:
+            self._show(trainer, pl_module)
+        for logger in trainer.loggers:
+            logger.save()
+        if (self.folder / "metrics.csv").is_file():
+            with (self.folder / "metrics.csv").open(newline="") as file:
+                self._save("curves", training_curves(list(csv.DictReader(file))))
+        for callback in trainer.checkpoint_callbacks if self.log_model else ():
+            path = Path(getattr(callback, "best_model_path", ""))
+            if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and path.is_file():
+                for tracker in trackers(trainer):
+                    tracker.log_checkpoint(path, {callback.monitor: float(callback.best_model_score or 0.0)})
+
+    def _show(self, trainer: L.Trainer, pl_module: DetectionModule) -> None:
+        results, names = pl_module.metric.results, pl_module.class_names
+        if not trainer.is_global_zero or is_rehearsal(trainer) or not results:
+            return
+        figures = draw_plots(results, names, analyse(results, len(names)))
+        files = {name: self._save(name, figure) for name, figure in figures.items()}
+        root = trainer.val_dataloaders.dataset.root  # type: ignore[union-attr]
+        step = max(0, trainer.global_step - 1)  # that of the figures of the same validation
+
+        def send(tracker: Tracker) -> None:
+            tracker.log_metrics(self._media(files, results, names, root), step)
+
+        for tracker in trackers(trainer):
+            tracker.attempt(partial(send, tracker))
+
+    def _save(self, name: str, figure: Any) -> Path:
+        path = self.folder / "plots" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+        return path
+
+    def _media(
+        self, files: Mapping[str, Path], results: Sequence[ImageResult], names: Sequence[str], root: Path
+    ) -> dict[str, Any]:
+        import wandb  # takes a second to import; only where it is in use
+
+        media: dict[str, Any] = {f"plots/{name}": wandb.Image(str(path)) for name, path in files.items()}
+        media["val/classes"] = wandb.Table(columns=[*CLASS_COLUMNS], data=class_rows(results, names))
+        shown = [overlays(result, names, root, self.score_thresh) for result in spread(results, self.count)]
+        media["val/images"] = [wandb.Image(**image, file_type="jpg") for image in same_size(shown)]
+        return media
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validations = state_dict["validations"]
+
+
+def is_rehearsal(trainer: L.Trainer) -> bool:
+    """Whether it is `--trainer.fast_dev_run`, which leaves nothing on disk."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def trackers(trainer: L.Trainer) -> list[Tracker]:
+    """The loggers that are W&B runs."""
+    return [logger for logger in trainer.loggers if isinstance(logger, Tracker)]
+
+
+CLASS_COLUMNS = ("class", "AP", "AP50", "AP75", "objects", "detections")
+
+
+def class_rows(results: Sequence[ImageResult], names: Sequence[str]) -> list[list[Any]]:
+    """A row of `CLASS_COLUMNS` for each class with objects or detections; AP is None without objects."""
+    precision = evaluate(results, len(names)).precision[:, :, :, 0, -1]
+    crowds = np.concatenate([result.gt_iscrowd for result in results])
+    objects = np.bincount(np.concatenate([result.gt_labels for result in results])[~crowds], minlength=len(names) + 1)
+    found = np.bincount(np.concatenate([result.labels for result in results]), minlength=len(names) + 1)
+    rows: list[list[Any]] = []
+    for k, name in enumerate(names):
+        if objects[k + 1] or found[k + 1]:
+            values = [mean_valid(part) for part in (precision[:, :, k], precision[0, :, k], precision[5, :, k])]
+            known = [value if value > -1 else None for value in values]
+            rows.append([name, *known, int(objects[k + 1]), int(found[k + 1])])
+    return rows
+
+
+def overlays(
+    result: ImageResult, names: Sequence[str], root: Path, score_thresh: float = 0.0, side: int = 800
+) -> dict[str, Any]:
+    """What `wandb.Image` takes to show an image with layers `ground_truth` and `predictions` of boxes and masks.
+
+    Args:
+        result: the image's ground truth and detections, in its own pixels.
+        names: of label 1 first.
+        root: folder that the image's file name is relative to.
+        score_thresh: detections below it are left out.
+        side: longer side in pixels that larger images are shrunk to; boxes follow.
+
+    Returns:
+        `data_or_path` `(H, W, 3)` uint8, `caption`, `boxes` and, if there are any, `masks`: the class of each pixel,
+        the best score on top. More than 255 classes do not fit into W&B's masks.
+    """
+    image = read_image(root / result.file_name, result.size)
+    scale = min(1.0, side / max(result.size))
+    if scale < 1.0:
+        small = Image.fromarray(image)
+        small.thumbnail((side, side), Image.Resampling.BILINEAR)
+        image = np.asarray(small)
+    keep = np.flatnonzero(result.scores >= score_thresh)
+    shown = [result.masks[i] for i in keep] if result.masks is not None else None
+    layers = {
+        "ground_truth": (result.gt_boxes, result.gt_labels, None, result.gt_masks),
+        "predictions": (result.boxes[keep], result.labels[keep], result.scores[keep], shown),
+    }
+    titles = {0: "background", **dict(enumerate(names, 1))}
+    factors = np.tile([image.shape[1] / result.size[1], image.shape[0] / result.size[0]], 2)
+    boxes = {
+        layer: {"box_data": _box_data(b * factors, labels, scores, names), "class_labels": titles}
+        for layer, (b, labels, scores, _) in layers.items()
+    }
+    drawn = {"data_or_path": image, "caption": result.file_name, "boxes": boxes}
+    if result.gt_masks is not None and len(names) <= MOST_MASK_CLASSES:
+        drawn["masks"] = {
+            layer: {"mask_data": _label_map(masks or [], labels, scores, image.shape[:2]), "class_labels": titles}
+            for layer, (_, labels, scores, masks) in layers.items()
+        }
+    return drawn
+
+
+def same_size(images: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """The images of `overlays` filled up with black to one size: W&B shows a list as if all had that of the first."""
+    shapes = np.array([image["data_or_path"].shape[:2] for image in images])
+    for image, missing in zip(images, shapes.max(0) - shapes, strict=True):
+        room = [(0, int(missing[0])), (0, int(missing[1]))]
+        image["data_or_path"] = np.pad(image["data_or_path"], [*room, (0, 0)])
+        for layer in image.get("masks", {}).values():
+            layer["mask_data"] = np.pad(layer["mask_data"], room)
+    return images
+
+
+def _box_data(
+    boxes: NDArray[Any], labels: NDArray[Any], scores: NDArray[Any] | None, names: Sequence[str]
+) -> list[dict[str, Any]]:
+    data = []
+    for i, (corners, label) in enumerate(zip(boxes.tolist(), labels.tolist(), strict=True)):
+        position = dict(zip(("minX", "minY", "maxX", "maxY"), corners, strict=True))
+        box = {"position": position, "domain": "pixel", "class_id": label, "box_caption": names[label - 1]}
+        if scores is not None:
+            box["box_caption"] += f" {scores[i]:.2f}"
+            box["scores"] = {"score": float(scores[i])}
+        data.append(box)
+    return data
+
+
+def _label_map(
+    masks: Sequence[dict[str, Any]], labels: NDArray[Any], scores: NDArray[Any] | None, size: tuple[int, ...]
+) -> Pixels:
+    painted = np.zeros(size, np.uint8)
+    for i in np.argsort(scores, kind="stable") if scores is not None else range(len(masks)):
+        mask = Image.fromarray(rle.decode(masks[i])).resize((size[1], size[0]), Image.Resampling.NEAREST)
+        painted[np.asarray(mask)] = labels[i]
+    return painted
