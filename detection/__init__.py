@@ -5,6 +5,7 @@ from detection.boxes import BoxCoder
 from detection.data.batch import Batch, Target
 from detection.data.datamodule import DetectionDataModule
 from detection.data.proposals import ProposalFiles, SearchedProposals
+from detection.inference import Detections, Detector, Tiles
 from detection.interop import detector_for_classes, load_detector, save_detector
 from detection.losses import CIoULoss, GIoULoss
 from detection.matching import BalancedSampler, Matcher
@@ -59,6 +60,8 @@ __all__ = [
     "ConvFCHead",
     "DetectionDataModule",
     "DetectionModule",
+    "Detections",
+    "Detector",
     "FastRCNNPredictor",
     "FasterRCNN",
     "FeaturePyramidNetwork",
@@ -78,6 +81,7 @@ __all__ = [
     "SelectiveSearch",
     "Target",
     "TestTimeAugmentation",
+    "Tiles",
     "TwoFCHead",
     "cascade_rcnn",
     "cascadercnn_efficientnet_lite0_fpn",

@@ -85,7 +85,7 @@ def _merge(
     """Boxes `(D, 4)`, labels, scores and masks of which none is another's view; `seen` `(D, 4)`: their windows."""
     edge = np.array([0, 0, size[1], size[0]], np.float32)
     cut = ((np.abs(boxes - seen) <= NEAR) & (np.abs(seen - edge) > 0)).any(axis=1)
-    boxes, scores, seen, cut = boxes.copy(), scores.copy(), seen.copy(), cut.copy()
+    boxes, scores, seen = boxes.copy(), scores.copy(), seen.copy()
     kept: list[int] = []
     for i in np.lexsort((-scores, cut)):  # whole ones first, the best of them first
         others = np.array(kept, dtype=np.int64)
@@ -96,9 +96,8 @@ def _merge(
             continue
         j = others[agreement.argmax()]
         scores[j] = max(scores[i], scores[j])
-        if cut[i] and cut[j]:
+        if cut[i] and cut[j]:  # and stays so: more parts may come
             boxes[j], seen[j] = _union(boxes[i], boxes[j]), _union(seen[i], seen[j])
-            cut[j] = ((np.abs(boxes[j] - seen[j]) <= NEAR) & (np.abs(seen[j] - edge) > 0)).any()
             if masks is not None:
                 masks[j] = mask_api.merge([masks[i], masks[j]])
     chosen = None if masks is None else tuple(masks[i] for i in kept)

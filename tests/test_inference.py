@@ -1,0 +1,313 @@
+"""Detection outside of training: any form of image, folders with damaged files, videos, tiles, and what is written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as mask_api
+from pycocotools.coco import COCO
+
+from detection import maskrcnn_efficientnet_lite0_fpn, save_detector
+from detection.data import rle
+from detection.data.augment import eval_transform
+from detection.data.coco import read_coco
+from detection.data.dataset import DetectionDataset, collate
+from detection.data.records import DataError
+from detection.inference import Detections, Detector, Tiles, predict
+from detection.inference.run import detect_tiled
+from detection.inference.sources import open_source
+from detection.inference.tiles import shift_mask
+from detection.models.weights import CheckpointError
+from detection.module import encode_detections
+
+NAMES = ("red", "blue")
+
+
+class Blobs:
+    """Stands for a detector: each red or blue region of a dark image is an object, its pixels the mask."""
+
+    class_names, category_ids = NAMES, (7, 90)
+
+    def predict(self, images, batch_size=8):
+        return [self._find(image) for image in images]
+
+    def _find(self, image):
+        boxes, labels, scores, masks = [], [], [], []
+        for label, channel in ((1, 0), (2, 2)):
+            bright = np.ascontiguousarray(image[..., channel] > 128).astype(np.uint8)
+            _, regions, stats, _ = cv2.connectedComponentsWithStats(bright)
+            for number, (x, y, w, h, area) in enumerate(stats[1:].tolist(), start=1):
+                boxes.append((x, y, x + w, y + h))
+                labels.append(label)
+                scores.append(min(0.99, 0.5 + area / 1e5))
+                masks.append(rle.encode(regions == number))
+        return Detections(
+            np.array(boxes, np.float32).reshape(-1, 4),
+            np.array(labels, np.int64),
+            np.array(scores, np.float32),
+            NAMES,
+            image.shape[:2],
+            tuple(masks),
+        )
+
+
+def scene(height, width, *rectangles):
+    image = np.full((height, width, 3), 30, np.uint8)
+    for channel, x1, y1, x2, y2 in rectangles:
+        image[y1:y2, x1:x2, channel] = 220
+    return image
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return maskrcnn_efficientnet_lite0_fpn(
+        num_classes=3, weights_backbone=None, box_score_thresh=0.0, box_detections_per_img=5, min_size=64, max_size=96
+    )
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    Image.fromarray(scene(60, 80, (0, 10, 10, 30, 40))).save(folder / "a.png")
+    Image.fromarray(scene(60, 80, (2, 50, 20, 70, 50), (0, 5, 5, 25, 25))).save(folder / "more" / "b.png")
+    (folder / "damaged.jpg").write_bytes(b"\xff\xd8 no image")
+    (folder / "notes.txt").write_text("no image either")
+    return folder
+
+
+def test_every_form_of_an_image_gives_the_same(model, tmp_path):
+    detector = Detector(model, NAMES)
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)
+    forms = [tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(pixels), planes, planes / 255]
+    first = detector(pixels)
+    assert len(first) == 5 and first.names[0] in NAMES and first.size == (60, 80)
+    assert (np.diff(first.scores) <= 0).all()
+    for form in forms:
+        other = detector(form)
+        np.testing.assert_array_equal(other.boxes, first.boxes)
+        assert other.masks == first.masks
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 4), np.uint8), r"\(H, W, 3\) uint8"),
+        (np.zeros((4, 4, 3)), r"\(H, W, 3\) uint8"),
+        (torch.zeros(4, 4, 3), r"must be \(3, H, W\)"),
+        (torch.full((3, 4, 4), 255.0), r"in \[0, 1\]"),
+    ],
+)
+def test_no_image_is_said_to_be_none(model, image, message):
+    with pytest.raises(ValueError, match=message):
+        Detector(model, NAMES)(image)
+
+
+def test_detections_are_those_of_the_evaluation_pipeline(model, tmp_path):
+    rng = np.random.default_rng(0)
+    images = []
+    for i, (height, width) in enumerate([(60, 80), (90, 50), (64, 64)]):
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(tmp_path / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "height": height, "width": width})
+    categories = [{"id": 1, "name": "red"}, {"id": 2, "name": "blue"}]
+    (tmp_path / "a.json").write_text(json.dumps({"images": images, "annotations": [], "categories": categories}))
+    dataset = DetectionDataset(read_coco(tmp_path, "a.json", ""), eval_transform(64, 96))
+    batch = collate([dataset[i] for i in range(3)])
+    with torch.no_grad():
+        wanted = encode_detections(model.eval().run(batch, False, True)[1], batch)
+    found = Detector(model, NAMES).predict([tmp_path / f"{i}.png" for i in range(3)])
+    for ours, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(ours.boxes, theirs["boxes"].numpy())
+        np.testing.assert_array_equal(ours.scores, theirs["scores"].numpy())
+        assert list(ours.masks) == theirs["masks"]
+
+
+def test_a_file_brings_its_class_names(model, tmp_path):
+    save_detector(tmp_path / "d.safetensors", model, NAMES, (7, 90))
+    detector = Detector.from_checkpoint(tmp_path / "d.safetensors")
+    pixels = scene(60, 80, (0, 10, 10, 30, 40))
+    assert detector.class_names == NAMES and detector.category_ids == (7, 90)
+    np.testing.assert_allclose(detector(pixels).boxes, Detector(model, NAMES)(pixels).boxes, atol=1e-3)
+    save_detector(tmp_path / "nameless.safetensors", model)
+    with pytest.raises(CheckpointError, match="does not name its classes"):
+        Detector.from_checkpoint(tmp_path / "nameless.safetensors")
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        Detector.from_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_half_precision_finds_boxes_in_float32(model):
+    found = Detector(model, NAMES, precision="bf16")(scene(60, 80, (0, 10, 10, 30, 40)))
+    assert found.boxes.dtype == np.float32 and np.isfinite(found.boxes).all()
+
+
+def test_filters_and_coco():
+    found = Blobs()._find(scene(60, 80, (0, 10, 10, 30, 40), (2, 50, 20, 70, 50), (0, 1, 1, 4, 4)))
+    assert found.names == ["red", "red", "blue"]
+    assert found.of(["blue"]).boxes.tolist() == [[50, 20, 70, 50]]
+    assert len(found.above(0.505)) == 2 and len(found.above(1)) == 0
+    with pytest.raises(ValueError, match=r"no class 'green'.*red, blue"):
+        found.of(["green"])
+    entry = found.of(["blue"]).to_coco(3, (7, 90))[0]
+    assert (entry["image_id"], entry["category_id"], entry["bbox"]) == (3, 90, [50, 20, 20, 30])
+    assert mask_api.area(entry["segmentation"]) == 600
+    assert found.bitmaps().sum(axis=(1, 2)).tolist() == [9, 600, 600]
+
+
+def test_supervision_gets_boxes_masks_and_names():
+    supervision = pytest.importorskip("supervision", reason='needs pip install "detection[supervision]"')
+    found = Blobs()._find(scene(60, 80, (0, 10, 10, 30, 40), (2, 50, 20, 70, 50)))
+    theirs = found.to_supervision()
+    assert isinstance(theirs, supervision.Detections)
+    assert theirs.xyxy.tolist() == found.boxes.tolist() and theirs.class_id.tolist() == [0, 1]
+    assert theirs.data["class_name"].tolist() == ["red", "blue"] and theirs.mask.sum() == 1200
+    assert len(found.above(1).to_supervision()) == 0
+
+
+def test_without_supervision_the_install_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(ImportError, match=r"pip install .*supervision"):
+        Blobs()._find(scene(8, 8)).to_supervision()
+
+
+def test_folder_gives_pictures_json_and_csv(photos, tmp_path):
+    out = tmp_path / "out"
+    done = predict(Blobs(), open_source(str(photos)), out, classes=["red"], batch_size=2)
+    assert (done.images, done.counts) == (2, {"red": 2})
+    assert len(done.problems) == 1 and "damaged.jpg" in done.problems[0]
+    coco = COCO()
+    coco.dataset = document = json.loads((out / "predictions.json").read_text())
+    coco.createIndex()
+    assert [image["file_name"] for image in document["images"]] == ["a.png", "more/b.png"]
+    assert [entry["category_id"] for entry in coco.loadAnns(coco.getAnnIds())] == [7, 7]
+    assert len(coco.loadRes(document["annotations"]).getAnnIds()) == 2
+    rows = list(csv.DictReader((out / "predictions.csv").open()))
+    assert [(row["image"], row["class"], row["x1"]) for row in rows] == [
+        ("a.png", "red", "10.00"),
+        ("more/b.png", "red", "5.00"),
+    ]
+    drawn, plain = np.array(Image.open(out / "annotated" / "a.png")), np.array(Image.open(photos / "a.png"))
+    assert drawn.shape == plain.shape and (drawn != plain).any()
+    assert not (drawn != plain)[50:].any()  # far from the object
+
+
+def test_sources(photos):
+    assert len(open_source(str(photos / "**" / "*.png"))) == 2
+    assert len(open_source(str(photos / "a.png"))) == 1
+    assert [name for name, _ in open_source(str(photos / "more" / "b.png"))] == ["b.png"]
+    with pytest.raises(DataError, match="no such file"):
+        open_source(str(photos / "*.gif"))
+    (photos / "empty").mkdir()
+    with pytest.raises(DataError, match="no image in this folder"):
+        open_source(str(photos / "empty"))
+    (photos / "clip.mp4").write_bytes(b"no video")
+    with pytest.raises(DataError, match=r"clip.mp4: not a readable video"):
+        open_source(str(photos / "clip.mp4"))
+
+
+def test_video_in_video_out(tmp_path):
+    path = tmp_path / "clip.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 12.0, (96, 64))
+    for i in range(9):
+        writer.write(np.ascontiguousarray(scene(64, 96, (0, 5 * i + 4, 16, 5 * i + 28, 40))[..., ::-1]))
+    writer.release()
+    source = open_source(str(path))
+    assert len(source) == 9
+    done = predict(Blobs(), source, tmp_path / "out", batch_size=4)
+    assert done.images == 9 and done.counts["red"] == 9 and not done.problems
+    document = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert document["images"][3]["file_name"] == "clip.mp4#3"
+    lefts = [entry["bbox"][0] for entry in document["annotations"]]
+    np.testing.assert_allclose(lefts, [5 * i + 4 for i in range(9)], atol=2)
+    capture = cv2.VideoCapture(str(tmp_path / "out" / "clip_annotated.mp4"))
+    assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(12)
+    frames = []
+    while (read := capture.read())[0]:
+        frames.append(read[1])
+    assert len(frames) == 9 and frames[0].shape == (64, 96, 3)
+
+
+def test_limit_and_interruption_leave_whole_files(photos, tmp_path):
+    assert predict(Blobs(), open_source(str(photos)), tmp_path / "one", limit=1, pictures=False).images == 1
+    assert not (tmp_path / "one" / "annotated").exists()
+
+    class Tired(Blobs):
+        def predict(self, images, batch_size=8):
+            if images[0][20, 60, 2] > 128:
+                raise KeyboardInterrupt
+            return super().predict(images)
+
+    done = predict(Tired(), open_source(str(photos)), tmp_path / "out", batch_size=1)
+    assert done.images == 1 and "interrupted after 1" in done.problems[0]
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["annotations"]) == 1
+
+
+def test_windows_cover_the_image_with_overlap():
+    for height, width in [(100, 100), (250, 999), (101, 100), (333, 70)]:
+        seen = np.zeros((height, width), int)
+        windows = Tiles(100, 0.2).windows(height, width)
+        for x1, y1, x2, y2 in windows:
+            seen[y1:y2, x1:x2] += 1
+            assert x2 - x1 == min(100, width) and y2 - y1 == min(100, height)
+        assert seen.min() == 1
+        starts = sorted({x for x, *_ in windows})
+        assert all(b - a <= 80 for a, b in zip(starts, starts[1:], strict=False))
+    with pytest.raises(ValueError, match="tiles of 0 pixels"):
+        Tiles(0)
+
+
+@pytest.mark.parametrize(
+    "rectangles",
+    [
+        [(0, 70, 30, 95, 60)],  # across the border of two tiles, whole in neither or one
+        [(0, 20, 20, 60, 60), (2, 65, 65, 95, 95)],  # across a corner of four
+        [(0, 10, 40, 190, 60)],  # longer than a tile
+        [(0, 85, 10, 95, 20), (0, 85, 24, 95, 34)],  # two neighbours inside the overlap
+        [(0, 0, 0, 200, 150)],  # everything
+        [(0, 78, 10, 82, 40), (0, 84, 10, 100, 40), (2, 100, 10, 120, 40)],
+    ],
+)
+def test_objects_on_tile_borders_are_found_once_and_whole(rectangles):
+    image = scene(150, 200, *rectangles)
+    found = detect_tiled(Blobs(), image, Tiles(100, 0.25))
+    whole = Blobs()._find(image)
+    order = np.lexsort(found.boxes.T)
+    assert found.boxes[order].tolist() == whole.boxes[np.lexsort(whole.boxes.T)].tolist()
+    assert found.size == (150, 200)
+    masks = found.bitmaps()[order]
+    np.testing.assert_array_equal(masks, whole.bitmaps()[np.lexsort(whole.boxes.T)])
+
+
+def test_mask_of_a_window_moves():
+    mask = np.random.default_rng(0).random((20, 30)) > 0.5
+    mask[:, 4:7] = True
+    for corner, size in [((5, 7), (40, 50)), ((0, 0), (20, 30)), ((20, 0), (20, 50))]:
+        laid = np.zeros(size, bool)
+        laid[corner[1] : corner[1] + 20, corner[0] : corner[0] + 30] = mask
+        moved = shift_mask(rle.encode(mask), corner, size)
+        np.testing.assert_array_equal(mask_api.decode(moved), laid)
+        assert moved["counts"] == rle.encode(laid)["counts"]
+
+
+def test_script_says_what_is_wrong(model, tmp_path, photos, capsys):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+    try:
+        import predict as script
+    finally:
+        sys.path.pop(0)
+    save_detector(tmp_path / "d.safetensors", model, NAMES)
+    with pytest.raises(DataError, match="no class 'green'"):
+        script.main(tmp_path / "d.safetensors", str(photos), classes=["green"])
+    script.main(tmp_path / "d.safetensors", str(photos), tmp_path / "out", score_thresh=0.0, device="cpu")
+    shown = capsys.readouterr()
+    assert "2 images, 10 objects" in shown.out and "damaged.jpg" in shown.err
