@@ -41,11 +41,13 @@ log = logging.getLogger(__name__)
 
 set_parsing_settings(import_path_denylist=[])  # jsonargparse's own, such as `os`, is an error and no warning
 CONFIGS = Path(__file__).parent / "configs"
+PRESETS = CONFIGS / "presets"  # go behind another configuration
 QUICKSTART = "quickstart"
 RUN_FOLDER = "DETECTION_RUN_FOLDER"  # hands the folder to the processes of other ranks
 DESCRIPTION = """Train a detector. Without arguments: the quickstart, on scenes that are drawn on the spot.
 
 --config takes a YAML file, or the name of one of this package's: {configs}. Any other flag overrides it.
+Presets go behind it as a second --config: {presets}.
 """
 
 
@@ -96,7 +98,7 @@ class FitCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str]) -> None:
-        names = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+        names, presets = (", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) for folder in (CONFIGS, PRESETS))
         super().__init__(
             DetectionModule,
             DetectionDataModule,
@@ -105,7 +107,7 @@ class FitCLI(LightningCLI):
             seed_everything_default=0,
             parser_class=Parser,
             # An abbreviation that works today is ambiguous when a flag is added.
-            parser_kwargs={"description": DESCRIPTION.format(configs=names), "allow_abbrev": False},
+            parser_kwargs={"description": DESCRIPTION.format(configs=names, presets=presets), "allow_abbrev": False},
             args=expand(args),
             run=False,
             auto_configure_optimizers=False,
@@ -212,11 +214,11 @@ class FitCLI(LightningCLI):
         log.info("the run is in %s", self.folder)
 
 
-RUN_README = """A training run: `config.yaml` repeats it, `metrics.csv` has its curves, `predictions.jpg` its pictures.
+RUN_README = """A training run: `config.yaml` repeats it; curves: `metrics.csv`, `plots`; pictures: `predictions.jpg`.
 
 Go on with it:   python scripts/fit.py --resume {folder}
 Evaluate it:     python scripts/evaluate.py --ckpt {folder}/best.ckpt
-Detect with it:
+Detect with it:  python scripts/predict.py --ckpt {folder}/best.ckpt --source IMAGES
 
     from detection import DetectionModule
 
@@ -228,13 +230,16 @@ Detect with it:
 def expand(args: Sequence[str]) -> list[str]:
     """Complete what may be written short: the name of a packaged configuration, that of a builder, no configuration.
 
-    None means that of the run to go on with, else the quickstart.
+    None, or presets alone, means that of the run to go on with, else the quickstart.
     """
     expanded, own, previous, default = list[str](), list[str](), "", CONFIGS / f"{QUICKSTART}.yaml"
+    configs: list[Path] = []
     for arg in args:
         flag, equals, value = arg.partition("=") if arg.startswith("-") else (previous, "", arg)
-        if flag in ("-c", "--config") and not Path(value).is_file() and (CONFIGS / f"{value}.yaml").is_file():
-            value = str(CONFIGS / f"{value}.yaml")
+        if flag in ("-c", "--config") and value:
+            packaged = (folder / f"{value}.yaml" for folder in (CONFIGS, PRESETS) if not Path(value).is_file())
+            value = str(next((path for path in packaged if path.is_file()), value))
+            configs.append(Path(value))
         home = next((module for module in (zoo, family) if value in vars(module)), None)
         if flag in ("--model.detector", "--model.detector.class_path") and home is not None:
             value = f"{home.__name__}.{value}"
@@ -245,7 +250,7 @@ def expand(args: Sequence[str]) -> list[str]:
         if flag == "--resume":
             resumed = Path(value) if Path(value).is_dir() else Path(value).parent
             default = resumed / "config.yaml" if (resumed / "config.yaml").is_file() else default
-    if not any(arg.partition("=")[0] in ("-c", "--config") for arg in args):
+    if all(path.parent == PRESETS for path in configs):
         expanded = ["--config", str(default), *expanded]
         if default.parent != CONFIGS:
             name_only_known(own)  # that file may have come with somebody's checkpoint

@@ -20,11 +20,13 @@ import numpy as np
 import pytest
 import torch
 import wandb
+import yaml
 from lightning.pytorch.demos.boring_classes import BoringModel
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from wandb.proto.wandb_internal_pb2 import Record
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from detection import loggers
 from detection.cli import RUN_FOLDER, main
@@ -367,3 +369,17 @@ def test_overlays_follow_an_image_that_is_shrunk(tmp_path: Path) -> None:
     rows = class_rows([result], ["cat", "dog", "absent"])
     assert [row[0] for row in rows] == ["cat", "dog"]
     assert np.array([row[1:] for row in rows]) == pytest.approx(1)
+
+
+def test_the_sweep_makes_command_lines_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = yaml.safe_load((ROOT / "sweeps" / "bccd.yaml").read_text())
+    drawn = {"model.lr": {"value": 0.004}, "model.weight_decay": {"value": 0.01}, "data.batch_size": {"value": 2}}
+    assert set(drawn) == set(sweep["parameters"])
+    macros = create_sweep_command_args({"args": drawn}) | {"interpreter": ["python"], "program": [sweep["program"]]}
+    line = [word for part in create_sweep_command(sweep["command"]) for word in macros.get(part[2:-1], [part])]
+    assert line[:2] == ["python", "scripts/fit.py"] and (ROOT / line[1]).is_file()
+    with pytest.raises(SystemExit) as stop:
+        main([*line[2:], "--print_config"])
+    assert stop.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["model"]["lr"], config["data"]["batch_size"], config["name"]) == (0.004, 2, "bccd")

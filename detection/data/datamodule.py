@@ -247,7 +247,7 @@ class DetectionDataModule(L.LightningDataModule):
         if split == "train" and not hp["keep_empty"]:
             index = replace(index, records=[record for record in index.records if len(record.labels)])
         sizes = [hp["min_size"]] if isinstance(hp["min_size"], int) else list(hp["min_size"])
-        if split == "train":
+        if split == "train" and not self._overfits:
             jitter, square = hp["scale_jitter"], hp["scale_jitter_size"]
             longest = square if jitter and square else hp["max_size"]
             transform = train_transform(sizes, longest, hp["hflip"], hp["vflip"], hp["photometric"], jitter)
@@ -256,7 +256,7 @@ class DetectionDataModule(L.LightningDataModule):
         rank_zero_info(describe(index, split))
         self._check_shared_memory(max(sizes))
         proposals, names = self._prepare_proposals(index, split), ("mosaic", "copy_paste", "max_unreadable")
-        training = {name: hp[name] for name in names if split == "train"}
+        training = {name: hp[name] for name in names if split == "train" and not self._overfits}
         return DetectionDataset(index, transform, hp["with_difficult"], proposals=proposals, **training)
 
     def _check_shared_memory(self, min_size: int, folder: str = "/dev/shm") -> None:
@@ -283,18 +283,21 @@ class DetectionDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches for this rank, see `TrainBatchSampler`."""
-        hp, dataset = self.hparams, self._datasets["train"]
-        sampler = TrainBatchSampler(
-            dataset.store,
-            hp["batch_size"],
-            hp["seed"],
-            hp["group_by_aspect"],
-            hp["repeat_threshold"],
-            same_every_epoch=getattr(self.trainer, "overfit_batches", 0) > 0,
-        )
-        return TrainLoader(dataset, sampler, **self._loading())
+        return TrainLoader(self._datasets["train"], self._train_batches(), **self._loading())
+
+    @property
+    def _overfits(self) -> bool:
+        """Whether a few batches are to be learned by heart: then without augmentation, and validated on themselves."""
+        return getattr(self.trainer, "overfit_batches", 0) > 0
+
+    def _train_batches(self) -> TrainBatchSampler:
+        hp, store = self.hparams, self._datasets["train"].store
+        options = (hp["batch_size"], hp["seed"], hp["group_by_aspect"], hp["repeat_threshold"])
+        return TrainBatchSampler(store, *options, same_every_epoch=self._overfits)
 
     def val_dataloader(self) -> DataLoader[Sample]:
+        if self._overfits:  # Lightning takes as many batches of it as of the training loader
+            return DataLoader(self._datasets["train"], batch_sampler=list(self._train_batches()), **self._loading())
         return self._eval_loader("val")
 
     def test_dataloader(self) -> DataLoader[Sample]:
