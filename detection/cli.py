@@ -9,7 +9,6 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from importlib import import_module
 from inspect import isclass, signature
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, NoReturn
 import lightning as L
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -27,6 +26,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from detection.callbacks import Bar, PredictionPictures, Results, Throughput
+from detection.checkpoints import RUN_FOLDER, KeepBest, WholeFiles, start
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
 from detection.errors import RunError, explain
@@ -34,6 +34,7 @@ from detection.loggers import MetricsFile, Tracker, WandbMode
 from detection.models import family, zoo
 from detection.module import DetectionModule
 from detection.recipes import name_only_known
+from detection.resume import INTERRUPTED, Interrupted, KeepLast
 from detection.safety import Guard, check_start, end_other_ranks, end_with_parent
 from detection.tracking import ProposalRecall, SampledForeground, Tracking
 
@@ -43,7 +44,6 @@ set_parsing_settings(import_path_denylist=[])  # jsonargparse's own, such as `os
 CONFIGS = Path(__file__).parent / "configs"
 PRESETS = CONFIGS / "presets"  # go behind another configuration
 QUICKSTART = "quickstart"
-RUN_FOLDER = "DETECTION_RUN_FOLDER"  # hands the folder to the processes of other ranks
 DESCRIPTION = """Train a detector. Without arguments: the quickstart, on scenes that are drawn on the spot.
 
 --config takes a YAML file, or the name of one of this package's: {configs}. Any other flag overrides it.
@@ -131,7 +131,13 @@ class FitCLI(LightningCLI):
         parser.add_argument("--name", type=str, default="run", help="Runs of one kind share runs/NAME.")
         parser.add_argument("--output", type=str, default="runs", help="Folder of all runs.")
         parser.add_argument(
-            "--resume", type=str | None, default=None, help="Checkpoint, or folder of a run, to go on with."
+            "--resume",
+            type=str | None,
+            default=None,
+            help="Checkpoint or folder of a run to go on with; `auto`: the newest run of this --name, else a new one.",
+        )
+        parser.add_argument(
+            "--save_every", type=float, default=10.0, help="Minutes between saves of last.ckpt within an epoch."
         )
         parser.add_argument(
             "--wandb", type=WandbMode, default="auto", help="`auto`: online when logged in, else offline."
@@ -147,8 +153,7 @@ class FitCLI(LightningCLI):
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo's remarks on host names
         if _rank() and RUN_FOLDER in os.environ:  # started by the first rank, not by a cluster's launcher
             end_with_parent(os.getppid())
-        self.checkpoint = find_checkpoint(self.config.resume)
-        self.folder = run_folder(Path(self.config.output) / self.config.name, self.checkpoint)
+        self.folder, self.checkpoint = start(self.config.resume, Path(self.config.output) / self.config.name)
         self.datamodule = DetectionDataModule(**self.config.data.as_dict())
         config = self.config.clone()
         fit_detector_to_data(config.model.detector, self.datamodule)
@@ -162,6 +167,7 @@ class FitCLI(LightningCLI):
         settings: dict[str, Any] = {"default_root_dir": str(self.folder)}
         guard = Guard(self.folder, self.datamodule.hparams["timeout"])
         settings["callbacks"] = [guard, *(given.callbacks or []), *self._callbacks(given)]
+        settings["plugins"] = [*_listed(given.plugins), WholeFiles()]
         settings["enable_progress_bar"] = self._shows_bar(given)
         if given.logger is None or given.logger is True:
             settings["logger"] = self._loggers()
@@ -177,20 +183,8 @@ class FitCLI(LightningCLI):
         if bar:
             callbacks.append(Bar())
         if given.enable_checkpointing is not False:
-            # Lightning saves after validations; where those are rare, or never, the newest is saved after each epoch.
-            rare = (given.check_val_every_n_epoch or 2) > 1 or given.limit_val_batches == 0
-            last = self._keeps("last", save_on_train_epoch_end=True if rare else None)
-            callbacks += [self._keeps("best", monitor="val/map", mode="max"), last]
+            callbacks += [KeepBest(self.folder), KeepLast(self.folder, self.config.save_every)]
         return callbacks
-
-    def _keeps(self, name: str, **options: Any) -> ModelCheckpoint:
-        return ModelCheckpoint(
-            self.folder,
-            name,
-            auto_insert_metric_name=False,  # the slash in the metric's name would make a folder of it
-            enable_version_counter=False,  # or a last-v1.ckpt would lie beside the old one
-            **options,
-        )
 
     def _loggers(self) -> list[Logger]:
         loggers: list[Logger] = [MetricsFile(self.folder)]
@@ -205,18 +199,18 @@ class FitCLI(LightningCLI):
             slots = 2 if self.model.optimizer_name == "adamw" else 1
             check_start(self.folder, self.model, slots, 2 * self.datamodule.hparams["num_workers"])
             (self.folder / "README.md").write_text(RUN_README.format(folder=self.folder.as_posix()))
+            if not self.checkpoint:  # figures of a run that ended before its first checkpoint, and begins again
+                (self.folder / "metrics.csv").unlink(missing_ok=True)
         parameters = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         total, trained = sum(n for n, _ in parameters), sum(n for n, trains in parameters if trains)
         log.info("detector: %.1f M parameters, of which %.1f M train", total / 1e6, trained / 1e6)
-        if self.checkpoint:
-            log.info("going on from %s", self.checkpoint)
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
         log.info("the run is in %s", self.folder)
 
 
 RUN_README = """A training run: `config.yaml` repeats it; curves: `metrics.csv`, `plots`; pictures: `predictions.jpg`.
 
-Go on with it:   python scripts/fit.py --resume {folder}
+Go on with it:   python scripts/fit.py --resume {folder}    (stopped by a signal: exit code 75)
 Evaluate it:     python scripts/evaluate.py --ckpt {folder}/best.ckpt
 Detect with it:  python scripts/predict.py --ckpt {folder}/best.ckpt --source IMAGES
 
@@ -247,7 +241,7 @@ def expand(args: Sequence[str]) -> list[str]:
         if flag.startswith(("--trainer.", "--model.", "--data.proposals")):
             own.append(value)
         previous = arg
-        if flag == "--resume":
+        if flag == "--resume" and value != "auto":
             resumed = Path(value) if Path(value).is_dir() else Path(value).parent
             default = resumed / "config.yaml" if (resumed / "config.yaml").is_file() else default
     if all(path.parent == PRESETS for path in configs):
@@ -286,30 +280,6 @@ def _rank() -> int:
     return int(getattr(rank_zero_only, "rank", 0))  # Lightning's, known before the processes meet
 
 
-def find_checkpoint(resume: str | None) -> str | None:
-    """The file to go on with: the one named, or `last.ckpt` of the run's folder; FileNotFoundError if absent."""
-    if resume is None:
-        return None
-    path = Path(resume)
-    path = path / "last.ckpt" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: --resume takes a .ckpt file or the folder of a run")
-    return str(path)
-
-
-def run_folder(parent: Path, checkpoint: str | None) -> Path:
-    """A new folder for this run, or that of the checkpoint; chosen by the first rank, the same for all."""
-    if checkpoint:
-        return Path(checkpoint).parent
-    if _rank() != 0 and RUN_FOLDER in os.environ:
-        return Path(os.environ[RUN_FOLDER])
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    taken = sum(path.name.startswith(stamp) for path in parent.glob("*"))
-    folder = parent / (f"{stamp}_{taken}" if taken else stamp)
-    os.environ[RUN_FOLDER] = str(folder)
-    return folder
-
-
 LOGGERS = ("detection", "lightning.pytorch", "lightning.fabric")
 NOISE = re.compile(r"GPU available|TPU available|HPU available|.*Tip: |.*litlogger|Seed set to|.*Trainer.fit. stopped")
 MISLEADING = (
@@ -341,7 +311,7 @@ def set_up_output() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code, 2 for a mistake in flags, configuration or data."""
+    """Run the command line; returns the exit code: 2 for a mistake in flags, configuration or data, 75 for a signal."""
     set_up_output()
     try:
         cli = FitCLI(sys.argv[1:] if args is None else args)
@@ -355,6 +325,9 @@ def main(args: Sequence[str] | None = None) -> int:
                               "shows where)"))  # fmt: skip
     try:
         cli.fit()
+    except Interrupted as stop:
+        log.warning("%s", stop)
+        return 0 if _rank() else INTERRUPTED  # Lightning kills all ranks when another one ends with an error
     except Exception as error:
         sentence = explain(error)
         if sentence is not None and not (_rank() and getattr(error, "on_all_ranks", False)):
@@ -364,6 +337,10 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         return 2 if isinstance(error, DataError) else 1
     return 0
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def _fail(error: Exception) -> int:

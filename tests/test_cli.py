@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from PIL import Image
 
-from detection.cli import CONFIGS, LOGGERS, RUN_FOLDER, FitCLI, expand, fit_detector_to_data, main, run_folder
+from detection.checkpoints import RUN_FOLDER
+from detection.cli import CONFIGS, LOGGERS, FitCLI, expand, fit_detector_to_data, main
 from detection.data import scenes
 from detection.data.coco import read_coco
 from detection.data.datamodule import DetectionDataModule
@@ -84,7 +84,8 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[FitCLI, P
 
 def test_run_folder_holds_what_it_should(run: tuple[FitCLI, Path]) -> None:
     names = {path.name for path in run[1].iterdir()}
-    assert names == {"README.md", "best.ckpt", "config.yaml", "last.ckpt", "metrics.csv", "plots", "predictions.jpg"}
+    files = {"README.md", "config.yaml", "metrics.csv", "plots", "predictions.jpg"}
+    assert names == files | {"best.ckpt", "last.ckpt", "previous.ckpt"}
     plots = {path.stem for path in (run[1] / "plots").iterdir()}
     assert plots == {"confusion", "curves", "mistakes", "precision_recall", "scores", "sizes"}
     assert min(Image.open(run[1] / "predictions.jpg").size) > 100
@@ -265,16 +266,6 @@ def test_what_the_user_sets_stays() -> None:
     detector = Namespace(class_path=path, init_args=Namespace(num_classes=None, min_size=500, max_size=1333))
     fit_detector_to_data(detector, DetectionDataModule(min_size=160, max_size=320))
     assert detector.init_args.as_dict() == {"num_classes": 7, "min_size": 500, "max_size": 320}
-
-
-def test_run_folder_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run_folder(tmp_path, None)
-    first.mkdir()
-    monkeypatch.setattr(rank_zero_only, "rank", 1)
-    assert run_folder(tmp_path, None) == first  # another rank of the same run
-    monkeypatch.setattr(rank_zero_only, "rank", 0)
-    assert run_folder(tmp_path, None) != first  # another run within the same second
-    assert run_folder(tmp_path, str(tmp_path / "x" / "last.ckpt")) == tmp_path / "x"
 
 
 def test_help_is_quick_complete_and_leaves_cuda_alone() -> None:

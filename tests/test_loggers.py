@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import logging
+import resource
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,36 @@ def test_resumed_run_appends_with_new_and_old_columns(tmp_path: Path) -> None:
     assert [row["loss"] for row in found] == ["1.0", "0.5", ""]
     assert [row["step"] for row in found] == ["0", "1", "2"]
     assert (found[1]["map"], found[2]["lr"]) == ("0.1", "0.2")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_rows_after_the_checkpoint_are_cut(tmp_path: Path) -> None:
+    for step in range(4):
+        MetricsFile(tmp_path).log_metrics({"loss": 1.0 / (step + 1)}, step)
+    logger = MetricsFile(tmp_path)
+    assert logger.rows == 4
+    logger.cut(2)
+    logger.log_metrics({"loss": 9.0}, 2)
+    assert logger.rows == 3
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [("0", "1.0"), ("1", "0.5"), ("2", "9.0")]
+
+
+def test_rows_wait_for_room_on_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Fault: no room for metrics.csv | injected: a limit of the system on the size of files |
+    promise: training goes on, one line says so, and no row is lost or torn once there is room."""
+    logging.getLogger("detection").propagate = True  # other tests have set up the command line's output
+    logger = MetricsFile(tmp_path)
+    logger.log_metrics({"loss": 1.0}, 0)
+    size = (tmp_path / "metrics.csv").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 4, before[1]))
+    logger.log_metrics({"loss": 0.5}, 1)
+    logger.log_metrics({"loss": 0.25, "map": 0.1}, 2)
+    assert (tmp_path / "metrics.csv").stat().st_size == size
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    logger.log_metrics({"loss": 0.125}, 3)
+    assert [row["loss"] for row in rows(tmp_path)] == ["1.0", "0.5", "0.25", "0.125"]
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 

@@ -20,12 +20,13 @@ from torchvision.transforms import v2
 
 from detection.data.augment import train_transform
 from detection.data.batch import pad_images
-from detection.data.datamodule import TrainLoader, init_worker
+from detection.data.datamodule import TrainLoader
 from detection.data.dataset import DetectionDataset, collate
 from detection.data.images import EXTENSIONS, image_size
 from detection.data.records import DataError, Index, Record
 from detection.data.samplers import TrainBatchSampler
 from detection.data.scenes import draw_scene
+from detection.data.workers import init_worker
 
 
 class _TorchvisionDataset(Dataset[tuple[Tensor, dict[str, Any]]]):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -25,6 +24,7 @@ from detection.data.proposals import ProposalCache, ProposalSource
 from detection.data.records import DataError, Index, merge, relabel
 from detection.data.samplers import TrainBatchSampler, rank_and_world
 from detection.data.voc import read_voc
+from detection.data.workers import init_worker
 from detection.data.yolo import read_yolo
 from detection.recipes import rebuild
 
@@ -32,17 +32,12 @@ log = logging.getLogger(__name__)
 Stage = Literal["train", "val", "test"]
 
 
-def init_worker(worker_id: int) -> None:
-    """One thread a worker: OpenCV would start one a core in each of them."""
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
-
-
 class TrainLoader(DataLoader[Sample]):
     """A DataLoader that Lightning can save and resume in the middle of an epoch.
 
-    Its state counts the batches handed out, not those that workers have fetched ahead, and Lightning keeps it in the
-    checkpoint. A resumed run sees exactly the batches, and the augmentations, that an unbroken run would have seen.
+    Its state counts the batches handed out, not those that workers have fetched ahead. A resumed run sees exactly the
+    batches, and the augmentations, that an unbroken run would have seen. Between two batches, when all of the first
+    one's step is done, `between_steps` is called.
 
     Images that can't be read, in whose place the data set drew others, are named in a warning, each once. When they
     are more than `dataset.max_unreadable`, counted on each rank for itself, that is a DataError.
@@ -52,6 +47,7 @@ class TrainLoader(DataLoader[Sample]):
 
     def __init__(self, dataset: DetectionDataset, batch_sampler: TrainBatchSampler, **options: Any) -> None:
         super().__init__(dataset, batch_sampler=batch_sampler, **options)
+        self.between_steps: Callable[[], None] = lambda: None
         self._epoch, self._handed_out = 0, 0
         self._unreadable: dict[str, None] = {}
         self._most_unreadable = dataset.max_unreadable
@@ -62,6 +58,7 @@ class TrainLoader(DataLoader[Sample]):
             self._handed_out += 1
             self._report(batch.unreadable)
             yield batch
+            self.between_steps()
 
     def _report(self, unreadable: tuple[str, ...]) -> None:
         for problem in unreadable:
@@ -322,6 +319,8 @@ class DetectionDataModule(L.LightningDataModule):
     def _loading(self) -> dict[str, Any]:
         workers = self.hparams["num_workers"]
         options = {"num_workers": workers, "collate_fn": collate, "pin_memory": torch.cuda.is_available()}
+        # Seeds come with the keys; from torch's own generator a loader would take a number that a resumed run lacks.
+        options["generator"] = torch.Generator()
         if workers:
             options |= {
                 "worker_init_fn": init_worker,

@@ -54,7 +54,7 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
             only what is left over at the end of an epoch is mixed.
         repeat_threshold: see `repeat_factors`; 0 shows every image once an epoch. Fractional factors are rounded by
             chance anew in each epoch, the length of the epoch stays the same.
-        same_every_epoch: ignore `set_epoch`, to overfit a few batches.
+        same_every_epoch: have the order and augmentation of the first epoch in all, to overfit a few batches.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Change the order; a new epoch begins at its first batch, the one restored stays where it was."""
-        if epoch != self.epoch and not self.same_every_epoch:
+        if epoch != self.epoch:
             self.epoch, self.start_batch = epoch, 0
 
     def __len__(self) -> int:
@@ -102,7 +102,8 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         yield from batches
 
     def _batches(self, world: int) -> list[list[tuple[int, int]]]:
-        state = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
+        epoch = 0 if self.same_every_epoch else self.epoch
+        state = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0]))
         order = self._order(generator)
         missing = -len(order) % (self.batch_size * world)

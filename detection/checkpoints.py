@@ -1,0 +1,209 @@
+"""The files that a run goes on from: which to take for `--resume`, and how they are written so that they are whole."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+import zipfile
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+log = logging.getLogger(__name__)
+
+LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
+RUN_FOLDER = "DETECTION_RUN_FOLDER"  # hands the folder to the processes of other ranks
+STAMP = re.compile(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(?:_(\d+))?")
+WANTED = "--resume takes a .ckpt file, the folder of a run, or auto"
+
+
+class Start(NamedTuple):
+    """Where a run begins: its folder, and the checkpoint to go on from, if any."""
+
+    folder: Path
+    checkpoint: Path | None
+
+
+def start(resume: str | None, parent: Path) -> Start:
+    """Choose the folder and the checkpoint of a run, and say in the log which.
+
+    Args:
+        resume: None for a new run; a checkpoint; the folder of a run, for its newest whole checkpoint; or `auto` for
+            the newest run in `parent`, which is begun (again) where it has no checkpoint.
+        parent: folder of the runs of one name.
+
+    Raises:
+        FileNotFoundError: no checkpoint is there.
+        ValueError: the checkpoint named, or every one of the run, is damaged.
+    """
+    found = _find(resume, parent)
+    os.environ[RUN_FOLDER] = str(found.folder)
+    return found
+
+
+def _find(resume: str | None, parent: Path) -> Start:
+    if resume is None:
+        return Start(_new_folder(parent), None)
+    if resume != "auto":
+        path = Path(resume)
+        if not path.is_dir():
+            return Start(path.parent, _announce(path))
+        checkpoint = newest_checkpoint(path)
+        if checkpoint is None:
+            raise FileNotFoundError(
+                f"no checkpoint at {path}: --resume takes a .ckpt file, the folder of a run, or auto"
+            )
+        return Start(path, checkpoint)
+    folder = _handed_folder() or _newest_run(parent)
+    if folder is None:
+        log.info("--resume auto: no run in %s, so a new one begins", parent)
+        return Start(_new_folder(parent), None)
+    try:
+        checkpoint = newest_checkpoint(folder)
+    except ValueError as error:
+        log.warning("--resume auto: %s; a new run begins", error)
+        return Start(_new_folder(parent), None)
+    if checkpoint is None:
+        log.info("--resume auto: %s ended before its first checkpoint, so it begins again", folder)
+    return Start(folder, checkpoint)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run, announced in the log; None where there is no file at all.
+
+    Raises:
+        ValueError: there are some, but none is whole.
+    """
+    there = [folder / name for name in (LAST, PREVIOUS, BEST) if (folder / name).exists()]
+    problems = []
+    for path in there:
+        try:
+            checkpoint = _announce(path)
+        except ValueError as error:
+            problems.append(str(error))
+            log.warning("%s; looking at the one before", error)
+        else:
+            return checkpoint
+    if problems:
+        raise ValueError(f"no checkpoint in {folder} is whole ({'; '.join(problems)})")
+    return None
+
+
+def _announce(path: Path) -> Path:
+    epoch, step = progress(path)
+    log.info("going on from %s: epoch %d, step %d", path, epoch + 1, step)
+    return path
+
+
+def progress(path: Path) -> tuple[int, int]:
+    """Epoch, from 0, and optimiser steps of a checkpoint, every byte of which is read and checked.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is cut off, damaged, or no checkpoint of a training.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: {WANTED}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            whole = archive.testzip() is None
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if whole else {}
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and plain values, and nothing else is read") from error
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is cut off or damaged")
+    if not isinstance(content, dict) or not {"epoch", "global_step", "loops", "optimizer_states"} <= content.keys():
+        raise ValueError(f"{path} holds weights, but no training to go on with")
+    return int(content["epoch"]), int(content["global_step"])
+
+
+def _rank() -> int:
+    return int(getattr(rank_zero_only, "rank", 0))  # Lightning's, known before the processes meet
+
+
+def _handed_folder() -> Path | None:
+    """The folder that the first rank has chosen, in the processes that it has started."""
+    return Path(os.environ[RUN_FOLDER]) if _rank() != 0 and RUN_FOLDER in os.environ else None
+
+
+def _new_folder(parent: Path) -> Path:
+    if handed := _handed_folder():
+        return handed
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    taken = sum(path.name.startswith(stamp) for path in parent.glob("*"))
+    return parent / (f"{stamp}_{taken}" if taken else stamp)
+
+
+def _newest_run(parent: Path) -> Path | None:
+    runs = [(match, path) for path in parent.glob("*") if path.is_dir() and (match := STAMP.fullmatch(path.name))]
+    return max(runs, key=lambda run: (run[0][1], int(run[0][2] or 0)))[1] if runs else None
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside the old one, to the disk, and only then in its place: a file is whole or not there.
+
+    The `last.ckpt` before the newest stays as `previous.ckpt`. Where the disk is full the old files stay too, the log
+    has one line, and training goes on: to stop would lose more. Checkpoints are read without running code from them.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Called on the first rank alone, so it must not raise what the others would wait for."""
+        path = Path(path)
+        partial_file = path.with_suffix(".partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial_file.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.name == LAST and path.exists():
+                path.replace(path.with_name(PREVIOUS))
+            partial_file.replace(path)
+            _sync_folder(path.parent)
+        except (OSError, RuntimeError) as error:
+            cause = error if isinstance(error, OSError) else error.__context__  # PyTorch's writer hides the reason
+            if not isinstance(cause, OSError):
+                raise
+            partial_file.unlink(missing_ok=True)
+            kept = f"the one of before stays, and training goes on: make room in {path.parent}"
+            log.error("%s could not be saved (%s); %s", path, cause.strerror or cause, kept)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
+        """The content of a checkpoint; plain values and tensors only, whatever `weights_only` says."""
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring the renaming to the disk as well."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class KeepBest(ModelCheckpoint):
+    """`best.ckpt` by validation mAP; a run whose folder was moved still knows which was the best."""
+
+    def __init__(self, folder: Path) -> None:
+        options = {"auto_insert_metric_name": False, "enable_version_counter": False}  # no slash, no best-v1.ckpt
+        # Not at the end of the epoch, or the `last.ckpt` of the validation would not know of it
+        options["save_on_train_epoch_end"] = False
+        super().__init__(folder, Path(BEST).stem, monitor="val/map", mode="max", **options)  # type: ignore[arg-type]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def moved(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else ""
+
+        paths = {name: moved(state_dict[name]) for name in ("best_model_path", "kth_best_model_path")}
+        best = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": best})

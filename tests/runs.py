@@ -1,0 +1,62 @@
+"""What the tests of whole runs share: flags of a tiny run on drawn scenes, and what two runs must have in common."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from detection.data import scenes
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMES = ("images/s", "time/", "gpu/", "memory/")  # figures that two runs never share
+TINY = [
+    *("--data.min_size", "64"),
+    *("--data.max_size", "96"),
+    *("--model.detector.fpn_channels", "16"),
+    *("--model.detector.weights_backbone", "null"),
+    *("--model.detector.trainable_backbone_layers", "1"),
+    *("--model.detector.box_head", "detection.models.roi_heads.TwoFCHead"),
+    *("--model.detector.box_head.in_channels", "16"),
+    *("--model.detector.box_head.out_channels", "32"),
+    *("--trainer.accelerator", "cpu"),
+    *("--trainer.log_every_n_steps", "1"),
+    *("--data.batch_size", "2"),
+]
+
+
+def scene_flags(root: Path) -> list[str]:
+    """Flags to read the scenes drawn in `root`."""
+    flags = ["--data.format", "coco", "--data.root", str(root)]
+    for split, (file, images) in scenes.SPLITS.items():
+        flags += [f"--data.{split}_split", file, f"--data.{split}_images", images]
+    return flags
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """`metrics.csv` without the figures that depend on the clock."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in csv.DictReader(file)]
+
+
+def state(path: Path) -> dict[str, Any]:
+    """All of a checkpoint that decides how training goes on, loaded as anybody would."""
+    content = torch.load(path, weights_only=True)
+    wanted = ("epoch", "global_step", "state_dict", "current_model_state", "averaging_state", "optimizer_states")
+    return {name: content.get(name) for name in (*wanted, "lr_schedulers")} | {"random": content["resume"]["random"]}
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Names of what is not equal bit for bit in two nested structures of tensors and plain values."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+        return [] if same else [where]
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return [f"{where}: keys {sorted(map(str, a.keys() ^ b.keys()))}"]
+        return [name for key in a for name in differences(a[key], b[key], f"{where}.{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [name for i, pair in enumerate(zip(a, b, strict=True)) for name in differences(*pair, f"{where}.{i}")]
+    return [] if a == b else [f"{where}: {a!r:.40} and {b!r:.40}"]

@@ -1,0 +1,160 @@
+"""Which checkpoint `--resume` takes, and that a file is whole or not there, whatever happens to the disk."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from detection.checkpoints import RUN_FOLDER, KeepBest, Start, WholeFiles, progress, start
+
+TRAINING = {"loops": {}, "optimizer_states": [], "state_dict": {"weight": torch.arange(5000.0)}}
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_trace() -> Iterator[None]:
+    logging.getLogger("detection").propagate = True  # other tests have set up the command line's output
+    yield
+    os.environ.pop(RUN_FOLDER, None)
+
+
+def save(path: Path, step: int) -> Path:
+    WholeFiles().save_checkpoint(TRAINING | {"epoch": step // 10, "global_step": step}, path)
+    return path
+
+
+def cut_off(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """A write beyond it fails in the system, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_run_folder_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = start(None, tmp_path)
+    first.folder.mkdir()
+    assert first.checkpoint is None
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert start(None, tmp_path) == first == start("auto", tmp_path)  # another rank of the same run
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    assert start(None, tmp_path).folder != first.folder  # another run within the same second
+
+
+def test_checkpoint_or_folder_is_taken_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    path = save(tmp_path / "x" / "last.ckpt", 25)
+    assert start(str(path), tmp_path) == start(str(path.parent), tmp_path) == Start(path.parent, path)
+    assert f"going on from {path}: epoch 3, step 25" in caplog.text
+    save(path.with_name("best.ckpt"), 20)
+    assert start(str(path.with_name("best.ckpt")), tmp_path).checkpoint == path.with_name("best.ckpt")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere/last.ckpt", "empty"])
+def test_missing_path_is_an_error(name: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint at .*{name}.*auto"):
+        start(str(tmp_path / name), tmp_path)
+
+
+def test_auto_takes_the_newest_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    assert start("auto", tmp_path).checkpoint is None
+    assert "so a new one begins" in caplog.text
+    for name in ("2026-01-02_03-04-05_9", "2026-01-02_03-04-05_10", "2026-01-01_00-00-00", "zebra"):
+        save(tmp_path / name / "last.ckpt", 5)
+    newest = tmp_path / "2026-01-02_03-04-05_10"
+    assert start("auto", tmp_path) == Start(newest, newest / "last.ckpt")
+    newer = tmp_path / "2026-01-03_00-00-00"
+    newer.mkdir()
+    assert start("auto", tmp_path) == Start(newer, None)  # not an older run, which may be another experiment
+    assert f"{newer} ended before its first checkpoint, so it begins again" in caplog.text
+
+
+def test_truncated_file_falls_back_to_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Fault: last.ckpt is cut off | injected: truncation of the real file to its half |
+    promise: the one before is taken, and the log says so; without any whole one it is an error, or a new run."""
+    caplog.set_level(logging.INFO)
+    folder = tmp_path / "2026-01-02_03-04-05"
+    save(folder / "last.ckpt", 10)
+    save(folder / "last.ckpt", 20)
+    cut_off(folder / "last.ckpt")
+    assert start("auto", tmp_path) == start(str(folder), tmp_path) == Start(folder, folder / "previous.ckpt")
+    assert "last.ckpt is cut off or damaged; looking at the one before" in caplog.text
+    assert "previous.ckpt: epoch 2, step 10" in caplog.text
+    with pytest.raises(ValueError, match="cut off or damaged"):
+        start(str(folder / "last.ckpt"), tmp_path)  # named, so nothing else will do
+    cut_off(folder / "previous.ckpt")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
+        start(str(folder), tmp_path)
+    new = start("auto", tmp_path)
+    assert new.folder != folder and new.checkpoint is None
+
+
+def test_one_wrong_byte_is_noticed(tmp_path: Path) -> None:
+    path = save(tmp_path / "last.ckpt", 10)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="cut off or damaged"):
+        progress(path)
+
+
+class Gadget:
+    """Does something when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_but_plain_values_is_read(tmp_path: Path) -> None:
+    torch.save(TRAINING | {"epoch": 0, "global_step": 1, "evil": Gadget(tmp_path / "mark")}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="nothing else is read"):
+        progress(tmp_path / "last.ckpt")
+    with pytest.raises(Exception, match=r"weights_only|Weights only"):
+        WholeFiles().load_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    assert not (tmp_path / "mark").exists()
+    torch.save({"state_dict": {}}, tmp_path / "weights.ckpt")
+    with pytest.raises(ValueError, match="no training to go on with"):
+        progress(tmp_path / "weights.ckpt")
+
+
+def test_full_disk_leaves_the_old_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Fault: no room for a checkpoint | injected: a limit of the system on the size of files |
+    promise: the file of before is untouched, one line says so, nothing is left over, training goes on."""
+    path = save(tmp_path / "last.ckpt", 10)
+    before = path.read_bytes()
+    with files_no_larger_than(10_000):
+        save(path, 20)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.ckpt"]
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert "last.ckpt could not be saved (File too large)" in message and "\n" not in message
+    save(path, 30)
+    assert [progress(tmp_path / name)[1] for name in ("last.ckpt", "previous.ckpt")] == [30, 10]
+
+
+def test_moved_run_still_knows_its_best(tmp_path: Path) -> None:
+    old, new = KeepBest(tmp_path / "old"), KeepBest(tmp_path / "new")
+    path = str(tmp_path / "old" / "best.ckpt")
+    old.best_k_models, old.best_model_path, old.kth_best_model_path = {path: torch.tensor(0.5)}, path, path
+    old.best_model_score = old.current_score = old.kth_value = torch.tensor(0.5)
+    new.load_state_dict(old.state_dict())
+    assert new.best_model_score == 0.5
+    assert new.best_model_path == new.kth_best_model_path == str(tmp_path / "new" / "best.ckpt")
+    assert list(new.best_k_models) == [new.best_model_path]
