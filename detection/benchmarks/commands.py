@@ -26,6 +26,23 @@ def infer(network: Literal["resnet50", "efficientnet_lite0"] = "resnet50", size:
     report([measure_speed("infer", network, size, batch_size, bf16, rounds, device)], json)
 
 
+def profile(mode: Literal["train", "infer"] = "train", network: Literal["resnet50", "efficientnet_lite0"] = "resnet50",
+            size: int = 320, batch_size: int = 2, bf16: bool = False, rounds: int = 3, device: str = "cpu",
+            json: Path | None = None) -> None:  # fmt: skip
+    """Time of each stage of our detector; see `detection.benchmarks.stages`."""
+    from detection.benchmarks.stages import measure_stages
+
+    report(measure_stages(mode, network, size, batch_size, bf16, rounds, device), json)
+
+
+def flat(network: Literal["resnet50", "efficientnet_lite0"] = "efficientnet_lite0", size: int = 320,
+         batch_size: int = 2, rounds: int = 3, device: str = "cpu", json: Path | None = None) -> None:  # fmt: skip
+    """Time of a training step against the number of boxes and of classes; see `detection.benchmarks.speed`."""
+    from detection.benchmarks.speed import measure_flatness
+
+    report(measure_flatness(network, size, batch_size, rounds, device), json)
+
+
 def data(images: Path | None = None, rounds: int = 5, num_workers: int = 2, json: Path | None = None) -> None:
     """Images a second of the loader against Pillow + torchvision v2; see `detection.benchmarks.data`."""
     from detection.benchmarks.data import loader_throughput
@@ -58,4 +75,21 @@ def family(ckpts: list[Path], root: Path | None = None, images: int = 10, rounds
     report(measure_family(ckpts, root, images, rounds), json)
 
 
-COMMANDS = {"train": train, "infer": infer, "data": data, "eval": evaluation, "accuracy": accuracy, "family": family}
+def soak(steps: int = 2000, num_workers: int = 2, json: Path | None = None) -> None:
+    """Whether memory, open files and time a step stay as they are over a long run; see `detection.benchmarks.soak`."""
+    from detection.benchmarks.soak import soak
+
+    report(soak(steps, num_workers), json)
+
+
+COMMANDS = {
+    "train": train,
+    "infer": infer,
+    "profile": profile,
+    "flat": flat,
+    "data": data,
+    "eval": evaluation,
+    "accuracy": accuracy,
+    "family": family,
+    "soak": soak,
+}

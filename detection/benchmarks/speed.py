@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,9 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from detection.benchmarks.peers import TorchvisionDetector
 from detection.data.batch import Batch, pad_objects
-from detection.models import zoo
+from detection.models import norms, zoo
 from detection.models.backbones import efficientnet_lite0_fpn
+from detection.models.compose import COCO_CATEGORIES
 
 Network = Literal["resnet50", "efficientnet_lite0"]
 Mode = Literal["train", "infer"]
@@ -35,9 +38,10 @@ def measure_speed(
 ) -> dict[str, Any]:
     """Medians of both detectors, taking turns in one process, and their ratio (below 1: ours is faster).
 
-    Each gets what it would in use: torchvision a list of float images; ours a uint8 `Batch`, with channels_last weights
-    and, in training, the fused optimiser. Weights are the same; random, with scores spread so that inference has
-    detections to suppress. In bf16 only ours changes its precision.
+    Each gets what it would in use: torchvision a list of float images; ours a uint8 `Batch`, with channels_last
+    weights, the fused optimiser in training, and its normalisation folded for good in inference. Weights are the
+    same; random, with scores spread so that inference has detections to suppress. In bf16 only ours changes its
+    precision.
 
     Args:
         mode: a whole training step with SGD, or inference.
@@ -48,10 +52,52 @@ def measure_speed(
         rounds: timed steps of each; two more are thrown away.
         device: where.
     """
+    times = _take_turns(contenders(mode, network, size, batch_size, bf16, device), rounds, device)
+    row: dict[str, Any] = {"mode": mode, "network": network, "size": size, "batch": batch_size, "bf16": bf16}
+    for name, values in times.items():
+        row[f"{name}_ms"] = 1000 * median(values)
+        row[f"{name}_spread"] = (max(values) - min(values)) / median(values)
+    return row | {"ratio": median(times["ours"]) / median(times["torchvision"]), "threads": torch.get_num_threads()}
+
+
+def measure_flatness(network: Network, size: int, batch_size: int, rounds: int, device: str) -> list[dict[str, Any]]:
+    """Milliseconds of a training step against the number of boxes an image, then against that of classes.
+
+    `peak_mb` is the most memory that the process (on an accelerator: the device) has used so far.
+    """
+    rows = []
+    for objects, classes in [(n, 81) for n in (1, 10, 100, 500, 2000)] + [(OBJECTS, n) for n in (2, 81, 1201)]:
+        steps = contenders("train", network, size, batch_size, False, device, objects, classes)
+        times = _take_turns(steps, rounds, device)
+        row: dict[str, Any] = {"boxes": objects, "classes": classes - 1}
+        row |= {f"{name}_ms": 1000 * median(values) for name, values in times.items()}
+        on_device = (
+            torch.cuda.max_memory_allocated() if device.startswith("cuda") else 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+        )
+        rows.append(row | {"peak_mb": on_device / 2**20})
+    return rows
+
+
+def contenders(
+    mode: Mode,
+    network: Network,
+    size: int,
+    batch_size: int,
+    bf16: bool,
+    device: str,
+    objects: int = OBJECTS,
+    classes: int = COCO_CATEGORIES,
+) -> dict[str, Callable[[], Any]]:
+    """A step of each detector on the same images, ready to be called; other arguments as for `measure_speed`.
+
+    Args:
+        objects: ground truth boxes an image.
+        classes: with background.
+    """
     torch.manual_seed(0)
-    theirs, ours = (model.to(device) for model in _build(network, size))
+    theirs, ours = (model.to(device) for model in _build(network, size, classes))
     images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, device=device)
-    boxes, labels = _objects(batch_size, size, device)
+    boxes, labels = _objects(batch_size, size, device, objects)
     sizes = torch.tensor([[size, size]] * batch_size, device=device)
     batch = Batch(images, sizes, *pad_objects(list(boxes), list(labels)), original_sizes=sizes)
     floats = list(images.float() / 255)
@@ -67,37 +113,32 @@ def measure_speed(
             return ours.run(batch, with_losses=False, with_detections=True)[1]  # type: ignore[operator]
 
     if mode == "train":
-        contenders = {
+        return {
             "torchvision": _step(theirs, lambda: theirs(floats, targets), fused=False),
             "ours": _step(ours, our_losses, fused=True),
         }
-    else:
-        theirs.eval()
-        ours.eval()
-        contenders = {
-            "torchvision": torch.inference_mode()(lambda: theirs(floats)),
-            "ours": torch.inference_mode()(our_detections),
-        }
-    times = _take_turns(contenders, rounds, device)
-    row: dict[str, Any] = {"mode": mode, "network": network, "size": size, "batch": batch_size, "bf16": bf16}
-    for name, values in times.items():
-        row[f"{name}_ms"] = 1000 * median(values)
-        row[f"{name}_spread"] = (max(values) - min(values)) / median(values)
-    return row | {"ratio": median(times["ours"]) / median(times["torchvision"]), "threads": torch.get_num_threads()}
+    theirs.eval()
+    ours = ours.for_inference()  # type: ignore[operator]
+    return {
+        "torchvision": torch.inference_mode()(lambda: theirs(floats)),
+        "ours": torch.inference_mode()(our_detections),
+    }
 
 
-def _build(network: Network, size: int) -> tuple[nn.Module, zoo.FasterRCNN]:
+def _build(network: Network, size: int, classes: int) -> tuple[nn.Module, zoo.FasterRCNN]:
     """The detector of torchvision and ours, with the same weights."""
     sizes = {"min_size": size, "max_size": size}  # torchvision resizes by them even where it has nothing to do
     if network == "resnet50":
-        ours = zoo.fasterrcnn_resnet50_fpn(norm="frozen")
-        ours.load_state_dict(_with_measured_statistics(size))
+        ours = zoo.fasterrcnn_resnet50_fpn(norm="frozen", num_classes=classes)
+        ours.load_state_dict(_with_measured_statistics(size, classes))
         trunk = resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3)
-        theirs: nn.Module = ReferenceFasterRCNN(trunk, 91, **sizes)
+        theirs: nn.Module = ReferenceFasterRCNN(trunk, classes, **sizes)
     else:
-        ours = zoo.fasterrcnn_efficientnet_lite0_fpn()
+        ours = zoo.fasterrcnn_efficientnet_lite0_fpn(num_classes=classes)
         options = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **sizes}
-        theirs = TorchvisionDetector(efficientnet_lite0_fpn(fpn_norm="batch"), 91, **options).model
+        with patch.object(norms, "fold_frozen_norms"):  # its users have the network as timm makes it
+            trunk = efficientnet_lite0_fpn(fpn_norm="batch")
+        theirs = TorchvisionDetector(trunk, classes, **options).model
     with torch.no_grad():
         for parameter in ours.roi_heads.get_submodule("box_predictor").parameters():
             parameter.mul_(10)
@@ -105,9 +146,9 @@ def _build(network: Network, size: int) -> tuple[nn.Module, zoo.FasterRCNN]:
     return theirs, ours
 
 
-def _with_measured_statistics(size: int) -> dict[str, Tensor]:
+def _with_measured_statistics(size: int, classes: int) -> dict[str, Tensor]:
     """Random weights whose features are as large as trained ones: others make proposals without area, and no work."""
-    live = zoo.fasterrcnn_resnet50_fpn(norm="batch")
+    live = zoo.fasterrcnn_resnet50_fpn(norm="batch", num_classes=classes)
     for module in live.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the plain mean of all batches
@@ -132,22 +173,23 @@ def _take_turns(contenders: dict[str, Callable[[], Any]], rounds: int, device: s
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 2):
         for name, run in contenders.items():
-            _wait(device)
+            wait(device)
             started = time.perf_counter()
             run()
-            _wait(device)
+            wait(device)
             if turn >= 2:
                 times[name].append(time.perf_counter() - started)
     return times
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Let the device end what it was given."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
-def _objects(batch_size: int, size: int, device: str) -> tuple[Tensor, Tensor]:
-    corner = torch.rand(batch_size, OBJECTS, 2, device=device) * size * 0.8
-    extent = 8 + torch.rand(batch_size, OBJECTS, 2, device=device) ** 2 * size * 0.5
+def _objects(batch_size: int, size: int, device: str, count: int) -> tuple[Tensor, Tensor]:
+    corner = torch.rand(batch_size, count, 2, device=device) * size * 0.8
+    extent = 8 + torch.rand(batch_size, count, 2, device=device) ** 2 * size * 0.5
     boxes = torch.cat((corner, (corner + extent).clamp(max=size)), dim=-1)
-    return boxes, torch.randint(1, 91, (batch_size, OBJECTS), device=device)
+    return boxes, torch.randint(1, 91, (batch_size, count), device=device)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import mobilenet_v3_large, resnet
 from torchvision.models.resnet import Bottleneck, ResNet
 
@@ -37,12 +38,18 @@ class Trunk(nn.ModuleDict):
         last = max(names.index(name) for name in outputs)
         super().__init__(OrderedDict((name, layers[name]) for name in names[: last + 1]))
         self.outputs = dict(outputs)
+        self.checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only what each layer reads for the backward pass, and compute the rest again there (timm's name)."""
+        self.checkpointing = enable
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images `(B, 3, H, W)` -> `{name: (B, C, h, w)}`, finest first."""
         maps = {}
         for name, layer in self.items():
-            images = layer(images)
+            again = self.checkpointing and torch.is_grad_enabled()
+            images = checkpoint(layer, images, use_reentrant=False) if again else layer(images)
             if name in self.outputs:
                 maps[self.outputs[name]] = images
         return maps
@@ -58,6 +65,10 @@ class TimmTrunk(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images `(B, 3, H, W)` -> `{name: (B, C, h, w)}`, finest first."""
         return {str(i): feature for i, feature in enumerate(self.network(images))}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As `Trunk` has it; not every network of timm can."""
+        self.network.set_grad_checkpointing(enable)  # type: ignore[operator]
 
 
 class Backbone(nn.Module):

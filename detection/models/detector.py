@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from detection.data.batch import Batch
 from detection.models.backbones import Backbone
 from detection.models.cascade import CascadeRoIHeads
 from detection.models.masks import paste_masks
+from detection.models.norms import fold_for_good
 from detection.models.roi_heads import RoIHeads
 from detection.models.rpn import RegionProposalNetwork
 from detection.models.transform import ImageTransform
@@ -95,6 +97,12 @@ class FasterRCNN(nn.Module):
         for i, detection in enumerate(detections):
             detection["boxes"] = resize_boxes(detection["boxes"], batch.image_sizes[i], batch.original_sizes[i])
         return losses, detections
+
+    def for_inference(self) -> FasterRCNN:
+        """A copy in evaluation mode that can no longer be trained, with its frozen normalisation folded for good."""
+        copied = deepcopy(self).eval().requires_grad_(False)
+        fold_for_good(copied)
+        return copied
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor]) -> Detections:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, freeze_batch_norm_2d, pad_same
@@ -60,7 +60,7 @@ class FoldedConv2d(nn.Conv2d):
         return F.conv2d(x, *self.folded(), self.stride, self.padding, self.dilation, self.groups)
 
 
-class FoldedNorm(FrozenBatchNorm2d):
+class FoldedNorm(FrozenBatchNorm2d):  # type: ignore[misc]
     """A frozen normalisation that the convolution before it carries out; what timm joins to it, an activation, stays.
 
     Args:
@@ -124,9 +124,9 @@ def fold_for_good(network: nn.Module) -> None:
             if isinstance(child, FoldedConv2d):
                 with torch.no_grad():
                     weight, bias = child.folded()
-                geometry = (child.kernel_size, child.stride, child.padding, child.dilation, child.groups)
+                geometry: Any = (child.kernel_size, child.stride, child.padding, child.dilation, child.groups)
                 kind = Conv2dSame if child.pads_same else nn.Conv2d
-                conv = kind(child.in_channels, child.out_channels, *geometry, device="meta")
+                conv: nn.Conv2d = kind(child.in_channels, child.out_channels, *geometry)
                 conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
                 setattr(parent, name, conv)
 

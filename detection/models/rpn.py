@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ class RPNHead(nn.Module):
         level, row, column = _cells(anchors // per_cell, shapes)
         steps = torch.arange(-reach, reach + 1, device=anchors.device)
         rows, columns = row[..., None] + steps, column[..., None] + steps  # (B, S, k)
-        patches, exists = 0.0, torch.zeros(1, dtype=torch.bool, device=anchors.device)
+        patches, exists = features[0].new_zeros(()), torch.zeros(1, dtype=torch.bool, device=anchors.device)
         for i, (feature, (height, width)) in enumerate(zip(features, shapes, strict=True)):
             inside = [(at >= 0) & (at < n) for at, n in ((rows, height), (columns, width))]
             own = (inside[0][..., :, None] & inside[1][..., None, :]) & (level == i)[..., None, None]  # (B, S, k, k)
@@ -101,8 +102,9 @@ class RPNHead(nn.Module):
         hidden = patches.permute(0, 3, 1, 2)  # (R, C, k, k)
         exists = exists.permute(0, 3, 1, 2)
         for layer in self.conv:
+            conv: Any = layer[0]  # type: ignore[index]
             # Beyond the edge of a map each convolution reads zeros, not what the one before would give there.
-            hidden, exists = F.relu(F.conv2d(hidden, layer[0].weight, layer[0].bias)), exists[..., 1:-1, 1:-1]
+            hidden, exists = F.relu(F.conv2d(hidden, conv.weight, conv.bias)), exists[..., 1:-1, 1:-1]
             hidden = hidden * exists
         logits, deltas = self._read(hidden)  # (R, 1, 1, K) and (R, 1, 1, K, 4)
         which = (anchors % per_cell).flatten()[:, None]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet18, resnet50
 from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
@@ -259,3 +259,29 @@ def test_a_detector_on_one_map_trains() -> None:
     assert model.roi_heads.box_head.layer4[0].conv1.weight.grad.abs().sum() > 0
     assert model.backbone.body.conv1.weight.grad.abs().sum() > 0
     assert model.rpn.head.cls_logits.out_channels == 15
+
+
+@pytest.mark.parametrize("build", [lambda: resnet_fpn("resnet18"), lambda: efficientnet_lite0_fpn(trainable_layers=4)])
+def test_checkpointing_keeps_less_for_the_same_gradients(build: Any) -> None:
+    torch.manual_seed(0)
+    backbone = build()
+    images = torch.rand(2, 3, 64, 64)
+
+    def gradients(enable: bool) -> tuple[list[Tensor], int]:
+        kept = []
+        backbone.zero_grad()
+        backbone.body.set_grad_checkpointing(enable)
+
+        def note(tensor: Tensor) -> Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            total = torch.stack([m.square().mean() for m in backbone(images).values()]).sum()
+        total.backward()
+        return [p.grad.clone() for p in backbone.parameters() if p.grad is not None], sum(kept)
+
+    (plain, all_kept), (again, fewer_kept) = gradients(False), gradients(True)
+    assert fewer_kept < 0.6 * all_kept
+    for mine, wanted in zip(again, plain, strict=True):
+        torch.testing.assert_close(mine, wanted)

@@ -1,0 +1,100 @@
+"""Where the time of a training step or of inference goes, by stage of the detector."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from detection.anchors import AnchorGenerator
+from detection.benchmarks.speed import Mode, Network, contenders, wait
+from detection.matching import BalancedSampler, Matcher
+from detection.models import roi_heads, rpn
+from detection.models.backbones import Backbone
+from detection.models.fpn import FeaturePyramidNetwork
+from detection.models.pooling import RoIPooler
+from detection.models.transform import ImageTransform
+
+# What runs inside another stage counts for itself alone: NMS is no part of the proposals' time.
+STAGES: dict[str, list[tuple[Any, str]]] = {
+    "transform": [(ImageTransform, "normalise")],
+    "backbone": [(Backbone, "forward")],
+    "FPN": [(FeaturePyramidNetwork, "forward")],
+    "anchors": [(AnchorGenerator, "__call__")],
+    "RPN head": [(rpn.RPNHead, "forward"), (rpn.RPNHead, "at")],
+    "proposals": [(rpn.RegionProposalNetwork, "propose")],
+    "NMS": [(rpn, "grouped_nms"), (roi_heads, "grouped_nms")],
+    "assignment": [(Matcher, "match"), (BalancedSampler, "__call__"), (roi_heads.RoIHeads, "sample")],
+    "RoI pool": [(RoIPooler, "forward")],
+    "box head": [(roi_heads.TwoFCHead, "forward"), (roi_heads.FastRCNNPredictor, "forward")],
+    "losses": [(rpn.RegionProposalNetwork, "losses"), (roi_heads.RoIHeads, "box_losses")],
+    "detections": [(roi_heads.RoIHeads, "decide")],
+    "backward": [(torch.Tensor, "backward")],
+    "optimiser": [(torch.optim.SGD, "step")],
+}
+
+
+class Stopwatch:
+    """Seconds spent in each stage without the stages inside it."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._device = device
+        self._running: list[str] = []
+        self._since = 0.0
+
+    def _turn_to(self, running: list[str]) -> None:
+        wait(self._device)
+        now = time.perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._running, self._since = running, now
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time of the block for a stage."""
+        self._turn_to([*self._running, name])
+        try:
+            yield
+        finally:
+            self._turn_to(self._running[:-1])
+
+    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with its time counted."""
+
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.stage(name):
+                return function(*args, **kwargs)
+
+        return timed
+
+
+def measure_stages(
+    mode: Mode, network: Network, size: int, batch_size: int, bf16: bool, rounds: int, device: str
+) -> list[dict[str, Any]]:
+    """Median milliseconds of each stage of our detector and its share; arguments as for `speed.measure_speed`."""
+    run = contenders(mode, network, size, batch_size, bf16, device)["ours"]
+    run()
+    turns = []
+    for _ in range(rounds):
+        watch = Stopwatch(device)
+        with ExitStack() as stack:
+            for name, places in STAGES.items():
+                for owner, attribute in places:
+                    if hasattr(owner, attribute):
+                        stack.enter_context(patch.object(owner, attribute, watch.wrap(name, getattr(owner, attribute))))
+            with watch.stage("between"):
+                run()
+        turns.append(watch.seconds)
+    times = {name: 1000 * median(turn[name] for turn in turns) for name in [*STAGES, "between"]}
+    whole = sum(times.values())
+    rows = [{"stage": name, "ms": ms, "share": ms / whole} for name, ms in times.items() if ms]
+    return [*rows, {"stage": "all", "ms": whole, "share": 1.0}]

@@ -1,0 +1,44 @@
+"""The profile by stage counts each second once."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from detection.benchmarks.speed import contenders
+from detection.benchmarks.stages import Stopwatch, measure_stages
+
+
+def test_a_stage_inside_another_counts_for_itself_alone() -> None:
+    watch = Stopwatch("cpu")
+    inner = watch.wrap("inner", lambda: time.sleep(0.05))
+    with watch.stage("outer"):
+        time.sleep(0.02)
+        inner()
+    assert watch.seconds["inner"] >= 0.05
+    assert 0.02 <= watch.seconds["outer"] < watch.seconds["inner"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_stages_of_a_step_are_all_there(mode: str) -> None:
+    rows = {row["stage"]: row for row in measure_stages(mode, "efficientnet_lite0", 64, 1, False, 1, "cpu")}  # type: ignore[arg-type]
+    stages = {"transform", "backbone", "FPN", "anchors", "RPN head", "proposals", "NMS", "RoI pool", "box head"}
+    stages |= {"assignment", "losses", "backward", "optimiser"} if mode == "train" else {"detections"}
+    assert set(rows) == stages | {"between", "all"}
+    assert sum(row["share"] for name, row in rows.items() if name != "all") == pytest.approx(1)
+    assert rows["between"]["share"] < 0.3  # or a stage is missing
+
+
+@pytest.mark.slow
+def test_the_two_that_are_timed_find_the_same() -> None:
+    runs = contenders("infer", "efficientnet_lite0", 128, 2, False, "cpu")
+    for theirs, ours in zip(runs["torchvision"](), runs["ours"](), strict=True):
+        count = len(ours["scores"])
+        assert count == len(theirs["scores"]) > 5
+        torch.testing.assert_close(ours["scores"], theirs["scores"], rtol=0, atol=1e-4)
+        # One by one up to ties: each box of ours is one of theirs.
+        distance = (ours["boxes"][:, None] - theirs["boxes"]).abs().amax(dim=-1).amin(dim=1)
+        assert distance.max() < 1e-2
