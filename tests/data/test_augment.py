@@ -147,7 +147,7 @@ def test_large_scale_jitter_keeps_objects_in_step(seed: int, count: int, scale: 
     assert out.masks is not None and out.windows is not None and max(out.size) <= 64
     assert len(out.boxes) == len(out.kept) == len(out.masks) == len(out.windows)
     assert (out.boxes >= 0).all() and (out.boxes <= (width, height, width, height)).all()
-    assert (out.boxes[:, 2:] - out.boxes[:, :2] >= 1).all()
+    assert (out.boxes[:, 2:] - out.boxes[:, :2] >= 1 - 1e-5).all()  # a flip rounds in float32
     ratio = (out.image.shape[1] / width, out.image.shape[0] / height)
     for box, mask, window, i in zip(out.boxes, out.masks, out.windows, out.kept, strict=True):
         assert (mask == 255).all() and np.abs(window - box).max() <= 1e-3
