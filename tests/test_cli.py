@@ -278,12 +278,14 @@ except SystemExit as stop:
     assert stop.code == 0
 assert not torch.cuda.is_initialized()
 """
-    seconds = []
-    while len(seconds) < 3 and (not seconds or min(seconds) >= 8):  # neighbours can slow one attempt, not all
+    libraries = "import albumentations, lightning.pytorch.cli, timm, torchvision"
+    least = {libraries: math.inf, code: math.inf}  # processor time of each, the better of two turns
+    for turn in [libraries, code] * 2:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run([sys.executable, "-c", turn], capture_output=True, text=True, check=False, timeout=120)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        least[turn] = min(least[turn], seconds)
     assert done.returncode == 0, done.stderr
     for flag in (
         "--config",
@@ -295,8 +297,8 @@ assert not torch.cuda.is_initialized()
         "--model.lr",
     ):
         assert flag in done.stdout
-    # Processor time, as other tests run beside this one: all of it is spent in one thread.
-    assert min(seconds) < 8
+    # Against the libraries' own imports, which no flag can do without: seconds alone would measure the machine.
+    assert least[code] < 1.5 * least[libraries], least.values()
 
 
 @pytest.mark.slow
