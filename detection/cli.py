@@ -62,14 +62,14 @@ class Parser(LightningArgumentParser):
         raise SystemExit(2)
 
     def _suggest(self, message: str) -> str:
+        if "import path denylist" in message:
+            return " (if the file that names it is yours, say so with --config FILE)"
         arguments = {f"model.detector.{name}" for name in _detector_arguments()}
         options = {option.lstrip("-") for option in self._option_string_actions if option.startswith("--")}
         known = options | arguments if "model.lr" in options else arguments  # a builder has a parser of its own
         for word in re.findall(r"--([\w.+-]+)", message) + re.findall(r"['\"]([\w.+-]+)['\"]", message):
             if word not in known and (name := _nearest(word, known)):
                 return f" (did you mean --{name}?)"
-        if "import path denylist" in message:
-            return " (if the file that names it is yours, say so with --config FILE)"
         builder = difflib.get_close_matches(message.split()[-1], {**vars(zoo), **vars(family)}, 1, 0.75)
         return f" (did you mean {builder[0]}?)" if builder else ""
 
@@ -151,6 +151,8 @@ class FitCLI(LightningCLI):
         """
         if self.config.trainer.strategy != "auto" or self.config.trainer.devices != "auto":
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo's remarks on host names
+        if (parts := self.config.trainer.accumulate_grad_batches) < 1:
+            raise ValueError(f"trainer.accumulate_grad_batches is {parts}: it counts batches, so at least 1")
         if _rank() and RUN_FOLDER in os.environ:  # started by the first rank, not by a cluster's launcher
             end_with_parent(os.getppid())
         self.folder, self.checkpoint = start(self.config.resume, Path(self.config.output) / self.config.name)

@@ -18,7 +18,7 @@ from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.results import encode_masks
 from detection.models.detector import FasterRCNN
 from detection.models.masks import paste_masks
-from detection.models.weights import readable
+from detection.models.weights import check_sums, readable
 from detection.recipes import rebuild
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class DetectionModule(L.LightningModule):
             FileNotFoundError: there is none.
         """
         with readable(checkpoint_path):
+            check_sums(checkpoint_path)
             return super().load_from_checkpoint(checkpoint_path, **{"weights_only": True} | options)
 
     def forward(self, images: Batch | Sequence[Tensor]) -> list[dict[str, Tensor]]:

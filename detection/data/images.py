@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from pathlib import Path
 
@@ -156,4 +157,5 @@ def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0][:120]
+    text = re.sub(r" <_io\..*?>", "", str(error))  # an address: the same file would be another problem each time
+    return f"{type(error).__name__}: {text}".split("\n")[0][:120]

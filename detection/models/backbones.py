@@ -96,11 +96,11 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.body = body
-        self.out_channels = out_channels or in_channels[-1]
+        self.out_channels = in_channels[-1] if out_channels is None else out_channels
         self.strides = tuple(strides)
         self.implied: dict[str, Any] = {}
         self.fpn: nn.Module = nn.Identity()
-        if out_channels:
+        if out_channels is not None:
             self.fpn = FeaturePyramidNetwork(in_channels, out_channels, NORM_LAYERS[fpn_norm] if fpn_norm else None)
             self.strides = (*strides, 2 * strides[-1])
 

@@ -29,6 +29,8 @@ class FeaturePyramidNetwork(nn.Module):
         norm_layer: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
+        if out_channels < 1:
+            raise ValueError(f"a pyramid needs at least one channel, not {out_channels}: set fpn_channels")
         self.inner_blocks = nn.ModuleList(_conv(c, out_channels, 1, norm_layer) for c in in_channels)
         self.layer_blocks = nn.ModuleList(_conv(out_channels, out_channels, 3, norm_layer) for _ in in_channels)
 

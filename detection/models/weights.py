@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torchvision.models import WeightsEnum
+
+from detection.recipes import RecipeError
 
 # A name such as "DEFAULT" or "IMAGENET1K_V1", torchvision's own enumeration member, a path, or None for none.
 Weights: TypeAlias = str | Path | WeightsEnum | None
@@ -144,10 +147,19 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read_torch(path: Path) -> dict[str, Any]:
     """What `torch.save` has written, as long as it is tensors and plain values: nothing else is unpickled."""
     with readable(path):
+        check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, not a state_dict; save model.state_dict()")
     return dict(content)
+
+
+def check_sums(path: Any) -> None:
+    """Compare a PyTorch file with the checksums in it, as PyTorch does not: a wrong byte would be a wrong weight."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (name := archive.testzip()) is not None:
+                raise CheckpointError(f"{path}: damaged in {name}; fetch or write it again")
 
 
 @contextmanager
@@ -157,7 +169,7 @@ def readable(path: Any) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"no checkpoint at {path}") from None
-    except CheckpointError as error:
+    except (CheckpointError, RecipeError) as error:
         raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))

@@ -125,13 +125,25 @@ Fit = Callable[..., Run]
 
 @pytest.fixture
 def fit(tmp_path: Path, data: list[str]) -> Fit:
-    """`fit(*flags, action=..., at=3, before=..., ranks=1, rank=0)`: a run on small data, forked, with a fault in it."""
+    """`fit(*flags, action=..., at=3, before=..., ranks=1, rank=0)`: a run on small data, forked, with a fault in it.
 
-    def start(*flags: str, action: Any = None, at: int = 3, before: Any = None, ranks: int = 1, rank: int = 0) -> Run:
+    `action` is called with trainer and module before step `at` in rank `rank`, `before` in each process at its start;
+    `bare` leaves out the flags for small data and a small detector.
+    """
+
+    def start(
+        *flags: str,
+        action: Any = None,
+        at: int = 3,
+        before: Any = None,
+        ranks: int = 1,
+        rank: int = 0,
+        bare: bool = False,
+    ) -> Run:
         processes, note = [], tmp_path / "injected"
         note.unlink(missing_ok=True)
         callbacks = [Injected(action, at, rank, note)] if action is not None else []
-        args = [*SMALL, *data, "--output", str(tmp_path / "runs"), *flags]
+        args = [*flags] if bare else [*SMALL, *data, "--output", str(tmp_path / "runs"), *flags]
         if ranks > 1:
             args += ["--trainer.devices", str(ranks), "--trainer.strategy", "ddp"]
         port, began = str(20_000 + os.getpid() % 20_000), time.time()
