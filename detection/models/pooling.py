@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,30 @@ def level_indices(boxes: Tensor, strides: Sequence[int]) -> Tensor:
     """Which of the maps with these strides, finest first, each of the boxes `(..., 4)` is pooled from, `(...)`."""
     min_level, max_level = (int(math.log2(s)) for s in (strides[0], strides[-1]))
     return (assign_levels(boxes, min_level, max_level) - min_level).clamp(max=len(strides) - 1)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """`embedding_bag` whose gradient is one too, over the bins that read each row; it takes half the time of PyTorch's.
+
+    PyTorch's backward adds bin by bin to the rows, in the rows' precision; here each row is summed once, in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Sums `(n, C)` of the rows `(r, C)` that `index` `(n, taps)` names, times `weight` `(n, taps)`."""
+        ctx.save_for_backward(index, weight)
+        ctx.count = len(rows)
+        return F.embedding_bag(index, rows, mode="sum", per_sample_weights=weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """Gradient of the rows; neither the places nor the weights of the samples learn."""
+        index, weight = ctx.saved_tensors
+        row, order = index.int().flatten().sort()  # half the bits, half the time
+        offsets = torch.searchsorted(row, torch.arange(ctx.count, dtype=torch.int32))
+        weights = weight.flatten()[order].to(grad.dtype)
+        bins = order // index.shape[1]
+        return F.embedding_bag(bins, grad.contiguous(), offsets, mode="sum", per_sample_weights=weights), None, None
 
 
 @recorded
@@ -102,9 +127,7 @@ class RoIPooler(nn.Module):
         row = (start[:, None, None] + y * width[:, None, None])[:, :, None, :, None] + x[:, None, :, None, :]
         weight = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]
         o, taps = self.output_size, 4 * self.sampling_ratio**2
-        pooled = F.embedding_bag(
-            row.view(-1, taps), rows, mode="sum", per_sample_weights=weight.view(-1, taps).to(rows.dtype)
-        )
+        pooled = _WeightedSum.apply(rows, row.view(-1, taps), weight.view(-1, taps).to(rows.dtype))
         return pooled.view(-1, o, o, rows.shape[1]).permute(0, 3, 1, 2)
 
     def _samples(self, start: Tensor, end: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
