@@ -38,7 +38,7 @@ class Detector:
     """Images of any size -> detections in their pixels. Images are resized exactly as evaluation does it.
 
     Args:
-        model: the detector, or its test-time augmentation.
+        model: the detector, of which this uses a copy (`FasterRCNN.for_inference`), or its test-time augmentation.
         class_names: of the foreground, label 1 first.
         category_ids: of the data set, likewise, for COCO files; by default the labels.
         min_size, max_size: see `ImageTransform`; by default the model's own.
@@ -59,7 +59,7 @@ class Detector:
         if model.num_classes != len(class_names) + 1:
             raise ValueError(f"{len(class_names)} class names are given for {model.num_classes - 1} classes")
         self.device = torch.device(_best_device() if device == "auto" else device)
-        self.model = model.eval().to(self.device)
+        self.model = (model.for_inference() if isinstance(model, FasterRCNN) else model.eval()).to(self.device)
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids or range(1, len(class_names) + 1))
         transform = (model.detector if isinstance(model, TestTimeAugmentation) else model).transform

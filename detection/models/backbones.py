@@ -18,7 +18,7 @@ from torchvision.models import mobilenet_v3_large, resnet
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from detection.models.fpn import FeaturePyramidNetwork
-from detection.models.norms import NORM_LAYERS, Norm, fold_frozen_norms, freeze_timm_norms, replace_batch_norm
+from detection.models.norms import NORM_LAYERS, Norm, fold_frozen_norms, freeze_norms, replace_batch_norm
 from detection.models.weights import Weights, find_weights, is_given
 from detection.recipes import recorded
 
@@ -280,7 +280,7 @@ def timm_fpn(
     if is_given(weights):
         _load_matching(network, find_weights(weights), name)
     if norm == "frozen" or (norm is None and is_given(weights)):
-        network = freeze_timm_norms(network)
+        network = freeze_norms(network)
     elif norm == "group":
         replace_batch_norm(network)
     info = network.feature_info

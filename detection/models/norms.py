@@ -131,8 +131,8 @@ def fold_for_good(network: nn.Module) -> None:
                 setattr(parent, name, conv)
 
 
-def freeze_timm_norms(network: nn.Module) -> nn.Module:
-    """Freeze the batch normalisation of a timm network, and fold it."""
+def freeze_norms(network: nn.Module) -> nn.Module:
+    """Freeze the batch normalisation of a network, and fold it."""
     network = freeze_batch_norm_2d(network)
     fold_frozen_norms(network)
     return network

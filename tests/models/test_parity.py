@@ -98,7 +98,14 @@ def assert_same(ours: Trace, theirs: Trace) -> None:
     assert torch.equal(ours.anchors, theirs.anchors), "anchors differ"
     for image, (a, b) in enumerate(zip(ours.proposals, theirs.proposals, strict=True)):
         assert one_to_one((a[:, None] - b).abs().amax(dim=-1) <= 1e-3), f"proposals of image {image} differ"
-    for image, (a, b) in enumerate(zip(ours.detections, theirs.detections, strict=True)):
+    assert_same_detections(ours.detections, theirs.detections)
+    for name, value in theirs.losses.items():
+        difference = float((ours.losses[name] / value - 1).abs())
+        assert difference <= 1e-5, f"{name} differs by {difference:.1e}"
+
+
+def assert_same_detections(ours: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]]) -> None:
+    for image, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert len(a["scores"]) == len(b["scores"]), f"image {image}: another number of detections"
         difference = float((a["scores"] - b["scores"]).abs().max())
         assert difference <= 1e-5, f"ranked scores of image {image} differ by {difference:.1e}"
@@ -109,9 +116,6 @@ def assert_same(ours: Trace, theirs: Trace) -> None:
         if "masks" in b:
             difference = float((a["masks"] - b["masks"][same.float().argmax(dim=1)]).abs().max())
             assert difference <= 1e-4, f"masks of image {image} differ by {difference:.1e}"
-    for name, value in theirs.losses.items():
-        difference = float((ours.losses[name] / value - 1).abs())
-        assert difference <= 1e-5, f"{name} differs by {difference:.1e}"
 
 
 def one_to_one(same: Tensor) -> bool:
@@ -163,6 +167,8 @@ def test_twins_agree(name: str, calibrated: Calibrated, real_samples: Sample) ->
     expected = trace(theirs, real_samples)
     assert_same(trace(ours, real_samples), expected)
     assert_worth_comparing(expected)
+    with torch.inference_mode():
+        assert_same_detections(ours.for_inference()(real_samples[0]), expected.detections)
     theirs.load_state_dict(ours.state_dict(), strict=True)
 
 

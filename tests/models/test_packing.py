@@ -1,0 +1,86 @@
+"""Detectors made ready for inference find what they found before, in both precisions, and still copy and save."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from detection import (
+    fasterrcnn_efficientnet_lite0_fpn,
+    maskrcnn_efficientnet_lite0_fpn,
+)
+from detection.models.packing import PackedConv2d, PackedLinear, pack
+
+SIZES = [(96, 128), (80, 72)]
+
+
+def decided(builder, **arguments):
+    """A detector with statistics and scores that are not all the same."""
+    torch.manual_seed(0)
+    options = {"num_classes": 4, "weights_backbone": None, "min_size": 96, "max_size": 160, "box_score_thresh": 0.26}
+    model = builder(**(options | arguments)).eval()
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def images() -> list[Tensor]:
+    return [torch.rand(3, *size, generator=torch.Generator().manual_seed(1)) for size in SIZES]
+
+
+# TensorFlow's padding, activations joined to norms, a live pyramid. test_parity has torchvision's twins.
+@pytest.mark.parametrize("builder", [fasterrcnn_efficientnet_lite0_fpn, maskrcnn_efficientnet_lite0_fpn])
+def test_the_detections_stay(builder) -> None:
+    model = decided(builder)
+    ready = model.for_inference()
+    kinds = [type(m) for m in ready.modules()]
+    assert PackedLinear in kinds and kinds.count(PackedConv2d) > 30 and nn.Conv2d not in kinds
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in ready.backbone.modules())
+    with torch.inference_mode():
+        wanted, given = model(images()), ready(images())
+    assert sum(len(found["labels"]) for found in wanted) > 20
+    for one, other in zip(wanted, given, strict=True):
+        assert one["labels"].tolist() == other["labels"].tolist()
+        torch.testing.assert_close(other["boxes"], one["boxes"], rtol=0, atol=1e-3)
+        torch.testing.assert_close(other["scores"], one["scores"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.Conv2d(8, 8, 3, groups=8, bias=False)])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_packed_convolution_is_the_plain_one(layer: nn.Conv2d, half: bool) -> None:
+    packed = nn.Sequential(copy.deepcopy(layer))
+    pack(packed)
+    for x in (torch.randn(2, 8, 9, 7), torch.randn(1, 8, 20, 31), torch.randn(0, 8, 9, 7)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+            wanted, given = layer(x), packed(x)
+        assert given.dtype == wanted.dtype == (torch.bfloat16 if half else torch.float32)
+        torch.testing.assert_close(given, wanted)
+
+
+def test_what_has_no_kernel_is_computed_as_ever() -> None:
+    layer = nn.Linear(6, 5)
+    packed = PackedLinear(layer)
+    x = torch.randn(3, 6, requires_grad=True)
+    packed(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, 6))
+    assert not packed.packed
+    with torch.inference_mode():
+        torch.testing.assert_close(packed.double()(x.double()), layer.double()(x.double()))
+
+
+def test_a_ready_detector_copies_saves_and_leaves_inference_mode() -> None:
+    ready = decided(fasterrcnn_efficientnet_lite0_fpn).for_inference()
+    with torch.inference_mode():
+        (wanted, _) = ready(images())
+    twin = copy.deepcopy(ready)
+    state = {name: value.clone() for name, value in ready.state_dict().items()}
+    assert state.keys() == twin.state_dict().keys()
+    with torch.no_grad():
+        (given, _) = twin(images())
+        (again, _) = ready(images())
+    assert torch.equal(given["boxes"], wanted["boxes"]) and torch.equal(again["boxes"], wanted["boxes"])
