@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 from torchvision.ops import nms
+
+MANY_BOXES = 4096  # from here on NMS on the CPU takes longer than starting threads for it
 
 
 def box_area(boxes: Tensor) -> Tensor:
@@ -116,7 +119,16 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float
         # The CPU kernel is quadratic in the number of boxes, so each group goes alone.
         order = torch.argsort(groups, stable=True)
         counts = torch.bincount(groups + 1).tolist()
-        kept = [part[nms(boxes[part], scores[part], iou_thresh)] for part in order.split(counts)[1:] if len(part)]
+        parts = [part for part in order.split(counts)[1:] if len(part)]
+
+        def thin(part: Tensor) -> Tensor:
+            return part[nms(boxes[part], scores[part], iou_thresh)]
+
+        if len(boxes) >= MANY_BOXES:  # it runs on one thread, too
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                kept = list(pool.map(thin, parts))
+        else:
+            kept = [thin(part) for part in parts]
         keep = torch.cat(kept) if kept else order
         return keep[torch.argsort(scores[keep], descending=True, stable=True)]
     return _nms_apart(boxes, scores, groups, iou_thresh)
