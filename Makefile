@@ -1,6 +1,7 @@
 # make fit    install and train the quickstart      make test   install and run all tests
 # make lint   ruff                                  make types  mypy
 # make faults the fault matrix, to faults.md        make audit  packages against the advisory database
+# make docs   the site, to build/site
 #
 # PYTHON=python3.12   another interpreter, 3.11 or newer
 # CPU=1               PyTorch's CPU build, a tenth of the download
@@ -14,7 +15,7 @@ CPU ?=
 BIN := $(VENV)/bin
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: fit test faults audit lint types check clean
+.PHONY: fit test faults audit docs lint types check clean
 
 fit: $(VENV)/.installed
 	$(BIN)/python scripts/fit.py $(ARGS)
@@ -31,6 +32,10 @@ faults: $(VENV)/.installed-dev
 audit: $(VENV)/.installed-dev
 	$(BIN)/pip install -q $(PIP_ARGS) pip-audit
 	$(BIN)/pip-audit --skip-editable
+
+# Strict: a link, a name of the reference or a heading that does not exist fails. Nothing is fetched.
+docs: $(VENV)/.installed-dev
+	$(BIN)/zensical build --clean --strict
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,0 +1,98 @@
+"""Makes the pictures of README.md and the site again, from a run of the quickstart.
+
+    python scripts/fit.py --wandb off
+    python docs/make_pictures.py --run runs/quickstart/<time>
+
+They show nothing but the scenes that this project draws, and what the run's `best.ckpt` makes of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from detection import Detector
+from detection.data import scenes
+from detection.data.coco import read_coco
+from detection.data.images import read_image
+from detection.data.records import Record
+from detection.evaluation.plots import training_curves
+from detection.teaching import plot_anchors, plot_proposals, plot_pyramid, plot_samples
+from detection.visualize import draw_objects, side_by_side
+
+SHOWN = 0.5  # score from which detections are drawn
+SHAPE = (1.1, 1.25)  # width / height of the scenes that are shown
+MOST = 200_000  # bytes of a picture
+
+
+def detections(detector: Detector, records: list[tuple[Record, Path]]) -> Image.Image:
+    """Objects beside what the detector finds, for each image."""
+    pairs = []
+    for record, path in records:
+        pixels = read_image(path)
+        found = detector(path)
+        sure = found.scores >= SHOWN
+        drawn = draw_objects(pixels, record.boxes, record.labels, detector.class_names, side=440)
+        found_too = draw_objects(
+            pixels, found.boxes[sure], found.labels[sure], detector.class_names, found.scores[sure], side=440
+        )
+        pairs.append((drawn, found_too))
+    return side_by_side(pairs, ("ground truth", f"detections of score {SHOWN} and more"), columns=2)
+
+
+def save(picture: Image.Image | Figure, path: Path) -> None:
+    """Write a JPEG, the better the more room there is."""
+    if isinstance(picture, Figure):
+        picture.savefig(path.with_suffix(".png"), dpi=110, facecolor="white", bbox_inches="tight", pad_inches=0.08)
+        picture = Image.open(path.with_suffix(".png")).convert("RGB")
+        path.with_suffix(".png").unlink()
+    for quality in (88, 80, 70, 60):
+        picture.save(path, quality=quality, optimize=True, progressive=True)
+        if path.stat().st_size <= MOST:
+            break
+    print(f"{path}: {picture.width} x {picture.height}, {path.stat().st_size // 1000} kB")
+
+
+def example(record: Record, path: Path) -> tuple[Tensor, dict[str, Any]]:
+    """An image `(3, h, w)` and its target, as detectors take them."""
+    pixels = torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
+    target = {"boxes": torch.as_tensor(record.boxes), "labels": torch.as_tensor(record.labels).long()}
+    return pixels, target
+
+
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run of the quickstart")
+    parser.add_argument("--scenes", type=Path, help="folder of its scenes (default: drawn anew into the run's folder)")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "images")
+    args = parser.parse_args()
+    root = args.scenes or scenes.draw(args.run / "scenes", train=4, val=60)
+    index = read_coco(root, *scenes.SPLITS["val"])
+    full = sorted(index.records, key=lambda r: -len(r.labels))
+    # Of one shape, so that the sheet has no gaps, and not so full that names hide the objects.
+    chosen = [
+        (r, Path(root) / r.file_name) for r in full if SHAPE[0] < r.width / r.height < SHAPE[1] and len(r.labels) <= 8
+    ]
+    detector = Detector.from_checkpoint(args.run / "best.ckpt", device="cpu")
+    model, (image, target) = detector.model, example(*chosen[0])
+    args.output.mkdir(parents=True, exist_ok=True)
+    save(detections(detector, chosen[:4]), args.output / "detections.jpg")
+    save(plot_anchors(model, image), args.output / "anchors.jpg")
+    save(plot_proposals(model, image, target, counts=(10, 50, 300)), args.output / "proposals.jpg")
+    save(plot_samples(model, image, target, detector.class_names), args.output / "samples.jpg")
+    save(plot_pyramid(model, image), args.output / "pyramid.jpg")
+    with (args.run / "metrics.csv").open(newline="") as file:
+        save(training_curves(list(csv.DictReader(file))), args.output / "curves.jpg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""README.md and docs/ say nothing that is not so: commands parse, configurations parse, names and links exist."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import jsonargparse
+import pytest
+import yaml
+from PIL import Image
+
+import detection
+from detection.cli import CONFIGS, main
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+FENCE = re.compile(r"^( *)```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^\1```", re.M | re.S)
+STANDS_FOR = re.compile(r"<[^<>\n]+>")  # <time>
+BENCHMARKED = "scripts/benchmark.py"
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    page: Path
+    language: str
+    title: str
+    text: str
+
+
+def blocks(language: str) -> list[Block]:
+    found = []
+    for page in PAGES:
+        for indent, kind, title, body in FENCE.findall(page.read_text()):
+            lines = [line.removeprefix(indent) for line in body.splitlines()]
+            if kind == language and "--8<--" not in body:
+                found.append(Block(page, kind, title, "\n".join(lines) + "\n"))
+    return found
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Script and arguments of each command line that calls one, also of those in tables and job scripts."""
+    texts = [block.text for block in blocks("bash")] + [path.read_text() for path in DOCS.rglob("*.sbatch")]
+    for page in PAGES:
+        texts += [line for line in re.findall(r"`([^`\n]+)`", page.read_text()) if "scripts/" in line and " " in line]
+    found: dict[str, tuple[str, list[str]]] = {}
+    for text in texts:
+        for line in STANDS_FOR.sub("X", text.replace("\\\n", " ")).splitlines():
+            match = re.search(r"\b(scripts/\w+\.py)\b([^&;]*)", line)
+            if match and not line.lstrip().startswith("#"):
+                found.setdefault(" ".join(match[0].split()), (match[1], shlex.split(match[2], comments=True)))
+    return list(found.values())
+
+
+COMMANDS = commands()
+YAML_BLOCKS = blocks("yaml")
+CONFIGURATIONS = [block for block in YAML_BLOCKS if not block.text.startswith("name: detection")]
+
+
+class Parsed(Exception):  # noqa: N818
+    """The command line is right; what it asks for is not done."""
+
+
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the configurations that the pages give a name."""
+    for block in YAML_BLOCKS:
+        if block.title:
+            (tmp_path / block.title).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / block.title).write_text(block.text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_there_is_something_to_test() -> None:
+    assert len(COMMANDS) > 30 and len(CONFIGURATIONS) > 15
+    scripts = {script for script, _ in COMMANDS}
+    assert {f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")} - scripts <= {"scripts/download.py"}
+
+
+@pytest.mark.parametrize(("script", "arguments"), COMMANDS, ids=[" ".join([s, *a])[8:90] for s, a in COMMANDS])
+def test_command_line_is_understood(
+    script: str, arguments: list[str], beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if script == "scripts/fit.py":
+        code = parse_fit(arguments)
+        assert code == 0
+        return
+    if script == "scripts/run_onnx.py":
+        pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
+
+    def parse_only(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
+        parse(self, *args, **kwargs)
+        raise Parsed
+
+    def parse_calls(components: Any, **kwargs: Any) -> NoReturn:
+        parser = jsonargparse.capture_parser(lambda: jsonargparse.CLI(components, **kwargs))
+        parser.exit_on_error = False
+        parser.parse_args(sys.argv[1:])
+        raise Parsed
+
+    parse = argparse.ArgumentParser.parse_args
+    if "auto_cli" in (ROOT / script).read_text():
+        monkeypatch.setattr(jsonargparse, "auto_cli", parse_calls)
+    else:
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(Parsed):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def parse_fit(arguments: list[str]) -> int:
+    """The exit code of the command line without its run; what it resumes need not be there."""
+    own = [a for a in arguments if a != "--print_config" and not a.endswith(".help")]
+    if own != arguments and "--print_config" not in arguments:
+        return 0  # help on one builder, which names nothing else
+    try:
+        return main([*own, "--print_config"])
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+@pytest.mark.parametrize("block", CONFIGURATIONS, ids=[f"{b.page.stem}-{b.text[:24]!r}" for b in CONFIGURATIONS])
+def test_configuration_parses(block: Block, beside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = beside / "block.yaml"
+    path.write_text(block.text)
+    assert parse_fit(["--config", str(path)]) == 0, capsys.readouterr().err
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert_contained(yaml.safe_load(block.text), printed)
+
+
+def assert_contained(part: Any, whole: Any, where: str = "") -> None:
+    """What the page says has reached the configuration, where the name of a class may be written short."""
+    if isinstance(part, str) and isinstance(whole, dict) and "class_path" in whole:
+        assert whole["class_path"].rpartition(".")[2] == part.rpartition(".")[2], where
+    elif isinstance(part, dict):
+        for key, value in part.items():
+            if key == "class_path":
+                assert whole[key].rpartition(".")[2] == value.rpartition(".")[2], where
+            else:
+                assert_contained(value, whole[key], f"{where}.{key}")
+    elif isinstance(part, list):
+        for number, (one, other) in enumerate(zip(part, whole, strict=True)):
+            assert_contained(one, other, f"{where}[{number}]")
+    else:
+        assert whole == part, where
+
+
+def test_unknown_flags_and_keys_would_be_noticed(beside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_fit(["--model.lrr", "1"]) == 2
+    (beside / "wrong.yaml").write_text("model:\n  detector:\n    class_path: detection.NoSuchDetector\n")
+    assert parse_fit(["--config", "wrong.yaml"]) == 2
+    for script, flag in (("scripts/predict.py", "--sauce"), ("scripts/check_data.py", "--rood")):
+        with pytest.raises((SystemExit, argparse.ArgumentError, jsonargparse.ArgumentError)):
+            test_command_line_is_understood(script, [flag, "x"], beside, monkeypatch)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = FENCE.sub("", page.read_text())
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"(?:src|href|srcset)=\"([^\"]+)\"", text)
+    for link in links:
+        target, _, anchor = link.partition("#")
+        if "://" in link or not target:
+            continue
+        path = page.parent / target
+        assert path.exists(), f"{page.name}: {link}"
+        if anchor and path.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", path.read_text(), re.M)
+            assert anchor in [re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings], link
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.page.stem)
+def test_python_names_what_exists(block: Block) -> None:
+    for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("detection"):
+            module = importlib.import_module(node.module or "")
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            assert not missing, f"{block.page.name}: {node.module} has no {missing}"
+
+
+def test_reference_has_every_public_name_and_module() -> None:
+    index = (DOCS / "api" / "index.md").read_text()
+    named = set(re.findall(r"^\| \[`(\w+)`\]", index, re.M))
+    assert named == set(detection.__all__)
+    documented = set(
+        re.findall(r"^::: (detection[\w.]+)", "".join(p.read_text() for p in (DOCS / "api").glob("*.md")), re.M)
+    )
+    for page in documented:
+        assert (ROOT / Path(*page.split("."))).with_suffix(".py").is_file(), page
+    rooms = ("models", "interop", "inference", "evaluation")
+    private = {"detection.evaluation.page", "detection.models.packing"}  # HTML; a layout that only pooling knows
+    modules = {f"detection.{r}.{p.stem}" for r in rooms for p in (ROOT / "detection" / r).glob("[!_]*.py")}
+    assert modules - documented <= private
+
+
+def test_every_packaged_configuration_is_on_its_page() -> None:
+    page = (DOCS / "configurations.md").read_text()
+    shown = set(re.findall(r'--8<-- "detection/configs/(?:presets/)?(\w+)\.yaml"', page))
+    assert shown == {path.stem for path in CONFIGS.rglob("*.yaml")}
+
+
+def test_extras_that_are_named_exist() -> None:
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    text = "".join(page.read_text() for page in PAGES)
+    for names in re.findall(r'pip install (?:-e )?"(?:\.|detection)\[([\w,]+)\]"', text):
+        assert set(names.split(",")) <= extras, names
+
+
+def test_pictures_are_small_and_used() -> None:
+    pictures = sorted((DOCS / "images").iterdir())
+    sizes = [path.stat().st_size for path in pictures]
+    assert max(sizes) <= 200_000 and sum(sizes) <= 1_000_000
+    text = "".join(page.read_text() for page in PAGES)
+    for path in pictures:
+        assert path.name in text, path.name
+        if path.suffix == ".jpg":
+            Image.open(path).verify()
+
+
+def test_site_asks_no_other_host() -> None:
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert settings["theme"]["font"] is False
+    own = [*settings["extra_css"], *settings.get("extra_javascript", [])]
+    assert not [name for name in own if "//" in name]
+    for path in [*DOCS.rglob("*.css"), *DOCS.rglob("*.svg")]:
+        assert not re.search(r"url\([\"']?https?:|@import|<script|xlink:href=\"http", path.read_text()), path.name
+
+
+def test_citation_and_hooks_are_in_order() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["cff-version"] == "1.2.0" and citation["authors"] and citation["title"] and citation["message"]
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"]  # nothing is fetched
+    assert all(hook["entry"].startswith(".venv/bin/") for hook in hooks[0]["hooks"])
