@@ -127,7 +127,7 @@ class PredictionPictures(L.Callback):
         self.count, self.score_thresh = count, score_thresh
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: DetectionModule) -> None:  # type: ignore[override]
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking or not trainer.is_global_zero or is_rehearsal(trainer):
             return
         root, names = trainer.val_dataloaders.dataset.root, pl_module.class_names  # type: ignore[union-attr]
         pairs = []
@@ -142,6 +142,11 @@ class PredictionPictures(L.Callback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             sheet = side_by_side(pairs, ("ground truth", f"predictions with score >= {self.score_thresh}"))
             sheet.save(self.path, quality=88)
+
+
+def is_rehearsal(trainer: L.Trainer) -> bool:
+    """Whether it is `--trainer.fast_dev_run`, which leaves nothing on disk."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 class Results(L.Callback):

@@ -20,11 +20,13 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.logging import RichHandler
 
+from detection import tuning
 from detection.callbacks import Bar, PredictionPictures, Results, Throughput
 from detection.checkpoints import RUN_FOLDER, KeepBest, WholeFiles, start
 from detection.data.datamodule import DetectionDataModule
@@ -37,6 +39,7 @@ from detection.recipes import name_only_known
 from detection.resume import INTERRUPTED, Interrupted, KeepLast
 from detection.safety import Guard, check_start, end_other_ranks, end_with_parent
 from detection.tracking import ProposalRecall, SampledForeground, Tracking
+from detection.tuning import Find
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +143,12 @@ class FitCLI(LightningCLI):
             "--save_every", type=float, default=10.0, help="Minutes between saves of last.ckpt within an epoch."
         )
         parser.add_argument(
+            "--find",
+            type=Find | None,
+            default=None,
+            help="Train nothing, but look for a learning rate (`lr`) or the largest batch of a GPU (`batch_size`).",
+        )
+        parser.add_argument(
             "--wandb", type=WandbMode, default="auto", help="`auto`: online when logged in, else offline."
         )
         parser.add_argument("--log_model", type=bool, default=False, help="Keep best.ckpt in W&B too, as an artifact.")
@@ -153,9 +162,13 @@ class FitCLI(LightningCLI):
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo's remarks on host names
         if (parts := self.config.trainer.accumulate_grad_batches) < 1:
             raise ValueError(f"trainer.accumulate_grad_batches is {parts}: it counts batches, so at least 1")
+        if self.config.find and (self.config.resume or self.config.trainer.fast_dev_run):
+            raise ValueError("--find looks before a run begins: leave --resume and --trainer.fast_dev_run out")
         if _rank() and RUN_FOLDER in os.environ:  # started by the first rank, not by a cluster's launcher
             end_with_parent(os.getppid())
         self.folder, self.checkpoint = start(self.config.resume, Path(self.config.output) / self.config.name)
+        if self.config.find:  # under a name that `--resume auto` does not take for a run
+            self.folder = self.folder.with_name(f"{self.folder.name}_find_{self.config.find}")
         self.datamodule = DetectionDataModule(**self.config.data.as_dict())
         config = self.config.clone()
         fit_detector_to_data(config.model.detector, self.datamodule)
@@ -166,11 +179,15 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer with our loggers and callbacks beside those of the configuration."""
         given = self.config_init.trainer
+        # What Lightning makes of `ddp` and `auto`: gradients lie in the buffers that are sent, and not twice in memory
+        StrategyRegistry.register("ddp", DDPStrategy, override=True, start_method="popen", gradient_as_bucket_view=True)
         settings: dict[str, Any] = {"default_root_dir": str(self.folder)}
+        settings["plugins"] = [*_listed(given.plugins), WholeFiles()]
+        settings["enable_progress_bar"] = self._shows_bar(given) and not self.config.find
+        if self.config.find:
+            return super().instantiate_trainer(**settings, **tuning.SETTINGS, callbacks=[], **kwargs)
         guard = Guard(self.folder, self.datamodule.hparams["timeout"])
         settings["callbacks"] = [guard, *(given.callbacks or []), *self._callbacks(given)]
-        settings["plugins"] = [*_listed(given.plugins), WholeFiles()]
-        settings["enable_progress_bar"] = self._shows_bar(given)
         if given.logger is None or given.logger is True:
             settings["logger"] = self._loggers()
         return super().instantiate_trainer(**settings, **kwargs)
@@ -196,7 +213,13 @@ class FitCLI(LightningCLI):
         return loggers
 
     def fit(self) -> None:
-        """Train to the end, or on from the checkpoint."""
+        """Train to the end, or on from the checkpoint; with `--find` only look for what is wanted."""
+        if self.config.find == "lr":
+            tuning.find_lr(self.trainer, self.model, self.datamodule, self.folder)
+            return
+        if self.config.find:
+            tuning.find_batch_size(self.trainer, self.model, self.datamodule)
+            return
         if _rank() == 0 and not self.config.trainer.fast_dev_run:
             slots = 2 if self.model.optimizer_name == "adamw" else 1
             check_start(self.folder, self.model, slots, 2 * self.datamodule.hparams["num_workers"])
@@ -216,10 +239,10 @@ Go on with it:   python scripts/fit.py --resume {folder}    (stopped by a signal
 Evaluate it:     python scripts/evaluate.py --ckpt {folder}/best.ckpt
 Detect with it:  python scripts/predict.py --ckpt {folder}/best.ckpt --source IMAGES
 
-    from detection import DetectionModule
+    from detection import Detector
 
-    module = DetectionModule.load_from_checkpoint("{folder}/best.ckpt")
-    detections = module.detector.predict([image])  # (3, h, w) uint8 RGB -> boxes, labels, scores
+    detector = Detector.from_checkpoint("{folder}/best.ckpt")
+    detections = detector("photo.jpg")  # its boxes, class names and scores, in its pixels
 """
 
 
@@ -283,7 +306,10 @@ def _rank() -> int:
 
 
 LOGGERS = ("detection", "lightning.pytorch", "lightning.fabric")
-NOISE = re.compile(r"GPU available|TPU available|HPU available|.*Tip: |.*litlogger|Seed set to|.*Trainer.fit. stopped")
+NOISE = re.compile(
+    r"GPU available|TPU available|HPU available|.*Tip: |.*litlogger|Seed set to|.*Trainer.fit. stopped|"
+    r"Restor.*\.(lr_find|scale_batch_size)_|LR finder stopped early|`weights_only` was not set|Finished batch size"
+)
 MISLEADING = (
     ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",  # on purpose: it checks the batch
     ".*does not have many workers.*",  # more than the cores of this machine would be slower

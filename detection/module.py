@@ -43,6 +43,12 @@ class DetectionModule(L.LightningModule):
         milestones: of `multistep`, as fractions of all steps (8 and 11 of 12 epochs: the 1x schedule).
         warmup_steps: optimiser steps of linear rise from a thousandth.
         detections_per_img: most detections of an image that evaluation counts.
+        grad_checkpointing: keep less of the backbone for the backward pass and compute the rest again there: fewer
+            gigabytes for about a third more time.
+        compile: train with `torch.compile` on the dense parts, see `compile_parts`; checkpoints stay the same.
+
+    Raises:
+        ValueError: the detector doesn't fit the classes, or its backbone can't compute its activations again.
     """
 
     def __init__(
@@ -57,6 +63,8 @@ class DetectionModule(L.LightningModule):
         milestones: Sequence[float] = (8 / 12, 11 / 12),
         warmup_steps: int = 100,
         detections_per_img: int = 100,
+        grad_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(detector, Mapping):  # from a checkpoint, which keeps plain values only
@@ -74,6 +82,9 @@ class DetectionModule(L.LightningModule):
         self.optimizer_name, self.lr, self.momentum, self.weight_decay = optimizer, lr, momentum, weight_decay
         self.schedule, self.milestones, self.warmup_steps = schedule, tuple(milestones), warmup_steps
         self.metric = MeanAP(self.class_names, detections_per_img, ("bbox", "segm") if detector.has_masks else "bbox")
+        self.compiled = compile
+        if grad_checkpointing:
+            checkpoint_activations(detector)
         self.step_losses: dict[str, Tensor] = {}  # of the newest training step, for those who look for what went wrong
 
     @classmethod
@@ -93,10 +104,12 @@ class DetectionModule(L.LightningModule):
         return self.detector(images)  # type: ignore[return-value]
 
     def setup(self, stage: str) -> None:
-        """Refuse to learn masks from data that is read without them."""
+        """Refuse to learn masks from data that is read without them; compile what is to be trained."""
         data = getattr(self.trainer, "datamodule", None)
         if stage != "predict" and self.detector.has_masks and data is not None and not data.hparams["masks"]:
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
+        if self.compiled and stage == "fit":
+            compile_parts(self.detector)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Check the ground truth while it is still on the CPU, where looking at values costs nothing."""
@@ -155,18 +168,13 @@ class DetectionModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """The optimiser with scaled learning rate and, each step, the warm-up and the schedule."""
-        images = self.images_per_step()
+        images = images_per_step(self.trainer, self.trainer.datamodule)  # type: ignore[attr-defined]
         lr = self.lr * images / REFERENCE_BATCH
         steps = int(self.trainer.estimated_stepping_batches)
         log.info("learning rate %g: %g for 16 images, scaled to %d a step; %d steps", lr, self.lr, images, steps)
         optimizer = self._build_optimizer(lr)
         scheduler = LambdaLR(optimizer, lambda step: self._lr_factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def images_per_step(self) -> int:
-        """Images that one optimiser step sees, over all devices and accumulated batches."""
-        per_device = self.trainer.datamodule.hparams["batch_size"]  # type: ignore[attr-defined]
-        return int(per_device * self.trainer.world_size * self.trainer.accumulate_grad_batches)
 
     def _build_optimizer(self, lr: float) -> Optimizer:
         groups = parameter_groups(self.detector, self.weight_decay)
@@ -181,6 +189,36 @@ class DetectionModule(L.LightningModule):
             return rise * 0.1 ** sum(step >= milestone * steps for milestone in self.milestones)
         done = max(0, step - warmup) / max(1, steps - warmup)
         return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def images_per_step(trainer: L.Trainer, data: L.LightningDataModule) -> int:
+    """Images that one optimiser step sees, over all devices and accumulated batches."""
+    return int(data.hparams["batch_size"] * trainer.world_size * trainer.accumulate_grad_batches)
+
+
+def checkpoint_activations(detector: FasterRCNN) -> None:
+    """Let the backbone's body compute its activations again in the backward pass; a ValueError if it can't."""
+    try:
+        detector.backbone.body.set_grad_checkpointing()  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:  # timm's networks that can't have an assertion
+        kind = type(getattr(detector.backbone.body, "network", detector.backbone.body)).__name__
+        raise ValueError(
+            f"the backbone's {kind} can't compute its activations again: leave model.grad_checkpointing out, and lower "
+            "data.batch_size if memory is short"
+        ) from error
+
+
+def compile_parts(detector: FasterRCNN) -> None:
+    """Compile, in place and without new names in the `state_dict`, what does the same arithmetic on every image.
+
+    Backbone with pyramid, the RPN's convolutions, and box and mask heads. What picks boxes (matching, sampling, NMS)
+    stays as it is.
+    """
+    heads = ("rpn.head", "box_head", "box_predictor", "mask_head", "mask_predictor")
+    detector.backbone.compile()
+    for name, part in detector.named_modules():
+        if name.endswith(heads):
+            part.compile()
 
 
 def encode_detections(detections: list[dict[str, Any]], batch: Batch) -> list[dict[str, Any]]:

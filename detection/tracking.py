@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from detection.boxes import resize_boxes
+from detection.callbacks import is_rehearsal
 from detection.data import rle
 from detection.data.batch import Batch, Target
 from detection.data.images import read_image
@@ -222,11 +223,6 @@ class Tracking(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.validations = state_dict["validations"]
-
-
-def is_rehearsal(trainer: L.Trainer) -> bool:
-    """Whether it is `--trainer.fast_dev_run`, which leaves nothing on disk."""
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def trackers(trainer: L.Trainer) -> list[Tracker]:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 
 from detection.checkpoints import RUN_FOLDER
@@ -89,7 +90,8 @@ def test_run_folder_holds_what_it_should(run: tuple[FitCLI, Path]) -> None:
     plots = {path.stem for path in (run[1] / "plots").iterdir()}
     assert plots == {"confusion", "curves", "mistakes", "precision_recall", "scores", "sizes"}
     assert min(Image.open(run[1] / "predictions.jpg").size) > 100
-    assert str(run[1]) in (run[1] / "README.md").read_text()
+    readme = (run[1] / "README.md").read_text()
+    assert f'Detector.from_checkpoint("{run[1]}/best.ckpt")' in readme
 
 
 def test_map_is_logged_each_epoch_and_best_is_the_largest(run: tuple[FitCLI, Path]) -> None:
@@ -299,6 +301,33 @@ assert not torch.cuda.is_initialized()
         assert flag in done.stdout
     # Against the libraries' own imports, which no flag can do without: seconds alone would measure the machine.
     assert least[code] < 1.5 * least[libraries], least.values()
+
+
+@pytest.mark.parametrize("flags", [["--trainer.strategy", "ddp"], ["--trainer.devices", "2"]])
+def test_gradients_of_ddp_lie_in_what_is_sent(flags: list[str], data: Path, tmp_path: Path) -> None:
+    strategy = FitCLI([*flags, "--output", str(tmp_path), *SMALL, *coco_flags(data)]).trainer.strategy
+    assert isinstance(strategy, DDPStrategy)
+    assert strategy._ddp_kwargs == {"gradient_as_bucket_view": True}  # and it looks for no unused parameters
+
+
+def test_a_rehearsal_leaves_nothing_on_disk(data: Path, tmp_path: Path) -> None:
+    flags = ["--trainer.fast_dev_run", "true", "--data.batch_size", "2", "--output", str(tmp_path / "runs")]
+    cli = FitCLI([*flags, *SMALL, *coco_flags(data)])
+    cli.fit()
+    assert cli.trainer.global_step == 1 and cli.trainer.callback_metrics["val/map"] >= 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_printed_learning_rate_follows_accumulation(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("detection"), "propagate", True)
+    caplog.set_level(logging.INFO, "detection")
+    flags = ["--trainer.fast_dev_run", "4", "--trainer.accumulate_grad_batches", "4", "--data.batch_size", "2"]
+    cli = FitCLI([*flags, "--model.lr", "0.02", *SMALL, *coco_flags(data), "--output", str(tmp_path)])
+    cli.fit()
+    assert cli.trainer.optimizers[0].defaults["lr"] == pytest.approx(0.02 * 2 * 4 / 16)
+    assert any("learning rate 0.01: 0.02 for 16 images, scaled to 8 a step; 1 steps" in m for m in caplog.messages)
 
 
 @pytest.mark.slow

@@ -70,9 +70,9 @@ class Detections:
         return np.array([rle.decode(mask) for mask in self.masks], np.bool_).reshape(-1, *self.size)
 
     def draw(self, image: NDArray[np.uint8]) -> Image.Image:
-        """The image `(H, W, 3)` with boxes, names, scores and masks, in its own size."""
+        """The image `(H, W, 3)` with boxes, names, scores and masks, in its own size, or larger where no name fits."""
         masks = None if self.masks is None else list(self.masks)
-        return draw_objects(image, self.boxes, self.labels, self.class_names, self.scores, masks, max(image.shape[:2]))
+        return draw_objects(image, self.boxes, self.labels, self.class_names, self.scores, masks, side=None)
 
     def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """One entry of a COCO results file for each detection.
