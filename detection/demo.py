@@ -339,8 +339,9 @@ def _wrapped(figure: Figure, columns: int = 3) -> Figure:
     rows = -(-len(figure.axes) // columns)
     width, height = figure.get_size_inches()
     figure.set_size_inches(width * columns / len(figure.axes), height * rows)
-    for axes, place in zip(figure.axes, figure.add_gridspec(rows, columns), strict=False):
-        axes.set_subplotspec(place)
+    grid = figure.add_gridspec(rows, columns)
+    for k, axes in enumerate(figure.axes):
+        axes.set_subplotspec(grid[divmod(k, columns)])
     return figure
 
 
