@@ -40,9 +40,9 @@ def detections(detector: Detector, records: list[tuple[Record, Path]]) -> Image.
         pixels = read_image(path)
         found = detector(path)
         sure = found.scores >= SHOWN
-        drawn = draw_objects(pixels, record.boxes, record.labels, detector.class_names, side=440)
+        drawn = draw_objects(pixels, record.boxes, record.labels, detector.class_names, side=300)
         found_too = draw_objects(
-            pixels, found.boxes[sure], found.labels[sure], detector.class_names, found.scores[sure], side=440
+            pixels, found.boxes[sure], found.labels[sure], detector.class_names, found.scores[sure], side=300
         )
         pairs.append((drawn, found_too))
     return side_by_side(pairs, ("ground truth", f"detections of score {SHOWN} and more"), columns=2)
