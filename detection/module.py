@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import lightning as L
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -208,17 +209,24 @@ def checkpoint_activations(detector: FasterRCNN) -> None:
         ) from error
 
 
-def compile_parts(detector: FasterRCNN) -> None:
+def compile_parts(detector: FasterRCNN, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile, in place and without new names in the `state_dict`, what does the same arithmetic on every image.
 
     Backbone with pyramid, the RPN's convolutions, and box and mask heads. What picks boxes (matching, sampling, NMS)
-    stays as it is.
+    stays as it is. One graph serves batches of all sizes, but for backbones with TensorFlow's padding (EfficientNet),
+    which follows from the size: they have a graph for each size, and beyond eight run as they are.
+
+    Args:
+        detector: whose parts are compiled.
+        backend: of `torch.compile`.
     """
-    heads = ("rpn.head", "box_head", "box_predictor", "mask_head", "mask_predictor")
-    detector.backbone.compile()
+    by_size = any(isinstance(m, Conv2dSame) or getattr(m, "pads_same", False) for m in detector.backbone.modules())
+    detector.backbone.compile(backend=backend, dynamic=not by_size)
     for name, part in detector.named_modules():
-        if name.endswith(heads):
-            part.compile()
+        if name == "rpn.head":
+            part.compile(backend=backend, dynamic=True)
+        elif name.endswith(("box_head", "box_predictor", "mask_head", "mask_predictor")):
+            part.compile(backend=backend)
 
 
 def encode_detections(detections: list[dict[str, Any]], batch: Batch) -> list[dict[str, Any]]:
