@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import copy
 import io
 import socket
@@ -320,8 +321,9 @@ def serve(ckpt: Path, host: str, port: int, device: str = "auto") -> None:
     model = model_of(detector)
     name = f"{ckpt.parent.name}/{ckpt.name}"
     app.on_startup(lambda: print(f"{ckpt}: http://{host}:{port} (Ctrl-C ends it)", flush=True))
-    ui.run(lambda: Page(detector, model, name).build(), host=host, port=port, title=f"{name}: detections", show=False,
-           reload=False, show_welcome_message=False, favicon="🔍")  # fmt: skip
+    with contextlib.suppress(KeyboardInterrupt):
+        ui.run(lambda: Page(detector, model, name).build(), host=host, port=port, title=name, favicon="🔍", show=False,
+               reload=False, show_welcome_message=False)  # fmt: skip
 
 
 def _readable(figure: Figure) -> Image.Image:
@@ -382,7 +384,9 @@ body { background: #eef1f4; color: #1d2733; font-family: system-ui, "Segoe UI", 
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 8px; }
 .stages .q-stepper__header { counter-reset: step; }
 .stages .q-stepper__tab { padding: 14px 8px; min-height: 0; counter-increment: step; }
+.stages .q-stepper__dot span { display: block; width: 100%; text-align: center; font-size: 14px; }
 .stages .q-stepper__dot span::before { content: counter(step); }
+.stages .q-stepper__dot .q-icon { display: none; }
 .stages .q-stepper__step-inner { padding: 0 12px 8px; }
 .text { flex: 1; color: #3b4754; line-height: 1.45; }
 .note { color: #5b6672; padding: 48px 0; text-align: center; }
