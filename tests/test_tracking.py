@@ -383,3 +383,27 @@ def test_the_sweep_makes_command_lines_that_parse(capsys: pytest.CaptureFixture[
     assert stop.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
     assert (config["model"]["lr"], config["data"]["batch_size"], config["name"]) == (0.004, 2, "bccd")
+
+
+@pytest.mark.slow
+def test_the_sweeps_command_line_trains_and_records_what_the_search_wants(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As W&B's agent does: flags from the sweep's file, the draw in a file that W&B's run reads; without a server."""
+    drawn = {"model.lr": 0.003, "model.weight_decay": 0.05, "data.batch_size": 4}
+    parameters = tmp_path / "parameters.yaml"
+    parameters.write_text(yaml.safe_dump({"wandb_version": 1} | {key: {"value": v} for key, v in drawn.items()}))
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(parameters))
+    flags = ["--config=bccd", f"--data.root={shared_data / 'bccd'}", *(f"--{key}={v}" for key, v in drawn.items())]
+    tiny = [*("--trainer.max_steps", "2", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1")]
+    tiny += ["--data.min_size", "64", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
+    assert main([*flags, *tiny, "--trainer.log_every_n_steps", "1", "--output", str(tmp_path / "runs")]) == 0
+    (folder,) = (tmp_path / "runs" / "bccd").iterdir()
+    assert "val/map" in history(folder)[-1]
+    (record,) = folder.glob("wandb/offline-run-*/*.wandb")
+    updates = [item for r in records(record) for item in r.run.config.update if r.HasField("run")]
+    config = {item.key: json.loads(item.value_json) for item in updates}
+    assert {key: config[key] for key in drawn} == drawn  # what the search drew
+    sections = {key: config[key.split(".")[0]][key.split(".")[1]] for key in drawn}
+    assert sections == drawn  # is what the run was made with
