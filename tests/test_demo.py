@@ -60,6 +60,7 @@ def demo() -> Any:
     return importlib.import_module("detection.demo")
 
 
+@pytest.mark.slow
 def test_choosing_does_not_run_the_network_again(demo: Any) -> None:
     detector = Detector(tiny(), NAMES, device="cpu")
     model, runs = demo.model_of(detector), []
@@ -85,6 +86,7 @@ def test_what_is_chosen_is_what_the_detector_gives(demo: Any) -> None:
     assert chosen.masks and study.picture(chosen) != study.picture(replace(chosen, masks=None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("builder", "missing"),
     [
