@@ -16,6 +16,7 @@ from torch import nn
 from detection.data.batch import Batch
 from detection.data.datamodule import DetectionDataModule
 from detection.data.dataset import collate
+from detection.models.detector import FasterRCNN
 from detection.models.proposals import GivenProposals
 from detection.module import DetectionModule
 
@@ -79,21 +80,24 @@ def _take_turns(contenders: Sequence[tuple[DetectionModule, Any]], images: int, 
         for i in chosen:
             for found, (module, _), dataset in zip(times, contenders, datasets, strict=True):
                 batch = replace(collate([dataset[(i, 0)]]), proposals=None, proposals_valid=None)
-                found.append(_time(module, batch))
+                found.append(time_parts(module.detector, batch))
     return [(median(a for a, _ in found), median(b for _, b in found)) for found in times]
 
 
 @torch.inference_mode()
-def _time(module: DetectionModule, batch: Batch) -> tuple[float, float]:
-    """Seconds of the proposals, with the network that finds them, and of the whole."""
+def time_parts(detector: FasterRCNN, batch: Batch) -> tuple[float, float]:
+    """Seconds that a detector in evaluation mode takes for the proposals of a batch, and for the whole of it.
+
+    The network that finds proposals counts for them; the backbone, which an RPN shares, does not.
+    """
     marks: list[float] = []
-    rpn = module.detector.rpn
+    rpn = detector.rpn
     handles = [
         rpn.register_forward_pre_hook(lambda *_: marks.append(time.perf_counter())),
         rpn.register_forward_hook(lambda *_: marks.append(time.perf_counter())),
     ]
     started = time.perf_counter()
-    module.detector.run(batch, with_losses=False, with_detections=True)
+    detector.run(batch, with_losses=False, with_detections=True)
     whole = time.perf_counter() - started
     for handle in handles:
         handle.remove()

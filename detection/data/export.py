@@ -1,10 +1,12 @@
-"""Writes an index as COCO instances JSON: the way from any format that is read here to the one that all tools read."""
+"""Writes an index as COCO instances JSON, which all tools read, or as a folder of Pascal VOC XML, which people read."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape
 
 from detection.data.records import Index
 
@@ -38,6 +40,35 @@ def write_coco(index: Index, annotations: Path) -> None:
             objects.append(item)
     categories = [{"id": i, "name": name} for i, name in zip(index.category_ids, index.classes, strict=True)]
     annotations.write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}))
+
+
+def write_voc(index: Index, root: Path, split: str) -> None:
+    """Write a split in the devkit's layout: copies of the images, an XML file each, and the list of their names.
+
+    Files are named `split_000`, `split_001`, ... in the order of the records. Coordinates become VOC's, 1-based and
+    inclusive, rounded to whole pixels; crowds, which VOC does not know, become difficult objects.
+
+    Args:
+        index: what a reader returned; its images are copied.
+        root: folder of the data set, made if absent; other splits in it stay.
+        split: its name.
+    """
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    stems = [f"{split}_{number:03}" for number in range(len(index.records))]
+    for stem, record in zip(stems, index.records, strict=True):
+        source = index.root / record.file_name
+        shutil.copyfile(source, root / "JPEGImages" / f"{stem}{source.suffix}")
+        lines = ["<annotation>", f"  <filename>{stem}{source.suffix}</filename>"]
+        lines.append(f"  <size><width>{record.width}</width><height>{record.height}</height><depth>3</depth></size>")
+        for label, box, hard in zip(record.labels, record.boxes, record.difficult | record.iscrowd, strict=True):
+            x1, y1, x2, y2 = (round(value) for value in box.tolist())
+            corners = {"xmin": x1 + 1, "ymin": y1 + 1, "xmax": x2, "ymax": y2}
+            name = f"<name>{escape(index.classes[label - 1])}</name><difficult>{int(hard)}</difficult>"
+            lines.append(f"  <object>{name}<bndbox>{''.join(f'<{k}>{v}</{k}>' for k, v in corners.items())}</bndbox>")
+            lines[-1] += "</object>"
+        (root / "Annotations" / f"{stem}.xml").write_text("\n".join([*lines, "</annotation>\n"]))
+    (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join([*stems, ""]))
 
 
 def _plain(segment: Any) -> Any:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
+from detection.data import scenes
 from detection.data.coco import read_coco
-from detection.data.export import write_coco
+from detection.data.export import write_coco, write_voc
 from detection.data.records import Record
 from detection.data.voc import read_voc
 
@@ -52,3 +53,17 @@ def same(a: Record, b: Record) -> None:
     np.testing.assert_array_equal(a.iscrowd, b.iscrowd)
     np.testing.assert_allclose(a.boxes, b.boxes, atol=2e-3)
     np.testing.assert_allclose(a.areas, b.areas, rtol=1e-6)
+
+
+def test_voc_gives_back_what_was_written(tmp_path: Path) -> None:
+    root = scenes.draw(tmp_path / "scenes", train=6, val=2)
+    source = read_coco(root, *scenes.SPLITS["train"])
+    write_voc(source, tmp_path / "voc", "train")
+    write_voc(read_coco(root, *scenes.SPLITS["val"]), tmp_path / "voc", "val")
+    again = read_voc(tmp_path / "voc", "train", source.classes)
+    assert not [defect for defect in again.defects if defect.severity != "note"]
+    for wanted, found in zip(source.records, again.records, strict=True):
+        np.testing.assert_array_equal(found.boxes, wanted.boxes)
+        np.testing.assert_array_equal(found.labels, wanted.labels)
+        np.testing.assert_array_equal(found.difficult, wanted.iscrowd)
+        assert (again.root / found.file_name).read_bytes() == (source.root / wanted.file_name).read_bytes()
