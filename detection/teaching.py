@@ -77,10 +77,10 @@ def plot_matching(detector: FasterRCNN, image: Tensor, target: Target) -> Figure
     iou = pairwise_iou(batch.gt_boxes[0], anchors)  # (N, A)
     figure, (left, right) = _panels(batch, 2)
     count = len(target["labels"])
-    colours = [colormaps["tab20"](n % 20) for n in range(count)]
+    colours = [colormaps["tab10"](n % 10) for n in range(count)]  # its neighbours differ more than those of tab20
     for n in range(count):
         own = anchors[matched == n]
-        _draw(left, own, [colours[n]] * len(own), 0.9)
+        _draw(left, own, [colours[n]] * len(own), 1.5)
         _draw(right, batch.gt_boxes[0, n : n + 1], [colours[n]], 2.0)
         _text(left, batch.gt_boxes[0, n], f"{len(own)} at {float(iou[n].max()):.2f}", colours[n])
     _draw(left, batch.gt_boxes[0, :count], [GT] * count, 2.0, dashed=True)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from detection.evaluation.analysis import (
@@ -139,6 +141,52 @@ def mistakes(rows: Sequence[Mistake]) -> Figure:
     axes.margins(x=0.22)
     axes.set(xlabel="points of AP50 that putting this kind right would add (how many)")
     return figure
+
+
+def judged_images(
+    analysis: Analysis,
+    images: Mapping[int, NDArray[np.uint8]],
+    class_names: Sequence[str],
+    score: float = 0.3,
+    columns: int = 3,
+) -> Figure:
+    """Images with what was found and missed in them, each detection in the colour of what it is.
+
+    Args:
+        analysis: of the results that the images belong to.
+        images: by position in those results, `(H, W, 3)` uint8 RGB.
+        class_names: label `i` is `class_names[i - 1]`.
+        score: detections below it are not drawn.
+        columns: pictures a row.
+    """
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.1 * rows + 0.4), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    a = analysis
+    for axes, (i, pixels) in zip(panels, images.items(), strict=False):
+        axes.imshow(pixels)
+        for j in np.flatnonzero((a.gt.image == i) & ~a.gt.crowd & ~a.found):
+            _outline(axes, a.gt.boxes[j], MISSED, "--", class_names[a.gt.label[j] - 1])
+        for j in np.flatnonzero((a.dt.image == i) & (a.dt.scores >= score) & np.isin(a.kind, list(COLOURS))):
+            name = f"{class_names[a.dt.label[j] - 1]} {a.dt.scores[j]:.2f}"
+            _outline(axes, a.dt.boxes[j], COLOURS[int(a.kind[j])], "-", name)
+    for axes in panels:
+        axes.axis("off")
+    names = {RIGHT: "right", **{kind: name for kind, (name, _) in MISTAKES.items()}}
+    keys = [Line2D([], [], color=COLOURS[kind], lw=3, label=name) for kind, name in names.items()]
+    keys.append(Line2D([], [], color=MISSED, lw=2, ls="--", label="object not found"))
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=9)
+    return figure
+
+
+def _outline(axes: Axes, box: NDArray[np.float64], colour: str, style: str, name: str) -> None:
+    """A box `(4,)` x, y, width, height with its name."""
+    x, y, width, height = box
+    axes.add_patch(Rectangle((x, y), width, height, fill=False, ec=colour, lw=1.8, ls=style))
+    ground = {"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
+    top = style == "-"  # objects have their names below, so that both can be read
+    place = (x, max(y, 6)) if top else (x, y + height)
+    axes.text(*place, _text(name), fontsize=7, color="white", va="bottom" if top else "top", bbox=ground, clip_on=True)
 
 
 def training_curves(rows: Sequence[Mapping[str, str]]) -> Figure:
