@@ -164,6 +164,13 @@ def test_filters_and_coco():
     assert found.bitmaps().sum(axis=(1, 2)).tolist() == [9, 600, 600]
 
 
+@pytest.mark.parametrize(("size", "drawn"), [((60, 80), (320, 240)), ((400, 300), (300, 400))])
+def test_pictures_have_room_for_names(size, drawn):
+    found = Detections(np.array([[5, 5, 40, 30]], np.float32), np.array([1]), np.array([0.9]), tuple(NAMES), size)
+    picture = found.draw(np.zeros((*size, 3), np.uint8))
+    assert picture.size == drawn  # width and height: its own where a name can be read
+
+
 def test_supervision_gets_boxes_masks_and_names():
     supervision = pytest.importorskip("supervision", reason='needs pip install "detection[supervision]"')
     found = Blobs()._find(scene(60, 80, (0, 10, 10, 30, 40), (2, 50, 20, 70, 50)))
@@ -196,9 +203,11 @@ def test_folder_gives_pictures_json_and_csv(photos, tmp_path):
         ("a.png", "red", "10.00"),
         ("more/b.png", "red", "5.00"),
     ]
-    drawn, plain = np.array(Image.open(out / "annotated" / "a.png")), np.array(Image.open(photos / "a.png"))
-    assert drawn.shape == plain.shape and (drawn != plain).any()
-    assert not (drawn != plain)[50:].any()  # far from the object
+    picture, photo = Image.open(out / "annotated" / "a.png"), Image.open(photos / "a.png")
+    assert max(picture.size) == 320  # room for names
+    changed = np.array(picture) != np.array(photo.resize(picture.size, Image.Resampling.BILINEAR))
+    assert changed.any()
+    assert not changed[50 * picture.height // photo.height :].any()  # far from the object
 
 
 def test_sources(photos):
@@ -234,7 +243,7 @@ def test_video_in_video_out(tmp_path):
     frames = []
     while (read := capture.read())[0]:
         frames.append(read[1])
-    assert len(frames) == 9 and frames[0].shape == (64, 96, 3)
+    assert len(frames) == 9 and frames[0].shape == (212, 320, 3)  # room for names, sides even
 
 
 def test_limit_and_interruption_leave_whole_files(photos, tmp_path):
