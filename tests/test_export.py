@@ -1,0 +1,157 @@
+"""Exported detectors find what the model finds, in graphs with open sizes; what can't be exported says why."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detection import (
+    AnchorGenerator,
+    RoIPool,
+    TestTimeAugmentation,
+    cascadercnn_efficientnet_lite0_fpn,
+    fasterrcnn_efficientnet_lite0_fpn,
+    maskrcnn_efficientnet_lite0_fpn,
+    rcnn_efficientnet_lite0,
+)
+from detection.data.images import read_image
+from detection.export import ExportError, check_exportable, compare, onnx_runner, to_onnx, to_torch, torch_runner
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SIZES = [(80, 120), (150, 70), (64, 64), (201, 333)]
+
+
+def decided(builder, **arguments):
+    """A detector of random heads on a trained backbone."""
+    torch.manual_seed(0)
+    options = {"num_classes": 4, "min_size": 96, "max_size": 160, "box_score_thresh": 0.4} | arguments
+    model = builder(box_detections_per_img=300, **options).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("cls_score.weight"):
+                parameter.mul_(3)
+    return model
+
+
+def noise(sizes=SIZES):
+    rng = np.random.default_rng(0)
+    for height, width in sizes:
+        coarse = Image.fromarray(rng.integers(0, 255, (height // 8, width // 8, 3), np.uint8))
+        yield np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def assert_same(parity):
+    # Scores of random heads lie so close that rounding decides between a few boxes that overlap.
+    assert parity.detections > 20 and parity.unmatched <= 0.02 * parity.detections
+    assert parity.box < 1e-2 and parity.score < 1e-4
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    pytest.importorskip("onnxscript", reason='needs pip install "detection[export]"')
+    pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
+    logging.disable(logging.DEBUG)  # PyTorch traces its own tracing as soon as anybody listens, as pytest does
+    model = decided(maskrcnn_efficientnet_lite0_fpn)
+    path = tmp_path_factory.mktemp("onnx") / "detector.onnx"
+    to_onnx(model, path, {"class_names": ["a", "b", "c"]})
+    yield model, path
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.slow
+def test_onnx_finds_what_the_model_finds(exported):
+    model, path = exported
+    parity = compare(model, onnx_runner(path), list(noise()))
+    assert_same(parity)
+    assert parity.mask < 1e-2
+
+
+@pytest.mark.slow
+def test_onnx_takes_batches_and_images_without_objects(exported):
+    _, path = exported
+    run = onnx_runner(path)
+    (image,) = noise([(90, 130)])
+    planes = image.transpose(2, 0, 1)
+    batch = run(np.stack([planes, planes[..., ::-1], planes]))
+    alone = run(planes[None])
+    count = int(alone["counts"][0])
+    assert count > 0 and batch["counts"][0] == batch["counts"][2] == count
+    for name in ("boxes", "labels", "scores", "masks"):
+        np.testing.assert_allclose(batch[name][2, :count], alone[name][0, :count], atol=1e-3)
+    assert (alone["scores"][0, count:] == 0).all()
+
+
+@pytest.mark.slow
+def test_onnx_on_real_images(exported, shared_data):
+    model, path = exported
+    files = sorted((shared_data / "bccd" / "JPEGImages").glob("*.jpg"))[:20]
+    parity = compare(model, onnx_runner(path), [read_image(file) for file in files])
+    assert parity.images == 20
+    assert_same(parity)
+
+
+@pytest.mark.slow
+def test_standalone_runner_prints_the_same(exported, tmp_path):
+    model, path = exported
+    (image,) = noise([(90, 130)])
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    command = [sys.executable, "-I", SCRIPTS / "run_onnx.py", path, tmp_path / "photo.png", "--score-thresh", "0.3"]
+    done = subprocess.run([*map(str, command), "--draw"], capture_output=True, text=True, check=True)
+    lines = [line.split()[1:] for line in done.stdout.splitlines()]
+    (wanted,) = model.predict([torch.from_numpy(image.transpose(2, 0, 1).copy())])
+    assert [line[0] for line in lines] == ["abc"[label - 1] for label in wanted["labels"].tolist()]
+    boxes = np.array([line[2:] for line in lines], float)
+    np.testing.assert_allclose(boxes, wanted["boxes"].numpy(), atol=0.06)
+    assert Image.open(tmp_path / "photo.png_detections.png").size == (130, 90)
+
+
+@pytest.mark.slow
+def test_cascade_exports_to_torch(exported, tmp_path):  # behind the other, which silences the log
+    model = decided(cascadercnn_efficientnet_lite0_fpn)
+    to_torch(model, tmp_path / "detector.pt2")
+    parity = compare(model, torch_runner(tmp_path / "detector.pt2", False, False), list(noise()))
+    assert_same(parity)
+
+
+def build(**arguments):
+    return fasterrcnn_efficientnet_lite0_fpn(num_classes=2, weights_backbone=None, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: rcnn_efficientnet_lite0(num_classes=2, weights_backbone=None), "Selective Search"),
+        (lambda: build(soft_nms_sigma=0.5), "Soft-NMS"),
+        (lambda: build(box_roi_pool=RoIPool()), "RoI Pool"),
+        (lambda: TestTimeAugmentation(build()), "several times"),
+        (
+            lambda: build(rpn_anchor_generator=AnchorGenerator(infer_strides=True)),
+            "infer_strides",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_says_why(make, reason):
+    with pytest.raises(ExportError, match=reason):
+        check_exportable(make())
+
+
+def test_without_onnxscript_the_install_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=r"pip install .*export"):
+        to_onnx(build(), tmp_path / "d.onnx", {})
+
+
+@pytest.mark.slow
+def test_class_names_travel_with_the_file(exported):
+    import onnxruntime
+
+    facts = onnxruntime.InferenceSession(str(exported[1])).get_modelmeta().custom_metadata_map
+    assert json.loads(facts["class_names"]) == ["a", "b", "c"]

@@ -1,0 +1,114 @@
+"""The way of a newcomer, as the README has it: a VOC folder of 20 images -> trained -> a video -> ONNX."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detection.data import scenes
+from detection.data.coco import read_coco
+from detection.data.export import write_coco
+from detection.data.images import read_image
+from detection.data.voc import read_voc
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+
+def call(script, *arguments):
+    """Run a script as from the command line, without the ten seconds that each new process takes to import."""
+    before = sys.argv
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            pytest.fail(f"{script} ended with {end.code}")
+    finally:
+        sys.argv = before
+
+
+def write_voc(source, root):
+    """The drawn scenes as someone would have them who labelled 20 photographs in VOC's format."""
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for split, (file, images) in scenes.SPLITS.items():
+        index = read_coco(source, file, images)
+        stems = []
+        for record in index.records:
+            stem = f"{split}_{record.image_id:03}"
+            stems.append(stem)
+            (root / "JPEGImages" / f"{stem}.jpg").write_bytes((source / record.file_name).read_bytes())
+            objects = "".join(
+                f"<object><name>{index.classes[label - 1]}</name><bndbox><xmin>{x1 + 1:.0f}</xmin><ymin>{y1 + 1:.0f}"
+                f"</ymin><xmax>{x2:.0f}</xmax><ymax>{y2:.0f}</ymax></bndbox></object>"
+                for label, (x1, y1, x2, y2) in zip(record.labels, record.boxes.tolist(), strict=True)
+            )
+            size = f"<size><width>{record.width}</width><height>{record.height}</height><depth>3</depth></size>"
+            (root / "Annotations" / f"{stem}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(stems))
+
+
+def official_map(gt, dt):
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(gt))
+        evaluator = COCOeval(coco, coco.loadRes(dt), "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return evaluator.stats[:3].tolist()
+
+
+@pytest.mark.slow
+def test_from_twenty_images_to_onnx(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
+    data = tmp_path / "my_data"
+    write_voc(scenes.draw(tmp_path / "scenes", train=16, val=4), data)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DETECTION_RUN_FOLDER", raising=False)
+    call("check_data.py", "--root", data, "--format", "voc")
+    small = ["--data.min_size", 96, "--data.max_size", 128, "--data.num_workers", 0, "--trainer.accelerator", "cpu"]
+    small += ["--model.warmup_steps", 4, "--model.detector.box_score_thresh", 0.001]
+    splits = ["--data.format", "voc", "--data.root", data, "--data.train_split", "train", "--data.val_split", "val"]
+    call("fit.py", *splits, "--name", "my_data", "--trainer.max_epochs", 6, *small)
+    (ckpt,) = Path("runs/my_data").glob("*/best.ckpt")
+
+    pictures = [read_image(path) for path in sorted((data / "JPEGImages").glob("val_*.jpg"))]
+    height, width = pictures[0].shape[:2]
+    film = cv2.VideoWriter("clip.mp4", cv2.VideoWriter.fourcc(*"mp4v"), 5.0, (width, height))
+    for picture in pictures:
+        film.write(np.ascontiguousarray(cv2.resize(picture, (width, height))[..., ::-1]))
+    film.release()
+    call("predict.py", "--ckpt", ckpt, "--source", "clip.mp4", "--output", "on_video", "--score_thresh", 0.05)
+    assert len(json.loads(Path("on_video/predictions.json").read_text())["images"]) == 4
+    assert Path("on_video/clip_annotated.mp4").stat().st_size > 0
+
+    # The figures of evaluate.py are those of what predict.py writes.
+    call("evaluate.py", "--ckpt", ckpt, "--accelerator", "cpu")
+    figures = json.loads((ckpt.parent / "evaluation_val" / "figures.json").read_text())["figures"]
+    pattern = str(data / "JPEGImages" / "val_*.jpg")
+    call("predict.py", "--ckpt", ckpt, "--source", pattern, "--output", "on_val", "--score_thresh", 0,
+         "--batch_size", 4, "--pictures", "false")  # fmt: skip
+    index = read_voc(data, "val", read_voc(data, "train").classes)
+    write_coco(index, Path("val.json"))
+    found = json.loads(Path("on_val/predictions.json").read_text())
+    names = {image["id"]: image["file_name"] for image in found["images"]}
+    ids = {Path(record.file_name).name: record.image_id for record in index.records}
+    for entry in found["annotations"]:
+        entry["image_id"] = ids[names[entry["image_id"]]]
+    assert len(found["annotations"]) > 20
+    assert figures["map_50"] > 0
+    wanted = [figures[name] for name in ("map", "map_50", "map_75")]
+    assert official_map("val.json", found["annotations"]) == pytest.approx(wanted, abs=1e-6)
+
+    call("export.py", "--ckpt", ckpt, "--output", "detector.onnx", "--images", data / "JPEGImages", "--count", 4)
+    assert Path("detector.onnx").is_file()
