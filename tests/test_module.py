@@ -81,13 +81,6 @@ def test_compiled_parts_give_the_same_from_a_handful_of_graphs() -> None:
     assert len(graphs) == before
 
 
-@pytest.mark.slow
-def test_inductor_gives_the_same() -> None:
-    compiled, plain = make_module(), make_module()
-    compile_parts(compiled.detector)
-    assert_same(compiled, plain, make_batch(2, 128, 128))
-
-
 def test_only_training_compiles_and_the_checkpoint_is_plain(tmp_path: Path) -> None:
     module = make_module(compile=True)
     module.trainer = type("Trainer", (), {"datamodule": None})()  # type: ignore[assignment]
