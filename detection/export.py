@@ -119,7 +119,9 @@ class ExportableDetector(nn.Module):
         """Resized and padded images in [0, 1], and their sizes `(B, 2)` after and before."""
         transform, divisor = self.model.transform, self.model.transform.size_divisible
         old = torch.stack([torch.scalar_tensor(side, dtype=torch.float64) for side in images.shape[-2:]])
-        scale = torch.minimum(transform.min_size[-1] / old.min(), transform.max_size / old.max())
+        # A number divided by a tensor would be its reciprocal times the number, and lose a pixel at some sizes.
+        short, long = (torch.full_like(old[0], side) for side in (transform.min_size[-1], transform.max_size))
+        scale = torch.minimum(short / old.min(), long / old.max())
         new = (old * scale).floor().long()
         height, width = new.tolist()
         # Sides in cells of the coarsest map, so that those of all maps are known to be whole.
