@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 
 from detection.data import scenes
 from detection.data.coco import read_coco
-from detection.data.export import write_coco
+from detection.data.export import write_coco, write_voc
 from detection.data.images import read_image
 from detection.data.voc import read_voc
 
@@ -37,27 +37,6 @@ def call(script, *arguments):
         sys.argv = before
 
 
-def write_voc(source, root):
-    """The drawn scenes as someone would have them who labelled 20 photographs in VOC's format."""
-    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        (root / folder).mkdir(parents=True)
-    for split, (file, images) in scenes.SPLITS.items():
-        index = read_coco(source, file, images)
-        stems = []
-        for record in index.records:
-            stem = f"{split}_{record.image_id:03}"
-            stems.append(stem)
-            (root / "JPEGImages" / f"{stem}.jpg").write_bytes((source / record.file_name).read_bytes())
-            objects = "".join(
-                f"<object><name>{index.classes[label - 1]}</name><bndbox><xmin>{x1 + 1:.0f}</xmin><ymin>{y1 + 1:.0f}"
-                f"</ymin><xmax>{x2:.0f}</xmax><ymax>{y2:.0f}</ymax></bndbox></object>"
-                for label, (x1, y1, x2, y2) in zip(record.labels, record.boxes.tolist(), strict=True)
-            )
-            size = f"<size><width>{record.width}</width><height>{record.height}</height><depth>3</depth></size>"
-            (root / "Annotations" / f"{stem}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
-        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(stems))
-
-
 def official_map(gt, dt):
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(gt))
@@ -72,7 +51,9 @@ def official_map(gt, dt):
 def test_from_twenty_images_to_onnx(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
     data = tmp_path / "my_data"
-    write_voc(scenes.draw(tmp_path / "scenes", train=16, val=4), data)
+    drawn = scenes.draw(tmp_path / "scenes", train=16, val=4)
+    for split, (file, images) in scenes.SPLITS.items():
+        write_voc(read_coco(drawn, file, images), data, split)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DETECTION_RUN_FOLDER", raising=False)
     call("check_data.py", "--root", data, "--format", "voc")
