@@ -1,9 +1,9 @@
 """A trained detector with all it needs: weights, class names, the sizes it was evaluated at.
 
-    from detection import Detector
+from detection import Detector
 
-    detector = Detector.from_checkpoint("runs/quickstart/<time>/best.ckpt")
-    detections = detector("street.jpg")
+detector = Detector.from_checkpoint("runs/quickstart/<time>/best.ckpt")
+detections = detector("street.jpg")
 """
 
 from __future__ import annotations
