@@ -22,7 +22,7 @@ from detection.module import DetectionModule
 
 def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None = None, output: Path | None = None,
              batch_size: int | None = None, accelerator: str = "auto",
-             backend: Backend = "arrays") -> None:  # fmt: skip
+             backend: Backend = "arrays", precision: Literal["32-true", "bf16-mixed"] = "32-true") -> None:  # fmt: skip
     """Write figures, COCO results JSON, plots and an HTML report; the figures are those that training logged.
 
     Args:
@@ -31,7 +31,7 @@ def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None
         root: folder of the data, if it has moved.
         output: folder to write to; beside the checkpoint by default.
         batch_size: images a batch; that of training by default.
-        accelerator: cpu, gpu or auto.
+        accelerator, precision: as of Lightning's trainer: cpu, gpu or auto; 32-true or bf16-mixed.
         backend: who computes mAP: our arrays, or torchmetrics with faster_coco_eval or pycocotools.
     """
     module = DetectionModule.load_from_checkpoint(ckpt, map_location="cpu")
@@ -44,10 +44,10 @@ def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None
     data.setup("validate" if split == "val" else "test")
     loader: Any = data.val_dataloader() if split == "val" else data.test_dataloader()
     metric = MeanAP(module.class_names, module.hparams["detections_per_img"], module.metric.iou_type, backend)
-    trainer = L.Trainer(accelerator=accelerator, devices=1, logger=False, callbacks=[CollectDetections(metric)])
-    trainer.predict(module, loader, return_predictions=False)
+    settings: dict[str, Any] = {"logger": False, "callbacks": [CollectDetections(metric)], "precision": precision}
+    L.Trainer(accelerator=accelerator, devices=1, **settings).predict(module, loader, return_predictions=False)
     folder, home = output or ckpt.parent / f"evaluation_{split}", loader.dataset.root
-    facts = {"checkpoint": ckpt.name, "data": home.name, "split": split}
+    facts = {"checkpoint": ckpt.name, "data": home.name, "split": split, "precision": precision}
     figures = write_evaluation(folder, metric, data.category_ids, lambda r: read_image(home / r.file_name, r.size),
                                f"Evaluation of {ckpt.resolve().parent.name}", facts)  # fmt: skip
     for name, value in figures.items():
