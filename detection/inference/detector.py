@@ -1,9 +1,11 @@
 """A trained detector with all it needs: weights, class names, the sizes it was evaluated at.
 
+```python
 from detection import Detector
 
 detector = Detector.from_checkpoint("runs/quickstart/<time>/best.ckpt")
 detections = detector("street.jpg")
+```
 """
 
 from __future__ import annotations
