@@ -56,7 +56,8 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """Gradient of the rows; neither the places nor the weights of the samples learn."""
         index, weight = ctx.saved_tensors
-        row, order = index.int().flatten().sort()  # half the bits, half the time
+        # Half the bits take half the time. Stable, so that a row's sum is the same bits whatever else is in the batch.
+        row, order = index.int().flatten().sort(stable=True)
         offsets = torch.searchsorted(row, torch.arange(ctx.count, dtype=torch.int32))
         weights = weight.flatten()[order].to(grad.dtype)
         bins = order // index.shape[1]
