@@ -73,7 +73,7 @@ def train(rank: int | None) -> tuple[Tensor, list[float]]:
     torch.set_num_threads(1)
     losses: torch.nn.Module = Losses(make_module())
     parameters = [p for p in losses.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.00005, momentum=0.9)
+    optimizer = torch.optim.SGD(parameters, lr=0.00003, momentum=0.9)
     if rank is not None:
         losses = DistributedDataParallel(losses)
     history = []
