@@ -1,4 +1,4 @@
-"""Where the time of a training step or of inference goes, by stage of the detector."""
+"""Where the time and the memory of a training step or of inference go, by stage of the detector."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from pathlib import Path
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -42,10 +43,11 @@ STAGES: dict[str, list[tuple[Any, str]]] = {
 
 
 class Stopwatch:
-    """Seconds spent in each stage without the stages inside it."""
+    """Seconds spent in each stage without the stages inside it, and the most memory in use during it."""
 
     def __init__(self, device: str) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self.peak: dict[str, float] = defaultdict(float)  # MiB
         self._device = device
         self._running: list[str] = []
         self._since = 0.0
@@ -54,8 +56,10 @@ class Stopwatch:
         wait(self._device)
         now = time.perf_counter()
         if self._running:
-            self.seconds[self._running[-1]] += now - self._since
-        self._running, self._since = running, now
+            stage = self._running[-1]
+            self.seconds[stage] += now - self._since
+            self.peak[stage] = max(self.peak[stage], _peak_since_asked(self._device))
+        self._running, self._since = running, time.perf_counter()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -77,13 +81,31 @@ class Stopwatch:
         return timed
 
 
+def _peak_since_asked(device: str) -> float:
+    """MiB that the accelerator, or this process on a CPU, had in use at most since the last call; 0 if unknown."""
+    if device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 2**20
+    try:
+        status = Path("/proc/self/status").read_text()
+        Path("/proc/self/clear_refs").write_text("5")  # the kernel starts its high-water mark anew
+    except OSError:
+        return 0.0
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+
+
 def measure_stages(
     mode: Mode, network: Network, size: int, batch_size: int, bf16: bool, rounds: int, device: str
 ) -> list[dict[str, Any]]:
-    """Median milliseconds of each stage of our detector and its share; arguments as for `speed.measure_speed`."""
+    """Median milliseconds of each stage of our detector, its share, and the most memory in use during it in MiB.
+
+    Arguments as for `speed.measure_speed`.
+    """
     run = contenders(mode, network, size, batch_size, bf16, device)["ours"]
     run()
     turns = []
+    peaks: dict[str, float] = defaultdict(float)
     for _ in range(rounds):
         watch = Stopwatch(device)
         with ExitStack() as stack:
@@ -94,7 +116,8 @@ def measure_stages(
             with watch.stage("between"):
                 run()
         turns.append(watch.seconds)
+        peaks |= {name: max(peak, peaks[name]) for name, peak in watch.peak.items()}
     times = {name: 1000 * median(turn[name] for turn in turns) for name in [*STAGES, "between"]}
     whole = sum(times.values())
-    rows = [{"stage": name, "ms": ms, "share": ms / whole} for name, ms in times.items() if ms]
-    return [*rows, {"stage": "all", "ms": whole, "share": 1.0}]
+    rows = [{"stage": name, "ms": ms, "share": ms / whole, "peak_mb": peaks[name]} for name, ms in times.items() if ms]
+    return [*rows, {"stage": "all", "ms": whole, "share": 1.0, "peak_mb": max(peaks.values())}]

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,6 +113,8 @@ class DetectionDataModule(L.LightningDataModule):
         mosaic: probability of training on a mosaic of four images.
         copy_paste: probability of pasting objects of another image onto a training image; needs `masks`.
         group_by_aspect: batch wide images with wide, high with high.
+        size_divisible: padded sides are multiples of this many pixels. The default is the coarsest stride; a large one
+            (224 for 800 x 1333) leaves a handful of shapes for `model.compile`, at the price of padding.
         repeat_threshold: show images of classes rarer than this fraction of images more often; 0 is off.
         with_difficult: train on objects marked difficult too.
         keep_empty: train on images without objects too. Evaluation always has them.
@@ -146,6 +149,7 @@ class DetectionDataModule(L.LightningDataModule):
         mosaic: float = 0.0,
         copy_paste: float = 0.0,
         group_by_aspect: bool = True,
+        size_divisible: int = 32,
         repeat_threshold: float = 0.0,
         with_difficult: bool = False,
         keep_empty: bool = True,
@@ -161,6 +165,8 @@ class DetectionDataModule(L.LightningDataModule):
         sizes = [min_size] if isinstance(min_size, int) else min_size
         if batch_size < 1 or max_size < 1 or not sizes or min(sizes) < 1:
             raise ValueError(f"batch_size {batch_size}, min_size {min_size} and max_size {max_size} must be positive")
+        if size_divisible < 32 or size_divisible % 32:
+            raise ValueError(f"size_divisible {size_divisible} must be a multiple of 32, the coarsest stride")
         if proposals and (mosaic or masks):
             raise ValueError("proposals go with neither mosaics nor masks: leave `mosaic` and `masks` out")
         # Plain values, as a checkpoint and the command line have them, stand in for the part itself.
@@ -318,7 +324,8 @@ class DetectionDataModule(L.LightningDataModule):
 
     def _loading(self) -> dict[str, Any]:
         workers = self.hparams["num_workers"]
-        options = {"num_workers": workers, "collate_fn": collate, "pin_memory": torch.cuda.is_available()}
+        stack = partial(collate, divisor=self.hparams["size_divisible"])
+        options: dict[str, Any] = {"num_workers": workers, "collate_fn": stack, "pin_memory": torch.cuda.is_available()}
         # Seeds come with the keys; from torch's own generator a loader would take a number that a resumed run lacks.
         options["generator"] = torch.Generator()
         if workers:

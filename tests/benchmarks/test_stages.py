@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -19,6 +20,20 @@ def test_a_stage_inside_another_counts_for_itself_alone() -> None:
         inner()
     assert watch.seconds["inner"] >= 0.05
     assert 0.02 <= watch.seconds["outer"] < watch.seconds["inner"]
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel's high-water mark is Linux's")
+def test_the_peak_of_a_stage_is_its_own() -> None:
+    watch = Stopwatch("cpu")
+    with watch.stage("before"):
+        pass
+    with watch.stage("large"):
+        block = torch.ones(64, 2**20)  # 256 MiB, and gone with the stage
+        del block
+    with watch.stage("after"):
+        pass
+    assert watch.peak["large"] - watch.peak["after"] > 200
+    assert watch.peak["large"] - watch.peak["before"] > 200
 
 
 @pytest.mark.slow

@@ -55,6 +55,19 @@ def test_scenes_by_default(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(side % 32 == 0 for side in batch.images.shape[2:]) and int(batch.image_sizes.min(1).values.max()) == 160
 
 
+def test_a_large_divisor_leaves_few_shapes(cache: Path) -> None:
+    shapes = {
+        size_divisible: {
+            tuple(batch.images.shape[2:])
+            for batch in drawn(cache, size_divisible=size_divisible, min_size=[96, 128, 160]).train_dataloader()
+        }
+        for size_divisible in (32, 160)
+    }
+    assert shapes[160] <= {(160, 160), (160, 320), (320, 160)} and len(shapes[32] - shapes[160]) > 1
+    with pytest.raises(ValueError, match="size_divisible 50 must be a multiple of 32"):
+        drawn(cache, size_divisible=50)
+
+
 def test_evaluation_sees_every_image_once(cache: Path) -> None:
     data = drawn(cache)
     data.setup("test")
