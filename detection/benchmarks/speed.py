@@ -97,7 +97,7 @@ def contenders(
     torch.manual_seed(0)
     theirs, ours = (model.to(device) for model in _build(network, size, classes))
     images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, device=device)
-    boxes, labels = _objects(batch_size, size, device, objects)
+    boxes, labels = _objects(batch_size, size, device, objects, classes)
     sizes = torch.tensor([[size, size]] * batch_size, device=device)
     batch = Batch(images, sizes, *pad_objects(list(boxes), list(labels)), original_sizes=sizes)
     floats = list(images.float() / 255)
@@ -188,8 +188,8 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _objects(batch_size: int, size: int, device: str, count: int) -> tuple[Tensor, Tensor]:
+def _objects(batch_size: int, size: int, device: str, count: int, classes: int) -> tuple[Tensor, Tensor]:
     corner = torch.rand(batch_size, count, 2, device=device) * size * 0.8
     extent = 8 + torch.rand(batch_size, count, 2, device=device) ** 2 * size * 0.5
     boxes = torch.cat((corner, (corner + extent).clamp(max=size)), dim=-1)
-    return boxes, torch.randint(1, 91, (batch_size, count), device=device)
+    return boxes, torch.randint(1, classes, (batch_size, count), device=device)

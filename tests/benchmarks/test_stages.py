@@ -57,3 +57,9 @@ def test_the_two_that_are_timed_find_the_same() -> None:
         # One by one up to ties: each box of ours is one of theirs.
         distance = (ours["boxes"][:, None] - theirs["boxes"]).abs().amax(dim=-1).amin(dim=1)
         assert distance.max() < 1e-2
+
+
+@pytest.mark.slow
+def test_few_classes_and_many_boxes_can_be_timed() -> None:
+    for step in contenders("train", "efficientnet_lite0", 64, 1, False, "cpu", objects=30, classes=2).values():
+        step()

@@ -156,7 +156,7 @@ def test_open_files_soft(tmp_path: Path, record_property: Record) -> None:
         raise RunError(f"the limit is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}")
 
     said = answer(question, lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard)))
-    record_property("happened", said)
+    record_property("happened", said.removeprefix("RunError: "))
     assert said == "RunError: the limit is 256"
 
 
