@@ -108,3 +108,22 @@ def test_a_network_without_frozen_norms_is_left_alone() -> None:
     fold_frozen_norms(network)
     assert [type(m) for m in network] == [nn.Conv2d, nn.BatchNorm2d]
     assert norms.group_norm(48).num_groups == 16
+
+
+def test_the_gradients_of_depthwise_convolutions_are_exact_under_autocast() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 5, 2, 2, groups=8, bias=False), FrozenBatchNorm2d(8))
+    fold_frozen_norms(network)
+    folded = network[1]
+    assert isinstance(folded, FoldedConv2d)
+    x = torch.randn(2, 8, 15, 17).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        given = folded(x)
+    assert given.dtype == torch.bfloat16
+    twin = x.detach().float().requires_grad_()
+    wanted = nn.functional.conv2d(twin, *folded.folded(), 2, 2, 1, 8)
+    slope = torch.randn_like(given)
+    pairs = ((given, x), (wanted, twin))
+    grads = [torch.autograd.grad(y, (i, folded.weight), slope.to(y.dtype)) for y, i in pairs]
+    torch.testing.assert_close(grads[0][1], grads[1][1], rtol=1e-5, atol=1e-5)  # 1e-2 apart where bfloat16 sums
+    torch.testing.assert_close(grads[0][0], grads[1][0].bfloat16())
