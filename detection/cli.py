@@ -223,7 +223,8 @@ class FitCLI(LightningCLI):
         if _rank() == 0 and not self.config.trainer.fast_dev_run:
             slots = 2 if self.model.optimizer_name == "adamw" else 1
             check_start(self.folder, self.model, slots, 2 * self.datamodule.hparams["num_workers"])
-            (self.folder / "README.md").write_text(RUN_README.format(folder=self.folder.as_posix()))
+            readme = RUN_README + (CHECKPOINT_README if self.config.trainer.enable_checkpointing is not False else "")
+            (self.folder / "README.md").write_text(readme.format(folder=self.folder.as_posix()))
             if not self.checkpoint:  # figures of a run that ended before its first checkpoint, and begins again
                 (self.folder / "metrics.csv").unlink(missing_ok=True)
         parameters = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
@@ -234,7 +235,8 @@ class FitCLI(LightningCLI):
 
 
 RUN_README = """A training run: `config.yaml` repeats it; curves: `metrics.csv`, `plots`; pictures: `predictions.jpg`.
-
+"""
+CHECKPOINT_README = """
 Go on with it:   python scripts/fit.py --resume {folder}    (stopped by a signal: exit code 75)
 Evaluate it:     python scripts/evaluate.py --ckpt {folder}/best.ckpt
 Detect with it:  python scripts/predict.py --ckpt {folder}/best.ckpt --source IMAGES

@@ -94,6 +94,14 @@ def test_run_folder_holds_what_it_should(run: tuple[FitCLI, Path]) -> None:
     assert f'Detector.from_checkpoint("{run[1]}/best.ckpt")' in readme
 
 
+def test_a_run_without_checkpoints_does_not_speak_of_them(data: Path, tmp_path: Path) -> None:
+    flags = ["--trainer.max_steps", "1", "--trainer.enable_checkpointing", "false", "--output", str(tmp_path)]
+    FitCLI([*flags, *SMALL, *coco_flags(data)]).fit()
+    (folder,) = (tmp_path / "quickstart").iterdir()
+    assert not list(folder.glob("*.ckpt"))
+    assert "config.yaml" in (folder / "README.md").read_text() and ".ckpt" not in (folder / "README.md").read_text()
+
+
 def test_map_is_logged_each_epoch_and_best_is_the_largest(run: tuple[FitCLI, Path]) -> None:
     rows = [row for row in read_metrics(run[1]) if row["val/map"]]
     assert [int(row["epoch"]) for row in rows] == [0, 1]
