@@ -58,7 +58,8 @@ class FoldedConv2d(nn.Conv2d):
         if self.pads_same:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
         geometry: Any = self.stride, self.padding, self.dilation, self.groups
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.groups > 1 and torch.is_grad_enabled():
+        slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.groups == self.in_channels
+        if slow and torch.is_grad_enabled():
             # There the gradients of depthwise convolutions take 2 to 50 times as long in bfloat16 as in float32.
             with torch.autocast("cpu", enabled=False):
                 return F.conv2d(x.float(), *self.folded(), *geometry).to(x.dtype)
