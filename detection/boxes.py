@@ -29,13 +29,14 @@ def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
     Leading dimensions broadcast. Two boxes without area have IoU 0 (not NaN).
     """
-    a, b = boxes1.float().unsqueeze(-2), boxes2.float().unsqueeze(-3)
-    # Coordinate by coordinate: a trailing dimension of 2 would cost a third more memory and defeat vectorisation.
-    width = (torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0])).clamp_(min=0)
-    height = (torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1])).clamp_(min=0)
+    # Coordinate by coordinate, each without gaps: a trailing dimension would defeat vectorisation.
+    ax1, ay1, ax2, ay2 = boxes1.float().movedim(-1, 0).contiguous()[..., :, None]
+    bx1, by1, bx2, by2 = boxes2.float().movedim(-1, 0).contiguous()[..., None, :]
+    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp_(min=0)
+    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp_(min=0)
     intersection = width.mul_(height)
-    union = (box_area(a) + box_area(b)).sub_(intersection).clamp_(min=torch.finfo(torch.float32).tiny)
-    return intersection.div_(union)
+    areas = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1)
+    return intersection.div_(areas.sub_(intersection).clamp_(min=torch.finfo(torch.float32).tiny))
 
 
 def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ def box_loss(deltas: Tensor, gt_deltas: Tensor, foreground: Tensor, valid: Tenso
     Args:
         deltas: `(R, 4)` predicted.
         gt_deltas: `(R, 4)` wanted; rows that are not foreground may hold anything, NaN included.
-        foreground, valid: `(R,)` bool.
+        foreground: `(R,)` bool.
+        valid: bool, for the normaliser; it may have more rows than R, none of them foreground.
         beta: where the quadratic part ends; 0 is plain L1. 1/9 (from Detectron) is worth 1.2 AP over 1.0.
     """
     wanted = torch.where(foreground[:, None], gt_deltas, 0.0)

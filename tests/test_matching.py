@@ -113,7 +113,7 @@ def test_blocks_match_as_the_whole(monkeypatch: pytest.MonkeyPatch, low_quality:
     matcher = Matcher(0.7, 0.3, low_quality)
     whole = matcher.match(gt, valid, anchors), matcher.match(gt, valid, anchors.expand(3, -1, -1))
     assert not low_quality or any(peaks_are_shared(gt[i][valid[i]], anchors) for i in range(3))
-    monkeypatch.setattr(matching, "MAX_IOU_ELEMENTS", limit)
+    monkeypatch.setattr(matching, "MAX_CACHED_ELEMENTS", limit)
     assert torch.equal(matcher.match(gt, valid, anchors), whole[0])
     assert torch.equal(matcher.match(gt, valid, anchors.expand(3, -1, -1)), whole[1])
 
@@ -138,7 +138,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_a_crowded_image_stays_within_the_memory_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matching, "MAX_IOU_ELEMENTS", 2**21)
+    monkeypatch.setattr(matching, "MAX_CACHED_ELEMENTS", 2**21)
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand((1, 2000, 2), generator=generator) * 600
     gt = torch.cat((corner, corner + 5 + torch.rand((1, 2000, 2), generator=generator) * 40), dim=-1)
@@ -153,6 +153,7 @@ def test_a_crowded_image_stays_within_the_memory_bound(monkeypatch: pytest.Monke
 
 
 def test_the_default_bound_covers_a_crowded_image_of_full_size() -> None:
+    assert matching.MAX_CACHED_ELEMENTS < matching.MAX_IOU_ELEMENTS
     assert matching.MAX_IOU_ELEMENTS * 4 <= 2**27 < 2000 * 268_569 * 4
 
 

@@ -109,6 +109,39 @@ def test_only_the_true_class_refines_its_box() -> None:
     assert rows[2] > 0 and not rows[[0, 1, 3]].any()
 
 
+@pytest.mark.parametrize("class_agnostic", [False, True])
+def test_deltas_of_the_true_class_alone_are_trained_as_with_all_others(class_agnostic: bool) -> None:
+    class Plain(FastRCNNPredictor):
+        """Deltas of all classes, as torchvision's predictor gives them."""
+
+        def forward(self, features: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return super().forward(features)
+
+    batch = make_batch([[[5.0, 5, 25, 30], [10, 12, 40, 44]], [[30.0, 30, 60, 60]]], [[2, 1], [3]])
+    found = []
+    for predictor in (FastRCNNPredictor, Plain):
+        heads = make_heads(batch_size_per_image=16)
+        torch.manual_seed(3)
+        heads.box_predictor = predictor(16, 4, class_agnostic)
+        losses = losses_of(heads, batch)
+        torch.stack(list(losses.values())).sum().backward()
+        found.append([*losses.values(), *(parameter.grad for parameter in heads.parameters())])
+    assert found[0][1] > 0
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_predictor_of_torchvision_trains_in_place_of_ours() -> None:
+    heads = make_heads()
+    batch = make_batch([[[5.0, 5, 25, 30]], []], [[2], []])
+    theirs = ReferencePredictor(16, 4)
+    theirs.load_state_dict(heads.box_predictor.state_dict())
+    torch.manual_seed(0)
+    expected = losses_of(heads, batch)
+    heads.box_predictor = theirs
+    torch.manual_seed(0)
+    torch.testing.assert_close(losses_of(heads, batch), expected)
+
+
 BOXES = torch.tensor([[10.0, 10, 30, 30], [11, 10, 31, 30], [60, 20, 90, 60]])
 
 
