@@ -181,10 +181,12 @@ class RoIHeads(MaskBranch):
         if gradient_share != 1.0:
             pooled = gradient_share * pooled + (1 - gradient_share) * pooled.detach()
         rows = self.box_head(pooled)
-        chooses = labels is not None and isinstance(self.box_predictor, FastRCNNPredictor)
-        logits, deltas = self.box_predictor(rows, labels) if chooses else self.box_predictor(rows)
-        regions = len(boxes), len(deltas) // max(1, len(boxes))
-        return logits.unflatten(0, boxes.shape[:2]), deltas.unflatten(0, regions).unflatten(-1, (-1, 4))
+        predictor, regions = self.box_predictor, boxes.shape[:2]
+        if labels is not None and isinstance(predictor, FastRCNNPredictor) and not predictor.class_agnostic:
+            logits, deltas = predictor(rows, labels)
+            return logits.unflatten(0, regions), deltas.unflatten(0, labels.shape).unflatten(-1, (-1, 4))
+        logits, deltas = predictor(rows)
+        return logits.unflatten(0, regions), deltas.unflatten(0, regions).unflatten(-1, (-1, 4))
 
     @torch.no_grad()
     def sample(self, proposals: Proposals, batch: Batch) -> RoISample:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor as ReferencePredictor
 
@@ -111,11 +112,15 @@ def test_only_the_true_class_refines_its_box() -> None:
 
 @pytest.mark.parametrize("class_agnostic", [False, True])
 def test_deltas_of_the_true_class_alone_are_trained_as_with_all_others(class_agnostic: bool) -> None:
-    class Plain(FastRCNNPredictor):
+    class Plain(nn.Module):
         """Deltas of all classes, as torchvision's predictor gives them."""
 
-        def forward(self, features: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            return super().forward(features)
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__()
+            self.predictor = FastRCNNPredictor(*arguments)
+
+        def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+            return self.predictor(features)
 
     batch = make_batch([[[5.0, 5, 25, 30], [10, 12, 40, 44]], [[30.0, 30, 60, 60]]], [[2, 1], [3]])
     found = []
