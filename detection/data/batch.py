@@ -107,6 +107,11 @@ class Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: convert(v) for name, v in values.items() if isinstance(v, Tensor)})
 
+    def singles(self) -> list[Batch]:
+        """Each image as a batch of its own, on the same memory and with the same padding."""
+        rows = [slice(i, i + 1) for i in range(len(self))]
+        return [replace(self._map(lambda t, row=row: t[row]), targets=self.targets[row]) for row in rows]
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The batch with its tensors on `device`; Lightning calls this to move a batch."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -117,7 +117,11 @@ def test_validation_gives_losses_and_detections_at_once_and_changes_no_statistic
         alone, nothing = model.run(make_batch(), with_losses=True, with_detections=False)
         none, same = model.run(make_batch(), with_losses=False, with_detections=True)
     assert nothing == [] and none == {} and losses == alone and sorted(losses) == sorted(LOSSES)
-    assert all(torch.equal(a[name], b[name]) for a, b in zip(detections, same, strict=True) for name in a)
+    # Without losses the images go through one after the other, which rounds differently.
+    for a, b in zip(detections, same, strict=True):
+        assert torch.equal(a["labels"], b["labels"])
+        torch.testing.assert_close(a["boxes"], b["boxes"], rtol=0, atol=1e-3)
+        torch.testing.assert_close(a["scores"], b["scores"], rtol=0, atol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -6,6 +6,7 @@ not of 64, where the strides that torchvision infers are wrong, so ours are told
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -57,11 +58,11 @@ class Trace:
 @torch.no_grad()
 def trace(model: nn.Module, sample: Sample) -> Trace:
     """Run one of either project's detectors; statistics of normalisation stay fixed for the losses too."""
-    seen: dict[str, Any] = {}
+    seen: dict[str, list[Any]] = defaultdict(list)  # ours looks at one image after the other
     rpn = model.rpn
     parts = {"features": model.backbone, "head": rpn.head, "anchors": rpn.anchor_generator, "proposals": rpn}
     handles = [
-        module.register_forward_hook(lambda _module, _inputs, output, name=name: seen.update({name: output}))
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: seen[name].append(output))
         for name, module in parts.items()
     ]
     detections = model.eval()(sample[0])
@@ -72,15 +73,18 @@ def trace(model: nn.Module, sample: Sample) -> Trace:
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     losses = model(*sample)
-    objectness, deltas = seen["head"]
-    proposals, anchors = seen["proposals"][0], seen["anchors"]
+    objectness, deltas = (
+        [torch.cat(level) for level in zip(*maps, strict=True)] for maps in zip(*seen["head"], strict=True)
+    )
+    proposals, anchors = seen["proposals"][0][0], seen["anchors"][0]
     if isinstance(model, FasterRCNN):
-        proposals = [boxes[valid] for boxes, valid in zip(proposals.boxes, proposals.valid, strict=True)]
+        found = [p for p, _ in seen["proposals"]]
+        proposals = [boxes[valid] for p in found for boxes, valid in zip(p.boxes, p.valid, strict=True)]
         anchors = [torch.cat(anchors)]
     else:
         objectness = [by_anchor(level, 1)[..., 0] for level in objectness]
         deltas = [by_anchor(level, 4) for level in deltas]
-    features = list(seen["features"].values())
+    features = [torch.cat(level) for level in zip(*(maps.values() for maps in seen["features"]), strict=True)]
     return Trace(features, objectness, deltas, anchors[0], proposals, detections, losses)
 
 
