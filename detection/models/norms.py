@@ -124,7 +124,10 @@ def fold_frozen_norms(network: nn.Module) -> None:
 
 
 def fold_for_good(network: nn.Module) -> None:
-    """Make plain convolutions of the folded ones, for inference: their weights can no longer train or be exchanged."""
+    """Make plain convolutions of the folded ones, for inference: their weights can no longer train or be exchanged.
+
+    What timm joins to the normalisation, an activation, moves right behind the convolution.
+    """
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, FoldedConv2d):
@@ -134,7 +137,8 @@ def fold_for_good(network: nn.Module) -> None:
                 kind = Conv2dSame if child.pads_same else nn.Conv2d
                 conv: nn.Conv2d = kind(child.in_channels, child.out_channels, *geometry)
                 conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
-                setattr(parent, name, conv)
+                after, child.norm[0].after = child.norm[0].after, nn.Identity()
+                setattr(parent, name, nn.Sequential(conv, *after) if isinstance(after, nn.Sequential) else conv)
 
 
 def freeze_norms(network: nn.Module) -> nn.Module:

@@ -1,7 +1,8 @@
 """Convolutions and matrix products for inference on a CPU: their weights are cast and laid out for the kernel once.
 
 PyTorch does both in every call. With one small image that takes longer than the arithmetic of the last stages, and in
-bfloat16, which autocast makes from float32 each time, than most of the network's.
+bfloat16, which autocast makes from float32 each time, than most of the network's. The kernel of a convolution also
+carries out the activation behind it and, in a residual block, the sum, each of which is a pass over memory otherwise.
 """
 
 from __future__ import annotations
@@ -11,8 +12,18 @@ from typing import Any
 import torch
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from detection.models.backbones import Trunk
+from detection.models.norms import FoldedNorm
 
 PLAIN = (nn.Conv2d, Conv2dSame)
+# The kernels' names of activations, and their arguments.
+ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
+    nn.Identity: ("none", []),
+    nn.ReLU: ("relu", []),
+    nn.ReLU6: ("hardtanh", [0.0, 6.0]),
+}
 
 
 def pack(network: nn.Module) -> None:
@@ -23,6 +34,35 @@ def pack(network: nn.Module) -> None:
                 setattr(parent, name, PackedConv2d(child))
             elif type(child) is nn.Linear:
                 setattr(parent, name, PackedLinear(child))
+    for parent in list(network.modules()):
+        if isinstance(parent, nn.Sequential | Trunk):
+            _join_activations(parent)
+        for name, child in list(parent.named_children()):
+            if type(child) in (BasicBlock, Bottleneck) and _only_convolves(child):
+                setattr(parent, name, PackedBlock(child))
+
+
+def _join_activations(layers: nn.Module) -> None:
+    """Let the convolutions among layers that run one after the other carry out the activations behind them."""
+    conv: PackedConv2d | None = None
+    for name, layer in list(layers.named_children()):
+        if isinstance(layer, PackedConv2d):
+            conv = layer
+        elif conv is not None and type(layer) in ACTIVATIONS and not _does_nothing(layer):
+            conv.activation, conv = layer, None
+            setattr(layers, name, nn.Identity())
+        elif not _does_nothing(layer):
+            conv = None
+
+
+def _does_nothing(layer: nn.Module) -> bool:
+    return type(layer.after if isinstance(layer, FoldedNorm) else layer) is nn.Identity
+
+
+def _only_convolves(block: nn.Module) -> bool:
+    """Whether the normalisation of a residual block is folded into its convolutions."""
+    norms = (layer for name, layer in block.named_children() if name.startswith("bn"))
+    return all(map(_does_nothing, norms))
 
 
 class Packing:
@@ -66,28 +106,60 @@ class Packing:
 
 
 class PackedConv2d(Packing, nn.Conv2d):
-    """`nn.Conv2d` for inference."""
+    """`nn.Conv2d` for inference, and the activation behind it."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         geometry: dict[str, Any] = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
         size: Any = conv.kernel_size
         nn.Conv2d.__init__(self, conv.in_channels, conv.out_channels, size, **geometry, bias=False, device="meta")
         self.pads_same = isinstance(conv, Conv2dSame)  # TensorFlow's padding, which depends on the input's size
+        self.activation: nn.Module = nn.Identity()
         self.take(conv)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, h, w)` -> `(B, C', h', w')`."""
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """`(B, C, h, w)` -> `(B, C', h', w')`, activated once `other` is added."""
         if self.pads_same:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
         cast = self.cast(x)
         if cast is None:
-            return nn.Conv2d.forward(self, x)
+            y = nn.Conv2d.forward(self, x)
+            return self.activation(y if other is None else y + other)
         geometry = self.padding, self.stride, self.dilation, self.groups
-        return torch.ops.mkldnn._convolution_pointwise(cast, *self.weights(cast), *geometry, "none", [], "")
+        name, values = ACTIVATIONS[type(self.activation)]
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        if other is None:
+            return convolve(cast, *self.weights(cast), *geometry, name, values, "")
+        rectifies = name == "relu"  # no other activation comes with the sum
+        after: Any = ("add", 1.0, "relu" if rectifies else None, [], None)
+        y = convolve.binary(cast, other.to(cast.dtype), *self.weights(cast), *geometry, *after)
+        return y if rectifies else self.activation(y)
 
     def lay_out(self, weight: Tensor, shape: list[int]) -> Tensor:
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
         return reorder(weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, shape)
+
+
+class PackedBlock(nn.Module):
+    """A residual block of torchvision's ResNets for inference, whose packed convolutions do all but the shortcut.
+
+    Args:
+        block: with its normalisation folded into its convolutions.
+    """
+
+    def __init__(self, block: BasicBlock | Bottleneck) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(*(m for name, m in block.named_children() if name.startswith("conv")))
+        self.downsample = block.downsample or nn.Identity()
+        for conv in self.convs:
+            conv.activation = block.relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, h, w)` -> `(B, C', h', w')`."""
+        shortcut = self.downsample(x)
+        *first, last = self.convs
+        for conv in first:
+            x = conv(x)
+        return last(x, shortcut)
 
 
 class PackedLinear(Packing, nn.Linear):

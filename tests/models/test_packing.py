@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from detection import (
     fasterrcnn_efficientnet_lite0_fpn,
     maskrcnn_efficientnet_lite0_fpn,
 )
-from detection.models.packing import PackedConv2d, PackedLinear, pack
+from detection.models.packing import PackedBlock, PackedConv2d, PackedLinear, pack
 
 SIZES = [(96, 128), (80, 72)]
 
@@ -60,6 +61,62 @@ def test_a_packed_convolution_is_the_plain_one(layer: nn.Conv2d, half: bool) -> 
             wanted, given = layer(x), packed(x)
         assert given.dtype == wanted.dtype == (torch.bfloat16 if half else torch.float32)
         torch.testing.assert_close(given, wanted)
+
+
+def half_precision(enabled: bool) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("activation", [nn.Identity(), nn.ReLU(), nn.ReLU6()])
+def test_a_packed_convolution_carries_out_sum_and_activation(activation: nn.Module, half: bool) -> None:
+    layer, x, other = nn.Conv2d(8, 16, 3, padding=1), 9 * torch.randn(2, 8, 9, 7), torch.randn(2, 16, 9, 7)
+    packed = nn.Sequential(copy.deepcopy(layer), nn.Identity(), activation)
+    pack(packed)
+    assert type(packed[0].activation) is type(activation) and type(packed[2]) is nn.Identity
+    for gradients in (True, False):  # without them, the kernel
+        with torch.set_grad_enabled(gradients), half_precision(half):
+            plain = layer(x)
+            for wanted, given in (
+                (activation(plain), packed(x)),
+                (activation(plain + other.to(plain.dtype)), packed[0](x, other.to(plain.dtype))),
+            ):
+                # The kernel rounds to bfloat16 after the sum alone.
+                torch.testing.assert_close(given, wanted, rtol=1e-2 if half else 1e-5, atol=0.04 if half else 1e-5)
+
+
+def test_only_the_activation_of_a_convolution_moves_into_it() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.SiLU(), nn.ReLU())
+    pack(layers)
+    kinds = [type(layer) for layer in layers]
+    assert kinds == [PackedConv2d, nn.BatchNorm2d, nn.ReLU, PackedConv2d, nn.SiLU, nn.ReLU]
+    assert all(type(layers[i].activation) is nn.Identity for i in (0, 3))
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_packed_block_is_torchvisions(kind: type[nn.Module], stride: int, half: bool) -> None:
+    torch.manual_seed(0)
+    inner, outer = 8, 8 * kind.expansion
+    shortcut = nn.Conv2d(outer, outer, 1, stride) if stride > 1 else None
+    block = kind(outer, inner, stride, shortcut, norm_layer=lambda _: nn.Identity()).eval()
+    network = nn.Sequential(copy.deepcopy(block))
+    pack(network)
+    assert type(network[0]) is PackedBlock
+    x = torch.randn(2, outer, 14, 10)
+    with torch.no_grad(), half_precision(half):
+        torch.testing.assert_close(network(x), block(x), rtol=1e-2 if half else 1e-5, atol=0.02 if half else 1e-5)
+
+
+def test_a_block_that_still_normalises_stays() -> None:
+    network = nn.Sequential(BasicBlock(8, 8)).eval()
+    x = torch.randn(1, 8, 6, 6)
+    with torch.no_grad():
+        wanted = network(x)
+        pack(network)
+        assert type(network[0]) is BasicBlock
+        torch.testing.assert_close(network(x), wanted)
 
 
 def test_what_has_no_kernel_is_computed_as_ever() -> None:
