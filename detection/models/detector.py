@@ -88,8 +88,9 @@ class FasterRCNN(nn.Module):
 
         Masks are still small here: `(D, m, m)` probabilities inside each box, which `paste_masks` lays on the image.
         """
-        plain = not (with_losses or self.training or self.backbone._compiled_call_impl)  # graphs are made for batches
-        if batch.images.device.type == "cpu" and len(batch) > 1 and plain:
+        detects = with_detections and not with_losses and not self.training
+        compiled = self.backbone._compiled_call_impl is not None  # its graphs are made for batches
+        if detects and not compiled and len(batch) > 1 and batch.images.device.type == "cpu":
             # There images share nothing but the memory, and maps that outgrow the cache cost more than they spare.
             return {}, [self.run(single, with_losses, with_detections)[1][0] for single in batch.singles()]
         features = list(self.backbone(self.transform.normalise(batch.images, batch.image_sizes)).values())
