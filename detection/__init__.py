@@ -1,113 +1,110 @@
-"""Faster R-CNN and its family from their parts, trained with Lightning."""
+"""Faster R-CNN and its family from their parts, trained with Lightning.
 
-from detection.anchors import AnchorGenerator
-from detection.boxes import BoxCoder
-from detection.data.batch import Batch, Target
-from detection.data.datamodule import DetectionDataModule
-from detection.data.proposals import ProposalFiles, SearchedProposals
-from detection.inference import Detections, Detector, Tiles
-from detection.interop import detector_for_classes, load_detector, save_detector
-from detection.losses import CIoULoss, GIoULoss
-from detection.matching import BalancedSampler, Matcher
-from detection.models.backbones import Backbone
-from detection.models.cascade import CascadeRoIHeads
-from detection.models.compose import cascade_rcnn, faster_rcnn, mask_rcnn
-from detection.models.detector import FasterRCNN
-from detection.models.family import (
-    fast_rcnn,
-    fasterrcnn_resnet_c4,
-    fasterrcnn_resnet_dc5,
-    fastrcnn_efficientnet_lite0_fpn,
-    fastrcnn_resnet_fpn,
-    rcnn_efficientnet_lite0,
-    rcnn_resnet,
-)
-from detection.models.fpn import FeaturePyramidNetwork
-from detection.models.masks import MaskHead, MaskPredictor
-from detection.models.pooling import RoIPool, RoIPooler
-from detection.models.proposals import GivenProposals
-from detection.models.rcnn import RegionWarp
-from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor, RoIHeads, TwoFCHead
-from detection.models.rpn import RegionProposalNetwork, RPNHead
-from detection.models.tta import TestTimeAugmentation
-from detection.models.zoo import (
-    cascadercnn_efficientnet_lite0_fpn,
-    cascadercnn_resnet50_fpn,
-    create_faster_rcnn,
-    fasterrcnn_efficientnet_lite0_fpn,
-    fasterrcnn_mobilenet_v3_large_320_fpn,
-    fasterrcnn_mobilenet_v3_large_fpn,
-    fasterrcnn_resnet50_fpn,
-    fasterrcnn_resnet50_fpn_v2,
-    fasterrcnn_resnet101_fpn,
-    fasterrcnn_resnet_fpn,
-    fasterrcnn_timm_fpn,
-    maskrcnn_efficientnet_lite0_fpn,
-    maskrcnn_resnet50_fpn,
-    maskrcnn_resnet50_fpn_v2,
-)
-from detection.module import DetectionModule
-from detection.selective_search import SelectiveSearch
+The public names below are imported from their modules when they are first asked for, so that `import detection` is
+quick and needs neither Lightning nor anything else of training.
+"""
 
-__all__ = [
-    "AnchorGenerator",
-    "Backbone",
-    "BalancedSampler",
-    "Batch",
-    "BoxCoder",
-    "CIoULoss",
-    "CascadeRoIHeads",
-    "ConvFCHead",
-    "DetectionDataModule",
-    "DetectionModule",
-    "Detections",
-    "Detector",
-    "FastRCNNPredictor",
-    "FasterRCNN",
-    "FeaturePyramidNetwork",
-    "GIoULoss",
-    "GivenProposals",
-    "MaskHead",
-    "MaskPredictor",
-    "Matcher",
-    "ProposalFiles",
-    "RPNHead",
-    "RegionProposalNetwork",
-    "RegionWarp",
-    "RoIHeads",
-    "RoIPool",
-    "RoIPooler",
-    "SearchedProposals",
-    "SelectiveSearch",
-    "Target",
-    "TestTimeAugmentation",
-    "Tiles",
-    "TwoFCHead",
-    "cascade_rcnn",
-    "cascadercnn_efficientnet_lite0_fpn",
-    "cascadercnn_resnet50_fpn",
-    "create_faster_rcnn",
-    "detector_for_classes",
-    "fast_rcnn",
-    "faster_rcnn",
-    "fasterrcnn_efficientnet_lite0_fpn",
-    "fasterrcnn_mobilenet_v3_large_320_fpn",
-    "fasterrcnn_mobilenet_v3_large_fpn",
-    "fasterrcnn_resnet101_fpn",
-    "fasterrcnn_resnet50_fpn",
-    "fasterrcnn_resnet50_fpn_v2",
-    "fasterrcnn_resnet_c4",
-    "fasterrcnn_resnet_dc5",
-    "fasterrcnn_resnet_fpn",
-    "fasterrcnn_timm_fpn",
-    "fastrcnn_efficientnet_lite0_fpn",
-    "fastrcnn_resnet_fpn",
-    "load_detector",
-    "mask_rcnn",
-    "maskrcnn_efficientnet_lite0_fpn",
-    "maskrcnn_resnet50_fpn",
-    "maskrcnn_resnet50_fpn_v2",
-    "rcnn_efficientnet_lite0",
-    "rcnn_resnet",
-    "save_detector",
-]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from detection.anchors import AnchorGenerator
+    from detection.batch import Batch, Target
+    from detection.boxes import BoxCoder
+    from detection.data.datamodule import DetectionDataModule
+    from detection.data.proposals import ProposalFiles, SearchedProposals
+    from detection.inference import Detections, Detector, Tiles
+    from detection.interop import detector_for_classes, load_detector, save_detector
+    from detection.losses import CIoULoss, GIoULoss
+    from detection.matching import BalancedSampler, Matcher
+    from detection.models.backbones import Backbone
+    from detection.models.cascade import CascadeRoIHeads
+    from detection.models.compose import cascade_rcnn, faster_rcnn, mask_rcnn
+    from detection.models.masks import MaskHead, MaskPredictor
+    from detection.models.pooling import RoIPool, RoIPooler
+    from detection.models.precomputed import GivenProposals
+    from detection.models.pyramid import FeaturePyramidNetwork
+    from detection.models.rcnn import RegionWarp
+    from detection.models.relatives import (
+        fast_rcnn,
+        fasterrcnn_resnet_c4,
+        fasterrcnn_resnet_dc5,
+        fastrcnn_efficientnet_lite0_fpn,
+        fastrcnn_resnet_fpn,
+        rcnn_efficientnet_lite0,
+        rcnn_resnet,
+    )
+    from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor, RoIHeads, TwoFCHead
+    from detection.models.rpn import RegionProposalNetwork, RPNHead
+    from detection.models.tta import TestTimeAugmentation
+    from detection.models.two_stage import FasterRCNN
+    from detection.models.zoo import (
+        cascadercnn_efficientnet_lite0_fpn,
+        cascadercnn_resnet50_fpn,
+        create_faster_rcnn,
+        fasterrcnn_efficientnet_lite0_fpn,
+        fasterrcnn_mobilenet_v3_large_320_fpn,
+        fasterrcnn_mobilenet_v3_large_fpn,
+        fasterrcnn_resnet50_fpn,
+        fasterrcnn_resnet50_fpn_v2,
+        fasterrcnn_resnet101_fpn,
+        fasterrcnn_resnet_fpn,
+        fasterrcnn_timm_fpn,
+        maskrcnn_efficientnet_lite0_fpn,
+        maskrcnn_resnet50_fpn,
+        maskrcnn_resnet50_fpn_v2,
+    )
+    from detection.selective_search import SelectiveSearch
+    from detection.training.module import DetectionModule
+
+_HOMES = {
+    "anchors": "AnchorGenerator",
+    "batch": "Batch Target",
+    "boxes": "BoxCoder",
+    "data.datamodule": "DetectionDataModule",
+    "data.proposals": "ProposalFiles SearchedProposals",
+    "inference": "Detections Detector Tiles",
+    "interop": "detector_for_classes load_detector save_detector",
+    "losses": "CIoULoss GIoULoss",
+    "matching": "BalancedSampler Matcher",
+    "models.backbones": "Backbone",
+    "models.cascade": "CascadeRoIHeads",
+    "models.compose": "cascade_rcnn faster_rcnn mask_rcnn",
+    "models.masks": "MaskHead MaskPredictor",
+    "models.pooling": "RoIPool RoIPooler",
+    "models.precomputed": "GivenProposals",
+    "models.pyramid": "FeaturePyramidNetwork",
+    "models.rcnn": "RegionWarp",
+    "models.relatives": (
+        "fast_rcnn fasterrcnn_resnet_c4 fasterrcnn_resnet_dc5 fastrcnn_efficientnet_lite0_fpn "
+        "fastrcnn_resnet_fpn rcnn_efficientnet_lite0 rcnn_resnet"
+    ),
+    "models.roi_heads": "ConvFCHead FastRCNNPredictor RoIHeads TwoFCHead",
+    "models.rpn": "RPNHead RegionProposalNetwork",
+    "models.tta": "TestTimeAugmentation",
+    "models.two_stage": "FasterRCNN",
+    "models.zoo": (
+        "cascadercnn_efficientnet_lite0_fpn cascadercnn_resnet50_fpn create_faster_rcnn "
+        "fasterrcnn_efficientnet_lite0_fpn fasterrcnn_mobilenet_v3_large_320_fpn "
+        "fasterrcnn_mobilenet_v3_large_fpn fasterrcnn_resnet101_fpn fasterrcnn_resnet50_fpn "
+        "fasterrcnn_resnet50_fpn_v2 fasterrcnn_resnet_fpn fasterrcnn_timm_fpn maskrcnn_efficientnet_lite0_fpn "
+        "maskrcnn_resnet50_fpn maskrcnn_resnet50_fpn_v2"
+    ),
+    "selective_search": "SelectiveSearch",
+    "training.module": "DetectionModule",
+}
+_MODULES = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names.split()}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

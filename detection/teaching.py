@@ -24,11 +24,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
+from detection.batch import Batch
 from detection.boxes import pairwise_iou
-from detection.data.batch import Batch
 from detection.models.cascade import CascadeRoIHeads
-from detection.models.detector import FasterRCNN
 from detection.models.rpn import Proposals, RegionProposalNetwork
+from detection.models.two_stage import FasterRCNN
 from detection.visualize import class_colour
 
 SCORES = colormaps["plasma"]

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from detection.data.anchor_fit import Grid
 from detection.data.audit import audit, find_splits, look_across, write_json
+from detection.data.audit_report import picture_sheet, print_audit
 from detection.data.records import DataError
-from detection.data.report import picture_sheet, print_audit
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from detection.evaluation.collect import CollectDetections
 from detection.evaluation.mean_ap import Backend, MeanAP
 from detection.evaluation.report import write_evaluation
 from detection.models.weights import readable
-from detection.module import DetectionModule
+from detection.training.module import DetectionModule
 
 
 def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None = None, output: Path | None = None,

@@ -9,9 +9,9 @@ from pathlib import Path
 from jsonargparse import auto_cli
 
 from detection.data.records import DataError
-from detection.export import ExportError, compare, onnx_runner, to_onnx, to_torch, torch_runner, write_facts
 from detection.inference.sources import Images, open_source
 from detection.interop import CheckpointError, load_detector
+from detection.interop.export import ExportError, compare, onnx_runner, to_onnx, to_torch, torch_runner, write_facts
 from detection.models.weights import read_saved
 
 
@@ -19,7 +19,7 @@ def main(ckpt: Path, output: Path, images: str | None = None, count: int = 20, c
          tolerance: float = 0.01) -> None:  # fmt: skip
     """Write the detector to a file that needs nothing of this package: uint8 pixels in, boxes in those pixels out.
 
-    Inputs and outputs are described by `detection.export.ExportableDetector`.
+    Inputs and outputs are described by `detection.interop.export.ExportableDetector`.
 
     Args:
         ckpt: checkpoint of scripts/fit.py, or .safetensors of scripts/convert.py.

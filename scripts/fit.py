@@ -5,7 +5,7 @@ import gc
 import sys
 
 gc.disable()  # importing makes a million objects and no garbage; looking for it takes a fifth of the time
-from detection.cli import main  # noqa: E402
+from detection.cli.fit import main  # noqa: E402
 
 gc.freeze()  # nor is there any later, here or in the loaders' processes, which would copy what they look at
 gc.enable()

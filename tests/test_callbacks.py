@@ -10,8 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from detection.callbacks import Results, Throughput, result_table
-from detection.data.batch import Batch
+from detection.batch import Batch
+from detection.training.callbacks import Results, Throughput, result_table
 
 
 class Module:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from detection.checkpoints import RUN_FOLDER, KeepBest, Start, WholeFiles, progress, start
+from detection.training.checkpoints import RUN_FOLDER, KeepBest, Start, WholeFiles, progress, start
 
 TRAINING = {"loops": {}, "optimizer_states": [], "state_dict": {"weight": torch.arange(5000.0)}}
 

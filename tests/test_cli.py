@@ -21,8 +21,7 @@ import yaml
 from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 
-from detection.checkpoints import RUN_FOLDER
-from detection.cli import CONFIGS, LOGGERS, FitCLI, expand, fit_detector_to_data, main
+from detection.cli.fit import CONFIGS, LOGGERS, FitCLI, expand, fit_detector_to_data, main
 from detection.data import scenes
 from detection.data.coco import read_coco
 from detection.data.datamodule import DetectionDataModule
@@ -30,7 +29,8 @@ from detection.data.dataset import DetectionDataset
 from detection.data.images import read_image
 from detection.data.samplers import TrainBatchSampler
 from detection.interop import save_detector
-from detection.module import DetectionModule
+from detection.training.checkpoints import RUN_FOLDER
+from detection.training.module import DetectionModule
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [

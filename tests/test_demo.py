@@ -30,7 +30,7 @@ from detection import (
     save_detector,
 )
 from detection.errors import RunError
-from detection.models.detector import FasterRCNN
+from detection.models.two_stage import FasterRCNN
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "demo.py"
 NAMES = ("ball", "ring", "star")

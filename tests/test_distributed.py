@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from detection.data.batch import Batch, pad_objects
+from detection.batch import Batch, pad_objects
 from detection.models.backbones import resnet_fpn
 from detection.models.compose import mask_rcnn
-from detection.module import DetectionModule
+from detection.training.module import DetectionModule
 
 STEPS = 20
 

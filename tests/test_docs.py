@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 import detection
-from detection.cli import CONFIGS, main
+from detection.cli.fit import CONFIGS, main
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

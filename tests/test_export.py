@@ -23,7 +23,15 @@ from detection import (
     rcnn_efficientnet_lite0,
 )
 from detection.data.images import read_image
-from detection.export import ExportError, check_exportable, compare, onnx_runner, to_onnx, to_torch, torch_runner
+from detection.interop.export import (
+    ExportError,
+    check_exportable,
+    compare,
+    onnx_runner,
+    to_onnx,
+    to_torch,
+    torch_runner,
+)
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SIZES = [(80, 120), (150, 70), (64, 64), (201, 333), (207, 209)]  # the last loses a pixel with a careless division

@@ -26,7 +26,7 @@ from detection.inference.run import detect_tiled
 from detection.inference.sources import open_source
 from detection.inference.tiles import shift_mask
 from detection.models.weights import CheckpointError
-from detection.module import encode_detections
+from detection.training.module import encode_detections
 
 NAMES = ("red", "blue")
 

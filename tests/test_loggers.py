@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from detection.loggers import MetricsFile, Tracker, logged_in
+from detection.training.loggers import MetricsFile, Tracker, logged_in
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

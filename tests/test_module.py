@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detection.data.batch import Batch, pad_objects
+from detection.batch import Batch, pad_objects
 from detection.models.backbones import Backbone, resnet_fpn
 from detection.models.compose import mask_rcnn
 from detection.models.rcnn import whole_image
 from detection.models.roi_heads import TwoFCHead
-from detection.module import DetectionModule, checkpoint_activations, compile_parts
+from detection.training.module import DetectionModule, checkpoint_activations, compile_parts
 
 Values = dict[str, Tensor]
 

@@ -17,9 +17,9 @@ from pycocotools.cocoeval import COCOeval
 
 from detection.data import scenes
 from detection.data.coco import read_coco
-from detection.data.export import write_coco, write_voc
 from detection.data.images import read_image
 from detection.data.voc import read_voc
+from detection.data.writers import write_coco, write_voc
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from detection.cli import CONFIGS, PRESETS, expand, main
+from detection.cli.fit import CONFIGS, PRESETS, expand, main
 from detection.data import scenes
 from detection.data.datamodule import DetectionDataModule
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+
+import detection
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -87,3 +91,30 @@ def test_ci_runs_everything() -> None:
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
     assert all(target in script.read_text() for target in ("lint", "types", "test"))
+
+
+def test_public_names_are_the_same_for_type_checkers() -> None:
+    tree = ast.parse((ROOT / "detection" / "__init__.py").read_text())
+    imports = [
+        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and str(node.module)[:9] == "detection"
+    ]
+    declared = {alias.name: node.module for node in imports for alias in node.names}
+    assert declared == detection._MODULES
+    assert all(getattr(detection, name) is not None for name in detection.__all__)
+
+
+def test_importing_the_package_imports_nothing_of_training() -> None:
+    heavy = "lightning", "wandb", "albumentations", "matplotlib"
+    code = f"import sys, detection; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_models_know_nothing_of_data() -> None:
+    others = re.compile(r"^\s*(from|import) detection\.(data|training|evaluation|inference|interop|cli)", re.M)
+    for path in (ROOT / "detection" / "models").rglob("*.py"):
+        assert not others.search(path.read_text()), path
+
+
+def test_no_two_files_have_one_name() -> None:
+    names = [path.name for path in (ROOT / "detection").rglob("*.py") if path.name != "__init__.py"]
+    assert len(names) == len(set(names))

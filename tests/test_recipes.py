@@ -15,9 +15,9 @@ from torchvision.models import resnet18, resnet50
 from detection.anchors import AnchorGenerator
 from detection.models import zoo
 from detection.models.backbones import resnet_fpn
-from detection.models.detector import FasterRCNN
 from detection.models.roi_heads import TwoFCHead
 from detection.models.rpn import RPNHead
+from detection.models.two_stage import FasterRCNN
 from detection.recipes import RecipeError, rebuild, recorded
 
 SMALL = {"num_classes": 4, "min_size": 64, "max_size": 96}
@@ -138,7 +138,7 @@ def test_defaults_are_written_down() -> None:
         "detection.models.zoo.FrozenBatchNorm2d",
         "detection.models.zoo.reference.fasterrcnn_resnet50_fpn",
         "detection.models.weights.read_tensors",
-        "detection.data.export.write_coco",
+        "detection.data.writers.write_coco",
         "detection.models.zoo.nothing",
         "detection.nowhere.nothing",
     ],

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from detection.checkpoints import RUN_FOLDER
-from detection.cli import FitCLI
+from detection.cli.fit import FitCLI
 from detection.data import scenes
 from detection.data.datamodule import DetectionDataModule
-from detection.resume import random_state, set_random_state
+from detection.training.checkpoints import RUN_FOLDER
+from detection.training.resume import random_state, set_random_state
 from tests.runs import TINY, differences, rows, scene_flags, state
 
 

@@ -13,8 +13,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from detection import teaching
-from detection.models import family, zoo
-from detection.models.detector import FasterRCNN
+from detection.models import relatives, zoo
+from detection.models.two_stage import FasterRCNN
 
 IMAGE = torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 TARGET = {"boxes": torch.tensor([[10.0, 12.0, 50.0, 60.0], [70.0, 20.0, 110.0, 80.0]]), "labels": torch.tensor([1, 2])}
@@ -99,7 +99,7 @@ def test_an_image_without_objects_has_plots_too(detector: FasterRCNN) -> None:
 
 
 def test_a_detector_without_anchors_says_so() -> None:
-    fast = family.fastrcnn_efficientnet_lite0_fpn(num_classes=3, weights_backbone=None, fpn_channels=16)
+    fast = relatives.fastrcnn_efficientnet_lite0_fpn(num_classes=3, weights_backbone=None, fpn_channels=16)
     with pytest.raises(ValueError, match="no anchors"):
         teaching.plot_anchors(fast, IMAGE)
 

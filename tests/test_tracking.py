@@ -28,14 +28,22 @@ from pycocotools.cocoeval import COCOeval
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from detection import loggers
-from detection.cli import RUN_FOLDER, main
+from detection.batch import Target
+from detection.cli.fit import RUN_FOLDER, main
 from detection.data import rle, scenes
-from detection.data.batch import Target
 from detection.evaluation.results import image_result
-from detection.loggers import MetricsFile, Tracker
 from detection.matching import BalancedSampler
-from detection.tracking import CountingSampler, Tracking, class_rows, overlays, proposal_result, recalled, same_size
+from detection.training import loggers
+from detection.training.loggers import MetricsFile, Tracker
+from detection.training.tracking import (
+    CountingSampler,
+    Tracking,
+    class_rows,
+    overlays,
+    proposal_result,
+    recalled,
+    same_size,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = 32768

@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch.tuner.lr_finder import _LRCallback
 from PIL import Image
 
-from detection import tuning
-from detection.cli import FitCLI, main
+from detection.cli.fit import FitCLI, main
 from detection.data import scenes
-from detection.module import DetectionModule
+from detection.training import tuning
+from detection.training.module import DetectionModule
 from tests.runs import TINY, differences, scene_flags
 from tests.test_cli import _leave_no_trace  # noqa: F401
 

@@ -20,8 +20,8 @@ from torch import nn
 from detection.benchmarks.peers import TorchvisionDetector
 from detection.data.datamodule import DetectionDataModule
 from detection.models.backbones import efficientnet_lite0_fpn
-from detection.module import DetectionModule
 from detection.recipes import rebuild
+from detection.training.module import DetectionModule
 
 Row = dict[str, Any]
 FIGURES = ("map", "map_50", "map_75")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from detection.benchmarks.report import report
+from detection.benchmarks.table import report
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from detection.batch import pad_images
 from detection.data.augment import train_transform
-from detection.data.batch import pad_images
 from detection.data.datamodule import TrainLoader
 from detection.data.dataset import DetectionDataset, collate
 from detection.data.images import EXTENSIONS, image_size

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torchmetrics.detection import MeanAveragePrecision
 
-from detection.data.batch import Target
+from detection.batch import Target
 from detection.evaluation.coco_eval import IOU_THRESHOLDS, RECALL_THRESHOLDS
 from detection.evaluation.mean_ap import MeanAP
 

@@ -13,12 +13,12 @@ import lightning as L
 import torch
 from torch import nn
 
-from detection.data.batch import Batch
+from detection.batch import Batch
 from detection.data.datamodule import DetectionDataModule
 from detection.data.dataset import collate
-from detection.models.detector import FasterRCNN
-from detection.models.proposals import GivenProposals
-from detection.module import DetectionModule
+from detection.models.precomputed import GivenProposals
+from detection.models.two_stage import FasterRCNN
+from detection.training.module import DetectionModule
 
 Row = dict[str, Any]
 

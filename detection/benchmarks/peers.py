@@ -11,8 +11,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator as Referen
 from torchvision.ops import FeaturePyramidNetwork as ReferenceFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from detection.batch import Batch
 from detection.boxes import resize_boxes
-from detection.data.batch import Batch
 from detection.models.backbones import Backbone
 from detection.models.transform import as_float
 

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from detection.data.datamodule import DetectionDataModule
 from detection.models.zoo import fasterrcnn_efficientnet_lite0_fpn
-from detection.module import DetectionModule
-from detection.safety import Guard
+from detection.training.module import DetectionModule
+from detection.training.safety import Guard
 
 PARTS, T_975 = 10, 2.306  # Student's t of 10 - 2 degrees of freedom
 WARM_UP = 0.2

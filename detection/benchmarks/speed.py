@@ -16,8 +16,8 @@ from torch.optim import SGD
 from torchvision.models.detection import FasterRCNN as ReferenceFasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
+from detection.batch import Batch, pad_objects
 from detection.benchmarks.peers import TorchvisionDetector
-from detection.data.batch import Batch, pad_objects
 from detection.models import norms, zoo
 from detection.models.backbones import efficientnet_lite0_fpn
 from detection.models.compose import COCO_CATEGORIES

@@ -19,8 +19,8 @@ from detection.benchmarks.speed import Mode, Network, contenders, wait
 from detection.matching import BalancedSampler, Matcher
 from detection.models import roi_heads, rpn
 from detection.models.backbones import Backbone
-from detection.models.fpn import FeaturePyramidNetwork
 from detection.models.pooling import RoIPooler
+from detection.models.pyramid import FeaturePyramidNetwork
 from detection.models.transform import ImageTransform
 
 # What runs inside another stage counts for itself alone: NMS is no part of the proposals' time.

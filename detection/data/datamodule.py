@@ -16,9 +16,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
+from detection.batch import Batch
 from detection.data import scenes
 from detection.data.augment import eval_transform, train_transform
-from detection.data.batch import Batch
 from detection.data.coco import read_coco
 from detection.data.dataset import DetectionDataset, Sample, collate
 from detection.data.proposals import ProposalCache, ProposalSource

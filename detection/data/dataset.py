@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from detection.batch import Batch, Target, pad_masks, pad_objects
 from detection.data import shared
 from detection.data.augment import Augmented, Picture, copy_paste, mosaic, resize_into
-from detection.data.batch import Batch, Target, pad_masks, pad_objects
 from detection.data.images import read_image
 from detection.data.proposals import ProposalCache
 from detection.data.records import DataError, Index, Record

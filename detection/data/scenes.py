@@ -21,8 +21,8 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 
-from detection.data.export import write_coco
 from detection.data.records import Index, Record
+from detection.data.writers import write_coco
 
 RECIPE = 1  # raise it whenever the pictures or annotations change: the folder's name holds it
 CLASSES = ("ball", "melon", "ring", "tile", "star", "cross")

@@ -1,4 +1,4 @@
-"""Shared memory for the images of a batch, used again as soon as the batch in it is gone.
+"""How batches come from the loader's processes: their images in shared memory that is used again, the rest by value.
 
 Fresh shared pages are dear: the kernel clears and maps them 4 KiB at a time. For images of 800 x 1066 that cost 2.1 ms
 each, as much as decoding and resizing together; memory touched before takes 0.06 ms. So a worker keeps its buffers.
@@ -11,12 +11,17 @@ from __future__ import annotations
 import math
 import os
 import weakref
+from dataclasses import fields
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
+
+from detection.batch import Batch, Target
 
 # A worker is two batches ahead, one is in use and one is being written; batches that are kept for longer get memory of
 # their own.
@@ -63,3 +68,37 @@ def receive(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _give_back(whole: NDArray[np.uint8], owner: int) -> None:
     if os.getpid() == owner:  # a child forked in the meantime has a copy of this callback but not of the batch
         whole[-1] = 0
+
+
+def _send_target(target: Target) -> tuple[Any, ...]:
+    # A tensor travels as shared memory that keeps a file descriptor open while it lives, five for each image of a
+    # validation run; arrays travel by value.
+    return _receive_target, tuple(_by_value(getattr(target, f.name)) for f in fields(target))
+
+
+def _receive_target(*values: Any) -> Target:
+    return Target(*map(_as_tensor, values))
+
+
+def _send_batch(batch: Batch) -> tuple[Any, ...]:
+    # Only the images travel as shared memory: to open it takes a connection for each tensor.
+    buffer = lent(batch.images)
+    rest = [_by_value(getattr(batch, f.name)) for f in fields(batch)[1:]]
+    return _receive_batch, (batch.images if buffer is None else buffer, tuple(batch.images.shape), *rest)
+
+
+def _receive_batch(images: Tensor, shape: tuple[int, ...], *rest: Any) -> Batch:
+    return Batch(images if images.shape == shape else receive(images, shape), *map(_as_tensor, rest))
+
+
+def _by_value(value: Any) -> Any:
+    return value.numpy() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+
+
+def _as_tensor(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+# Between processes alone: any other pickle of them is Python's own.
+ForkingPickler.register(Target, _send_target)
+ForkingPickler.register(Batch, _send_batch)

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 
-from detection.data.batch import Batch
+from detection.batch import Batch
 from detection.evaluation.mean_ap import MeanAP
 
 

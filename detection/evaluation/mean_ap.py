@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torchmetrics.detection import MeanAveragePrecision
 
-from detection.data.batch import Target
+from detection.batch import Target
 from detection.evaluation.coco_eval import AREA_LIMITS, AREAS, IOU_THRESHOLDS, RECALL_THRESHOLDS, evaluate, xywh
 from detection.evaluation.results import ImageResult, image_result
 

@@ -28,7 +28,7 @@ from detection.evaluation.analysis import (
     worst_images,
 )
 from detection.evaluation.coco_eval import AREAS, evaluate
-from detection.evaluation.export import write_coco_results
+from detection.evaluation.coco_results import write_coco_results
 from detection.evaluation.mean_ap import MeanAP, mean_valid
 from detection.evaluation.page import PAGE, SCRIPT, STYLE
 from detection.evaluation.results import ImageResult

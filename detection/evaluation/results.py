@@ -16,7 +16,7 @@ from faster_coco_eval import mask as mask_api
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection.data.batch import Target
+from detection.batch import Target
 
 Rle = dict[str, Any]
 

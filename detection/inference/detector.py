@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from detection.batch import Batch, Target
 from detection.data.augment import resized_size
-from detection.data.batch import Batch, Target
 from detection.data.dataset import Sample, collate
 from detection.data.images import read_image
 from detection.inference.detections import Detections
 from detection.interop import CheckpointError, load_detector
-from detection.models.detector import FasterRCNN
 from detection.models.tta import TestTimeAugmentation
+from detection.models.two_stage import FasterRCNN
 from detection.models.weights import read_saved, read_torch
-from detection.module import encode_detections
+from detection.training.module import encode_detections
 
 ImageLike: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 Precision = Literal["32", "bf16", "16"]

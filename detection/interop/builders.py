@@ -21,9 +21,9 @@ from detection.interop.rows import STYLES, Style
 from detection.models.backbones import Backbone, ResNetName, resnet_c4, resnet_dc5, resnet_fpn
 from detection.models.c4 import Res5Head, Res5Maps, res5_head
 from detection.models.compose import cascade_rcnn, default_anchors, faster_rcnn, mask_rcnn
-from detection.models.detector import FasterRCNN
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import RoIHeads
+from detection.models.two_stage import FasterRCNN
 from detection.models.weights import CheckpointError
 from detection.recipes import recorded
 

@@ -11,7 +11,7 @@ from detection.interop import rows
 from detection.interop.builders import Layout, box_pool_of, build, resnet_of, style_of
 from detection.interop.names import Rules, collect, count_blocks, drop, load, rename, state_of
 from detection.interop.rows import Style
-from detection.models.detector import FasterRCNN
+from detection.models.two_stage import FasterRCNN
 from detection.models.weights import CheckpointError
 
 RULES: Rules = (

@@ -19,7 +19,7 @@ from detection.data.voc import VOC_CLASSES
 from detection.interop import detectron2, mmdetection, rows, torchvision
 from detection.interop.names import load, state_of
 from detection.interop.pickles import read_pickle
-from detection.models.detector import FasterRCNN
+from detection.models.two_stage import FasterRCNN
 from detection.models.weights import (
     FACTS,
     CheckpointError,

@@ -12,7 +12,7 @@ from detection.interop import rows
 from detection.interop.builders import Layout, build, resnet_of
 from detection.interop.names import Rules, collect, count_blocks, drop, load, rename
 from detection.interop.rows import Style
-from detection.models.detector import FasterRCNN
+from detection.models.two_stage import FasterRCNN
 from detection.models.weights import CheckpointError
 
 _BOX = (

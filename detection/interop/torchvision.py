@@ -11,7 +11,7 @@ from detection.interop import rows
 from detection.interop.builders import box_pool_of, resnet_of, style_of
 from detection.interop.names import count_blocks, load, state_of
 from detection.models import zoo
-from detection.models.detector import FasterRCNN
+from detection.models.two_stage import FasterRCNN
 from detection.models.weights import CheckpointError, fold_epsilon, unfold_epsilon, upgrade_names
 
 # The published files whose frozen normalisation goes without epsilon, by the names that torch.hub gives them.

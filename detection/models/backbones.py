@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import mobilenet_v3_large, resnet
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from detection.models.fpn import FeaturePyramidNetwork
 from detection.models.norms import NORM_LAYERS, Norm, fold_frozen_norms, freeze_norms, replace_batch_norm
+from detection.models.pyramid import FeaturePyramidNetwork
 from detection.models.weights import Weights, find_weights, is_given
 from detection.recipes import recorded
 
@@ -83,7 +83,7 @@ class Backbone(nn.Module):
 
     Attributes:
         strides: of all levels of the pyramid, the extra `pool` included: declared once, here, for anchors and RoIs.
-        implied: what having weights decided about arguments that were None; see `detection.recipes`.
+        resolved: what having weights decided about arguments that were None; see `detection.recipes`.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Backbone(nn.Module):
         self.body = body
         self.out_channels = in_channels[-1] if out_channels is None else out_channels
         self.strides = tuple(strides)
-        self.implied: dict[str, Any] = {}
+        self.resolved: dict[str, Any] = {}
         self.fpn: nn.Module = nn.Identity()
         if out_channels is not None:
             self.fpn = FeaturePyramidNetwork(in_channels, out_channels, NORM_LAYERS[fpn_norm] if fpn_norm else None)
@@ -351,7 +351,7 @@ def _load_matching(network: nn.Module, state: Mapping[str, Tensor], name: str) -
 def _note(backbone: Backbone, weights: Weights) -> Backbone:
     """Write down what weights decided, as a recipe leaves them out."""
     if is_given(weights):
-        backbone.implied = {"norm": "frozen", "trainable_layers": 3}
+        backbone.resolved = {"norm": "frozen", "trainable_layers": 3}
     return backbone
 
 

@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from detection.batch import Batch
 from detection.boxes import clip_boxes, is_large_enough
-from detection.data.batch import Batch
 from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import RoIHeads, RoISample

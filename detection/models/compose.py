@@ -12,12 +12,12 @@ from detection.anchors import AnchorGenerator
 from detection.losses import OverlapLoss
 from detection.models.backbones import Backbone
 from detection.models.cascade import CascadeRoIHeads
-from detection.models.detector import FasterRCNN
 from detection.models.masks import MaskBranch, MaskHead, MaskPredictor
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import FastRCNNPredictor, RoIHeads, TwoFCHead
 from detection.models.rpn import RegionProposalNetwork, RPNHead
 from detection.models.transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
+from detection.models.two_stage import FasterRCNN
 
 COCO_CATEGORIES = 91  # with background: torchvision's labels are COCO's category ids, gaps included
 

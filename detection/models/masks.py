@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from detection.data.batch import Batch
+from detection.batch import Batch
 from detection.losses import count_over_ranks
 from detection.models.pooling import RoIPooler
 from detection.recipes import recorded

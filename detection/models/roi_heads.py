@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detection import losses
+from detection.batch import Batch
 from detection.boxes import BoxCoder, clip_boxes, grouped_nms, is_large_enough, soft_nms
-from detection.data.batch import Batch
 from detection.matching import BalancedSampler, Matcher
 from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPooler

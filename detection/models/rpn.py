@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from detection import losses
 from detection.anchors import AnchorGenerator
+from detection.batch import Batch
 from detection.boxes import BoxCoder, clip_boxes, grouped_nms, is_large_enough
-from detection.data.batch import Batch
 from detection.matching import BalancedSampler, Matcher
 from detection.recipes import recorded
 

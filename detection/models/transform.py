@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detection.batch import Batch, pad_images, pad_masks, pad_objects
 from detection.boxes import resize_boxes
-from detection.data.batch import Batch, pad_images, pad_masks, pad_objects
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

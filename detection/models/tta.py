@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detection.batch import Batch
 from detection.boxes import grouped_nms
-from detection.data.batch import Batch
-from detection.models.detector import Detections, FasterRCNN, Losses
+from detection.models.two_stage import Detections, FasterRCNN, Losses
 
 
 class TestTimeAugmentation(nn.Module):

@@ -25,10 +25,10 @@ from detection.models.backbones import (
     timm_fpn,
 )
 from detection.models.compose import COCO_CATEGORIES, cascade_rcnn, default_anchors, faster_rcnn, mask_rcnn
-from detection.models.detector import FasterRCNN
 from detection.models.masks import MaskHead, MaskPredictor
 from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor
 from detection.models.rpn import RPNHead
+from detection.models.two_stage import FasterRCNN
 from detection.models.weights import Weights, adapt_classes, find_class_names, find_weights, fold_epsilon, is_given
 from detection.recipes import recorded
 
@@ -418,5 +418,5 @@ def _finish(
             state = adapt_classes(state, model.state_dict(), old_names, class_names)
         model.load_state_dict(state)
     if is_given(weights) or is_given(backbone):
-        model.implied = {"norm": "frozen", "trainable_backbone_layers": 3}
+        model.resolved = {"norm": "frozen", "trainable_backbone_layers": 3}
     return model

@@ -14,9 +14,9 @@ from torchvision.ops import box_iou
 
 from detection.data.anchor_fit import Boxes, Grid, best_iou, covers, propose, recall
 from detection.data.audit import Audit, audit, find_splits, look_across, statistics
+from detection.data.audit_report import picture_sheet
 from detection.data.coco import read_coco
 from detection.data.records import DataError
-from detection.data.report import picture_sheet
 from detection.data.voc import read_voc
 
 

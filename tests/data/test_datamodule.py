@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from detection.batch import Batch
 from detection.data import datamodule as module
 from detection.data import scenes
-from detection.data.batch import Batch
 from detection.data.datamodule import DetectionDataModule, TrainLoader, _check, describe
 from detection.data.records import DataError, Defect, Index, Record
 from detection.data.voc import read_voc

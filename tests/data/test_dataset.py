@@ -12,8 +12,8 @@ import torch
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from detection.batch import Batch, Target
 from detection.data.augment import eval_transform, train_transform
-from detection.data.batch import Batch, Target
 from detection.data.datamodule import init_worker
 from detection.data.dataset import DetectionDataset, RecordStore, collate, make_target, to_rle
 from detection.data.records import DataError, Index, Record

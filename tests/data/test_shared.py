@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from detection.batch import Batch
 from detection.data import shared
-from detection.data.batch import Batch
 
 SHAPE = (2, 3, 40, 60)
 

@@ -17,7 +17,7 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detection.data.batch import Target
+from detection.batch import Target
 
 COCO_KEYS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 COCO_KEYS += ("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from detection.data.batch import Target
+from detection.batch import Target
 from detection.evaluation import analysis
 from detection.evaluation.analysis import (
     BACKGROUND,

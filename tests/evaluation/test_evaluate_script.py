@@ -14,7 +14,7 @@ import pytest
 
 from detection import maskrcnn_efficientnet_lite0_fpn
 from detection.data.datamodule import DetectionDataModule
-from detection.module import DetectionModule
+from detection.training.module import DetectionModule
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate.py"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from detection.data.batch import Target
+from detection.batch import Target
 from detection.evaluation import mean_ap
 from detection.evaluation.mean_ap import MeanAP
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from detection.data.batch import Target
+from detection.batch import Target
 from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.report import write_evaluation
 

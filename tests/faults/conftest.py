@@ -21,7 +21,7 @@ import lightning as L
 import pytest
 import torch
 
-from detection.cli import FitCLI, main
+from detection.cli.fit import FitCLI, main
 from detection.data import scenes
 
 SMALL = [

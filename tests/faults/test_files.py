@@ -26,7 +26,7 @@ from detection.data.records import DataError
 from detection.data.voc import read_voc
 from detection.data.yolo import read_yolo
 from detection.errors import complaint
-from detection.module import DetectionModule
+from detection.training.module import DetectionModule
 
 Record = Callable[[str, object], None]
 

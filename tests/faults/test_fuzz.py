@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from detection.cli import CONFIGS, FitCLI, main
+from detection.cli.fit import CONFIGS, FitCLI, main
 
 Record = Callable[[str, object], None]
 JUNK = [

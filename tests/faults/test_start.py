@@ -17,7 +17,7 @@ from torch import nn
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
 from detection.errors import RunError
-from detection.safety import check_start
+from detection.training.safety import check_start
 
 Record = Callable[[str, object], None]
 MODEL = nn.Linear(512, 1024)  # 2 MiB, a checkpoint with momentum 4

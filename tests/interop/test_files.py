@@ -41,7 +41,7 @@ from detection.interop.detectron2 import (
 )
 from detection.interop.rows import STYLES
 from detection.models import zoo
-from detection.models.detector import FasterRCNN
+from detection.models.two_stage import FasterRCNN
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert.py"
 NAMES = ["cat", "dog", "fox"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from detection.interop import files, load_detector, save_detector
 from detection.interop.detectron2 import from_detectron2
 from detection.interop.rows import Style
-from detection.models.detector import FasterRCNN
+from detection.models.two_stage import FasterRCNN
 
 TOLERANCE = 1e-4
 FAR = 1e-2  # what a wrong variant differs by at least, relative to the size of the features

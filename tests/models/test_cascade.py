@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder as ReferenceCoder
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image
 
-from detection.data.batch import Batch, pad_objects
+from detection.batch import Batch, pad_objects
 from detection.models import zoo
 from detection.models.cascade import CascadeRoIHeads
 from detection.models.compose import cascade_rcnn

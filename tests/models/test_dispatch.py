@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from detection.data.batch import Batch
+from detection.batch import Batch
 from detection.losses import GIoULoss
 from detection.models import roi_heads, rpn, zoo
-from detection.models.detector import FasterRCNN
 from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPooler
+from detection.models.two_stage import FasterRCNN
 
 DATA_DEPENDENT = {
     "_local_scalar_dense",  # .item(), .tolist(), bool(), int(), float()

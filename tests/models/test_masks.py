@@ -12,11 +12,11 @@ from torch import Tensor
 from torchvision.models.detection import roi_heads as reference
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
+from detection.batch import pad_masks
 from detection.data.augment import View, crop_masks
-from detection.data.batch import pad_masks
 from detection.models import zoo
-from detection.models.detector import FasterRCNN
 from detection.models.masks import MaskHead, MaskPredictor, paste_masks, project_masks
+from detection.models.two_stage import FasterRCNN
 
 Sample = tuple[list[Tensor], list[dict[str, Tensor]]]
 SIZE = (90, 120)

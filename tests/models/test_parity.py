@@ -23,7 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from detection.anchors import AnchorGenerator
 from detection.boxes import BoxCoder
 from detection.models import zoo
-from detection.models.detector import FasterRCNN
+from detection.models.two_stage import FasterRCNN
 
 Sample = tuple[list[Tensor], list[dict[str, Tensor]]]
 Calibrated = Callable[[Callable[[], nn.Module]], nn.Module]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor as ReferencePredictor
 
-from detection.data.batch import Batch, pad_objects
+from detection.batch import Batch, pad_objects
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor, RoIHeads, TwoFCHead
 from detection.models.rpn import Proposals

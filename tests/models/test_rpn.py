@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.models.detection.rpn import RPNHead as ReferenceHead
 
 from detection.anchors import AnchorGenerator
-from detection.data.batch import Batch, pad_objects
+from detection.batch import Batch, pad_objects
 from detection.models.rpn import Proposals, RegionProposalNetwork, RPNHead
 
 SIZE = (64, 96)

@@ -8,10 +8,10 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 from torchvision.transforms.v2 import functional as TF
 
-from detection.data.batch import Batch, pad_images, pad_objects
+from detection.batch import Batch, pad_images, pad_objects
 from detection.models import zoo
-from detection.models.detector import FasterRCNN
 from detection.models.tta import TestTimeAugmentation, mirror, rescale
+from detection.models.two_stage import FasterRCNN
 
 
 def make_batch() -> Batch:

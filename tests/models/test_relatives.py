@@ -19,14 +19,16 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from detection.cli import CONFIGS, LOGGERS, RUN_FOLDER, FitCLI
+from detection.batch import Batch
+from detection.cli.fit import CONFIGS, LOGGERS, RUN_FOLDER, FitCLI
 from detection.data import scenes
-from detection.data.batch import Batch
 from detection.data.images import read_image
 from detection.models.backbones import Backbone, resnet_fpn
 from detection.models.compose import faster_rcnn
-from detection.models.detector import FasterRCNN
-from detection.models.family import (
+from detection.models.pooling import RoIPool, RoIPooler
+from detection.models.precomputed import GivenProposals
+from detection.models.rcnn import RegionWarp
+from detection.models.relatives import (
     fast_rcnn,
     fasterrcnn_resnet_c4,
     fasterrcnn_resnet_dc5,
@@ -35,12 +37,10 @@ from detection.models.family import (
     rcnn_efficientnet_lite0,
     rcnn_resnet,
 )
-from detection.models.pooling import RoIPool, RoIPooler
-from detection.models.proposals import GivenProposals
-from detection.models.rcnn import RegionWarp
-from detection.module import DetectionModule
+from detection.models.two_stage import FasterRCNN
 from detection.recipes import rebuild
 from detection.selective_search import SelectiveSearch
+from detection.training.module import DetectionModule
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"colour_spaces": ["intensity"], "measures": ["TSF"], "scales": [100], "width": 100, "max_proposals": 60}

@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint
 
-from detection.checkpoints import LAST
-from detection.loggers import MetricsFile
+from detection.training.checkpoints import LAST
+from detection.training.loggers import MetricsFile
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection.data.batch import Batch, pad_images
-from detection.models.proposals import GivenProposals
+from detection.batch import Batch, pad_images
+from detection.models.precomputed import GivenProposals
 
 
 def make_batch(images: list[Tensor]) -> Batch:

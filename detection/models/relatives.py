@@ -24,11 +24,11 @@ from detection.models.backbones import (
 )
 from detection.models.c4 import res5_head
 from detection.models.compose import COCO_CATEGORIES, faster_rcnn
-from detection.models.detector import FasterRCNN
 from detection.models.pooling import RoIPool, RoIPooler
-from detection.models.proposals import GivenProposals
+from detection.models.precomputed import GivenProposals
 from detection.models.rcnn import CONTEXT, CNNHead, RegionWarp, efficientnet_lite0_head, resnet_head, whole_image
 from detection.models.transform import IMAGENET_MEAN, IMAGENET_STD
+from detection.models.two_stage import FasterRCNN
 from detection.models.weights import Weights, is_given
 from detection.recipes import recorded
 from detection.selective_search import SelectiveSearch
@@ -282,5 +282,5 @@ def fasterrcnn_resnet_dc5(
 def _finish(model: FasterRCNN, weights_backbone: Weights) -> FasterRCNN:
     """Note what having weights decided, for the recipe."""
     if is_given(weights_backbone):
-        model.implied = {"norm": "frozen", "trainable_backbone_layers": 3}
+        model.resolved = {"norm": "frozen", "trainable_backbone_layers": 3}
     return model

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from detection.data.batch import Batch, check_batch, pad_objects
+from detection.batch import Batch, check_batch, pad_objects
 from detection.models import zoo
-from detection.models.detector import FasterRCNN
+from detection.models.two_stage import FasterRCNN
 
 LOSSES = ["loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"]
 

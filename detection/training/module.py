@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from detection.data.batch import Batch, check_batch
+from detection.batch import Batch, check_batch
 from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.results import encode_masks
-from detection.models.detector import FasterRCNN
 from detection.models.masks import paste_masks
+from detection.models.two_stage import FasterRCNN
 from detection.models.weights import check_sums, readable
 from detection.recipes import rebuild
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from detection.data.batch import Batch, pad_objects
+from detection.batch import Batch, pad_objects
 from detection.models.rpn import Proposals
 from detection.models.transform import as_float
 from detection.selective_search import SelectiveSearch

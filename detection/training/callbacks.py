@@ -18,10 +18,10 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.table import Table
 
-from detection.data.batch import Batch
+from detection.batch import Batch
 from detection.data.images import read_image
 from detection.evaluation.results import spread
-from detection.module import DetectionModule
+from detection.training.module import DetectionModule
 from detection.visualize import draw_objects, side_by_side
 
 log = logging.getLogger(__name__)

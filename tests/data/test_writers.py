@@ -11,9 +11,9 @@ from pycocotools.coco import COCO
 
 from detection.data import scenes
 from detection.data.coco import read_coco
-from detection.data.export import write_coco, write_voc
 from detection.data.records import Record
 from detection.data.voc import read_voc
+from detection.data.writers import write_coco, write_voc
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from detection.data.datamodule import DetectionDataModule
 from detection.errors import LOWER, RunError
-from detection.module import REFERENCE_BATCH, DetectionModule, images_per_step
+from detection.training.module import REFERENCE_BATCH, DetectionModule, images_per_step
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from detection.data.coco import read_coco
 from detection.data.dataset import make_target
-from detection.evaluation.export import coco_results, write_coco_results
+from detection.evaluation.coco_results import coco_results, write_coco_results
 from detection.evaluation.mean_ap import MeanAP
 
 SETS = {

@@ -12,11 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from detection.data import shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +41,6 @@ class Target:
     iscrowd: Tensor
     difficult: Tensor
     masks: list[dict[str, Any]] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Between processes a tensor travels as shared memory that keeps a file descriptor open while it lives, five for
-        # each image of a validation run; arrays travel by value.
-        values = (getattr(self, f.name) for f in fields(self))
-        return _restore_target, tuple(v.numpy() if isinstance(v, Tensor) else v for v in values)
-
-
-def _restore_target(*values: Any) -> Target:
-    restored: list[Any] = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values]
-    return Target(*restored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +83,6 @@ class Batch:
     def __len__(self) -> int:
         return self.images.shape[0]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Between processes only the images travel as shared memory: to open it takes a connection for each tensor.
-        buffer = shared.lent(self.images)
-        rest = [_by_value(getattr(self, f.name)) for f in fields(self)[1:]]
-        return _restore_batch, (self.images if buffer is None else buffer, tuple(self.images.shape), *rest)
-
     def _map(self, convert: Any) -> Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: convert(v) for name, v in values.items() if isinstance(v, Tensor)})
@@ -119,15 +99,6 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; the DataLoader calls this when `pin_memory=True`."""
         return self._map(lambda tensor: tensor.pin_memory())
-
-
-def _by_value(value: Any) -> Any:
-    return value.numpy() if isinstance(value, Tensor) and value.device.type == "cpu" else value
-
-
-def _restore_batch(images: Tensor, shape: tuple[int, ...], *rest: Any) -> Batch:
-    restored: list[Any] = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in rest]
-    return Batch(images if images.shape == shape else shared.receive(images, shape), *restored)
 
 
 def pad_images(images: Sequence[Tensor], divisor: int = 32) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from detection.data.batch import Batch
+from detection.batch import Batch
 from detection.data.images import EXTENSIONS
 from detection.errors import RunError, blame_disk
 

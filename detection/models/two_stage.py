@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from detection.batch import Batch
 from detection.boxes import resize_boxes
-from detection.data.batch import Batch
 from detection.models.backbones import Backbone
 from detection.models.cascade import CascadeRoIHeads
 from detection.models.masks import paste_masks
@@ -51,7 +51,7 @@ class FasterRCNN(nn.Module):
         self.rpn = rpn
         self.roi_heads: RoIHeads | CascadeRoIHeads = roi_heads
         self.recipe: dict[str, Any] | None = None  # how a builder made this model; see `detection.recipes`
-        self.implied: dict[str, Any] = {}
+        self.resolved: dict[str, Any] = {}
 
     @property
     def num_classes(self) -> int:

@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from detection.batch import Batch, Target
 from detection.boxes import resize_boxes
-from detection.callbacks import is_rehearsal
 from detection.data import rle
-from detection.data.batch import Batch, Target
 from detection.data.images import read_image
 from detection.evaluation.analysis import analyse
 from detection.evaluation.coco_eval import evaluate
@@ -31,9 +30,10 @@ from detection.evaluation.mean_ap import mean_valid
 from detection.evaluation.plots import training_curves
 from detection.evaluation.report import draw_plots
 from detection.evaluation.results import ImageResult, spread
-from detection.loggers import Tracker
 from detection.matching import BalancedSampler
-from detection.module import DetectionModule
+from detection.training.callbacks import is_rehearsal
+from detection.training.loggers import Tracker
+from detection.training.module import DetectionModule
 
 Pixels = NDArray[np.uint8]
 PROPOSAL_LIMITS = (100, 300, 1000)

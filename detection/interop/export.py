@@ -27,14 +27,14 @@ from torch.nn import functional as F
 from torchvision.ops import nms, roi_align
 
 from detection.anchors import AnchorGenerator
+from detection.batch import Batch
 from detection.boxes import grouped_nms, resize_boxes
-from detection.data.batch import Batch
 from detection.models.cascade import CascadeRoIHeads
-from detection.models.detector import FasterRCNN
 from detection.models.pooling import RoIPooler
-from detection.models.proposals import GivenProposals
+from detection.models.precomputed import GivenProposals
 from detection.models.roi_heads import RoIHeads
 from detection.models.rpn import RegionProposalNetwork
+from detection.models.two_stage import FasterRCNN
 
 OUTPUTS = ("boxes", "labels", "scores", "counts", "masks")
 OPSET = 18  # the first with all that is needed; later ones add nothing for a detector

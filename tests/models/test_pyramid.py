@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.ops import FeaturePyramidNetwork as ReferencePyramid
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from detection.models.fpn import FeaturePyramidNetwork
+from detection.models.pyramid import FeaturePyramidNetwork
 
 
 @pytest.mark.parametrize("norm", [None, nn.BatchNorm2d])

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from detection.data.batch import Target
+from detection.batch import Target
 from detection.evaluation.results import image_result
-from detection.evaluation.voc import voc_ap
+from detection.evaluation.voc_ap import voc_ap
 
 ELEVEN = {0.1: 0.3333333333, 0.3: 0.2683982683, 0.5: 0.0303030303, 0.75: 0.0}
 AREA = {0.1: 0.3371980676, 0.3: 0.2456866804, 0.5: 0.0222222222, 0.75: 0.0}

@@ -26,25 +26,25 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.logging import RichHandler
 
-from detection import tuning
-from detection.callbacks import Bar, PredictionPictures, Results, Throughput
-from detection.checkpoints import RUN_FOLDER, KeepBest, WholeFiles, start
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
 from detection.errors import RunError, explain
-from detection.loggers import MetricsFile, Tracker, WandbMode
-from detection.models import family, zoo
-from detection.module import DetectionModule
+from detection.models import relatives, zoo
 from detection.recipes import name_only_known
-from detection.resume import INTERRUPTED, Interrupted, KeepLast
-from detection.safety import Guard, check_start, end_other_ranks, end_with_parent
-from detection.tracking import ProposalRecall, SampledForeground, Tracking
-from detection.tuning import Find
+from detection.training import tuning
+from detection.training.callbacks import Bar, PredictionPictures, Results, Throughput
+from detection.training.checkpoints import RUN_FOLDER, KeepBest, WholeFiles, start
+from detection.training.loggers import MetricsFile, Tracker, WandbMode
+from detection.training.module import DetectionModule
+from detection.training.resume import INTERRUPTED, Interrupted, KeepLast
+from detection.training.safety import Guard, check_start, end_other_ranks, end_with_parent
+from detection.training.tracking import ProposalRecall, SampledForeground, Tracking
+from detection.training.tuning import Find
 
 log = logging.getLogger(__name__)
 
 set_parsing_settings(import_path_denylist=[])  # jsonargparse's own, such as `os`, is an error and no warning
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 PRESETS = CONFIGS / "presets"  # go behind another configuration
 QUICKSTART = "quickstart"
 DESCRIPTION = """Train a detector. Without arguments: the quickstart, on scenes that are drawn on the spot.
@@ -73,7 +73,7 @@ class Parser(LightningArgumentParser):
         for word in re.findall(r"--([\w.+-]+)", message) + re.findall(r"['\"]([\w.+-]+)['\"]", message):
             if word not in known and (name := _nearest(word, known)):
                 return f" (did you mean --{name}?)"
-        builder = difflib.get_close_matches(message.split()[-1], {**vars(zoo), **vars(family)}, 1, 0.75)
+        builder = difflib.get_close_matches(message.split()[-1], {**vars(zoo), **vars(relatives)}, 1, 0.75)
         return f" (did you mean {builder[0]}?)" if builder else ""
 
 
@@ -261,7 +261,7 @@ def expand(args: Sequence[str]) -> list[str]:
             packaged = (folder / f"{value}.yaml" for folder in (CONFIGS, PRESETS) if not Path(value).is_file())
             value = str(next((path for path in packaged if path.is_file()), value))
             configs.append(Path(value))
-        home = next((module for module in (zoo, family) if value in vars(module)), None)
+        home = next((module for module in (zoo, relatives) if value in vars(module)), None)
         if flag in ("--model.detector", "--model.detector.class_path") and home is not None:
             value = f"{home.__name__}.{value}"
         expanded.append(f"{flag}{equals}{value}" if arg.startswith("-") else value)

@@ -1,0 +1,225 @@
+"""The contracts: what each part of a detector is called with, and what it gives.
+
+Any class that keeps its contract is a part, yours as well as ours: there is no base class and no registry. A part is
+given to a builder as an object, or as a factory (a class, `functools.partial`, or in YAML a `class_path` without the
+arguments in question), which the builder calls with what only it knows; `Made by` names these arguments, in order. What
+does not fit is refused when the detector is built, see `detection.models.fitting`.
+
+Shape shorthand:
+    B: images     H, W: padded height and width     h, w: cells of a map     L: levels     C: channels
+    G: ground truth boxes an image     A: anchors, P: proposals, S: sampled regions of an image
+    R: regions of all images     K: classes with background     k: anchors a cell     F: features of a region
+    o: side of pooled features     m: side of a mask
+Boxes are `(x1, y1, x2, y2)` float32 pixels of the padded batch; label 0 is background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from detection.batch import Batch
+
+Losses = dict[str, Tensor]
+Detections = list[dict[str, Tensor]]
+Hardness = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureMaps:
+    """The maps of a backbone, finest first, each `(B, C, h, w)`, and the pixels between neighbouring cells of each."""
+
+    maps: tuple[Tensor, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposals:
+    """Regions of a batch, best first: boxes `(B, P, 4)` xyxy (0 if not valid), scores `(B, P)`, valid `(B, P)` bool."""
+
+    boxes: Tensor
+    scores: Tensor
+    valid: Tensor
+
+
+class BackbonePart(Protocol):
+    """Images -> named feature maps.
+
+    It may declare `strides`, pixels between neighbouring cells of each map; else they are measured once, on a blank
+    image. All maps have the same number of channels.
+    """
+
+    def __call__(self, images: Tensor) -> Mapping[str, Tensor]:
+        """Normalised images `(B, 3, H, W)` -> `{name: (B, C, h, w)}`, finest first."""
+        ...
+
+
+class Pyramid(Protocol):
+    """The maps of a network's stages -> maps of one width. Made by (in_channels: list of each map's channels)."""
+
+    def __call__(self, maps: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`{name: (B, C_i, h_i, w_i)}`, finest first -> `{name: (B, C, h_i, w_i)}`; coarser maps may be added."""
+        ...
+
+
+class Proposer(Protocol):
+    """Feature maps -> proposals, and the losses of what it learns. Made by (in_channels)."""
+
+    def __call__(self, features: FeatureMaps, batch: Batch, with_losses: bool) -> tuple[Proposals, Losses]:
+        """Proposals without a gradient, as many an image as it likes; losses by name, or none."""
+        ...
+
+
+class RPNHeadPart(Protocol):
+    """Feature maps -> objectness and deltas of each anchor, as torchvision's heads. Made by (in_channels, k)."""
+
+    def __call__(self, maps: list[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Maps `(B, C, h, w)` of each level -> logits `(B, k, h, w)` and deltas `(B, k * 4, h, w)` of each level."""
+        ...
+
+
+class MatcherPart(Protocol):
+    """Which ground truth each anchor or proposal trains on."""
+
+    def __call__(self, gt_boxes: Tensor, gt_valid: Tensor, boxes: Tensor) -> Tensor:
+        """Ground truth `(B, G, 4)`, which of it is valid `(B, G)`, boxes `(A, 4)` or `(B, A, 4)` -> `(B, A)` int64.
+
+        An index into G, or -1 for background, or -2 for what trains nothing.
+        """
+        ...
+
+
+class Sampler(Protocol):
+    """Draws the anchors or proposals that train.
+
+    Attributes:
+        max_positive: most foreground that it draws of an image. Foreground comes first.
+    """
+
+    max_positive: int
+
+    def __call__(self, labels: Tensor, hardness: Hardness) -> tuple[Tensor, Tensor]:
+        """Labels `(B, A)`: above 0 foreground, 0 background, below 0 never drawn -> indices `(B, S)`, valid `(B, S)`.
+
+        `hardness()` gives the present loss of each, `(B, A)`, without a gradient; it costs a pass over all of them.
+        """
+        ...
+
+
+class BoxCoderPart(Protocol):
+    """Boxes as deltas against reference boxes, and back."""
+
+    def encode(self, gt_boxes: Tensor, boxes: Tensor) -> Tensor:
+        """Deltas `(..., 4)` that turn boxes `(..., 4)` into ground truth `(..., 4)`."""
+        ...
+
+    def decode(self, deltas: Tensor, boxes: Tensor) -> Tensor:
+        """Boxes `(..., 4)` that deltas `(..., 4)` describe relative to boxes `(..., 4)`."""
+        ...
+
+
+class ObjectnessLoss(Protocol):
+    """A loss of each sampled anchor; the RPN divides their sum by the number of sampled anchors of all processes."""
+
+    def __call__(self, logits: Tensor, is_object: Tensor) -> Tensor:
+        """Logits `(R,)` float32, and 1.0 for objects and 0.0 for background `(R,)` -> `(R,)`."""
+        ...
+
+
+class ClassificationLoss(Protocol):
+    """A loss of each sampled region; the heads divide their sum by the number of sampled regions of all processes."""
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits `(R, K)` float32 and labels `(R,)` int64 -> `(R,)`."""
+        ...
+
+
+class BoxLoss(Protocol):
+    """A loss of each refined box; foreground alone counts, divided as for `ClassificationLoss`."""
+
+    def __call__(self, deltas: Tensor, boxes: Tensor, gt_boxes: Tensor, box_coder: BoxCoderPart) -> Tensor:
+        """Predicted deltas `(R, 4)` of boxes `(R, 4)`, and the boxes wanted `(R, 4)`, all float32 -> `(R,)`."""
+        ...
+
+
+class MaskLoss(Protocol):
+    """A loss of each foreground region's mask; the mean over them trains."""
+
+    def __call__(self, logits: Tensor, masks: Tensor) -> Tensor:
+        """Logits `(R, m, m)` float32 of the true class, and masks `(R, m, m)` in [0, 1] -> `(R,)`."""
+        ...
+
+
+class RoIPoolPart(Protocol):
+    """Feature maps and boxes -> features of one size for each region.
+
+    Attributes:
+        output_size: o.
+    """
+
+    output_size: int
+
+    def __call__(self, features: FeatureMaps, boxes: Tensor) -> Tensor:
+        """Boxes `(B, P, 4)` -> `(B * P, C, o, o)`."""
+        ...
+
+
+class BoxHead(Protocol):
+    """Pooled features -> features of each region. Made by (in_channels, output_size)."""
+
+    def __call__(self, pooled: Tensor) -> Tensor:
+        """`(R, C, o, o)` -> `(R, F)`."""
+        ...
+
+
+class BoxPredictor(Protocol):
+    """Features of regions -> class logits and box deltas. Made by (in_channels, num_classes).
+
+    K is its `num_classes`, or the outputs of its `cls_score`, as torchvision's predictors have it.
+    """
+
+    def __call__(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """`(R, F)` -> logits `(R, K)`, and deltas `(R, K * 4)` of each class, or `(R, 4)` for all."""
+        ...
+
+
+class MaskHead(Protocol):
+    """Pooled features -> features of masks. Made by (in_channels)."""
+
+    def __call__(self, pooled: Tensor) -> Tensor:
+        """`(R, C, o, o)` -> `(R, C', o', o')`."""
+        ...
+
+
+class MaskPredictor(Protocol):
+    """Features of masks -> one mask a class. Made by (in_channels, num_classes)."""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """`(R, C', o', o')` -> logits `(R, K, m, m)`."""
+        ...
+
+
+class RoIHeadsPart(Protocol):
+    """Feature maps and proposals -> losses, or classes and boxes. Made by (in_channels, num_classes).
+
+    Attributes:
+        num_classes: K.
+        has_masks: whether detections have masks.
+    """
+
+    num_classes: int
+    has_masks: bool
+
+    def losses(self, features: FeatureMaps, proposals: Proposals, batch: Batch) -> Losses:
+        """Losses by name."""
+        ...
+
+    def detect(self, features: FeatureMaps, proposals: Proposals, image_sizes: Tensor) -> Detections:
+        """Of each image `boxes` `(D, 4)` inside it, `labels` `(D,)` from 1 on and `scores` `(D,)`, best first."""
+        ...
+
+
+Part = Any  # an object that keeps a contract, or a factory of one; the builders' docstrings say which contract
