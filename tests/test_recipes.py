@@ -165,14 +165,37 @@ def test_arguments_of_another_version_raise() -> None:
         rebuild(recipe)
 
 
+@recorded
+class Part(nn.Module):
+    """A recorded part."""
+
+    def __init__(self, size: int = 3, activation: Any = None) -> None:
+        super().__init__()
+        self.size, self.activation = size, activation
+
+
+class Child(Part):
+    """Not recorded, though its parent is."""
+
+
+@recorded
+class Grandchild(Child):
+    """Recorded, with an argument of its own."""
+
+    def __init__(self, depth: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.depth = depth
+
+
 def test_a_subclass_is_not_recorded_as_its_parent() -> None:
-    @recorded
-    class Part(nn.Module):
-        def __init__(self, size: int = 3) -> None:
-            super().__init__()
-
-    class Child(Part):
-        pass
-
-    assert Part(4).recipe["init_args"] == {"size": 4}
+    assert Part(4).recipe["init_args"] == {"size": 4, "activation": None}
     assert getattr(Child(4), "recipe", None) is None
+    grandchild = Grandchild(2, size=5)
+    assert grandchild.recipe == {"class_path": f"{__name__}.Grandchild", "init_args": {"depth": 2, "size": 5}}
+    again = rebuild(grandchild.recipe, trust=["tests"])
+    assert type(again) is Grandchild and (again.depth, again.size) == (2, 5)
+
+
+def test_a_subclass_that_is_not_decorated_gets_its_own_recipe_where_it_is_made_from_one() -> None:
+    made = rebuild({"class_path": f"{__name__}.Child", "init_args": {"size": 9}}, trust=["tests"])
+    assert made.recipe == {"class_path": f"{__name__}.Child", "init_args": {"size": 9}} and made.size == 9

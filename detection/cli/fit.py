@@ -30,7 +30,7 @@ from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
 from detection.errors import RunError, explain
 from detection.models import relatives, zoo
-from detection.recipes import name_only_known
+from detection.recipes import EVERYTHING, name_only_known, rebuild
 from detection.training import tuning
 from detection.training.callbacks import Bar, PredictionPictures, Results, Throughput
 from detection.training.checkpoints import RUN_FOLDER, KeepBest, WholeFiles, start
@@ -169,11 +169,12 @@ class FitCLI(LightningCLI):
         self.folder, self.checkpoint = start(self.config.resume, Path(self.config.output) / self.config.name)
         if self.config.find:  # under a name that `--resume auto` does not take for a run
             self.folder = self.folder.with_name(f"{self.folder.name}_find_{self.config.find}")
-        self.datamodule = DetectionDataModule(**self.config.data.as_dict())
         config = self.config.clone()
+        self.datamodule = DetectionDataModule(**make_parts(config.pop("data")))
         fit_detector_to_data(config.model.detector, self.datamodule)
-        self.config_init = self.parser.instantiate(config)
-        self.model = DetectionModule(**self.config_init.model.as_dict(), class_names=self.datamodule.class_names)
+        parts = make_parts(config.pop("model"))
+        self.config_init = self.parser.instantiate(config)  # the trainer's callbacks, loggers, plugins
+        self.model = DetectionModule(**parts, class_names=self.datamodule.class_names)
         self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -276,6 +277,26 @@ def expand(args: Sequence[str]) -> list[str]:
         if default.parent != CONFIGS:
             name_only_known(own)  # that file may have come with somebody's checkpoint
     return expanded
+
+
+def make_parts(section: Namespace) -> dict[str, Any]:
+    """The arguments of a section of the configuration, its parts made as those of a checkpoint are: from recipes."""
+    return {name: rebuild(plain(value), trust=(EVERYTHING,)) for name, value in vars(section).items()}
+
+
+def plain(value: Any) -> Any:
+    """What jsonargparse has parsed, as a recipe: dictionaries, lists, and text for paths, as a checkpoint keeps them."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if not isinstance(value, Namespace | dict):
+        return value
+    entries = {name: plain(item) for name, item in (vars(value) if isinstance(value, Namespace) else value).items()}
+    if "class_path" in entries:
+        given = entries.get("init_args") or {}
+        return {"class_path": entries["class_path"], "init_args": given | entries.get("dict_kwargs", {})}
+    return entries
 
 
 def fit_detector_to_data(detector: Namespace, data: DetectionDataModule) -> None:
