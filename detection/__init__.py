@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         maskrcnn_resnet50_fpn,
         maskrcnn_resnet50_fpn_v2,
     )
+    from detection.recipes import recorded
     from detection.selective_search import SelectiveSearch
     from detection.training.module import DetectionModule
 
@@ -92,6 +93,7 @@ _HOMES = {
         "fasterrcnn_resnet50_fpn_v2 fasterrcnn_resnet_fpn fasterrcnn_timm_fpn maskrcnn_efficientnet_lite0_fpn "
         "maskrcnn_resnet50_fpn maskrcnn_resnet50_fpn_v2"
     ),
+    "recipes": "recorded",
     "selective_search": "SelectiveSearch",
     "training.module": "DetectionModule",
 }

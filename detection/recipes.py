@@ -48,7 +48,8 @@ IMPORTED = ("torch.nn", "torch.optim", *(home for home, _ in HARMLESS))  # modul
 # None of these is part of a detector, so the advice to trust it would be a bad one.
 NEVER = {"None", "torch", *sys.stdlib_module_names}
 WEIGHTS = ("weights", "weights_backbone")  # arguments of builders that name a file: no part of a recipe
-EVERYTHING = "*"  # trust in whatever is named: for configurations that the user wrote
+EVERYTHING = "*"  # trust in whatever is named: for a configuration that the user wrote
+A_RUN = "*run"  # trust in a run's configuration: it may name files of weights, and builders that open one
 DEEPEST, MOST = 50, 100_000  # of a recipe's values: a file of some bytes can describe more than memory holds
 _trusted: ContextVar[tuple[str, ...]] = ContextVar("trusted", default=())
 
@@ -93,7 +94,7 @@ def recorded(maker: Made) -> Made:
 
 def is_recorded(maker: Any) -> bool:
     """Whether `recorded` has decorated this class, rather than one that it inherits from, or this function."""
-    return bool(vars(maker).get("is_recorded", False)) if isclass(maker) or isfunction(maker) else False
+    return (isclass(maker) or isfunction(maker)) and vars(maker).get("is_recorded") is True
 
 
 def note(made: Any, path: str, arguments: Mapping[str, Any]) -> None:
@@ -135,7 +136,7 @@ def describe(value: Any) -> Any:
         return None
     if isinstance(value, Enum):
         inner, member = describe(type(value)), describe(value.value)
-        usable = isinstance(inner, dict) and member is not NotImplemented
+        usable = inner is not NotImplemented and member is not NotImplemented
         return {"class_path": inner["class_path"], "init_args": {"value": member}} if usable else NotImplemented
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
@@ -169,9 +170,9 @@ def blame(value: Any, where: str) -> dict[str, str]:
     elif isinstance(value, partial):
         inner = value.keywords
     elif known := getattr(value, "unrecorded", None):
-        return {f"{where}.{name}": kind for name, kind in known.items()}
+        return {f"{where}.{name}": named for name, named in known.items()}
     found = [blame(item, f"{where}.{name}") for name, item in inner.items() if describe(item) is NotImplemented]
-    kind = value if isclass(value) or isfunction(value) else type(value)
+    kind: Any = value if isclass(value) or isfunction(value) else type(value)
     return {name: kind for part in found for name, kind in part.items()} or {where: kind.__qualname__}
 
 
@@ -212,29 +213,43 @@ def rebuild(recipe: Any, trust: Iterable[str] = ()) -> Any:
 
     Args:
         recipe: as `describe` gives it. Plain values, and lists and dictionaries of them, come back as they are.
-        trust: packages whose code may run besides this one's, and those of `trusting`. `(EVERYTHING,)` for what the
-            user wrote; it covers this recipe, and no file that one of its builders opens.
+        trust: packages whose code may run besides this one's, and those of `trusting`. `EVERYTHING` and `A_RUN` cover
+            this recipe, but no file that one of its builders opens.
 
     Raises:
         RecipeError: it names something that is not trusted or not there, or arguments that don't fit.
     """
-    _check_size(recipe)
-    if EVERYTHING in trust:
-        return _rebuild(recipe, (EVERYTHING,))
-    with trusting(trust):
-        return _rebuild(recipe, _trusted.get())
+    named_in(recipe)  # refuses what is too large
+    marks = tuple(mark for mark in (EVERYTHING, A_RUN) if mark in trust)
+    with trusting([name for name in ((trust,) if isinstance(trust, str) else trust) if name not in marks]):
+        return _rebuild(recipe, (*_trusted.get(), *marks))
 
 
-def _check_size(recipe: Any) -> None:
-    """Refuse what is deeper or larger than any recipe. Within a pickle a list may even hold itself."""
-    todo, seen = [(recipe, 0)], 0
+def named_in(recipe: Any) -> list[str]:
+    """The class paths that a recipe names, each once.
+
+    Raises:
+        RecipeError: it is deeper or larger than any recipe. Within a pickle a list may even hold itself.
+    """
+    todo, seen, paths = [(recipe, 0)], 0, dict[str, None]()
     while todo:
         value, depth = todo.pop()
         seen += 1
         if depth > DEEPEST or seen > MOST:
             raise RecipeError("the recipe is no detector's: it is too large, or nested too deeply")
-        if isinstance(value, Mapping | list | tuple):
-            todo.extend((item, depth + 1) for item in (value.values() if isinstance(value, Mapping) else value))
+        if isinstance(value, Mapping):
+            if isinstance(value.get("class_path"), str):
+                paths[value["class_path"]] = None
+            todo.extend((item, depth + 1) for item in value.values())
+        elif isinstance(value, list | tuple):
+            todo.extend((item, depth + 1) for item in value)
+    return list(paths)
+
+
+def packages_of(recipe: Any) -> list[str]:
+    """The packages that a checkpoint with this recipe asks to trust."""
+    paths = (path for path in named_in(recipe) if not _is_looked_for(path))
+    return sorted({path.partition(".")[0] for path in paths})
 
 
 def _rebuild(recipe: Any, trust: tuple[str, ...]) -> Any:
@@ -248,8 +263,9 @@ def _rebuild(recipe: Any, trust: tuple[str, ...]) -> Any:
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise RecipeError(f"the recipe of {path} has arguments without names")
     path, init_args = upgrade(path, dict(given))
-    maker = _find(path, trust)
-    if EVERYTHING not in trust and (named := [name for name in WEIGHTS if _names_weights(name, init_args.get(name))]):
+    maker = find(path, trust)
+    written = EVERYTHING in trust or A_RUN in trust
+    if not written and (named := [name for name in WEIGHTS if _names_weights(name, init_args.get(name))]):
         raise RecipeError(f"the recipe of {path} names {named[0]}: a checkpoint has its own, and opens no other file")
     arguments = {name: _rebuild(value, trust) for name, value in init_args.items()}
     try:
@@ -284,17 +300,18 @@ def _needs_more(maker: Callable[..., Any], arguments: Mapping[str, Any]) -> bool
     return any(p.name not in arguments for p in wanted)
 
 
-def _find(path: str, trust: tuple[str, ...]) -> Any:
-    """The class or function of this name, if a recipe may name it; nothing else is imported."""
+def find(path: str, trust: Iterable[str]) -> Any:
+    """The class or function of this name, if a recipe may name it; nothing else is imported.
+
+    Raises:
+        RecipeError: with what to do.
+    """
     package = path.partition(".")[0]
     free = EVERYTHING in trust or package in trust
-    if not free and not f"{path}.".startswith(tuple(f"{home}." for home in (PACKAGE, *IMPORTED))):
+    if not free and not _is_looked_for(path):
         if package in NEVER or not package.isidentifier():
             raise RecipeError(f"the recipe names {path}, which is not a part of a detector")
-        raise RecipeError(
-            f"the recipe names {path}: if you trust the code of {package}, say so with --trust {package} "
-            f'(in Python trust=("{package}",))'
-        )
+        raise RecipeError(f"the recipe names {path}: {advice(package)}")
     try:
         if not free and any(name.startswith("_") for name in path.split(".")):
             raise ImportError(f"{path} is private")
@@ -302,10 +319,31 @@ def _find(path: str, trust: tuple[str, ...]) -> Any:
     except ImportError as error:
         missing = f"which this version of {PACKAGE} does not have" if package == PACKAGE else f"but {error}"
         raise RecipeError(f"the recipe names {path}, {missing}") from error
-    if not callable(maker) or not free and not (is_recorded(maker) if package == PACKAGE else _is_harmless(maker)):
+    if not callable(maker) or not (free or _is_part(maker, package, A_RUN in trust)):
         # others could do anything, such as writing files
         raise RecipeError(f"the recipe names {path}, which is not a part of a detector")
     return maker
+
+
+def advice(package: str) -> str:
+    """What to do where a file names a package that is not trusted."""
+    return f'if you trust the code of {package}, say so with --trust {package} (in Python trust=("{package}",))'
+
+
+def _is_looked_for(path: str) -> bool:
+    return f"{path}.".startswith(tuple(f"{home}." for home in (PACKAGE, *IMPORTED)))
+
+
+def _is_part(maker: Any, package: str, in_a_run: bool) -> bool:
+    if package != PACKAGE:
+        return _is_harmless(maker)
+    return is_recorded(maker) or (in_a_run and _gives_a_detector(maker))
+
+
+def _gives_a_detector(maker: Any) -> bool:
+    """Whether it is a builder of this package, such as `detector_for_classes`, which isn't recorded as it opens a file."""
+    made = maker.__annotations__.get("return") if isfunction(maker) else None
+    return made is not None and getattr(made, "__name__", made) == "FasterRCNN"
 
 
 def import_path(path: str) -> Any:
@@ -338,19 +376,23 @@ def _is_harmless(maker: Any) -> bool:
     )
 
 
-def name_only_known(own: Iterable[str], trust: Iterable[str] = ()) -> None:
-    """From now on configurations of this process name nothing but parts of `KNOWN` packages and what `own` names.
+def name_only_known(own: Iterable[str], trust: Iterable[str] = ()) -> tuple[str, ...]:
+    """From now on configurations of this process name nothing but parts of `KNOWN` packages and what the user named.
 
     Args:
         own: values that the user has typed where classes are expected: the packages they name are trusted.
         trust: further packages that the user has named.
+
+    Returns:
+        the packages trusted, for `rebuild`.
     """
     from jsonargparse import set_parsing_settings
 
     words = [name for argument in own for name in re.findall(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", argument)]
-    typed = {name.partition(".")[0] for name in words} - {"jsonargparse", *sys.stdlib_module_names}
-    allowed = [*KNOWN, *sorted(typed | set(trust))]
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
+    typed = {name.partition(".")[0] for name in words} - {"jsonargparse", PACKAGE, "torch", *sys.stdlib_module_names}
+    trusted = tuple(sorted(typed | set(trusted_names(trust))))
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*KNOWN, *trusted])
+    return trusted
 
 
 class Unnamed:

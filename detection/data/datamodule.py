@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import lightning as L
 import torch
@@ -27,7 +27,7 @@ from detection.data.samplers import TrainBatchSampler, rank_and_world
 from detection.data.voc import read_voc
 from detection.data.workers import init_worker
 from detection.data.yolo import read_yolo
-from detection.recipes import rebuild
+from detection.recipes import RecipeError, rebuild, trusting
 
 log = logging.getLogger(__name__)
 Stage = Literal["train", "val", "test"]
@@ -176,6 +176,26 @@ class DetectionDataModule(L.LightningDataModule):
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
         self._known: tuple[tuple[str, ...], tuple[int, ...]] | None = None
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Any, trust: Iterable[str] = (), **options: Any
+    ) -> Self:
+        """The data of a checkpoint's training; nothing but plain values is unpickled.
+
+        Args:
+            checkpoint_path: of the file.
+            trust: packages whose parts it may use besides this one's.
+            **options: Lightning's, and arguments of this class that take the place of those in the file.
+
+        Raises:
+            RecipeError: the file names parts of a package that is not trusted, or is not there.
+        """
+        try:
+            with trusting(trust):
+                return super().load_from_checkpoint(checkpoint_path, **{"weights_only": True} | options)
+        except RecipeError as error:
+            raise RecipeError(f"{checkpoint_path}: {error}") from error
 
     @property
     def class_names(self) -> list[str]:

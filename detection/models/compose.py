@@ -18,10 +18,12 @@ from detection.models.roi_heads import FastRCNNPredictor, RoIHeads, TwoFCHead
 from detection.models.rpn import RegionProposalNetwork, RPNHead
 from detection.models.transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from detection.models.two_stage import FasterRCNN
+from detection.recipes import recorded
 
 COCO_CATEGORIES = 91  # with background: torchvision's labels are COCO's category ids, gaps included
 
 
+@recorded
 def faster_rcnn(
     backbone: Backbone,
     num_classes: int = COCO_CATEGORIES,
@@ -126,6 +128,7 @@ def default_anchors(num_levels: int, **options: Any) -> AnchorGenerator:
     return AnchorGenerator([[s] for s in sizes] if num_levels == len(sizes) else [sizes] * num_levels, **options)
 
 
+@recorded
 def mask_rcnn(
     backbone: Backbone,
     num_classes: int = COCO_CATEGORIES,
@@ -162,6 +165,7 @@ def add_mask_branch(
     roi_heads.mask_predictor = predictor or MaskPredictor(roi_heads.mask_head.out_channels, num_classes)  # type: ignore[arg-type]
 
 
+@recorded
 def cascade_rcnn(
     backbone: Backbone,
     num_classes: int = COCO_CATEGORIES,

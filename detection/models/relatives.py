@@ -34,6 +34,7 @@ from detection.recipes import recorded
 from detection.selective_search import SelectiveSearch
 
 
+@recorded
 def fast_rcnn(
     backbone: Backbone,
     num_classes: int = COCO_CATEGORIES,
@@ -94,6 +95,7 @@ def fast_rcnn(
     return model
 
 
+@recorded
 def rcnn(box_head: CNNHead, crop_size: int, num_classes: int = COCO_CATEGORIES, **kwargs: Any) -> FasterRCNN:
     """R-CNN (Girshick et al. 2014) on a classification network; `detection.models.rcnn` says what is not the paper's.
 

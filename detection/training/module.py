@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
 import lightning as L
@@ -19,11 +19,13 @@ from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.results import encode_masks
 from detection.models.masks import paste_masks
 from detection.models.two_stage import FasterRCNN
-from detection.models.weights import check_sums, readable
-from detection.recipes import rebuild
+from detection.models.weights import NO_RECIPE, CheckpointError, check_sums, readable
+from detection.recipes import rebuild, trusting
+from detection.training.checkpoints import announce_parts
 
 log = logging.getLogger(__name__)
 
+WITHOUT_RECIPE = f"{NO_RECIPE} (DetectionModule.load_from_checkpoint(path, detector=detector))"
 REFERENCE_BATCH = 16  # images: the batch that published learning rates are for
 
 
@@ -68,6 +70,8 @@ class DetectionModule(L.LightningModule):
         compile: bool = False,
     ) -> None:
         super().__init__()
+        if detector is None:
+            raise CheckpointError(WITHOUT_RECIPE)
         if isinstance(detector, Mapping):  # from a checkpoint, which keeps plain values only
             detector = rebuild(detector)
         if detector.num_classes != len(class_names) + 1:
@@ -77,7 +81,7 @@ class DetectionModule(L.LightningModule):
             )
         settings = {name: value for name, value in locals().items() if name not in ("self", "detector", "__class__")}
         settings |= {"class_names": list(class_names), "milestones": list(milestones)}
-        self.save_hyperparameters({"detector": detector.recipe, **settings} if detector.recipe else settings)
+        self.save_hyperparameters({"detector": detector.recipe, **settings})
         self.detector = detector
         self.class_names = list(class_names)
         self.optimizer_name, self.lr, self.momentum, self.weight_decay = optimizer, lr, momentum, weight_decay
@@ -89,16 +93,28 @@ class DetectionModule(L.LightningModule):
         self.step_losses: dict[str, Tensor] = {}  # of the newest training step, for those who look for what went wrong
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> Self:  # type: ignore[override]
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Any, trust: Iterable[str] = (), **options: Any
+    ) -> Self:
         """The module of a checkpoint, which says how to rebuild it; nothing but tensors and plain values is unpickled.
 
+        Args:
+            checkpoint_path: of the file.
+            trust: packages whose parts it may use besides this one's.
+            **options: Lightning's, and arguments of this class that take the place of those in the file.
+
         Raises:
-            CheckpointError: the file is damaged, foreign, or names anything but parts of this package.
+            CheckpointError: the file is damaged, foreign, or names parts of a package that is not trusted.
             FileNotFoundError: there is none.
         """
-        with readable(checkpoint_path):
+        with readable(checkpoint_path), trusting(trust):
             check_sums(checkpoint_path)
-            return super().load_from_checkpoint(checkpoint_path, **{"weights_only": True} | options)
+            try:
+                return super().load_from_checkpoint(checkpoint_path, **{"weights_only": True} | options)
+            except TypeError as error:
+                if "'detector'" not in str(error):  # what older checkpoints lack where there was no recipe
+                    raise
+                raise CheckpointError(WITHOUT_RECIPE) from error
 
     def forward(self, images: Batch | Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Detections of each image, in its own pixels."""
@@ -111,6 +127,11 @@ class DetectionModule(L.LightningModule):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
         if self.compiled and stage == "fit":
             compile_parts(self.detector)
+
+    def on_fit_start(self) -> None:
+        """Say what will be needed to open the checkpoints, or that they can't rebuild the detector."""
+        if self.trainer.is_global_zero:
+            announce_parts(self.detector, getattr(self.trainer, "datamodule", None))
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Check the ground truth while it is still on the CPU, where looking at values costs nothing."""
