@@ -94,7 +94,7 @@ def recorded(maker: Made) -> Made:
 
 def is_recorded(maker: Any) -> bool:
     """Whether `recorded` has decorated this class, rather than one that it inherits from, or this function."""
-    return (isclass(maker) or isfunction(maker)) and vars(maker).get("is_recorded") is True
+    return bool(isclass(maker) or isfunction(maker)) and vars(maker).get("is_recorded") is True
 
 
 def note(made: Any, path: str, arguments: Mapping[str, Any]) -> None:
@@ -151,7 +151,7 @@ def describe(value: Any) -> Any:
         return NotImplemented if NotImplemented in entries.values() else entries
     if isinstance(value, partial) and not value.args:
         inner, arguments = describe(value.func), describe(value.keywords)
-        usable = isinstance(inner, dict) and inner.get("partial") and arguments is not NotImplemented
+        usable = isinstance(inner, dict) and "partial" in inner and arguments is not NotImplemented
         return inner | {"init_args": arguments} if usable else NotImplemented
     if isclass(value) or isfunction(value):
         path = f"{value.__module__}.{value.__qualname__}"
@@ -341,7 +341,7 @@ def _is_part(maker: Any, package: str, in_a_run: bool) -> bool:
 
 
 def _gives_a_detector(maker: Any) -> bool:
-    """Whether it is a builder of this package, such as `detector_for_classes`, which isn't recorded as it opens a file."""
+    """Whether it is a builder: `detector_for_classes` isn't recorded, as it opens a file."""
     made = maker.__annotations__.get("return") if isfunction(maker) else None
     return made is not None and getattr(made, "__name__", made) == "FasterRCNN"
 

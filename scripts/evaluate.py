@@ -20,9 +20,8 @@ from detection.training.module import DetectionModule
 
 
 def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None = None, output: Path | None = None,
-             batch_size: int | None = None, accelerator: str = "auto",
-             backend: Backend = "arrays", precision: Literal["32-true", "bf16-mixed"] = "32-true",
-             trust: list[str] = []) -> None:  # noqa: B006  # fmt: skip
+             batch_size: int | None = None, accelerator: str = "auto", backend: Backend = "arrays",
+             precision: Literal["32-true", "bf16-mixed"] = "32-true", trust: list[str] = []) -> None:  # noqa: B006  # fmt: skip
     """Write figures, COCO results JSON, plots and an HTML report; the figures are those that training logged.
 
     Args:

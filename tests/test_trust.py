@@ -151,7 +151,7 @@ def test_python_rebuilds_a_part_of_ones_own_where_it_is_trusted(trained: Path, m
     for load in (Detector.from_checkpoint, load_detector, DetectionModule.load_from_checkpoint):
         with pytest.raises(CheckpointError, match=said):
             load(path)
-        with pytest.raises(CheckpointError, match="trust takes the name .* not my_parts.py"):
+        with pytest.raises(CheckpointError, match=r"trust takes the name .* not my_parts\.py"):
             load(path, trust=["my_parts.py"])
     saved = torch.load(path, weights_only=True)["state_dict"]
     for module in (

@@ -26,11 +26,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.logging import RichHandler
 
+from detection.cli.flags import take_trust
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
 from detection.errors import RunError, explain
 from detection.models import relatives, zoo
-from detection.cli.flags import take_trust
 from detection.recipes import (
     A_RUN,
     EVERYTHING,

@@ -26,9 +26,7 @@ def take_trust(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return left, names
 
 
-def run_command(
-    command: Callable[..., Any] | Mapping[str, Callable[..., Any]], *expected: type[Exception]
-) -> str | None:
+def run_command(command: Callable[..., Any] | Mapping[str, Any], *expected: type[Exception]) -> str | None:
     """Run a function, or that of several which the first argument names, with the arguments of the command line.
 
     Args:
