@@ -105,6 +105,8 @@ class TwoStageDetector(nn.Module):
             PartError: one does not keep its contract.
         """
         batch = _blank_batch(next(self.parameters(), torch.empty(())).device)
+        if batch.images.is_meta:  # where nothing can be chosen, as tensors have no values
+            return
         with trial(self):
             features = self.extract(batch)
             if len(features.maps) != len(self.strides):
