@@ -19,8 +19,8 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from detection.models.norms import NORM_LAYERS, Norm, freeze_norms, replace_batch_norm
 from detection.models.pyramid import FeaturePyramidNetwork
-from detection.models.weights import Weights, find_weights, is_given
 from detection.recipes import recorded
+from detection.weights import Weights, find_weights, is_given
 
 ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 

@@ -297,6 +297,10 @@ def fast_rcnn(
         box_roi_pool: default: RoI max pooling 7x7 on all levels but the last.
         **kwargs: see `faster_rcnn`; those of the RPN have no meaning.
     """
-    top_n = {"training": proposals_train, "testing": proposals_test}
-    proposer = PrecomputedProposals(top_n, proposal_source or SelectiveSearch())
+    proposer = precomputed(proposals_train, proposals_test, proposal_source)
     return faster_rcnn(backbone, num_classes, rpn=proposer, box_roi_pool=box_roi_pool or RoIPool(), **kwargs)
+
+
+def precomputed(training: int, testing: int, source: SelectiveSearch | None) -> PrecomputedProposals:
+    """The proposer of `fast_rcnn`."""
+    return PrecomputedProposals({"training": training, "testing": testing}, source or SelectiveSearch())

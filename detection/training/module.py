@@ -20,8 +20,8 @@ from detection.evaluation.results import encode_masks
 from detection.models.fast import accelerate
 from detection.models.masks import paste_masks
 from detection.models.two_stage import FasterRCNN
-from detection.models.weights import check_sums, readable
 from detection.recipes import rebuild
+from detection.weights import check_sums, readable
 
 log = logging.getLogger(__name__)
 
