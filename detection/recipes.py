@@ -81,7 +81,7 @@ def recorded(maker: Made) -> Made:
 
 
 def rebuildable(builder: Made) -> Made:
-    """Decorate a function that only fixes arguments of a recorded builder, whose recipe stays; recipes may name both."""
+    """Decorate a function that only fixes arguments of a recorded builder, whose recipe stays."""
     builder.is_recorded = True  # type: ignore[attr-defined]
     return builder
 
