@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detection.recipes import recorded
 
+
+@recorded
 class FeaturePyramidNetwork(nn.Module):
     """Top-down pathway with lateral connections.
 

@@ -30,6 +30,7 @@ from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor
 from detection.models.rpn import RPNHead
 from detection.models.two_stage import FasterRCNN
 from detection.models.weights import Weights, adapt_classes, find_class_names, find_weights, fold_epsilon, is_given
+from detection.parts import Part
 from detection.recipes import recorded
 
 WITHOUT_EPSILON = (reference.FasterRCNN_ResNet50_FPN_Weights, reference.MaskRCNN_ResNet50_FPN_Weights)
@@ -228,21 +229,37 @@ def fasterrcnn_timm_fpn(
     num_classes: int | None = None,
     weights_backbone: Weights = None,
     norm: Norm | None = None,
+    fpn_norm: Norm | None = None,
     fpn_channels: int = 256,
+    pyramid: Part | None = None,
+    window_size: int | None = None,
     trainable_backbone_layers: int | None = None,
     **kwargs: Any,
 ) -> FasterRCNN:
-    """Faster R-CNN on any timm network that gives feature maps.
+    """Faster R-CNN on a timm network: convolutional, a hierarchical transformer (Swin) or a plain one (ViT).
 
     Args:
-        backbone_name: timm's name, e.g. `"convnext_tiny"`.
+        backbone_name: timm's name, e.g. `"convnext_tiny"`, `"swin_tiny_patch4_window7_224"`, `"vit_small_patch16_224"`.
         num_classes: classes with background; default 91.
         weights_backbone: a file of timm's weights, or None.
-        norm, fpn_channels, trainable_backbone_layers: see `backbones.timm_fpn`.
+        norm, fpn_norm, fpn_channels, pyramid, window_size: see `timm_backbones.timm_fpn`.
+        trainable_backbone_layers: see `timm_backbones.timm_fpn`.
         **kwargs: see `faster_rcnn`.
     """
-    backbone = timm_fpn(backbone_name, weights_backbone, trainable_backbone_layers, norm, out_channels=fpn_channels)
-    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone)
+    backbone = timm_fpn(
+        backbone_name,
+        weights_backbone,
+        trainable_backbone_layers,
+        norm,
+        fpn_norm,
+        fpn_channels,
+        pyramid=pyramid,
+        window_size=window_size,
+    )
+    model = _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone)
+    if backbone.resolved:
+        model.resolved["trainable_backbone_layers"] = backbone.resolved["trainable_layers"]
+    return model
 
 
 @recorded
