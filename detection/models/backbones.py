@@ -14,24 +14,12 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from detection.models.norms import NORM_LAYERS, Norm, fold_frozen_norms
 from detection.models.timm_backbones import efficientnet_lite0_fpn, timm_fpn
-from detection.models.trunks import Backbone, Trunk, count_trainable
+from detection.models.trunks import AnyPyramid, Backbone, Trunk, count_trainable
 from detection.models.weights import Weights, find_weights, is_given
-from detection.parts import Part
 from detection.recipes import recorded
 
-__all__ = [
-    "Backbone",
-    "Norm",
-    "ResNetName",
-    "Trunk",
-    "efficientnet_lite0_fpn",
-    "mobilenet_v3_large_fpn",
-    "resnet_c4",
-    "resnet_dc5",
-    "resnet_fpn",
-    "resnet_network",
-    "timm_fpn",
-]
+__all__ = ["Backbone", "Norm", "ResNetName", "Trunk", "efficientnet_lite0_fpn", "mobilenet_v3_large_fpn", "resnet_c4",
+           "resnet_dc5", "resnet_fpn", "resnet_network", "timm_fpn"]  # fmt: skip
 
 ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -45,7 +33,7 @@ def resnet_fpn(
     fpn_norm: Norm | None = None,
     out_channels: int = 256,
     stride_in_1x1: bool = False,
-    pyramid: Part | None = None,
+    pyramid: AnyPyramid | None = None,
 ) -> Backbone:
     """A torchvision ResNet (He et al. 2016) with its four stages in a pyramid: strides 4, 8, 16, 32 and 64.
 
@@ -154,7 +142,7 @@ def mobilenet_v3_large_fpn(
     weights: Weights = None,
     trainable_layers: int | None = None,
     norm: Norm | None = None,
-    pyramid: Part | None = None,
+    pyramid: AnyPyramid | None = None,
 ) -> Backbone:
     """MobileNetV3-Large (Howard et al. 2019) with torchvision's two maps: both of stride 32, and the pool of 64.
 

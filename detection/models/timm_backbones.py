@@ -14,10 +14,9 @@ from torch.nn import functional as F
 
 from detection.models.measuring import measure_each, run_blank
 from detection.models.norms import Norm, freeze_norms, replace_batch_norm
-from detection.models.trunks import Backbone, count_trainable
+from detection.models.trunks import AnyPyramid, Backbone, count_trainable
 from detection.models.vit import PATCH, SimpleFeaturePyramid, attend_in_windows
 from detection.models.weights import Weights, find_weights, is_given
-from detection.parts import Part
 from detection.recipes import recorded
 
 # What lets a network take images of any size, by kind of network. Swin shifts its windows in every stage then, as its
@@ -61,10 +60,6 @@ class TimmTrunk(nn.Module):
             maps = [m[..., : -(-m.shape[3] * width // padded_width)] for m in maps]
         return {str(i): feature for i, feature in enumerate(maps)}
 
-    def keep(self, indices: Sequence[int]) -> None:
-        """Keep these maps alone, and drop the layers behind the last of them."""
-        self.indices = self.network.prune_intermediate_layers(list(indices), prune_norm=True, prune_head=True)  # type: ignore[operator]
-
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As `Trunk` has it; not every network of timm can."""
         self.network.set_grad_checkpointing(enable)  # type: ignore[operator]
@@ -79,7 +74,7 @@ def timm_fpn(
     fpn_norm: Norm | None = None,
     out_channels: int = 256,
     out_indices: Sequence[int] | None = None,
-    pyramid: Part | None = None,
+    pyramid: AnyPyramid | None = None,
     window_size: int | None = None,
 ) -> Backbone:
     """A network of timm with a pyramid, at any image size.
@@ -103,7 +98,8 @@ def timm_fpn(
     Raises:
         ValueError: the network can't be a backbone, or has no place for one of the arguments; the message says why.
     """
-    body = TimmTrunk(_create(name))
+    network: Any = _create(name)
+    body = TimmTrunk(network)
     strides, channels = _find_size(name, body)
     plain = len(strides) > 1 and len(set(strides)) == 1
     if out_indices is None:
@@ -112,11 +108,11 @@ def timm_fpn(
         raise ValueError(f"{name} has no feature maps of stride 4 or more: {strides}")
     if plain and pyramid is None:
         pyramid = _simple_pyramid(name, strides[0], out_channels, fpn_norm)
-    body.keep(out_indices)
+    body.indices = network.prune_intermediate_layers(list(out_indices), prune_norm=True, prune_head=True)
     if is_given(weights):
-        _load_matching(body.network, find_weights(weights), name)
+        _load_matching(network, find_weights(weights), name)
     if window_size is not None:
-        attend_in_windows(body.network, window_size)
+        attend_in_windows(network, window_size)
     if norm == "frozen" or (norm is None and is_given(weights)):
         freeze_norms(body)
     elif norm == "group":
@@ -124,7 +120,7 @@ def timm_fpn(
     groups = list(range(max(out_indices) + 1)) if plain else list(out_indices)
     pretrained = is_given(weights) or norm == "frozen"
     trainable = count_trainable(trainable_layers, pretrained, len(groups), len(groups) if plain else 3)
-    _freeze_up_to(body.network, groups[: len(groups) - trainable], name)
+    _freeze_up_to(network, groups[: len(groups) - trainable], name)
     kept = [channels[i] for i in out_indices], [strides[i] for i in out_indices]
     backbone = Backbone(body, *kept, out_channels, fpn_norm, pyramid)
     if is_given(weights):
@@ -139,7 +135,7 @@ def efficientnet_lite0_fpn(
     fpn_norm: Norm | None = None,
     out_channels: int = 128,
     trainable_layers: int | None = None,
-    pyramid: Part | None = None,
+    pyramid: AnyPyramid | None = None,
 ) -> Backbone:
     """EfficientNet-Lite0 (timm's `tf_efficientnet_lite0`) with strides 4 to 32: small, and quick on a CPU.
 
@@ -184,7 +180,7 @@ def _find_size(name: str, body: TimmTrunk) -> tuple[tuple[int, ...], list[int]]:
     raise ValueError(f"{name} can't be a backbone: {cause}; choose a network that takes images of any size") from reason
 
 
-def _simple_pyramid(name: str, stride: int, out_channels: int, fpn_norm: Norm | None) -> Part:
+def _simple_pyramid(name: str, stride: int, out_channels: int, fpn_norm: Norm | None) -> AnyPyramid:
     if stride != PATCH:
         raise ValueError(
             f"{name} has patches of {stride} pixels, but the simple feature pyramid is for {PATCH}: choose a network "

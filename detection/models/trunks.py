@@ -7,7 +7,7 @@ Shape shorthand:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from detection.models.measuring import measure
 from detection.models.norms import NORM_LAYERS, Norm
 from detection.models.pyramid import FeaturePyramidNetwork
-from detection.parts import Part
+
+AnyPyramid = nn.Module | Callable[[list[int]], nn.Module]  # or a factory, see detection.parts.Pyramid
 
 
 class Trunk(nn.ModuleDict):
@@ -79,7 +80,7 @@ class Backbone(nn.Module):
         strides: Sequence[int],
         out_channels: int | None = 256,
         fpn_norm: Norm | None = None,
-        pyramid: Part | None = None,
+        pyramid: AnyPyramid | None = None,
     ) -> None:
         super().__init__()
         self.body = body

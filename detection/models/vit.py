@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from timm.layers import LayerNorm2d
 from timm.models import VisionTransformer
+from timm.models.vision_transformer_sam import window_partition, window_unpartition
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -110,27 +111,18 @@ class Windows:
     def split(self, _: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> tuple[tuple[Tensor], dict[str, Any]]:
         """Tokens `(B, P + h * w, C)` -> those of each window, `(B * windows, P + s * s, C)`, and what to attend to."""
         prefix, cells = args[0][:, : self.prefix], args[0][:, self.prefix :].unflatten(1, self.grid)
-        tokens = self._to_windows(cells)
-        repeated = prefix.repeat_interleave(len(tokens) // len(prefix), 0)
-        if any(side % self.size for side in self.grid):
-            inside = self._to_windows(cells.new_ones(1, *self.grid, 1, dtype=torch.bool)).squeeze(2)
+        windows, padded = window_partition(cells, self.size)
+        prefix = prefix.repeat_interleave(len(windows) // len(cells), 0)
+        if padded != self.grid:
+            inside = window_partition(cells.new_ones(1, *self.grid, 1), self.size)[0].flatten(1).bool()
             inside = F.pad(inside, (self.prefix, 0), value=True).repeat(len(cells), 1)
             kwargs = kwargs | {"attn_mask": inside[:, None, None]}
-        return (torch.cat([repeated, tokens], 1),), kwargs
+        return (torch.cat([prefix, windows.flatten(1, 2)], 1),), kwargs
 
     def join(self, _: nn.Module, __: Any, tokens: Tensor) -> Tensor:
         """The way back."""
-        h, w = self.grid
-        rows, columns = -(-h // self.size), -(-w // self.size)
-        prefix, cells = tokens[:, : self.prefix], tokens[:, self.prefix :]
-        cells = cells.reshape(-1, rows, columns, self.size, self.size, tokens.shape[2]).transpose(2, 3)
-        cells = cells.flatten(3, 4).flatten(1, 2)[:, :h, :w].flatten(1, 2)
-        return torch.cat([prefix.unflatten(0, (len(cells), rows * columns)).mean(1), cells], 1)
-
-    def _to_windows(self, cells: Tensor) -> Tensor:
-        """Cells `(B, h, w, C)` -> windows `(B * windows, s * s, C)`, padded."""
-        h, w = self.grid
-        s = self.size
-        padded = F.pad(cells, (0, 0, 0, -w % s, 0, -h % s))
-        windows = padded.unflatten(2, (-1, s)).unflatten(1, (-1, s)).transpose(2, 3)
-        return windows.flatten(3, 4).flatten(0, 2)
+        prefix, windows = tokens[:, : self.prefix], tokens[:, self.prefix :].unflatten(1, (self.size, self.size))
+        height, width = (-(-side // self.size) * self.size for side in self.grid)
+        cells = window_unpartition(windows, self.size, self.grid, (height, width))
+        prefix = prefix.unflatten(0, (len(cells), len(windows) // len(cells))).mean(1)
+        return torch.cat([prefix, cells.flatten(1, 2)], 1)

@@ -28,9 +28,9 @@ from detection.models.compose import COCO_CATEGORIES, cascade_rcnn, default_anch
 from detection.models.masks import MaskHead, MaskPredictor
 from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor
 from detection.models.rpn import RPNHead
+from detection.models.trunks import AnyPyramid
 from detection.models.two_stage import FasterRCNN
 from detection.models.weights import Weights, adapt_classes, find_class_names, find_weights, fold_epsilon, is_given
-from detection.parts import Part
 from detection.recipes import recorded
 
 WITHOUT_EPSILON = (reference.FasterRCNN_ResNet50_FPN_Weights, reference.MaskRCNN_ResNet50_FPN_Weights)
@@ -231,7 +231,7 @@ def fasterrcnn_timm_fpn(
     norm: Norm | None = None,
     fpn_norm: Norm | None = None,
     fpn_channels: int = 256,
-    pyramid: Part | None = None,
+    pyramid: AnyPyramid | None = None,
     window_size: int | None = None,
     trainable_backbone_layers: int | None = None,
     **kwargs: Any,
@@ -246,16 +246,8 @@ def fasterrcnn_timm_fpn(
         trainable_backbone_layers: see `timm_backbones.timm_fpn`.
         **kwargs: see `faster_rcnn`.
     """
-    backbone = timm_fpn(
-        backbone_name,
-        weights_backbone,
-        trainable_backbone_layers,
-        norm,
-        fpn_norm,
-        fpn_channels,
-        pyramid=pyramid,
-        window_size=window_size,
-    )
+    layers, parts = trainable_backbone_layers, (pyramid, window_size)
+    backbone = timm_fpn(backbone_name, weights_backbone, layers, norm, fpn_norm, fpn_channels, None, *parts)
     model = _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone)
     if backbone.resolved:
         model.resolved["trainable_backbone_layers"] = backbone.resolved["trainable_layers"]
