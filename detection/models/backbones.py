@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models import mobilenet_v3_large, resnet
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from detection.models.norms import NORM_LAYERS, Norm, fold_frozen_norms
+from detection.models.norms import NORM_LAYERS, Norm
 from detection.models.timm_backbones import efficientnet_lite0_fpn, timm_fpn
 from detection.models.trunks import AnyPyramid, Backbone, Trunk, count_trainable
 from detection.models.weights import Weights, find_weights, is_given
@@ -133,7 +133,6 @@ def resnet_network(
     groups = [["layer4"], ["layer3"], ["layer2"], ["layer1"], ["conv1", "bn1"]]
     # torchvision trains the stem's normalisation only when everything trains, which the last group says.
     _freeze(network, groups, count_trainable(trainable_layers, pretrained, 5))
-    fold_frozen_norms(network)
     return network
 
 
@@ -160,7 +159,6 @@ def mobilenet_v3_large_fpn(
     bounds = [*starts, len(layers)]
     groups = [[str(i) for i in range(a, b)] for a, b in zip(bounds[:-1], bounds[1:], strict=True)][::-1]
     _freeze(layers, groups, count_trainable(trainable_layers, pretrained, 6))
-    fold_frozen_norms(network)
     channels = [layers[starts[-2]].out_channels, layers[-1].out_channels]
     body = Trunk(dict(layers.named_children()), {str(starts[-2]): "0", str(starts[-1]): "1"})
     return _note(Backbone(body, channels, (32, 32), pyramid=pyramid), weights)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
+
+from detection.models.fitting import trial
 
 
 def measure(backbone: nn.Module, side: int = 256) -> tuple[tuple[int, ...], int]:
@@ -48,7 +49,7 @@ def measure_each(body: nn.Module, side: int = 256) -> tuple[tuple[int, ...], lis
 def run_blank(body: nn.Module, size: tuple[int, int]) -> dict[str, Tensor]:
     """The maps of one blank image of this height and width; a ValueError where there are none."""
     name = f"{type(body).__name__} is no backbone"
-    with torch.no_grad(), _undisturbed(body):
+    with trial(body):
         try:
             maps = body(_blank(body, size))
         except Exception as error:
@@ -79,20 +80,4 @@ def _blank(backbone: nn.Module, size: tuple[int, int]) -> Tensor:
     """A blank image where the backbone's weights are, and in their precision."""
     held = (t for t in chain(backbone.parameters(), backbone.buffers()) if t.is_floating_point())
     like = next(held, None)
-    if like is None:
-        return torch.zeros(1, 3, *size)
-    return torch.zeros(1, 3, *size, device=like.device, dtype=like.dtype)
-
-
-@contextmanager
-def _undisturbed(backbone: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module's mode and the random state are as before."""
-    modes = [(module, module.training) for module in backbone.modules()]
-    devices = {p.device.index for p in backbone.parameters() if p.device.type == "cuda"}
-    backbone.eval()
-    try:
-        with torch.random.fork_rng(sorted(devices)):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    return torch.zeros(1, 3, *size) if like is None else like.new_zeros(1, 3, *size)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from detection.models.fitting import finish
 from detection.models.measuring import measure
 from detection.models.norms import NORM_LAYERS, Norm
 from detection.models.pyramid import FeaturePyramidNetwork
@@ -90,7 +91,7 @@ class Backbone(nn.Module):
         self.resolved: dict[str, Any] = {}
         self.fpn: nn.Module = nn.Identity()
         if pyramid is not None:
-            self.fpn = pyramid if isinstance(pyramid, nn.Module) else pyramid(list(in_channels))
+            self.fpn = finish("pyramid", pyramid, list(in_channels))
             self.strides, self.out_channels = measure(self)
         elif out_channels is not None:
             self.fpn = FeaturePyramidNetwork(in_channels, out_channels, NORM_LAYERS[fpn_norm] if fpn_norm else None)
