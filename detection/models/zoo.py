@@ -30,6 +30,7 @@ from detection.models.masks import MaskHead, MaskPredictor
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor
 from detection.models.rpn import RPNHead
+from detection.models.trunks import AnyPyramid
 from detection.models.two_stage import TwoStageDetector
 from detection.parts import Factory, Factory2
 from detection.recipes import rebuildable, recorded
@@ -323,21 +324,29 @@ def fasterrcnn_timm_fpn(
     num_classes: int | None = None,
     weights_backbone: Weights = None,
     norm: Norm | None = None,
+    fpn_norm: Norm | None = None,
     fpn_channels: int = 256,
+    pyramid: AnyPyramid | None = None,
+    window_size: int | None = None,
     trainable_backbone_layers: int | None = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
-    """Faster R-CNN on any timm network that gives feature maps.
+    """Faster R-CNN on a timm network: convolutional, a hierarchical transformer (Swin) or a plain one (ViT).
 
     Args:
-        backbone_name: timm's name, e.g. `"convnext_tiny"`.
+        backbone_name: timm's name, e.g. `"convnext_tiny"`, `"swin_tiny_patch4_window7_224"`, `"vit_small_patch16_224"`.
         num_classes: classes with background; default 91.
         weights_backbone: a file of timm's weights, or None.
-        norm, fpn_channels, trainable_backbone_layers: see `backbones.timm_fpn`.
+        norm, fpn_norm, fpn_channels, pyramid, window_size: see `timm_backbones.timm_fpn`.
+        trainable_backbone_layers: see `timm_backbones.timm_fpn`.
         **kwargs: see `faster_rcnn`.
     """
-    backbone = timm_fpn(backbone_name, weights_backbone, trainable_backbone_layers, norm, out_channels=fpn_channels)
-    return _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone)
+    layers, parts = trainable_backbone_layers, (pyramid, window_size)
+    backbone = timm_fpn(backbone_name, weights_backbone, layers, norm, fpn_norm, fpn_channels, None, *parts)
+    model = _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone)
+    if backbone.resolved:
+        model.resolved["trainable_backbone_layers"] = backbone.resolved["trainable_layers"]
+    return model
 
 
 def create_faster_rcnn(num_classes: int, pretrained: bool = False) -> TwoStageDetector:
