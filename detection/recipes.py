@@ -92,6 +92,12 @@ def recorded(maker: Made) -> Made:
     return build  # type: ignore[return-value]
 
 
+def rebuildable(builder: Made) -> Made:
+    """Decorate a function that only fixes arguments of a recorded builder, whose recipe stays."""
+    builder.is_recorded = True  # type: ignore[attr-defined]
+    return builder
+
+
 def is_recorded(maker: Any) -> bool:
     """Whether `recorded` has decorated this class, rather than one that it inherits from, or this function."""
     return bool(isclass(maker) or isfunction(maker)) and vars(maker).get("is_recorded") is True

@@ -20,9 +20,9 @@ from detection.evaluation.results import encode_masks
 from detection.models.fast import accelerate
 from detection.models.masks import paste_masks
 from detection.models.two_stage import FasterRCNN
-from detection.models.weights import NO_RECIPE, CheckpointError, check_sums, readable
 from detection.recipes import rebuild, trusting
 from detection.training.checkpoints import announce_parts
+from detection.weights import NO_RECIPE, CheckpointError, check_sums, readable
 
 log = logging.getLogger(__name__)
 
