@@ -281,7 +281,7 @@ def _rebuild(recipe: Any, trust: tuple[str, ...]) -> Any:
         raise RecipeError(f"the recipe of {path} does not fit this version of {package}: {error}") from error
     if recipe.get("partial") or _needs_more(maker, arguments):
         return partial(maker, **arguments) if arguments else maker
-    made = _make(maker, arguments, f"the recipe of {path} can't be followed" if EVERYTHING not in trust else "")
+    made = _make(maker, arguments, "" if written else f"the recipe of {path} can't be followed")
     if getattr(made, "recipe", None) is None and not is_recorded(maker):
         note(made, path, arguments)
     return made

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -16,6 +20,9 @@ from detection.data import scenes
 from detection.data.datamodule import DetectionDataModule
 from detection.inference import Detector
 from detection.interop import CheckpointError, load_detector
+from detection.models.roi_heads import TwoFCHead
+from detection.models.zoo import fasterrcnn_efficientnet_lite0_fpn
+from detection.training.checkpoints import WholeFiles
 from detection.training.module import DetectionModule
 from tests.runs import ROOT, TINY, scene_flags
 
@@ -40,11 +47,15 @@ class PlainHead(nn.Module):
         return self.layers(pooled)
 
 
-class FixedHead(PlainHead):
-    """The same for a detector whose channels are known."""
+class AbsoluteLoss(nn.Module):
+    """L1 of the deltas."""
 
-    def __init__(self, width: int = 8, activation: nn.Module | None = None) -> None:
-        super().__init__(16, 7, width, activation)
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, deltas: Tensor, boxes: Tensor, gt_boxes: Tensor, box_coder: object) -> Tensor:
+        return self.weight * (deltas - box_coder.encode(gt_boxes, boxes)).abs().sum(dim=1)
 '''
 
 
@@ -66,8 +77,9 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("user")
     (home / "my_parts.py").write_text(PARTS)
     activation = {"class_path": "torch.nn.LeakyReLU"}
-    part = {"class_path": "my_parts.FixedHead", "init_args": {"width": 12, "activation": activation}}
+    part = {"class_path": "my_parts.PlainHead", "init_args": {"width": 12, "activation": activation}}
     detector = {"class_path": "detection.fasterrcnn_efficientnet_lite0_fpn", "init_args": {"box_head": part}}
+    detector["init_args"]["box_loss"] = {"class_path": "my_parts.AbsoluteLoss", "init_args": {"weight": 0.5}}
     (home / "mine.yaml").write_text(yaml.safe_dump({"name": "mine", "model": {"detector": detector}}))
     pairs = [pair for pair in zip(TINY[::2], TINY[1::2], strict=True) if "box_head" not in pair[0]]
     flags = [word for pair in pairs for word in pair]
@@ -112,8 +124,8 @@ def error_of(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_without_trust_a_command_says_what_to_do(name: str, trained: Path, data: Path) -> None:
     line = error_of(run(*command(name, trained, data), cwd=trained))
-    for word in (str(trained / "run"), "my_parts.FixedHead", "--trust my_parts"):
-        assert word in line
+    assert "my_parts.PlainHead" in line or "my_parts.AbsoluteLoss" in line
+    assert str(trained / "run") in line and "--trust my_parts" in line
 
 
 @pytest.mark.slow
@@ -122,7 +134,7 @@ def test_from_another_folder_a_command_says_where_it_has_looked(
     name: str, trained: Path, data: Path, tmp_path: Path
 ) -> None:
     line = error_of(run(*command(name, trained, data), "--trust", "my_parts", cwd=tmp_path))
-    for word in (str(trained / "run"), "my_parts.FixedHead", "there is no module my_parts", str(tmp_path)):
+    for word in (str(trained / "run"), "the recipe names my_parts.", "there is no module my_parts", str(tmp_path)):
         assert word in line
 
 
@@ -147,7 +159,7 @@ def test_python_rebuilds_a_part_of_ones_own_where_it_is_trusted(trained: Path, m
     path = trained / "run" / "last.ckpt"
     monkeypatch.chdir(trained)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    said = rf'{path}: the recipe names my_parts.FixedHead: .*--trust my_parts .*trust=\("my_parts",\)'
+    said = rf'{path}: the recipe names my_parts\.\w+: .*--trust my_parts .*trust=\("my_parts",\)'
     for load in (Detector.from_checkpoint, load_detector, DetectionModule.load_from_checkpoint):
         with pytest.raises(CheckpointError, match=said):
             load(path)
@@ -160,8 +172,74 @@ def test_python_rebuilds_a_part_of_ones_own_where_it_is_trusted(trained: Path, m
     ):
         head = module.roi_heads.get_submodule("box_head")
         assert type(head).__module__ == "my_parts" and isinstance(head.layers[2], torch.nn.LeakyReLU)
-        assert head.layers[1].out_features == 12
+        assert head.layers[1].out_features == 12 and module.roi_heads.box_loss.weight == 0.5
         for name, value in module.state_dict().items():
             assert torch.equal(value, saved[f"detector.{name}"]), name
     assert DetectionDataModule.load_from_checkpoint(path, trust=("my_parts",)).hparams["batch_size"] == 2
     del sys.modules["my_parts"]
+
+
+def test_a_warning_at_the_start_names_the_parts_that_no_checkpoint_can_make_again(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OwnHead(TwoFCHead):
+        """Not in a module."""
+
+    monkeypatch.setattr(logging.getLogger("detection"), "propagate", True)
+    sizes = {"min_size": 64, "max_size": 96, "num_classes": 1 + len(scenes.CLASSES)}
+    options: dict[str, Any] = {"rpn_post_nms_top_n_train": 50, "weights_backbone": None, "fpn_channels": 16}
+    own = fasterrcnn_efficientnet_lite0_fpn(**sizes, **options, box_head=OwnHead(16))
+    ours = fasterrcnn_efficientnet_lite0_fpn(**sizes, **options, box_head=TwoFCHead(16, 7, 32))
+    splits = {f"{split}_split": file for split, (file, _) in scenes.SPLITS.items()}
+    splits |= {f"{split}_images": images for split, (_, images) in scenes.SPLITS.items()}
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"enable_checkpointing": False, "max_steps": 1, "limit_val_batches": 0, "accelerator": "cpu"}
+    for detector, count in ((own, 1), (ours, 0)):
+        caplog.clear()
+        loaders = DetectionDataModule(
+            str(data), "coco", batch_size=2, num_workers=0, min_size=64, max_size=96, **splits
+        )
+        module = DetectionModule(detector, scenes.CLASSES)
+        trainer = L.Trainer(**quiet)
+        trainer.fit(module, datamodule=loaders)
+        said = [r.getMessage() for r in caplog.records if "no recipe describes" in r.getMessage()]
+        assert len(said) == count and all("box_head: " in m and "OwnHead" in m for m in said)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+    trainer.strategy.connect(DetectionModule(own, scenes.CLASSES))
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    for load in (DetectionModule.load_from_checkpoint, Detector.from_checkpoint):
+        with pytest.raises(CheckpointError, match=r"own\.ckpt: it does not say how to build its detector"):
+            load(tmp_path / "own.ckpt")
+    again = DetectionModule.load_from_checkpoint(tmp_path / "own.ckpt", detector=own)
+    assert again.class_names == list(scenes.CLASSES)
+
+
+def test_a_configuration_of_a_run_can_not_bring_code(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Fault: the config.yaml beside somebody's checkpoint names a module of theirs, in each form that the parser knows |
+    injected: such files, and the module | promise: one sentence; the module is not imported, and the parts of ours
+    that open files are not trusted with it either."""
+    (tmp_path / "evil_parts.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\ndef make(): ...\n")
+    evil = {"class_path": "evil_parts.make", "init_args": {}}
+    inner = {"box_coder": evil}, {"box_coder": json.dumps(evil)}, {"box_head": "evil_parts.make"}, {"box_loss": evil}
+    content: dict[str, Any] = {"trust": ["evil_parts"], "model": {"detector": evil}}
+    bodies = [
+        content,
+        *({"model": {"detector": {"class_path": "detection.fasterrcnn_resnet_fpn", "init_args": i}}} for i in inner),
+    ]
+    for body in bodies:
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(body))
+        WholeFiles().save_checkpoint(
+            {"loops": {}, "optimizer_states": [], "state_dict": {}, "epoch": 0, "global_step": 1},
+            tmp_path / "last.ckpt",
+        )
+        code = f"""
+import os, sys
+os.chdir({str(tmp_path)!r})
+from detection.cli.fit import main
+sys.exit(main(["--resume", {str(tmp_path)!r}, *{scene_flags(data)!r}]))
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 2 and not (tmp_path / "mark").exists(), done.stderr
+        assert "evil_parts" in error_of(done)
