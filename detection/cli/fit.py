@@ -74,8 +74,8 @@ class Parser(LightningArgumentParser):
     resumed: Path | None = None  # the configuration of the run that goes on
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one line and exit with code 2."""
-        if os.environ.get("JSONARGPARSE_DEBUG"):
+        """Print one line and exit with code 2; for a part inside, raise, as it may fit another type of its hint."""
+        if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):
             super().error(message, ex)
         if denied := re.search(r"Importing '([\w.]+)' is not allowed", message):
             how = advice(denied[1].partition(".")[0])
@@ -455,7 +455,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if os.environ.get("JSONARGPARSE_DEBUG"):
             raise
         said = " ".join(str(error).split())
-        return _fail(RunError(f"these settings can't be built: {type(error).__name__}: {said} (JSONARGPARSE_DEBUG=1 "
+        return _fail(RunError(f"these settings can't be built: {type(error).__name__}: {said} (JSONARGPARSE_DEBUG=true "
                               "shows where)"))  # fmt: skip
     try:
         cli.fit()
