@@ -30,7 +30,7 @@ from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
 from detection.errors import RunError, explain
 from detection.models import relatives, zoo
-from detection.recipes import import_from_working_directory, name_only_known
+from detection.recipes import EVERYTHING, import_from_working_directory, name_only_known, rebuild
 from detection.training import tuning
 from detection.training.callbacks import Bar, PredictionPictures, Results, Throughput
 from detection.training.checkpoints import RUN_FOLDER, KeepBest, WholeFiles, start
@@ -169,7 +169,7 @@ class FitCLI(LightningCLI):
         self.folder, self.checkpoint = start(self.config.resume, Path(self.config.output) / self.config.name)
         if self.config.find:  # under a name that `--resume auto` does not take for a run
             self.folder = self.folder.with_name(f"{self.folder.name}_find_{self.config.find}")
-        self.datamodule = DetectionDataModule(**self.config.data.as_dict())
+        self.datamodule = DetectionDataModule(**rebuild(self.config.data.as_dict(), trust=(EVERYTHING,)))
         config = self.config.clone()
         fit_detector_to_data(config.model.detector, self.datamodule)
         self.config_init = self.parser.instantiate(config)

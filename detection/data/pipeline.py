@@ -159,7 +159,10 @@ class Pipeline:
         self.min_visibility = min_visibility
         self.moves = bool(moving(steps))
         params = {"format": "pascal_voc", "clip": True, "filter_invalid_bboxes": True, "min_visibility": min_visibility}
-        self._compose = A.Compose(copy.deepcopy(list(steps)), bbox_params=params if self.moves else None)
+        # Interpolated, the 0 and 1 of a mask are rounded: covered is what is covered by half. The nearest pixel, which is
+        # the default, is up to two pixels off when masks are enlarged.
+        options = {"bbox_params": params, "mask_interpolation": cv2.INTER_LINEAR} if self.moves else {}
+        self._compose = A.Compose(copy.deepcopy(list(steps)), **options)
         if self.moves:
             self._compose.processors["bboxes"].filter = self._cut
 

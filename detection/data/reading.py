@@ -136,8 +136,6 @@ def check_split(index: Index, split: str) -> None:
         boxes, where = record.boxes, f"{index.root / record.file_name}: image {record.image_id}"
         if ((record.labels < 1) | (record.labels > count)).any():
             raise DataError(f"{where}: labels {record.labels} are not in 1..{count}; correct the class list")
-        if not np.isfinite(boxes).all():
-            raise DataError(f"{where}: a box is not finite; correct it")
         inside = (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= record.width).all()
         if not (inside and (boxes[:, 3] <= record.height).all() and (boxes[:, 2:] > boxes[:, :2]).all()):
             raise DataError(f"{where}: a box is empty or outside {record.width}x{record.height}; correct it")
