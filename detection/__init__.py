@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from detection.models.compose import cascade_rcnn, faster_rcnn, mask_rcnn
     from detection.models.masks import MaskHead, MaskPredictor
     from detection.models.pooling import RoIPool, RoIPooler
-    from detection.models.precomputed import GivenProposals
+    from detection.models.precomputed import PrecomputedProposals
     from detection.models.pyramid import FeaturePyramidNetwork
     from detection.models.rcnn import RegionWarp
     from detection.models.relatives import (
@@ -74,7 +74,7 @@ _HOMES = {
     "models.compose": "cascade_rcnn faster_rcnn mask_rcnn",
     "models.masks": "MaskHead MaskPredictor",
     "models.pooling": "RoIPool RoIPooler",
-    "models.precomputed": "GivenProposals",
+    "models.precomputed": "PrecomputedProposals",
     "models.pyramid": "FeaturePyramidNetwork",
     "models.rcnn": "RegionWarp",
     "models.relatives": (

@@ -87,7 +87,7 @@ class Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: convert(v) for name, v in values.items() if isinstance(v, Tensor)})
 
-    def singles(self) -> list[Batch]:
+    def split(self) -> list[Batch]:
         """Each image as a batch of its own, on the same memory and with the same padding."""
         rows = [slice(i, i + 1) for i in range(len(self))]
         return [replace(self._map(lambda t, row=row: t[row]), targets=self.targets[row]) for row in rows]

@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from detection.batch import Batch
 
@@ -30,6 +30,10 @@ if TYPE_CHECKING:  # models know nothing of data
 Losses = dict[str, Tensor]
 Detections = list[dict[str, Tensor]]
 Hardness = Callable[[], Tensor]
+# What builders take in the place of a module, and call with what only they know.
+Factory = Callable[[int], nn.Module]
+Factory2 = Callable[[int, int], nn.Module]
+ProposerFactory = Callable[[int, Sequence[int]], nn.Module]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ class Pyramid(Protocol):
 
 
 class Proposer(Protocol):
-    """Feature maps -> proposals, and the losses of what it learns. Made by (in_channels)."""
+    """Feature maps -> proposals, and the losses of what it learns. Made by (in_channels, strides)."""
 
     def __call__(self, features: FeatureMaps, batch: Batch, with_losses: bool) -> tuple[Proposals, Losses]:
         """Proposals without a gradient, as many an image as it likes; losses by name, or none."""
@@ -236,6 +240,3 @@ class Reader(Protocol):
         What is repaired or left out is noted in the index's `defects`; what can't be used is a `DataError`.
         """
         ...
-
-
-Part = Any  # an object that keeps a contract, or a factory of one; the builders' docstrings say which contract

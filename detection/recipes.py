@@ -259,7 +259,6 @@ MOVED = {
     f"{PACKAGE}.models.fpn.": f"{PACKAGE}.models.pyramid.",
     f"{PACKAGE}.models.proposals.GivenProposals": f"{PACKAGE}.models.precomputed.PrecomputedProposals",
 }
-SMOOTH_L1_BETA = 1 / 9
 
 
 def upgrade(path: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -268,10 +267,10 @@ def upgrade(path: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         path = path.replace(old, new, 1) if path.startswith(old) else path
     for stage in ("rpn_", ""):
         overlap = arguments.pop(f"{stage or 'box_'}overlap_loss", None)
-        beta = arguments.pop(f"{stage}box_beta", SMOOTH_L1_BETA)
+        beta = arguments.pop(f"{stage}box_beta", None)
         if overlap is not None:
             arguments[f"{stage}box_loss"] = overlap
-        elif beta != SMOOTH_L1_BETA:
+        elif beta is not None:
             smooth_l1 = {"class_path": f"{PACKAGE}.losses.SmoothL1Loss", "init_args": {"beta": beta}}
             arguments[f"{stage}box_loss"] = smooth_l1
     return path, arguments

@@ -32,6 +32,7 @@ Step: TypeAlias = A.BasicTransform | A.BaseCompose
 
 INDEX, SHARE = 4, 5  # columns of a box behind its corners
 ROUNDING = 1e-4  # of shares, whose boxes are float32
+HAIR = 1e-8  # of a side, see `_inside`
 NORMALISERS = (A.Normalize, A.ToFloat, A.FromFloat, A.ToTensorV2, A.ToTensor3D)
 GIVEN = {"image", "bboxes", "masks"}  # what a transform may ask for
 
@@ -104,7 +105,8 @@ def recipe_of(step: Step) -> dict[str, Any]:
     plain = {name: describe(value) for name, value in arguments.items() if name != "transforms"}
     if "transforms" in arguments:
         plain["transforms"] = [recipe_of(inner) for inner in step.transforms]
-    if NotImplemented in plain.values() or ("transforms" not in plain and _again(maker, arguments) != plain):
+    complete = "transforms" in plain or (len(plain) == len(signature(maker).parameters) and _again(step) == plain)
+    if NotImplemented in plain.values() or not complete:
         raise ValueError(
             f"augmentations: {maker.__name__} does not keep all its arguments as attributes of their names, so that a "
             "checkpoint could not: give it as {'class_path': ..., 'init_args': {...}}"
@@ -117,10 +119,10 @@ def _attributes(step: Step) -> dict[str, Any]:
     return {name: getattr(step, name) for name in signature(type(step)).parameters if hasattr(step, name)}
 
 
-def _again(maker: type[Step], arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The arguments of a transform that is made of these, in plain form; None if it can't be made."""
+def _again(step: A.BasicTransform) -> dict[str, Any] | None:
+    """What one made of this transform's attributes has as attributes, in plain form; None if none can be made."""
     try:
-        return {name: describe(value) for name, value in _attributes(maker(**arguments)).items()}
+        return {name: describe(value) for name, value in _attributes(type(step)(**_attributes(step))).items()}
     except (TypeError, ValueError):
         return None
 
@@ -158,9 +160,11 @@ class Pipeline:
         check_steps(steps)
         self.min_visibility = min_visibility
         self.moves = bool(moving(steps))
-        params = {"format": "pascal_voc", "clip": True, "filter_invalid_bboxes": True, "min_visibility": min_visibility}
-        # Interpolated, the 0 and 1 of a mask are rounded: covered is what is covered by half. The nearest pixel, which is
-        # the default, is up to two pixels off when masks are enlarged.
+        # Boxes go in and out in shares of the sides: from pixels albumentations would make float32 of them.
+        boxes = {"format": "albumentations", "clip": True, "filter_invalid_bboxes": True}
+        params = boxes | {"min_visibility": min_visibility}
+        # Interpolated, the 0 and 1 of a mask are rounded: covered is what is covered by half. The nearest pixel, which
+        # is the default, is up to two pixels off when masks are enlarged.
         options = {"bbox_params": params, "mask_interpolation": cv2.INTER_LINEAR} if self.moves else {}
         self._compose = A.Compose(copy.deepcopy(list(steps)), **options)
         if self.moves:
@@ -184,14 +188,16 @@ class Pipeline:
         if not self.moves:
             image = self._apply(count, image=image)["image"]
             return Moved(image, boxes, masks, np.arange(count), np.ones(count, np.float32))
-        rows = np.column_stack((boxes, np.arange(count), np.ones(count))).astype(np.float32)
+        sides = np.array(image.shape[1::-1] * 2)
+        rows = np.column_stack((_inside(boxes / sides, sides), np.arange(count), np.ones(count)))
         given = {} if masks is None else {"masks": masks}
         if masks is not None and not count:  # most transforms fail on no mask at all
             given = {"masks": np.zeros((1, *image.shape[:2]), np.uint8)}
         out = self._apply(count, image=image, bboxes=rows, **given)
-        rows = np.asarray(out["bboxes"], np.float32).reshape(-1, 6)
-        kept = rows[:, INDEX].astype(np.int64)
-        moved = Moved(out["image"], rows[:, :4], None, kept, rows[:, SHARE])
+        rows = np.asarray(out["bboxes"], np.float64).reshape(-1, 6)
+        kept, sides = rows[:, INDEX].astype(np.int64), np.array(out["image"].shape[1::-1] * 2)
+        corners = ((rows[:, :4] - HAIR) * sides).clip(0, sides).astype(np.float32)
+        moved = Moved(out["image"], corners, None, kept, rows[:, SHARE].astype(np.float32))
         if masks is None:
             return moved
         return _fit_to_masks(moved, boxes[kept], masks[kept], np.asarray(out["masks"])[kept])
@@ -200,10 +206,13 @@ class Pipeline:
         height, width = data["image"].shape[:2]
         try:
             out: dict[str, Any] = self._compose(**data)
-        except (ValueError, RuntimeError, cv2.error) as error:
+        except Exception as error:
+            culprit = _culprit(error)
+            if not culprit.__module__.startswith("albumentations."):
+                raise  # a transform of the user's own, who wants to see where
             said = " ".join(str(error).split())
             raise DataError(
-                f"{_culprit(error)} among the augmentations fails on this image of {width} x {height} pixels with "
+                f"{culprit.__name__} among the augmentations fails on this image of {width} x {height} pixels with "
                 f"{count} objects: {said}"
             ) from error
         image = out["image"]
@@ -214,15 +223,25 @@ class Pipeline:
             )
         return out
 
-    def _cut(self, rows: NDArray[np.float32], shape: Mapping[str, int]) -> NDArray[np.float32]:
+    def _cut(self, rows: NDArray[np.float64], shape: Mapping[str, int]) -> NDArray[np.float64]:
         """What albumentations asks after each transform: `(N, 6)` boxes in shares of the sides -> those left, cut."""
         if not len(rows):
-            return np.zeros((0, 6), np.float32)
-        cut = rows.copy()
-        cut[:, :4] = rows[:, :4].clip(0, 1)
+            return np.zeros((0, 6))
+        cut = rows.astype(np.float64)
+        cut[:, :4] = _inside(cut[:, :4], np.array([shape["width"], shape["height"]] * 2))
         whole, left = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (rows, cut))
         cut[:, SHARE] *= left / np.maximum(whole, 1e-12)
         return cut[(left > 0) & (cut[:, SHARE] >= self.min_visibility - ROUNDING)]
+
+
+def _inside(boxes: NDArray[np.float64], sides: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Boxes `(N, 4)` in shares of the sides, cut to the image, those at whole pixels a hair above them.
+
+    Dropouts round boxes down to pixels, and would take a box that lies a hair below one for a pixel smaller.
+    """
+    pixels = boxes * sides
+    whole = pixels.round()
+    return np.asarray((np.where(np.abs(pixels - whole) < 1e-6, whole, pixels) / sides + HAIR).clip(0, 1))
 
 
 def _fit_to_masks(
@@ -253,11 +272,11 @@ def boxes_around(masks: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.array(corners, np.float32).reshape(-1, 4)
 
 
-def _culprit(error: BaseException) -> str:
-    """The name of the transform in which an error was raised, the innermost."""
-    name, trace = "a transform", error.__traceback__
+def _culprit(error: BaseException) -> type[Step]:
+    """The class of the transform in which an error was raised, the innermost."""
+    found, trace = A.Compose, error.__traceback__
     while trace is not None:
         owner = trace.tb_frame.f_locals.get("self")
-        name = type(owner).__name__ if isinstance(owner, A.BasicTransform) else name
+        found = type(owner) if isinstance(owner, A.BasicTransform) else found
         trace = trace.tb_next
-    return name
+    return found

@@ -11,10 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from detection.models.backbones import (
-    Backbone,
     Norm,
     ResNetName,
     efficientnet_lite0_fpn,
@@ -23,75 +20,12 @@ from detection.models.backbones import (
     resnet_fpn,
 )
 from detection.models.c4 import res5_head
-from detection.models.compose import COCO_CATEGORIES, faster_rcnn
-from detection.models.pooling import RoIPool, RoIPooler
-from detection.models.precomputed import GivenProposals
+from detection.models.compose import COCO_CATEGORIES, fast_rcnn, faster_rcnn
+from detection.models.pooling import RoIPooler
 from detection.models.rcnn import CONTEXT, CNNHead, RegionWarp, efficientnet_lite0_head, resnet_head, whole_image
-from detection.models.transform import IMAGENET_MEAN, IMAGENET_STD
 from detection.models.two_stage import FasterRCNN
 from detection.models.weights import Weights, is_given
 from detection.recipes import recorded
-from detection.selective_search import SelectiveSearch
-
-
-def fast_rcnn(
-    backbone: Backbone,
-    num_classes: int = COCO_CATEGORIES,
-    min_size: int | Sequence[int] = 800,
-    max_size: int = 1333,
-    image_mean: Sequence[float] = IMAGENET_MEAN,
-    image_std: Sequence[float] = IMAGENET_STD,
-    proposals_train: int = 2000,
-    proposals_test: int = 2000,
-    proposal_source: SelectiveSearch | None = None,
-    box_roi_pool: nn.Module | None = None,
-    box_head: nn.Module | None = None,
-    box_predictor: nn.Module | None = None,
-    box_score_thresh: float = 0.05,
-    box_nms_thresh: float = 0.5,
-    box_detections_per_img: int = 100,
-    box_fg_iou_thresh: float = 0.5,
-    box_bg_iou_thresh: float = 0.5,
-    box_batch_size_per_image: int = 512,
-    box_positive_fraction: float = 0.25,
-    bbox_reg_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
-) -> FasterRCNN:
-    """Fast R-CNN (Girshick 2015) on a backbone: Faster R-CNN without its region proposal network.
-
-    Background is all that overlaps less than `box_bg_iou_thresh`; the paper left out what overlaps less than 0.1.
-
-    Args:
-        backbone: images -> feature maps.
-        num_classes: classes with background.
-        min_size, max_size, image_mean, image_std: see `ImageTransform`.
-        proposals_train, proposals_test: how many of the best proposals of an image are used.
-        proposal_source: proposes for images that come without; default: `SelectiveSearch()`.
-        box_roi_pool: default: RoI max pooling 7x7 on all levels but the last.
-        box_head, box_predictor, box_score_thresh, box_nms_thresh, box_detections_per_img, box_fg_iou_thresh,
-            box_bg_iou_thresh, box_batch_size_per_image, box_positive_fraction, bbox_reg_weights: see `faster_rcnn`.
-    """
-    model = faster_rcnn(
-        backbone,
-        num_classes,
-        min_size,
-        max_size,
-        image_mean,
-        image_std,
-        box_roi_pool=box_roi_pool or RoIPool(num_levels=max(1, len(backbone.strides) - 1)),
-        box_head=box_head,
-        box_predictor=box_predictor,
-        box_score_thresh=box_score_thresh,
-        box_nms_thresh=box_nms_thresh,
-        box_detections_per_img=box_detections_per_img,
-        box_fg_iou_thresh=box_fg_iou_thresh,
-        box_bg_iou_thresh=box_bg_iou_thresh,
-        box_batch_size_per_image=box_batch_size_per_image,
-        box_positive_fraction=box_positive_fraction,
-        bbox_reg_weights=bbox_reg_weights,
-    )
-    top_n = {"training": proposals_train, "testing": proposals_test}
-    model.rpn = GivenProposals(top_n, proposal_source or SelectiveSearch())  # type: ignore[assignment]
-    return model
 
 
 def rcnn(box_head: CNNHead, crop_size: int, num_classes: int = COCO_CATEGORIES, **kwargs: Any) -> FasterRCNN:
@@ -244,7 +178,7 @@ def fasterrcnn_resnet_c4(
     model = faster_rcnn(
         resnet_c4(backbone_name, trainable_layers=trainable_backbone_layers, **common),
         num_classes or COCO_CATEGORIES,
-        box_roi_pool=RoIPooler(14, num_levels=1),
+        box_roi_pool=RoIPooler(14),
         box_head=res5_head(backbone_name, **common),
         rpn_pre_nms_top_n_train=rpn_pre_nms_top_n_train,
         rpn_pre_nms_top_n_test=rpn_pre_nms_top_n_test,

@@ -10,12 +10,12 @@ over every argument that it finds, and would put the defaults of `faster_rcnn` i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torchvision.models import detection as reference
 
-from detection.anchors import AnchorGenerator
 from detection.models.backbones import (
     Norm,
     ResNetName,
@@ -24,12 +24,13 @@ from detection.models.backbones import (
     resnet_fpn,
     timm_fpn,
 )
-from detection.models.compose import COCO_CATEGORIES, cascade_rcnn, default_anchors, faster_rcnn, mask_rcnn
+from detection.models.compose import COCO_CATEGORIES, cascade_rcnn, faster_rcnn, mask_rcnn
 from detection.models.masks import MaskHead, MaskPredictor
 from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor
 from detection.models.rpn import RPNHead
 from detection.models.two_stage import FasterRCNN
 from detection.models.weights import Weights, adapt_classes, find_class_names, find_weights, fold_epsilon, is_given
+from detection.parts import Factory, Factory2
 from detection.recipes import recorded
 
 WITHOUT_EPSILON = (reference.FasterRCNN_ResNet50_FPN_Weights, reference.MaskRCNN_ResNet50_FPN_Weights)
@@ -72,9 +73,8 @@ def fasterrcnn_resnet50_fpn_v2(
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
     norm: Norm = "batch",
-    rpn_anchor_generator: AnchorGenerator | None = None,
-    rpn_head: nn.Module | None = None,
-    box_head: nn.Module | None = None,
+    rpn_head: nn.Module | Factory2 | None = None,
+    box_head: nn.Module | Factory2 | None = None,
     **kwargs: Any,
 ) -> FasterRCNN:
     """The improved detector of torchvision (Li et al. 2021), COCO AP 46.7: normalised pyramid, deeper heads.
@@ -84,13 +84,11 @@ def fasterrcnn_resnet50_fpn_v2(
     if is_given(weights) and trainable_backbone_layers is None:
         trainable_backbone_layers = 3
     backbone = resnet_fpn("resnet50", weights_backbone, trainable_backbone_layers, norm, fpn_norm="batch")
-    anchors = rpn_anchor_generator or default_anchors(len(backbone.strides))
     model = faster_rcnn(
         backbone,
         _count(num_classes, class_names),
-        rpn_anchor_generator=anchors,
-        rpn_head=rpn_head or RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0], conv_depth=2),
-        box_head=box_head or ConvFCHead(backbone.out_channels),
+        rpn_head=rpn_head or partial(RPNHead, conv_depth=2),
+        box_head=box_head or ConvFCHead,
         **kwargs,
     )
     return _finish(model, weights_backbone, weights, reference.FasterRCNN_ResNet50_FPN_V2_Weights, class_names)
@@ -274,10 +272,9 @@ def maskrcnn_resnet50_fpn_v2(
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
     norm: Norm = "batch",
-    rpn_anchor_generator: AnchorGenerator | None = None,
-    rpn_head: nn.Module | None = None,
-    box_head: nn.Module | None = None,
-    mask_head: nn.Module | None = None,
+    rpn_head: nn.Module | Factory2 | None = None,
+    box_head: nn.Module | Factory2 | None = None,
+    mask_head: nn.Module | Factory | None = None,
     **kwargs: Any,
 ) -> FasterRCNN:
     """The improved Mask R-CNN of torchvision (Li et al. 2021), COCO box AP 47.4, mask AP 41.8.
@@ -287,14 +284,12 @@ def maskrcnn_resnet50_fpn_v2(
     if is_given(weights) and trainable_backbone_layers is None:
         trainable_backbone_layers = 3
     backbone = resnet_fpn("resnet50", weights_backbone, trainable_backbone_layers, norm, fpn_norm="batch")
-    anchors = rpn_anchor_generator or default_anchors(len(backbone.strides))
     model = mask_rcnn(
         backbone,
         _count(num_classes, class_names),
-        rpn_anchor_generator=anchors,
-        rpn_head=rpn_head or RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0], conv_depth=2),
-        box_head=box_head or ConvFCHead(backbone.out_channels),
-        mask_head=mask_head or MaskHead(backbone.out_channels, batch_norm=True),
+        rpn_head=rpn_head or partial(RPNHead, conv_depth=2),
+        box_head=box_head or ConvFCHead,
+        mask_head=mask_head or partial(MaskHead, batch_norm=True),
         **kwargs,
     )
     return _finish(model, weights_backbone, weights, reference.MaskRCNN_ResNet50_FPN_V2_Weights, class_names)
@@ -311,8 +306,8 @@ def maskrcnn_efficientnet_lite0_fpn(
     trainable_backbone_layers: int | None = None,
     image_mean: Sequence[float] = (0.5, 0.5, 0.5),
     image_std: Sequence[float] = (0.5, 0.5, 0.5),
-    mask_head: nn.Module | None = None,
-    mask_predictor: nn.Module | None = None,
+    mask_head: nn.Module | Factory | None = None,
+    mask_predictor: nn.Module | Factory2 | None = None,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Mask R-CNN on EfficientNet-Lite0, its mask branch as narrow as its pyramid: a fifth of the usual one's work.
@@ -321,12 +316,11 @@ def maskrcnn_efficientnet_lite0_fpn(
     """
     backbone = efficientnet_lite0_fpn(weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers)
     classes = num_classes or COCO_CATEGORIES
-    mask_head = mask_head or MaskHead(fpn_channels, [fpn_channels] * 4)
     model = mask_rcnn(
         backbone,
         classes,
-        mask_head=mask_head,
-        mask_predictor=mask_predictor or MaskPredictor(mask_head.out_channels, classes, fpn_channels),  # type: ignore[arg-type]
+        mask_head=mask_head or partial(MaskHead, layers=[fpn_channels] * 4),
+        mask_predictor=mask_predictor or partial(MaskPredictor, hidden_channels=fpn_channels),
         image_mean=image_mean,
         image_std=image_std,
         **kwargs,

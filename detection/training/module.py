@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from detection.batch import Batch, check_batch
 from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.results import encode_masks
+from detection.models.fast import accelerate
 from detection.models.masks import paste_masks
 from detection.models.two_stage import FasterRCNN
 from detection.models.weights import check_sums, readable
@@ -46,6 +47,8 @@ class DetectionModule(L.LightningModule):
         detections_per_img: most detections of an image that evaluation counts.
         grad_checkpointing: keep less of the backbone for the backward pass and compute the rest again there: fewer
             gigabytes for about a third more time.
+        fast: run the quicker forms of parts, see `detection.models.fast`; false runs the plain ones, which the papers
+            describe, with the same results.
         compile: train with `torch.compile` on the dense parts, see `compile_parts`; checkpoints stay the same.
 
     Raises:
@@ -66,6 +69,7 @@ class DetectionModule(L.LightningModule):
         detections_per_img: int = 100,
         grad_checkpointing: bool = False,
         compile: bool = False,
+        fast: bool = True,
     ) -> None:
         super().__init__()
         if isinstance(detector, Mapping):  # from a checkpoint, which keeps plain values only
@@ -83,7 +87,7 @@ class DetectionModule(L.LightningModule):
         self.optimizer_name, self.lr, self.momentum, self.weight_decay = optimizer, lr, momentum, weight_decay
         self.schedule, self.milestones, self.warmup_steps = schedule, tuple(milestones), warmup_steps
         self.metric = MeanAP(self.class_names, detections_per_img, ("bbox", "segm") if detector.has_masks else "bbox")
-        self.compiled = compile
+        self.compiled, self.fast = compile, fast
         if grad_checkpointing:
             checkpoint_activations(detector)
         self.step_losses: dict[str, Tensor] = {}  # of the newest training step, for those who look for what went wrong
@@ -109,6 +113,8 @@ class DetectionModule(L.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if stage != "predict" and self.detector.has_masks and data is not None and not data.hparams["masks"]:
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
+        if self.fast:
+            accelerate(self.detector, self.device)
         if self.compiled and stage == "fit":
             compile_parts(self.detector)
 

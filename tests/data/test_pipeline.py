@@ -121,8 +121,8 @@ def test_masks_and_their_boxes_are_where_the_pixels_are(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_boxes_without_masks_hold_the_pixels(name: str) -> None:
-    """Within half a pixel where boxes stay boxes. What is turned or bent is inside its box, which is no larger than that
-    of its turned corners: up to 3 pixels here, and more where those lie outside of the image.
+    """Within half a pixel where boxes stay boxes. What is turned or bent is inside its box, which is that of its turned
+    corners: up to 3 pixels larger here, and more where those lie outside of the image.
     """
     tolerance = 0 if name in EXACT else 0.5 if name in RESAMPLED else 3
     compared = 0
@@ -147,7 +147,7 @@ def test_boxes_without_masks_hold_the_pixels(name: str) -> None:
     "step", [A.CoarseDropout((3, 8), (20, 60), (20, 60), p=1), A.XYMasking((1, 3), (1, 3), 30, 30, p=1)]
 )
 def test_what_is_covered_is_gone(step: Step, masked: bool) -> None:
-    """A covered object is dropped, and one that shows an edge only has the box of what it shows, within a pixel."""
+    """A covered object is dropped, and one that is covered in part has the box of what is seen of it."""
     dropped = shrunk = 0
     for seed in range(60):
         image, boxes = rectangles(seed)
@@ -155,24 +155,18 @@ def test_what_is_covered_is_gone(step: Step, masked: bool) -> None:
         out = run([step], seed, image, boxes, masks)
         for i in range(3):
             shown = seen(out.image, i).astype(np.uint8)
-            # what is left of a row or column at the edge that is one pixel thick counts as covered or as seen
-            opened = cv2.morphologyEx(shown, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
             if i not in out.kept:
                 dropped += 1
-                assert not opened.any()
+                assert not shown.any()
                 continue
             box = out.boxes[out.kept.tolist().index(i)]
-            assert shown.any()
-            outer, inner = boxes_around(shown[None])[0], boxes_around(opened[None])[0]
-            assert (box[:2] >= outer[:2] - 1.1).all() and (box[2:] <= outer[2:] + 1.1).all()
-            if inner[2]:
-                assert (box[:2] <= inner[:2] + 1.1).all() and (box[2:] >= inner[2:] - 1.1).all()
+            np.testing.assert_allclose(box, boxes_around(shown[None])[0], atol=1e-3)
             shrunk += bool((box[2:] - box[:2] < boxes[i, 2:] - boxes[i, :2] - 2).any())
     assert dropped >= 3 and shrunk >= 10
 
 
 def pipelines() -> st.SearchStrategy[list[Step]]:
-    """Up to three steps that keep the picture large enough to measure, alone or in compositions, and changes of colour."""
+    """Up to three steps, alone or in compositions, that leave enough of the picture to measure."""
     leaves = st.sampled_from(
         [
             lambda: A.Rotate(limit=45, p=0.7),
@@ -239,7 +233,9 @@ def test_min_visibility_counts_all_that_is_cut() -> None:
     crops: list[Step] = [A.Crop(20, 0, 100, 100), A.Crop(0, 20, 80, 100)]
     out = run(crops, 0, image, box)
     assert (
-        out.kept.tolist() == [0, 1] and np.allclose(out.shares, [0.25, 1]) and out.boxes[0].tolist() == [0, 0, 20, 20]
+        out.kept.tolist() == [0, 1]
+        and np.allclose(out.shares, [0.25, 1])
+        and np.allclose(out.boxes[0], [0, 0, 20, 20], atol=1e-4)
     )
     assert run(crops, 0, image, box, min_visibility=0.25).kept.tolist() == [0, 1]
     assert run(crops, 0, image, box, min_visibility=0.26).kept.tolist() == [1]
@@ -252,7 +248,9 @@ def test_min_visibility_counts_all_that_is_cut() -> None:
     kept = [Transform(half, crops, min_visibility=share)(image, box).kept.tolist() for share in (0.12, 0.13)]
     assert kept == [[0, 1], [1]]
     padded = run([A.Crop(20, 0, 100, 100), A.Pad((50, 0), p=1)], 0, image, box, min_visibility=0.5)
-    assert padded.kept.tolist() == [0, 1] and padded.boxes[0].tolist() == [50, 0, 70, 40]  # nothing comes back
+    assert padded.kept.tolist() == [0, 1] and np.allclose(
+        padded.boxes[0], [50, 0, 70, 40], atol=1e-4
+    )  # nothing comes back
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -300,7 +298,7 @@ class Shifted(A.DualTransform):
         return out
 
     def apply_to_bboxes(self, bboxes: np.ndarray, **params: Any) -> np.ndarray:
-        return bboxes + np.array([self.step / params["cols"], 0] * 2 + [0] * (bboxes.shape[1] - 4))
+        return bboxes + np.array([self.step / params["shape"][1], 0] * 2 + [0] * (bboxes.shape[1] - 4))
 
 
 class Bare(A.DualTransform):
@@ -321,6 +319,10 @@ class Floats(A.ImageOnlyTransform):
         return img.astype(np.float32)
 
 
+def same(image: np.ndarray, **_: Any) -> np.ndarray:
+    return image
+
+
 def test_own_transforms_move_objects() -> None:
     image, boxes, masks = scene(2)
     assert assert_where_the_pixels_are(run([Shifted(30)], 0, image, boxes, masks), 0) >= 2
@@ -333,7 +335,7 @@ def test_own_transforms_move_objects() -> None:
         (A.ToTensorV2(), "leave ToTensorV2 out"),
         (A.OneOf([A.Blur(), A.ToFloat()]), "leave ToFloat out"),
         (A.RandomGridShuffle(), "RandomGridShuffle .* tears objects apart"),
-        (A.Lambda(image=lambda x, **_: x), "Lambda"),
+        (A.Lambda(image=same), "Lambda"),
         (A.Mosaic(), "Mosaic asks for mosaic_metadata"),
         (A.SelectiveChannelTransform([A.Rotate()]), "Rotate would move some channels"),
         (Bare(), "Bare moves pixels but no boxes or masks: write its apply_to_bboxes"),
@@ -352,7 +354,7 @@ def test_what_would_come_out_wrong_is_refused(step: Any, message: str) -> None:
     ("step", "message"),
     [
         (A.RandomCrop(500, 500), "RandomCrop among the augmentations fails on this image of 160 x 120 .* 3 objects"),
-        (A.ToGray(num_output_channels=1, p=1), "shape .120, 160, 1., not uint8"),
+        (A.ToGray(num_output_channels=1, p=1), "uint8 and shape .120, 160.*, not uint8"),
         (Floats(p=1), "float32"),
     ],
 )
@@ -385,7 +387,7 @@ STEPS: list[Step] = [
 ]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_and_main_process_agree(method: str, tmp_path: Path) -> None:
     data = DetectionDataset(drawn(tmp_path, 4), train_transform(60, 90, augmentations=STEPS, min_visibility=0.3))
     keys = [[(i, 100 * epoch + i) for i in range(4)] for epoch in range(3)]
@@ -435,7 +437,7 @@ def test_mosaic_and_copy_paste_go_with_augmentations(tmp_path: Path) -> None:
 def test_a_rebuilt_pipeline_is_the_same(step: Step) -> None:
     recipe = json.loads(json.dumps(recipe_of(step)))
     again = rebuild(recipe)  # which needs no trust
-    assert recipe_of(again) == recipe and repr(again) == repr(step)
+    assert recipe_of(again) == recipe
     for seed in range(5):
         a, b = (run([s], seed, *scene(seed)) for s in (step, again))
         np.testing.assert_array_equal(a.image, b.image)
