@@ -81,6 +81,12 @@ def recorded(maker: Made) -> Made:
     return build  # type: ignore[return-value]
 
 
+def rebuildable(builder: Made) -> Made:
+    """Decorate a function that only fixes arguments of a recorded builder, whose recipe stays."""
+    builder.is_recorded = True  # type: ignore[attr-defined]
+    return builder
+
+
 def note(made: Any, path: str, arguments: Mapping[str, Any]) -> None:
     """Write down on a part how it was made: `recipe` and `unrecorded`. What takes no attributes stays without."""
     resolved = getattr(made, "resolved", {})
