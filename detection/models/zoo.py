@@ -52,6 +52,7 @@ def fasterrcnn_resnet_fpn(
     trainable_backbone_layers: int | None = None,
     norm: Norm | None = None,
     fpn_norm: Norm | None = None,
+    pyramid: AnyPyramid | None = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
     """Faster R-CNN on a ResNet of any depth with a pyramid (Lin et al. 2017).
@@ -66,10 +67,12 @@ def fasterrcnn_resnet_fpn(
         weights_backbone: ImageNet weights: `"IMAGENET1K_V1"`, `"IMAGENET1K_V2"`, a file, or None.
         trainable_backbone_layers: 0 to 5, counted from layer4; default 3 with weights, all without.
         norm: of the backbone; default `frozen` with weights, live `batch` without.
-        fpn_norm: of the pyramid.
+        fpn_norm: of our pyramid.
+        pyramid: another pyramid in place of ours, or its factory; see `trunks.Backbone`.
         **kwargs: see `faster_rcnn`.
     """
-    backbone = resnet_fpn(backbone_name, weights_backbone, trainable_backbone_layers, _norm(norm, weights), fpn_norm)
+    layers, norm = trainable_backbone_layers, _norm(norm, weights)
+    backbone = resnet_fpn(backbone_name, weights_backbone, layers, norm, fpn_norm, pyramid=pyramid)
     model = faster_rcnn(backbone, _count(num_classes, class_names), **kwargs)
     return _finish(model, weights_backbone, weights, published, class_names)
 
@@ -184,13 +187,15 @@ def cascadercnn_resnet_fpn(
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
     norm: Norm | None = None,
+    pyramid: AnyPyramid | None = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
     """Cascade R-CNN on a ResNet with a pyramid (Cai and Vasconcelos 2018): published COCO AP 40.3 (ResNet-50, 1x).
 
     Arguments as for `fasterrcnn_resnet_fpn` and `cascade_rcnn`; `masks` makes it Cascade Mask R-CNN.
     """
-    backbone = resnet_fpn(backbone_name, weights_backbone, trainable_backbone_layers, _norm(norm, weights))
+    layers, norm = trainable_backbone_layers, _norm(norm, weights)
+    backbone = resnet_fpn(backbone_name, weights_backbone, layers, norm, pyramid=pyramid)
     model = cascade_rcnn(backbone, _count(num_classes, class_names), **kwargs)
     return _finish(model, weights_backbone, weights, class_names=class_names)
 
@@ -211,6 +216,7 @@ def fasterrcnn_mobilenet_v3_large_fpn(
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
     norm: Norm | None = None,
+    pyramid: AnyPyramid | None = None,
     rpn_score_thresh: float = 0.05,
     **kwargs: Any,
 ) -> TwoStageDetector:
@@ -218,7 +224,7 @@ def fasterrcnn_mobilenet_v3_large_fpn(
 
     Arguments as for `fasterrcnn_resnet_fpn`; `trainable_backbone_layers` goes to 6.
     """
-    backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights))
+    backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights), pyramid)
     model = faster_rcnn(backbone, _count(num_classes, class_names), rpn_score_thresh=rpn_score_thresh, **kwargs)
     return _finish(model, weights_backbone, weights, published, class_names)
 
@@ -255,6 +261,7 @@ def fasterrcnn_efficientnet_lite0_fpn(
     fpn_norm: Norm | None = "batch",
     fpn_channels: int = 128,
     trainable_backbone_layers: int | None = None,
+    pyramid: AnyPyramid | None = None,
     image_mean: Sequence[float] = HALF,
     image_std: Sequence[float] = HALF,
     **kwargs: Any,
@@ -266,12 +273,15 @@ def fasterrcnn_efficientnet_lite0_fpn(
         weights_backbone: `"IMAGENET1K"` (from an installed package), a file, or None.
         norm: of the backbone; default `frozen` with weights, live `batch` without.
         fpn_norm: of the pyramid, which this network's unnormalised maps need at usual learning rates.
-        fpn_channels: of the pyramid.
+        fpn_channels: of our pyramid.
+        pyramid: another pyramid in place of ours, or its factory; see `trunks.Backbone`.
         trainable_backbone_layers: 0 to 4, counted from stride 32; default 3 with weights, all without.
         image_mean, image_std: bring images to [-1, 1], as the packaged weights want them.
         **kwargs: see `faster_rcnn`.
     """
-    backbone = efficientnet_lite0_fpn(weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers)
+    backbone = efficientnet_lite0_fpn(
+        weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers, pyramid
+    )
     model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, image_mean=image_mean, image_std=image_std, **kwargs)
     return _finish(model, weights_backbone)
 
@@ -307,12 +317,15 @@ def cascadercnn_efficientnet_lite0_fpn(
     fpn_norm: Norm | None = "batch",
     fpn_channels: int = 128,
     trainable_backbone_layers: int | None = None,
+    pyramid: AnyPyramid | None = None,
     image_mean: Sequence[float] = HALF,
     image_std: Sequence[float] = HALF,
     **kwargs: Any,
 ) -> TwoStageDetector:
     """Cascade R-CNN on EfficientNet-Lite0. Arguments as for `fasterrcnn_efficientnet_lite0_fpn` and `cascade_rcnn`."""
-    backbone = efficientnet_lite0_fpn(weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers)
+    backbone = efficientnet_lite0_fpn(
+        weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers, pyramid
+    )
     model = cascade_rcnn(backbone, num_classes or COCO_CATEGORIES, image_mean=image_mean, image_std=image_std, **kwargs)
     return _finish(model, weights_backbone)
 
