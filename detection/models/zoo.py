@@ -67,12 +67,12 @@ def fasterrcnn_resnet_fpn(
         weights_backbone: ImageNet weights: `"IMAGENET1K_V1"`, `"IMAGENET1K_V2"`, a file, or None.
         trainable_backbone_layers: 0 to 5, counted from layer4; default 3 with weights, all without.
         norm: of the backbone; default `frozen` with weights, live `batch` without.
-        fpn_norm: of our pyramid.
-        pyramid: another pyramid in place of ours, or its factory; see `trunks.Backbone`.
+        fpn_norm: of the pyramid.
+        pyramid: another pyramid in place of ours, see `trunks.Backbone`.
         **kwargs: see `faster_rcnn`.
     """
-    layers, norm = trainable_backbone_layers, _norm(norm, weights)
-    backbone = resnet_fpn(backbone_name, weights_backbone, layers, norm, fpn_norm, pyramid=pyramid)
+    norms: Any = {"norm": _norm(norm, weights), "fpn_norm": fpn_norm}
+    backbone = resnet_fpn(backbone_name, weights_backbone, trainable_backbone_layers, **norms, pyramid=pyramid)
     model = faster_rcnn(backbone, _count(num_classes, class_names), **kwargs)
     return _finish(model, weights_backbone, weights, published, class_names)
 
@@ -94,6 +94,7 @@ def fasterrcnn_resnet101_fpn(**kwargs: Any) -> TwoStageDetector:
 def fasterrcnn_resnet50_fpn_v2(
     *,
     weights: Weights = None,
+    published: str | None = "FasterRCNN_ResNet50_FPN_V2_Weights",
     trainable_backbone_layers: int | None = None,
     norm: Norm = "batch",
     rpn_head: nn.Module | Factory2 | None = None,
@@ -103,15 +104,18 @@ def fasterrcnn_resnet50_fpn_v2(
     """The improved detector of torchvision (Li et al. 2021), COCO AP 46.7: normalised pyramid, deeper heads.
 
     Args:
-        weights, trainable_backbone_layers, norm: see `fasterrcnn_resnet_fpn`; batch normalisation stays live.
+        weights, published, trainable_backbone_layers, norm: see `fasterrcnn_resnet_fpn`; batch normalisation stays
+            live.
         rpn_head, box_head: default: two convolutions; four convolutions and a layer.
         **kwargs: see `fasterrcnn_resnet_fpn`.
     """
+    if is_given(weights) and trainable_backbone_layers is None:
+        trainable_backbone_layers = 3  # which live statistics would not say
     return fasterrcnn_resnet_fpn(
         backbone_name="resnet50",
-        published="FasterRCNN_ResNet50_FPN_V2_Weights",
+        published=published,
         weights=weights,
-        trainable_backbone_layers=_trained_of_v2(weights, trainable_backbone_layers),
+        trainable_backbone_layers=trainable_backbone_layers,
         norm=norm,
         fpn_norm="batch",
         rpn_head=rpn_head or partial(RPNHead, conv_depth=2),
@@ -147,11 +151,6 @@ def maskrcnn_resnet50_fpn(
 @rebuildable
 def maskrcnn_resnet50_fpn_v2(
     *,
-    weights: Weights = None,
-    trainable_backbone_layers: int | None = None,
-    norm: Norm = "batch",
-    rpn_head: nn.Module | Factory2 | None = None,
-    box_head: nn.Module | Factory2 | None = None,
     mask_roi_pool: nn.Module | None = None,
     mask_head: nn.Module | Factory | None = None,
     mask_predictor: nn.Module | Factory2 | None = None,
@@ -161,15 +160,8 @@ def maskrcnn_resnet50_fpn_v2(
 
     Arguments as for `fasterrcnn_resnet50_fpn_v2` and `mask_rcnn`; the mask head is normalised, too.
     """
-    return fasterrcnn_resnet_fpn(
-        backbone_name="resnet50",
+    return fasterrcnn_resnet50_fpn_v2(
         published="MaskRCNN_ResNet50_FPN_V2_Weights",
-        weights=weights,
-        trainable_backbone_layers=_trained_of_v2(weights, trainable_backbone_layers),
-        norm=norm,
-        fpn_norm="batch",
-        rpn_head=rpn_head or partial(RPNHead, conv_depth=2),
-        box_head=box_head or ConvFCHead,
         mask_roi_pool=mask_roi_pool or RoIPooler(14),
         mask_head=mask_head or partial(MaskHead, batch_norm=True),
         mask_predictor=mask_predictor or MaskPredictor,
@@ -187,15 +179,13 @@ def cascadercnn_resnet_fpn(
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
     norm: Norm | None = None,
-    pyramid: AnyPyramid | None = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
     """Cascade R-CNN on a ResNet with a pyramid (Cai and Vasconcelos 2018): published COCO AP 40.3 (ResNet-50, 1x).
 
     Arguments as for `fasterrcnn_resnet_fpn` and `cascade_rcnn`; `masks` makes it Cascade Mask R-CNN.
     """
-    layers, norm = trainable_backbone_layers, _norm(norm, weights)
-    backbone = resnet_fpn(backbone_name, weights_backbone, layers, norm, pyramid=pyramid)
+    backbone = resnet_fpn(backbone_name, weights_backbone, trainable_backbone_layers, _norm(norm, weights))
     model = cascade_rcnn(backbone, _count(num_classes, class_names), **kwargs)
     return _finish(model, weights_backbone, weights, class_names=class_names)
 
@@ -216,7 +206,6 @@ def fasterrcnn_mobilenet_v3_large_fpn(
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
     norm: Norm | None = None,
-    pyramid: AnyPyramid | None = None,
     rpn_score_thresh: float = 0.05,
     **kwargs: Any,
 ) -> TwoStageDetector:
@@ -224,7 +213,7 @@ def fasterrcnn_mobilenet_v3_large_fpn(
 
     Arguments as for `fasterrcnn_resnet_fpn`; `trainable_backbone_layers` goes to 6.
     """
-    backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights), pyramid)
+    backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights))
     model = faster_rcnn(backbone, _count(num_classes, class_names), rpn_score_thresh=rpn_score_thresh, **kwargs)
     return _finish(model, weights_backbone, weights, published, class_names)
 
@@ -260,8 +249,8 @@ def fasterrcnn_efficientnet_lite0_fpn(
     norm: Norm | None = None,
     fpn_norm: Norm | None = "batch",
     fpn_channels: int = 128,
-    trainable_backbone_layers: int | None = None,
     pyramid: AnyPyramid | None = None,
+    trainable_backbone_layers: int | None = None,
     image_mean: Sequence[float] = HALF,
     image_std: Sequence[float] = HALF,
     **kwargs: Any,
@@ -273,8 +262,8 @@ def fasterrcnn_efficientnet_lite0_fpn(
         weights_backbone: `"IMAGENET1K"` (from an installed package), a file, or None.
         norm: of the backbone; default `frozen` with weights, live `batch` without.
         fpn_norm: of the pyramid, which this network's unnormalised maps need at usual learning rates.
-        fpn_channels: of our pyramid.
-        pyramid: another pyramid in place of ours, or its factory; see `trunks.Backbone`.
+        fpn_channels: of the pyramid.
+        pyramid: another pyramid in place of ours, see `trunks.Backbone`.
         trainable_backbone_layers: 0 to 4, counted from stride 32; default 3 with weights, all without.
         image_mean, image_std: bring images to [-1, 1], as the packaged weights want them.
         **kwargs: see `faster_rcnn`.
@@ -317,15 +306,12 @@ def cascadercnn_efficientnet_lite0_fpn(
     fpn_norm: Norm | None = "batch",
     fpn_channels: int = 128,
     trainable_backbone_layers: int | None = None,
-    pyramid: AnyPyramid | None = None,
     image_mean: Sequence[float] = HALF,
     image_std: Sequence[float] = HALF,
     **kwargs: Any,
 ) -> TwoStageDetector:
     """Cascade R-CNN on EfficientNet-Lite0. Arguments as for `fasterrcnn_efficientnet_lite0_fpn` and `cascade_rcnn`."""
-    backbone = efficientnet_lite0_fpn(
-        weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers, pyramid
-    )
+    backbone = efficientnet_lite0_fpn(weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers)
     model = cascade_rcnn(backbone, num_classes or COCO_CATEGORIES, image_mean=image_mean, image_std=image_std, **kwargs)
     return _finish(model, weights_backbone)
 
@@ -381,11 +367,6 @@ def create_faster_rcnn(num_classes: int, pretrained: bool = False) -> TwoStageDe
 def _norm(norm: Norm | None, weights: Weights) -> Norm | None:
     """Weights of a whole detector bring the backbone's with them, so their statistics are frozen likewise."""
     return "frozen" if norm is None and is_given(weights) else norm
-
-
-def _trained_of_v2(weights: Weights, layers: int | None) -> int | None:
-    """The v2 detectors have live statistics, which don't say that there are weights."""
-    return 3 if is_given(weights) and layers is None else layers
 
 
 def _count(num_classes: int | None, class_names: Sequence[str] | None) -> int:

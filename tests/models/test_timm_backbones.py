@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork as ReferencePyramid
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from detection.measuring import measure
 from detection.models import zoo
 from detection.models.backbones import (
     Backbone,
@@ -23,7 +24,6 @@ from detection.models.backbones import (
     resnet_fpn,
     timm_fpn,
 )
-from detection.models.measuring import measure
 from detection.models.pyramid import FeaturePyramidNetwork
 from detection.recipes import RecipeError, rebuild
 
