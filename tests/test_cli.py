@@ -192,7 +192,7 @@ def test_a_run_that_ends_within_an_epoch_is_validated(data: Path, tmp_path: Path
         (["--data.batch", "4"], "--data.batch_size"),
         (["--trainer.max_epoch=3"], "--trainer.max_epochs"),
         (["--batch_size", "4"], "--data.batch_size"),
-        (["--model.warmup_step", "9"], "--model.warmup_steps"),
+        (["--model.warmup_steps", "9"], "instead of warmup_steps write --model.schedule.warmup_steps"),
         (["--model.detector.min_sze", "320"], "--model.detector.min_size"),
         (["--model.detector", "fasterrcn_resnet50_fpn"], "fasterrcnn_resnet50_fpn"),
         (["--data.format", "coko"], "coco"),
