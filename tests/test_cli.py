@@ -247,7 +247,11 @@ def test_packaged_configuration_parses(path: Path, capsys: pytest.CaptureFixture
     assert printed["name"] == path.stem
     for section in ("trainer", "data", "model"):
         for key, value in written[section].items():
-            if key not in ("detector", "proposals"):  # parts, whose defaults are filled in
+            if key in ("optimizer", "schedule"):  # parts, whose defaults are filled in
+                part = printed[section][key]
+                assert part["class_path"] == value["class_path"]
+                assert part["init_args"] | value.get("init_args", {}) == part["init_args"]
+            elif key not in ("detector", "proposals"):
                 assert printed[section][key] == value, key
     detector = printed["model"]["detector"]["init_args"]
     assert {key for key in written["model"]["detector"].get("init_args", {}) if key not in detector} == set()

@@ -130,8 +130,8 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         # Our samplers are rank-aware by themselves; the table of layers has one line that says anything.
         parser.set_defaults({"trainer.use_distributed_sampler": False, "trainer.enable_model_summary": False})
-        # The data says how large a batch is.
-        parser.add_class_arguments(DetectionModule, "model", skip={"class_names", "batch_size"}, instantiate=False)
+        known = {"class_names", "images_per_batch"}  # from the data
+        parser.add_class_arguments(DetectionModule, "model", skip=known, instantiate=False)
         parser.set_defaults({"model.optimizer": SGD_MOMENTUM, "model.schedule": COSINE})
         parser.add_class_arguments(DetectionDataModule, "data", instantiate=False)
 

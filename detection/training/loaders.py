@@ -86,12 +86,12 @@ def _target(image: Tensor, target: Mapping[str, Any], number: int, with_masks: b
     )
 
 
-def images_per_step(trainer: L.Trainer, batch_size: int | None) -> int:
+def images_per_step(trainer: L.Trainer, images_per_batch: int | None) -> int:
     """Images that one optimiser step sees, over all devices and accumulated batches.
 
     Args:
-        trainer: whose training loader knows the size of its batches, if `batch_size` is None.
-        batch_size: images a batch on each device.
+        trainer: whose training loader knows the size of its batches, if `images_per_batch` is None.
+        images_per_batch: on each device.
 
     Raises:
         ValueError: the loader doesn't say.
@@ -99,13 +99,13 @@ def images_per_step(trainer: L.Trainer, batch_size: int | None) -> int:
     trainer.fit_loop.setup_data()  # which does nothing where the loader is there
     loader = trainer.train_dataloader
     for holder in (loader, getattr(loader, "batch_sampler", None)):
-        batch_size = batch_size or getattr(holder, "batch_size", None)
-    if not batch_size:
+        images_per_batch = images_per_batch or getattr(holder, "batch_size", None)
+    if not images_per_batch:
         raise ValueError(
             f"the training loader ({type(loader).__name__}) doesn't say how many images a batch has, by which model.lr "
-            "is scaled: give DetectionModule(batch_size=...), the images a batch on each device"
+            "is scaled: give DetectionModule(images_per_batch=...), those on each device"
         )
-    return int(batch_size * trainer.world_size * trainer.accumulate_grad_batches)
+    return int(images_per_batch * trainer.world_size * trainer.accumulate_grad_batches)
 
 
 def image_folder(trainer: L.Trainer) -> Path | None:

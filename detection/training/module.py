@@ -64,7 +64,7 @@ class DetectionModule(L.LightningModule):
             timm. `lr_mult` multiplies it.
         freeze: prefix of parameter names -> for how many epochs it does not train, or None for good; see `Freezing`.
         metrics: any metrics of torchmetrics, which are logged beside ours as `val/<class>/<key>`; see `OwnMetrics`.
-        batch_size: images a batch on each device, for loaders that don't tell.
+        images_per_batch: on each device, for loaders that don't tell.
         detections_per_img: most detections of an image that evaluation counts.
         grad_checkpointing: keep less of the backbone for the backward pass and compute the rest again there: fewer
             gigabytes for about a third more time.
@@ -87,7 +87,7 @@ class DetectionModule(L.LightningModule):
         layer_decay: float | None = None,
         freeze: Freeze = (),
         metrics: Sequence[Metric] = (),
-        batch_size: int | None = None,
+        images_per_batch: int | None = None,
         detections_per_img: int = 100,
         grad_checkpointing: bool = False,
         compile: bool = False,
@@ -106,7 +106,7 @@ class DetectionModule(L.LightningModule):
         self.detector = detector
         self.class_names = list(class_names)
         self.optimizer, self.lr, self.weight_decay, self.schedule = optimizer, lr, weight_decay, schedule
-        self.lr_mult, self.layer_decay, self.batch_size = dict(lr_mult or {}), layer_decay, batch_size
+        self.lr_mult, self.layer_decay, self.images_per_batch = dict(lr_mult or {}), layer_decay, images_per_batch
         check_prefixes(detector, self.lr_mult, "model.lr_mult")
         if layer_decay is not None:
             layer_scales(detector, layer_decay)
@@ -242,7 +242,7 @@ class DetectionModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """The optimiser with scaled learning rates and, each step, the schedule."""
-        steps, images = self.trainer.estimated_stepping_batches, images_per_step(self.trainer, self.batch_size)
+        steps, images = self.trainer.estimated_stepping_batches, images_per_step(self.trainer, self.images_per_batch)
         lr = self.lr * images / REFERENCE_BATCH
         log.info("learning rate %g: %g for 16 images, scaled to %d a step; %g steps", lr, self.lr, images, steps)
         shares = self.lr_mult, self.layer_decay

@@ -192,16 +192,15 @@ class _Blocks(nn.Module):
         self.network = network
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
-        """Name of a parameter -> a number for its block, rising through the network: `blocks.2.0.conv` -> (2, 0).
+        """Name of a parameter -> stage and block, rising through the network; (-1,) for the stem before them.
 
-        What stands before the first block is the stem.
+        `layer3.1.conv2`, `blocks.3.1.conv`, `stages_3.blocks.1.gamma` -> (3, 1); a stage's `downsample` is of block 0.
         """
 
         def block(name: str) -> tuple[float, ...]:
-            found = re.match(r"network\.[^.\d]*(\d+)?(?:\.[a-z]\w*)?((?:\.\d+)*)\.", name)
-            stage, blocks = (found[1], found[2]) if found else (None, "")
-            stem = not blocks or name.startswith(("network.conv", "network.stem", "network.patch_embed"))
-            return (-1.0,) if stem else tuple(float(n) for n in (stage, *blocks.split(".")) if n)
+            stage = r"network\.(?:blocks\.|(?!conv|stem|bn|norm|patch)[^.\d]*)(\d+)"
+            found = re.match(stage + r"(?:\.blocks)?(?:\.(\d+))?\.", name)
+            return (float(found[1]), float(found[2] or 0)) if found else (-1.0,)
 
         return block
 
