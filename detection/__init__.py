@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from detection.data.datamodule import DetectionDataModule
     from detection.data.proposals import ProposalFiles, SearchedProposals
     from detection.inference import Detections, Detector, Tiles
+    from detection.inference.tta import TestTimeAugmentation
     from detection.interop import detector_for_classes, load_detector, save_detector
     from detection.losses import CIoULoss, GIoULoss
     from detection.matching import BalancedSampler, Matcher
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from detection.models.compose import cascade_rcnn, faster_rcnn, mask_rcnn
     from detection.models.masks import MaskHead, MaskPredictor
     from detection.models.pooling import RoIPool, RoIPooler
-    from detection.models.precomputed import GivenProposals
+    from detection.models.precomputed import PrecomputedProposals
     from detection.models.pyramid import FeaturePyramidNetwork
     from detection.models.rcnn import RegionWarp
     from detection.models.relatives import (
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     )
     from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor, RoIHeads, TwoFCHead
     from detection.models.rpn import RegionProposalNetwork, RPNHead
-    from detection.models.tta import TestTimeAugmentation
     from detection.models.two_stage import FasterRCNN
     from detection.models.zoo import (
         cascadercnn_efficientnet_lite0_fpn,
@@ -75,7 +75,7 @@ _HOMES = {
     "models.compose": "cascade_rcnn faster_rcnn mask_rcnn",
     "models.masks": "MaskHead MaskPredictor",
     "models.pooling": "RoIPool RoIPooler",
-    "models.precomputed": "GivenProposals",
+    "models.precomputed": "PrecomputedProposals",
     "models.pyramid": "FeaturePyramidNetwork",
     "models.rcnn": "RegionWarp",
     "models.relatives": (
@@ -84,7 +84,7 @@ _HOMES = {
     ),
     "models.roi_heads": "ConvFCHead FastRCNNPredictor RoIHeads TwoFCHead",
     "models.rpn": "RPNHead RegionProposalNetwork",
-    "models.tta": "TestTimeAugmentation",
+    "inference.tta": "TestTimeAugmentation",
     "models.two_stage": "FasterRCNN",
     "models.zoo": (
         "cascadercnn_efficientnet_lite0_fpn cascadercnn_resnet50_fpn create_faster_rcnn "

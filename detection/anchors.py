@@ -9,6 +9,7 @@ Shape shorthand:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,12 @@ class AnchorGenerator(nn.Module):
         grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
         shifts = torch.stack((grid_x, grid_y, grid_x, grid_y), dim=-1)
         return (shifts[:, :, None] + cell).reshape(-1, 4)
+
+
+def default_anchors(num_levels: int, **options: Any) -> AnchorGenerator:
+    """Five sizes from 32 to 512: one a level where there are five levels (FPN, section 4.1), else all on each."""
+    sizes = (32, 64, 128, 256, 512)
+    return AnchorGenerator([[s] for s in sizes] if num_levels == len(sizes) else [sizes] * num_levels, **options)
 
 
 def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float], round_anchors: bool = True) -> Tensor:

@@ -1,10 +1,12 @@
-"""The losses of the two stages, each with its normaliser.
+"""The losses of the two stages: each gives a loss a row, and `mean_over` divides their sum.
 
 Shape shorthand:
-    R: sampled anchors or RoIs of the whole batch, some of them not valid (padding)     C: classes with background
-All are sums over valid rows divided by the number of valid rows of the batch, foreground and background alike
-(Faster R-CNN, equation 2, with N_cls = N_reg and lambda = 1, as torchvision and Detectron2 have it). A batch without
-any foreground gives a box loss of exactly 0 that is still connected to the graph.
+    R: sampled anchors or regions of the whole batch, some of them not valid (padding)     K: classes with background
+    m: side of a mask
+Sums go over valid rows and are divided by the number of valid rows of the batch, foreground and background alike
+(Faster R-CNN, equation 2, with N_cls = N_reg and lambda = 1, as torchvision has it). Detectron2 divides the RPN's by
+the rows asked for, `batch_size_per_image` of each image, whether there are so many or not. A batch without any
+foreground gives a box loss of exactly 0 that is still connected to the graph.
 In training on several processes "the batch" is that of all of them, so that their averaged gradient is that of one
 process with the whole batch, however the images are dealt out.
 """
@@ -12,56 +14,106 @@ process with the whole batch, however the images are dealt out.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from detection.parts import BoxCoderPart
 from detection.recipes import recorded
 
 EPSILON = 1e-7  # torchvision's, in the denominators of overlaps
 
 
-def objectness_loss(logits: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
-    """Binary cross-entropy of objectness, equation 1's L_cls of the RPN.
+def objectness_loss(logits: Tensor, is_object: Tensor) -> Tensor:
+    """Binary cross-entropy of logits `(R,)` against 1.0 for objects, 0.0 for background `(R,)` -> `(R,)`.
 
-    Args:
-        logits: `(R,)`.
-        foreground: `(R,)` bool targets.
-        valid: `(R,)` bool.
+    Faster R-CNN, equation 1, L_cls.
     """
-    loss = F.binary_cross_entropy_with_logits(logits.float(), foreground.float(), reduction="none")
-    return _mean_of(loss, valid, valid)
+    return F.binary_cross_entropy_with_logits(logits, is_object, reduction="none")
 
 
-def classification_loss(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
-    """Softmax cross-entropy over classes (Fast R-CNN, Girshick 2015, section 2.3, L_cls).
+def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Softmax cross-entropy of logits `(R, K)` against labels `(R,)`, 0 for background -> `(R,)`.
 
-    Args:
-        logits: `(R, C)`, class 0 is background.
-        labels: `(R,)` int64 in `[0, C - 1]`.
-        valid: `(R,)` bool.
+    Fast R-CNN (Girshick 2015), section 2.3, L_cls.
     """
-    return _mean_of(F.cross_entropy(logits.float(), labels, reduction="none"), valid, valid)
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
-def box_loss(deltas: Tensor, gt_deltas: Tensor, foreground: Tensor, valid: Tensor, beta: float = 1 / 9) -> Tensor:
-    """Smooth L1 of the deltas of foreground rows, over the number of all valid rows (Fast R-CNN, equations 2 and 3).
+def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Mean binary cross-entropy over the pixels of logits `(R, m, m)` against masks `(R, m, m)` in [0, 1] -> `(R,)`.
+
+    Mask R-CNN (He et al. 2017), section 3, L_mask.
+    """
+    return F.binary_cross_entropy_with_logits(logits, masks, reduction="none").mean(dim=(1, 2))
+
+
+@recorded
+class FocalLoss:
+    """Cross-entropy that counts what is classified well for less (Lin et al. 2017, RetinaNet, equation 4).
+
+    Of the softmax over classes: -(1 - p)^gamma log p of the true class.
 
     Args:
-        deltas: `(R, 4)` predicted.
-        gt_deltas: `(R, 4)` wanted; rows that are not foreground may hold anything, NaN included.
-        foreground: `(R,)` bool.
-        valid: bool, for the normaliser; it may have more rows than R, none of them foreground.
+        gamma: 0 is plain cross-entropy; 2 in the paper.
+        weight: factor on the loss, which gets smaller as gamma grows.
+    """
+
+    def __init__(self, gamma: float = 2.0, weight: float = 1.0) -> None:
+        self.gamma, self.weight = gamma, weight
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits `(R, K)`, labels `(R,)` -> `(R,)`."""
+        log_p = logits.log_softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
+        return -self.weight * (1 - log_p.exp()) ** self.gamma * log_p
+
+
+@recorded
+class ClassWeights(nn.Module):
+    """Cross-entropy with a factor for each class.
+
+    Args:
+        weights: K factors, the background's first. The sum is divided by the number of regions, not by their weights.
+    """
+
+    weights: Tensor
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.tensor(weights), persistent=False)  # a setting, not learned
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits `(R, K)`, labels `(R,)` -> `(R,)`.
+
+        Raises:
+            ValueError: there are not as many weights as classes.
+        """
+        if len(self.weights) != logits.shape[1]:
+            raise ValueError(f"{len(self.weights)} class weights for {logits.shape[1]} classes, background included")
+        return F.cross_entropy(logits, labels, self.weights, reduction="none")
+
+
+@recorded
+class SmoothL1Loss:
+    """Smooth L1 of the deltas, summed over the four (Fast R-CNN, equations 2 and 3).
+
+    Args:
         beta: where the quadratic part ends; 0 is plain L1. 1/9 (from Detectron) is worth 1.2 AP over 1.0.
     """
-    wanted = torch.where(foreground[:, None], gt_deltas, 0.0)
-    loss = F.smooth_l1_loss(deltas.float(), wanted, beta=beta, reduction="none").sum(dim=1)
-    return _mean_of(loss, foreground, valid)
+
+    def __init__(self, beta: float = 1 / 9) -> None:
+        self.beta = beta
+
+    def __call__(self, deltas: Tensor, boxes: Tensor, gt_boxes: Tensor, box_coder: BoxCoderPart) -> Tensor:
+        """Deltas `(R, 4)` of boxes `(R, 4)`, against ground truth `(R, 4)` -> `(R,)`."""
+        wanted = box_coder.encode(gt_boxes, boxes)
+        return F.smooth_l1_loss(deltas, wanted, beta=self.beta, reduction="none").sum(dim=1)
 
 
 class OverlapLoss:
-    """A loss of how predicted and true boxes overlap, to take the place of the smooth L1 of their deltas.
+    """A loss of how refined and true boxes overlap, to take the place of the smooth L1 of their deltas.
 
     Args:
         weight: factor on the loss, which is smaller than smooth L1's sum over four deltas.
@@ -70,14 +122,12 @@ class OverlapLoss:
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight
 
-    def __call__(self, boxes: Tensor, gt_boxes: Tensor, foreground: Tensor, valid: Tensor) -> Tensor:
-        """As `box_loss`, on boxes `(R, 4)` xyxy float32 in pixels; rows that are not foreground may hold anything."""
-        unit = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])  # two equal boxes: no loss, and a gradient that is finite
-        pair = [torch.where(foreground[:, None], side, unit) for side in (boxes, gt_boxes)]
-        return self.weight * _mean_of(self.of_pairs(*pair), foreground, valid)
+    def __call__(self, deltas: Tensor, boxes: Tensor, gt_boxes: Tensor, box_coder: BoxCoderPart) -> Tensor:
+        """As `SmoothL1Loss`."""
+        return self.weight * self.of_pairs(box_coder.decode(deltas, boxes), gt_boxes)
 
     def of_pairs(self, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
-        """The loss `(R,)` of each pair."""
+        """The loss `(R,)` of each pair of boxes `(R, 4)` xyxy float32 in pixels."""
         raise NotImplementedError
 
 
@@ -116,8 +166,34 @@ def _overlap(boxes: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return intersection / (union + EPSILON), union, hull
 
 
-def _mean_of(loss: Tensor, counted: Tensor, valid: Tensor) -> Tensor:
+def mean_over(loss: Tensor, counted: Tensor, valid: Tensor) -> Tensor:
+    """The sum of the losses `(R,)` of the rows that are `counted`, over the number of `valid` ones of all processes.
+
+    Args:
+        loss: `(R,)`; rows that are not counted may hold anything, NaN included.
+        counted: `(R,)` bool.
+        valid: bool, of any shape.
+    """
     return torch.where(counted, loss, 0.0).sum() / count_over_ranks(valid)
+
+
+def box_loss_of_foreground(
+    box_loss: Callable[..., Tensor],
+    deltas: Tensor,
+    boxes: Tensor,
+    gt_boxes: Tensor,
+    foreground: Tensor,
+    box_coder: BoxCoderPart,
+) -> Tensor:
+    """A `BoxLoss` of each row `(R,)`, where only foreground reads its boxes: others may hold anything.
+
+    Arguments are those of `parts.BoxLoss`, and foreground `(R,)` bool.
+    """
+    # Two equal boxes and deltas of 0: no loss, and a gradient that is finite.
+    unit = torch.zeros_like(boxes)
+    unit[:, 2:] = 1.0
+    pair = (torch.where(foreground[:, None], side, unit) for side in (boxes, gt_boxes))
+    return box_loss(torch.where(foreground[:, None], deltas.float(), 0.0), *pair, box_coder)
 
 
 def count_over_ranks(rows: Tensor) -> Tensor:

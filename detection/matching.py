@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from detection.boxes import pairwise_iou
+from detection.parts import Hardness
+from detection.recipes import recorded
 
 BELOW_LOW_THRESHOLD = -1
 BETWEEN_THRESHOLDS = -2
 
-# Elements of one block of an IoU matrix: a batch with more is matched in blocks of anchors. On an accelerator the bound
-# spares memory (128 MB in float32); on a CPU a block that stays in its cache (1 MB) takes a third of the time.
+# Elements of one block of an IoU matrix, 128 MB in float32: a batch with more is matched in blocks of anchors.
 MAX_IOU_ELEMENTS = 32 * 1024 * 1024
-MAX_CACHED_ELEMENTS = 256 * 1024
 
 
+@recorded
 class Matcher:
     """Assigns each anchor or proposal the ground truth box that it overlaps most.
 
@@ -39,7 +40,7 @@ class Matcher:
         self.bg_iou_thresh = bg_iou_thresh
         self.allow_low_quality_matches = allow_low_quality_matches
 
-    def __call__(self, iou: Tensor) -> Tensor:
+    def assign(self, iou: Tensor) -> Tensor:
         """Assignment from a matrix of IoU `(..., G, A)` -> `(..., A)` int64; rows of padding lie below 0."""
         if iou.shape[-2] == 0:
             return iou.new_full((*iou.shape[:-2], iou.shape[-1]), BELOW_LOW_THRESHOLD, dtype=torch.int64)
@@ -47,7 +48,7 @@ class Matcher:
         forced = self._is_best(iou, iou.amax(dim=-1)) if self.allow_low_quality_matches and iou.shape[-1] else None
         return self._assign(best_iou, best_gt, forced)
 
-    def match(self, gt_boxes: Tensor, gt_valid: Tensor, boxes: Tensor) -> Tensor:
+    def __call__(self, gt_boxes: Tensor, gt_valid: Tensor, boxes: Tensor) -> Tensor:
         """Assignment of boxes to the ground truth of their image, in blocks of a bounded size.
 
         Args:
@@ -63,10 +64,9 @@ class Matcher:
         def overlap(block: Tensor) -> Tensor:
             return pairwise_iou(gt_boxes, block).sub_(padding)
 
-        most = MAX_CACHED_ELEMENTS if boxes.device.type == "cpu" else MAX_IOU_ELEMENTS
-        size = max(1, most // max(1, gt_valid.numel()))
+        size = max(1, MAX_IOU_ELEMENTS // max(1, gt_valid.numel()))
         if boxes.shape[-2] <= size:
-            return self(overlap(boxes))
+            return self.assign(overlap(boxes))
         blocks = boxes.split(size, dim=-2)
         # The best IoU of a ground truth is known only after all blocks, so low-quality matches take a second pass.
         peak = torch.stack([overlap(block).amax(dim=-1) for block in blocks]).amax(dim=0)
@@ -92,6 +92,7 @@ class Matcher:
         return torch.where(foreground, best_gt, unmatched)
 
 
+@recorded
 class BalancedSampler:
     """Draws a mini-batch of fixed size from each image, with at most a given share of foreground.
 
@@ -104,7 +105,9 @@ class BalancedSampler:
         self.positive_fraction = positive_fraction
         self.max_positive = int(batch_size_per_image * positive_fraction)
 
-    def __call__(self, labels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, labels: Tensor, hardness: Hardness | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Sample from labels `(B, A)`: above 0 foreground, 0 background, below 0 never drawn.
 
         Returns:
@@ -121,3 +124,26 @@ class BalancedSampler:
         rank = torch.where(chosen, 2.0 + key, torch.where(background, key, -1.0))
         value, indices = rank.topk(size, dim=-1)
         return indices, value >= 0
+
+
+@recorded
+class HardExampleSampler:
+    """Takes the regions with the largest loss, foreground or not: online hard example mining (Shrivastava et al. 2016).
+
+    Section 4.1, without the paper's suppression of neighbours, which the proposals' own has done before.
+
+    Args:
+        batch_size_per_image: how many; the paper has 128 regions of two images.
+    """
+
+    def __init__(self, batch_size_per_image: int = 64) -> None:
+        self.batch_size_per_image = self.max_positive = batch_size_per_image
+
+    def __call__(self, labels: Tensor, hardness: Hardness) -> tuple[Tensor, Tensor]:
+        """As `BalancedSampler`; what can be drawn is ranked by `hardness()`, `(B, A)`."""
+        size = min(self.batch_size_per_image, labels.shape[-1])
+        value, indices = torch.where(labels >= 0, hardness(), -torch.inf).topk(size, dim=-1)
+        valid = value > -torch.inf
+        foreground = (labels.gather(-1, indices) > 0) & valid
+        order = (2 * foreground.int() + valid.int()).argsort(dim=-1, descending=True, stable=True)
+        return indices.gather(-1, order), valid.gather(-1, order)

@@ -17,15 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from detection.batch import Batch
 
 Losses = dict[str, Tensor]
 Detections = list[dict[str, Tensor]]
 Hardness = Callable[[], Tensor]
+# What builders take in the place of a module, and call with what only they know.
+Factory = Callable[[int], nn.Module]
+Factory2 = Callable[[int, int], nn.Module]
+ProposerFactory = Callable[[int, Sequence[int]], nn.Module]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ class Pyramid(Protocol):
 
 
 class Proposer(Protocol):
-    """Feature maps -> proposals, and the losses of what it learns. Made by (in_channels)."""
+    """Feature maps -> proposals, and the losses of what it learns. Made by (in_channels, strides)."""
 
     def __call__(self, features: FeatureMaps, batch: Batch, with_losses: bool) -> tuple[Proposals, Losses]:
         """Proposals without a gradient, as many an image as it likes; losses by name, or none."""
@@ -220,6 +224,3 @@ class RoIHeadsPart(Protocol):
     def detect(self, features: FeatureMaps, proposals: Proposals, image_sizes: Tensor) -> Detections:
         """Of each image `boxes` `(D, 4)` inside it, `labels` `(D,)` from 1 on and `scores` `(D,)`, best first."""
         ...
-
-
-Part = Any  # an object that keeps a contract, or a factory of one; the builders' docstrings say which contract

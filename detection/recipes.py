@@ -80,6 +80,12 @@ def recorded(maker: Made) -> Made:
     return build  # type: ignore[return-value]
 
 
+def rebuildable(builder: Made) -> Made:
+    """Decorate a function that only fixes arguments of a recorded builder, whose recipe stays."""
+    builder.is_recorded = True  # type: ignore[attr-defined]
+    return builder
+
+
 def note(made: Any, path: str, arguments: Mapping[str, Any]) -> None:
     """Write down on a part how it was made: `recipe` and `unrecorded`. What takes no attributes stays without."""
     resolved = getattr(made, "resolved", {})
@@ -258,7 +264,6 @@ MOVED = {
     f"{PACKAGE}.models.fpn.": f"{PACKAGE}.models.pyramid.",
     f"{PACKAGE}.models.proposals.GivenProposals": f"{PACKAGE}.models.precomputed.PrecomputedProposals",
 }
-SMOOTH_L1_BETA = 1 / 9
 
 
 def upgrade(path: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -267,10 +272,10 @@ def upgrade(path: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         path = path.replace(old, new, 1) if path.startswith(old) else path
     for stage in ("rpn_", ""):
         overlap = arguments.pop(f"{stage or 'box_'}overlap_loss", None)
-        beta = arguments.pop(f"{stage}box_beta", SMOOTH_L1_BETA)
+        beta = arguments.pop(f"{stage}box_beta", None)
         if overlap is not None:
             arguments[f"{stage}box_loss"] = overlap
-        elif beta != SMOOTH_L1_BETA:
+        elif beta is not None:
             smooth_l1 = {"class_path": f"{PACKAGE}.losses.SmoothL1Loss", "init_args": {"beta": beta}}
             arguments[f"{stage}box_loss"] = smooth_l1
     return path, arguments

@@ -26,9 +26,11 @@ from torch import Tensor
 
 from detection.batch import Batch
 from detection.boxes import pairwise_iou
+from detection.matching import Matcher
 from detection.models.cascade import CascadeRoIHeads
-from detection.models.rpn import Proposals, RegionProposalNetwork
+from detection.models.rpn import RegionProposalNetwork
 from detection.models.two_stage import FasterRCNN
+from detection.parts import FeatureMaps, Proposals
 from detection.visualize import class_colour
 
 SCORES = colormaps["plasma"]
@@ -50,7 +52,7 @@ def plot_anchors(detector: FasterRCNN, image: Tensor, point: tuple[float, float]
     x, y = point or (width / 2, height / 2)
     figure, panels = _panels(batch, len(levels))
     per_cell = _rpn(detector).anchor_generator.num_anchors_per_location()
-    for k, (axes, anchors, feature) in enumerate(zip(panels, levels, features, strict=True)):
+    for k, (axes, anchors, feature) in enumerate(zip(panels, levels, features.maps, strict=True)):
         cells = anchors.view(*feature.shape[-2:], per_cell[k], 4)
         centres = (cells[..., 0, :2] + cells[..., 0, 2:]) / 2  # (h, w, 2)
         inside = (centres[..., 0] < width) & (centres[..., 1] < height)
@@ -59,7 +61,7 @@ def plot_anchors(detector: FasterRCNN, image: Tensor, point: tuple[float, float]
         nearest = int((centres - torch.tensor([x, y])).square().sum(-1).flatten().argmin())
         own = cells.flatten(0, 1)[nearest]
         _draw(axes, own, [colormaps["tab10"](i % 10) for i in range(len(own))], 2.0)
-        axes.set_title(f"stride {_rpn(detector).strides[k]}: {len(anchors):,} anchors", fontsize=10)
+        axes.set_title(f"stride {detector.strides[k]}: {len(anchors):,} anchors", fontsize=10)
         axes.set(xlim=(min(0, float(own[:, 0].min())), max(width, float(own[:, 2].max()))))
         axes.set(ylim=(max(height, float(own[:, 3].max())), min(0, float(own[:, 1].min()))))
     return figure
@@ -73,7 +75,9 @@ def plot_matching(detector: FasterRCNN, image: Tensor, target: Target) -> Figure
     batch, features = _features(detector, image, target)
     anchors = torch.cat(_anchors(detector, batch, features))
     rpn = _rpn(detector)
-    matched = rpn.matcher.match(batch.gt_boxes, batch.gt_valid, anchors)[0]  # (A,)
+    if not isinstance(rpn.matcher, Matcher):
+        raise ValueError(f"the picture shows the thresholds of a Matcher, which {type(rpn.matcher).__name__} is not")
+    matched = rpn.matcher(batch.gt_boxes, batch.gt_valid, anchors)[0]  # (A,)
     iou = pairwise_iou(batch.gt_boxes[0], anchors)  # (N, A)
     figure, (left, right) = _panels(batch, 2)
     count = len(target["labels"])
@@ -133,7 +137,7 @@ def plot_samples(
     heads = detector.roi_heads.stages[0] if isinstance(detector.roi_heads, CascadeRoIHeads) else detector.roi_heads
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sample = heads.sample(_propose(detector, batch, features), batch)  # type: ignore[operator]
+        sample = heads.sample(features, _propose(detector, batch, features), batch)  # type: ignore[operator]
     boxes, labels = sample.boxes[0][sample.valid[0]], sample.labels[0][sample.valid[0]]
     iou = pairwise_iou(batch.gt_boxes[0][batch.gt_valid[0]], boxes)
     best = iou.amax(0) if len(iou) else boxes.new_zeros(len(boxes))
@@ -155,14 +159,13 @@ def plot_pyramid(detector: FasterRCNN, image: Tensor) -> Figure:
     """The feature maps: above how strong each cell is, below its three principal components as red, green and blue."""
     batch, features = _features(detector, image)
     height, width = batch.image_sizes[0].tolist()
-    columns = len(features) + 1
+    columns = len(features.maps) + 1
     figure = Figure(figsize=(2.6 * columns, 2 * 2.6 * height / width + 0.6), layout="constrained")
     panels = figure.subplots(2, columns)
     panels[1, 0].axis("off")
     panels[0, 0].imshow(_pixels(batch))
     panels[0, 0].set_title(f"{width} x {height}", fontsize=10)
-    for k, feature in enumerate(features):
-        stride = detector.rpn.strides[k] if hasattr(detector.rpn, "strides") else height // feature.shape[-2]
+    for k, (feature, stride) in enumerate(zip(features.maps, features.strides, strict=True)):
         part = feature[0, :, : -(-height // stride), : -(-width // stride)].float()  # without the padding
         panels[0, k + 1].imshow(part.square().mean(0).sqrt().numpy(), cmap="magma")
         panels[1, k + 1].imshow(principal_colours(part))
@@ -192,26 +195,24 @@ def _rpn(detector: FasterRCNN) -> RegionProposalNetwork:
 
 
 @torch.no_grad()
-def _features(detector: FasterRCNN, image: Tensor, target: Target | None = None) -> tuple[Batch, list[Tensor]]:
+def _features(detector: FasterRCNN, image: Tensor, target: Target | None = None) -> tuple[Batch, FeatureMaps]:
     """The image as the detector sees it, with its ground truth, and its feature maps, on the CPU."""
     was_training = detector.training
     detector.eval()
     try:
         targets = None if target is None else [dict(target)]
         batch = detector.transform([image], targets, detector.num_classes)
-        return batch, list(detector.backbone(detector.transform.normalise(batch.images, batch.image_sizes)).values())
+        return batch, detector.extract(batch)
     finally:
         detector.train(was_training)
 
 
-def _anchors(detector: FasterRCNN, batch: Batch, features: Sequence[Tensor]) -> list[Tensor]:
-    shapes = [(feature.shape[-2], feature.shape[-1]) for feature in features]
-    size = (batch.images.shape[-2], batch.images.shape[-1])
-    return _rpn(detector).anchor_generator(shapes, _rpn(detector).strides, size)
+def _anchors(detector: FasterRCNN, batch: Batch, features: FeatureMaps) -> list[Tensor]:
+    return _rpn(detector).lay_anchors(features, batch)
 
 
 @torch.no_grad()
-def _propose(detector: FasterRCNN, batch: Batch, features: Sequence[Tensor]) -> Proposals:
+def _propose(detector: FasterRCNN, batch: Batch, features: FeatureMaps) -> Proposals:
     was_training = detector.training
     detector.eval()
     try:

@@ -16,7 +16,7 @@ from torch import nn
 from detection.batch import Batch
 from detection.data.datamodule import DetectionDataModule
 from detection.data.dataset import collate
-from detection.models.precomputed import GivenProposals
+from detection.models.precomputed import PrecomputedProposals
 from detection.models.two_stage import FasterRCNN
 from detection.training.module import DetectionModule
 
@@ -68,7 +68,7 @@ def _name(module: DetectionModule) -> str:
 
 
 def _source(proposals: nn.Module) -> str:
-    return type(proposals.source).__name__ if isinstance(proposals, GivenProposals) else "RPN"
+    return type(proposals.source).__name__ if isinstance(proposals, PrecomputedProposals) else "RPN"
 
 
 def _take_turns(contenders: Sequence[tuple[DetectionModule, Any]], images: int, rounds: int) -> list[Any]:

@@ -25,11 +25,11 @@ from detection.data.augment import resized_size
 from detection.data.dataset import Sample, collate
 from detection.data.images import read_image
 from detection.inference.detections import Detections
+from detection.inference.tta import TestTimeAugmentation
 from detection.interop import CheckpointError, load_detector
-from detection.models.tta import TestTimeAugmentation
 from detection.models.two_stage import FasterRCNN
-from detection.models.weights import read_saved, read_torch
 from detection.training.module import encode_detections
+from detection.weights import read_saved, read_torch
 
 ImageLike: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 Precision = Literal["32", "bf16", "16"]

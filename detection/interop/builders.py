@@ -9,23 +9,24 @@ Shape shorthand:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-from detection.anchors import AnchorGenerator
+from detection.anchors import AnchorGenerator, default_anchors
 from detection.interop.rows import STYLES, Style
+from detection.losses import SmoothL1Loss
 from detection.models.backbones import Backbone, ResNetName, resnet_c4, resnet_dc5, resnet_fpn
 from detection.models.c4 import Res5Head, Res5Maps, res5_head
-from detection.models.compose import cascade_rcnn, default_anchors, faster_rcnn, mask_rcnn
+from detection.models.compose import cascade_rcnn, faster_rcnn, mask_rcnn
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import RoIHeads
 from detection.models.two_stage import FasterRCNN
-from detection.models.weights import CheckpointError
 from detection.recipes import recorded
+from detection.weights import CheckpointError
 
 DEPTHS: dict[int, ResNetName] = {6: "resnet50", 23: "resnet101", 36: "resnet152"}  # by the blocks of layer3
 
@@ -110,8 +111,8 @@ def aligned_rcnn(
     box_output_size: int = 7,
     rpn_anchor_generator: AnchorGenerator | None = None,
     rpn_post_nms_top_n_train: int = 1000,
-    rpn_box_beta: float = 0.0,
-    box_beta: float = 0.0,
+    rpn_box_loss: Callable[..., Any] | None = None,
+    box_loss: Callable[..., Any] | None = None,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Faster or Mask R-CNN as Detectron2 and MMDetection train it.
@@ -124,21 +125,21 @@ def aligned_rcnn(
         box_output_size: side of the pooled features.
         rpn_anchor_generator: default: that of `faster_rcnn`, not rounded.
         rpn_post_nms_top_n_train: proposals of an image in training.
-        rpn_box_beta, box_beta: plain L1; see `losses.box_loss`.
+        rpn_box_loss, box_loss: default: plain L1.
         **kwargs: see `faster_rcnn`.
     """
     arguments: dict[str, Any] = kwargs | {
         "rpn_anchor_generator": rpn_anchor_generator or default_anchors(len(backbone.strides), round_anchors=False),
         "rpn_post_nms_top_n_train": rpn_post_nms_top_n_train,
-        "box_roi_pool": _pooler(backbone, box_output_size),
+        "box_roi_pool": _pooler(box_output_size),
         "box_head": box_head,
-        "rpn_box_beta": rpn_box_beta,
-        "box_beta": box_beta,
+        "rpn_box_loss": rpn_box_loss or SmoothL1Loss(0.0),
+        "box_loss": box_loss or SmoothL1Loss(0.0),
     }
     if not masks:
         return faster_rcnn(backbone, num_classes, **arguments)
     mask_head = Res5Maps(box_head) if isinstance(box_head, Res5Head) else None
-    return mask_rcnn(backbone, num_classes, _pooler(backbone, 14), mask_head, **arguments)
+    return mask_rcnn(backbone, num_classes, _pooler(14), mask_head, **arguments)
 
 
 @recorded
@@ -149,8 +150,8 @@ def aligned_cascade_rcnn(
     rpn_anchor_generator: AnchorGenerator | None = None,
     cascade_bbox_reg_weights: Sequence[Sequence[float]] = ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)),
     mean_of_logits: bool = False,
-    rpn_box_beta: float = 0.0,
-    box_beta: float = 0.0,
+    rpn_box_loss: Callable[..., Any] | None = None,
+    box_loss: Callable[..., Any] | None = None,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Cascade R-CNN as Detectron2 trains it and, with other arguments, MMDetection.
@@ -159,25 +160,23 @@ def aligned_cascade_rcnn(
         backbone, num_classes, masks, rpn_anchor_generator: see `aligned_rcnn`.
         cascade_bbox_reg_weights: of each stage.
         mean_of_logits: average the stages' logits (MMDetection) in place of their probabilities.
-        rpn_box_beta, box_beta: see `losses.box_loss`.
+        rpn_box_loss, box_loss: default: plain L1.
         **kwargs: see `cascade_rcnn`.
     """
-    model = cascade_rcnn(
+    return cascade_rcnn(
         backbone,
         num_classes,
         masks,
+        mask_roi_pool=_pooler(14),
         cascade_bbox_reg_weights=cascade_bbox_reg_weights,
         mean_of_logits=mean_of_logits,
-        rpn_box_beta=rpn_box_beta,
-        box_beta=box_beta,
+        rpn_box_loss=rpn_box_loss or SmoothL1Loss(0.0),
+        box_loss=box_loss or SmoothL1Loss(0.0),
         rpn_anchor_generator=rpn_anchor_generator or default_anchors(len(backbone.strides), round_anchors=False),
-        box_roi_pool=_pooler(backbone, 7),
+        box_roi_pool=_pooler(7),
         **kwargs,
     )
-    if masks:
-        model.roi_heads.mask_roi_pool = _pooler(backbone, 14)
-    return model
 
 
-def _pooler(backbone: Backbone, output_size: int) -> RoIPooler:
-    return RoIPooler(output_size, sampling_ratio=0, aligned=True, num_levels=max(1, len(backbone.strides) - 1))
+def _pooler(output_size: int) -> RoIPooler:
+    return RoIPooler(output_size, sampling_ratio=0, aligned=True)

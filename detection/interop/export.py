@@ -24,17 +24,18 @@ from numpy.typing import NDArray
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import nms, roi_align
+from torchvision.ops import nms
 
 from detection.anchors import AnchorGenerator
 from detection.batch import Batch
 from detection.boxes import grouped_nms, resize_boxes
-from detection.models.cascade import CascadeRoIHeads
-from detection.models.pooling import RoIPooler
-from detection.models.precomputed import GivenProposals
+from detection.models.masks import MaskBranch
+from detection.models.pooling import RoIPool, RoIPooler
+from detection.models.precomputed import PrecomputedProposals
 from detection.models.roi_heads import RoIHeads
 from detection.models.rpn import RegionProposalNetwork
 from detection.models.two_stage import FasterRCNN
+from detection.parts import FeatureMaps
 
 OUTPUTS = ("boxes", "labels", "scores", "counts", "masks")
 OPSET = 18  # the first with all that is needed; later ones add nothing for a detector
@@ -49,22 +50,21 @@ def check_exportable(model: nn.Module) -> None:
     """Raise an `ExportError` with the reason, if there is one why the detector can't be exported."""
     if not isinstance(model, FasterRCNN):
         raise ExportError(f"{type(model).__name__} runs a detector several times an image: export the detector itself")
-    if isinstance(model.rpn, GivenProposals):
+    if isinstance(model.rpn, PrecomputedProposals):
         raise ExportError("R-CNN and Fast R-CNN take proposals from Selective Search, which no graph can run")
     if any(heads.soft_nms_sigma is not None for heads in _stages(model)):
         raise ExportError(
             "Soft-NMS takes one step a detection, which ONNX has no operator for: set soft_nms_sigma null"
         )
-    if model.rpn.anchor_generator.infer_strides:
+    if isinstance(model.rpn, RegionProposalNetwork) and model.rpn.anchor_generator.infer_strides:
         raise ExportError("anchors with infer_strides depend on the size of the batch: build it with declared strides")
-    pools = [heads.box_roi_pool for heads in _stages(model)]
-    if not all(isinstance(pool, RoIPooler) for pool in pools):
+    if any(isinstance(module, RoIPool) for module in model.modules()):
         raise ExportError("RoI Pool rounds differently in ONNX (MaxRoiPool): train with RoIPooler to export")
 
 
 def _stages(model: FasterRCNN) -> list[RoIHeads]:
     heads = model.roi_heads
-    return list(heads.stages) if isinstance(heads, CascadeRoIHeads) else [heads]  # type: ignore[arg-type]
+    return [module for module in heads.modules() if isinstance(module, RoIHeads)]
 
 
 class ExportableDetector(nn.Module):
@@ -87,15 +87,17 @@ class ExportableDetector(nn.Module):
         check_exportable(model)
         self.model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
         replacements: dict[type[nn.Module], dict[str, Any]] = {
-            RegionProposalNetwork: {"_suppress": _suppress},
+            RegionProposalNetwork: {"suppress": _suppress},
             AnchorGenerator: {"forward": _lay_anchors},
-            RoIPooler: {"_gather": _pool, "_align": _pool},
-            RoIHeads: {"select": _select, "add_masks": _add_masks},
-            CascadeRoIHeads: {"add_masks": _add_masks},
+            RoIPooler: {"pool": RoIPooler.pool},  # whatever quicker form a detector that is trained has
+            RoIHeads: {"nms_per_class": _nms_per_class},
+            MaskBranch: {"add_masks": _add_masks},
         }
         for module in self.model.modules():
-            for name, function in replacements.get(type(module), {}).items():
-                setattr(module, name, MethodType(function, module))
+            for kind, functions in replacements.items():
+                if isinstance(module, kind):
+                    for name, function in functions.items():
+                        setattr(module, name, MethodType(function, module))
         _pad_by_constants(self.model.backbone)
 
     @property
@@ -109,7 +111,7 @@ class ExportableDetector(nn.Module):
         # As `FasterRCNN.run`, but for a batch of one size.
         nothing = images.new_zeros(0)
         batch = Batch(padded, size, nothing, nothing, nothing, original)
-        features = list(model.backbone(model.transform.normalise(padded, size)).values())
+        features = model.extract(batch)
         proposals, _ = model.rpn(features, batch, with_losses=False)
         (found,) = model.roi_heads.detect(features, proposals, size)
         found["boxes"] = resize_boxes(found["boxes"], size, original)
@@ -141,19 +143,8 @@ def _lay_anchors(
     return [self._lay(c, s, (step, step)) for c, s, step in zip(self._cells, shapes, strides, strict=True)]
 
 
-def _pool(self: RoIPooler, features: Sequence[Tensor], boxes: Tensor, levels: Tensor) -> Tensor:
-    """RoI Align on every level, of which the region's own counts: a graph with sizes left open has no canvas."""
-    image = torch.arange(boxes.shape[0])[:, None].expand(boxes.shape[:2]).reshape(-1, 1).float()
-    level, pooled = levels.flatten()[:, None], torch.zeros(())
-    for i, feature in enumerate(features):
-        rois = torch.cat((image, boxes.flatten(0, 1) * (level == i)), dim=1)
-        part = roi_align(feature, rois, self.output_size, 1.0, self.sampling_ratio, self.aligned)
-        pooled = torch.where((level == i)[..., None, None], part, pooled)
-    return pooled
-
-
 def _suppress(self: RegionProposalNetwork, boxes: Tensor, scores: Tensor, levels: Tensor, usable: Tensor) -> Tensor:
-    groups = torch.arange(boxes.shape[0])[:, None] * len(self.strides) + levels
+    groups = torch.arange(boxes.shape[0])[:, None] * len(self.anchor_generator.num_anchors_per_location()) + levels
     return _survivors(boxes, scores, groups, usable, self.nms_thresh)
 
 
@@ -166,8 +157,8 @@ def _survivors(boxes: Tensor, scores: Tensor, groups: Tensor, usable: Tensor, io
     return survives.view(usable.shape) > 0
 
 
-def _select(self: RoIHeads, boxes: Tensor, scores: Tensor, usable: Tensor) -> list[dict[str, Tensor]]:
-    """As `RoIHeads.select`, for the whole batch in one entry, padded; `counts` says how far."""
+def _nms_per_class(self: RoIHeads, boxes: Tensor, scores: Tensor, usable: Tensor) -> list[dict[str, Tensor]]:
+    """As `RoIHeads.nms_per_class`, for the whole batch in one entry, padded; `counts` says how far."""
     classes = usable.shape[2]
     groups = torch.arange(boxes.shape[0])[:, None, None] * classes + torch.arange(classes)
     boxes, scores, usable = boxes.flatten(1, 2), scores.flatten(1), usable.flatten(1)
@@ -185,7 +176,7 @@ def _select(self: RoIHeads, boxes: Tensor, scores: Tensor, usable: Tensor) -> li
     return [found]
 
 
-def _add_masks(self: Any, features: Sequence[Tensor], detections: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+def _add_masks(self: Any, features: FeatureMaps, detections: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     (found,) = detections
     if self.has_masks:
         found["masks"] = self.mask_logits(features, found["boxes"], found["labels"]).sigmoid()

@@ -12,8 +12,9 @@ from detection.interop import rows
 from detection.interop.builders import Layout, build, resnet_of
 from detection.interop.names import Rules, collect, count_blocks, drop, load, rename
 from detection.interop.rows import Style
+from detection.losses import SmoothL1Loss
 from detection.models.two_stage import FasterRCNN
-from detection.models.weights import CheckpointError
+from detection.weights import CheckpointError
 
 _BOX = (
     (r"box_head\.fc6\.", "shared_fcs.0."),
@@ -38,8 +39,8 @@ RULES: Rules = (
 CASCADE = {
     "cascade_bbox_reg_weights": [(10, 10, 5, 5), (20, 20, 10, 10), (1 / 0.033, 1 / 0.033, 1 / 0.067, 1 / 0.067)],
     "mean_of_logits": True,
-    "rpn_box_beta": 1 / 9,
-    "box_beta": 1.0,
+    "rpn_box_loss": SmoothL1Loss(1 / 9),
+    "box_loss": SmoothL1Loss(1.0),
 }
 # A run with a moving average has that under the plain names and the raw weights under `ema_`.
 DROPPED = (r"num_batches_tracked$", r"^data_preprocessor\.", r"^ema_")

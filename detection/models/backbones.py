@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import mobilenet_v3_large, resnet
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from detection.models.norms import NORM_LAYERS, Norm, fold_frozen_norms, freeze_norms, replace_batch_norm
+from detection.models.norms import NORM_LAYERS, Norm, freeze_norms, replace_batch_norm
 from detection.models.pyramid import FeaturePyramidNetwork
-from detection.models.weights import Weights, find_weights, is_given
 from detection.recipes import recorded
+from detection.weights import Weights, find_weights, is_given
 
 ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -215,7 +215,6 @@ def resnet_network(
     groups = [["layer4"], ["layer3"], ["layer2"], ["layer1"], ["conv1", "bn1"]]
     # torchvision trains the stem's normalisation only when everything trains, which the last group says.
     _freeze(network, groups, _count_trainable(trainable_layers, pretrained, 5))
-    fold_frozen_norms(network)
     return network
 
 
@@ -241,7 +240,6 @@ def mobilenet_v3_large_fpn(
     bounds = [*starts, len(layers)]
     groups = [[str(i) for i in range(a, b)] for a, b in zip(bounds[:-1], bounds[1:], strict=True)][::-1]
     _freeze(layers, groups, _count_trainable(trainable_layers, pretrained, 6))
-    fold_frozen_norms(network)
     channels = [layers[starts[-2]].out_channels, layers[-1].out_channels]
     body = Trunk(dict(layers.named_children()), {str(starts[-2]): "0", str(starts[-1]): "1"})
     return Backbone(body, channels, (32, 32))

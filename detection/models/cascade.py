@@ -8,20 +8,23 @@ Shape shorthand:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from detection.batch import Batch
 from detection.boxes import clip_boxes, is_large_enough
+from detection.models.fitting import PartError, name_of
 from detection.models.masks import MaskBranch
-from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import RoIHeads, RoISample
-from detection.models.rpn import Proposals
+from detection.parts import Detections, FeatureMaps, Losses, Proposals
+from detection.recipes import recorded
 
 
+@recorded
 class CascadeRoIHeads(MaskBranch):
     """RoI heads of several stages.
 
@@ -31,21 +34,22 @@ class CascadeRoIHeads(MaskBranch):
     boxes, and the boxes are the last stage's.
 
     Args:
-        stages: heads with `class_agnostic` predictors; IoU thresholds rise from one to the next.
-        mask_roi_pool, mask_head, mask_predictor: one branch, on the boxes that the first stage samples in training and
-            on the detections in evaluation; None for boxes alone.
+        stages: heads whose predictors give deltas `(R, 4)`, class-agnostic; IoU thresholds rise from one to the next.
+        mask_roi_pool, mask_head, mask_predictor, mask_loss: one branch, on the boxes that the first stage samples in
+            training and on the detections in evaluation; None for boxes alone.
         mean_of_logits: average the stages' logits, as MMDetection does, and not their probabilities.
     """
 
     def __init__(
         self,
         stages: Sequence[RoIHeads],
-        mask_roi_pool: RoIPooler | None = None,
+        mask_roi_pool: nn.Module | None = None,
         mask_head: nn.Module | None = None,
         mask_predictor: nn.Module | None = None,
+        mask_loss: Callable[..., Any] | None = None,
         mean_of_logits: bool = False,
     ) -> None:
-        super().__init__(mask_roi_pool, mask_head, mask_predictor, stages[0].strides)
+        super().__init__(mask_roi_pool, mask_head, mask_predictor, mask_loss)
         self.mean_of_logits = mean_of_logits
         self.stages = nn.ModuleList(stages)
 
@@ -58,15 +62,12 @@ class CascadeRoIHeads(MaskBranch):
     def _heads(self) -> list[RoIHeads]:
         return list(self.stages)  # type: ignore[arg-type]
 
-    def losses(self, features: Sequence[Tensor], proposals: Proposals, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, features: FeatureMaps, proposals: Proposals, batch: Batch) -> Losses:
         """`loss_classifier_stage0`, `loss_box_reg_stage0` and so on and, with a mask branch, `loss_mask`."""
         first = self._heads[0]
-        sample = first.sample(proposals, batch)
-        found: dict[str, Tensor] = {}
-        part = slice(0, first.sampler.max_positive)  # the sampler puts foreground first
-        masks = self.mask_losses(
-            features, sample.boxes[:, part], sample.labels[:, part], sample.matched_idxs[:, part], batch
-        )
+        sample = first.sample(features, proposals, batch)
+        found: Losses = {}
+        masks = self.mask_losses(features, *first.foreground_part(sample), batch)
         for i, stage in enumerate(self._heads):
             if i:
                 sample = self._rematch(stage, sample, batch)
@@ -89,7 +90,7 @@ class CascadeRoIHeads(MaskBranch):
         """Boxes `(B, P, 4)` moved by deltas `(B, P, 1, 4)`, inside the image, without a gradient."""
         return clip_boxes(stage.box_coder.decode(deltas.detach()[:, :, 0], boxes), image_sizes)
 
-    def detect(self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor) -> list[dict[str, Tensor]]:
+    def detect(self, features: FeatureMaps, proposals: Proposals, image_sizes: Tensor) -> Detections:
         """As `RoIHeads.detect`."""
         every: list[Tensor] = []
         *earlier, last = self._heads
@@ -101,4 +102,22 @@ class CascadeRoIHeads(MaskBranch):
         stacked = torch.stack([*every, logits.float()])
         mean_first = self.mean_of_logits
         scores = stacked.mean(dim=0).softmax(dim=-1) if mean_first else stacked.softmax(dim=-1).mean(dim=0)
-        return self.add_masks(features, last.decide(scores, deltas, proposals, image_sizes))
+        return self.add_masks(features, last.postprocess(scores, deltas, proposals, image_sizes))
+
+    def check(self, features: FeatureMaps) -> None:
+        """As `RoIHeads.check`; and that no stage has deltas of each class.
+
+        Raises:
+            PartError: see above.
+        """
+        boxes = torch.tensor([[[0.0, 0.0, 32.0, 32.0]]], device=features.maps[0].device)
+        for i, stage in enumerate(self._heads):
+            stage.check(features)
+            deltas = stage.predict(features, boxes)[1]
+            if deltas.shape[2] != 1:
+                raise PartError(
+                    f"box_predictor of stage {i}: {name_of(stage.box_predictor)} gave box deltas (1, "
+                    f"{4 * deltas.shape[2]}) in the place of (1, 4): the next stage needs one box of each region"
+                )
+        if self.has_masks:
+            self.mask_logits(features, boxes, torch.zeros((1, 1), dtype=torch.int64, device=boxes.device))

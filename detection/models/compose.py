@@ -1,36 +1,45 @@
-"""Whole detectors on any backbone: Faster, Mask and Cascade R-CNN; `detection.models.zoo` has the named ones."""
+"""Whole detectors on any backbone, each part replaceable; `detection.models.zoo` has the named ones.
+
+A part is an object, or a factory that is called with what only the builder knows; `detection.parts` says which.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from detection.anchors import AnchorGenerator
-from detection.losses import OverlapLoss
-from detection.models.backbones import Backbone
+from detection.boxes import BoxCoder
+from detection.matching import Matcher
 from detection.models.cascade import CascadeRoIHeads
-from detection.models.masks import MaskBranch, MaskHead, MaskPredictor
-from detection.models.pooling import RoIPooler
+from detection.models.fitting import PartError, finish, name_of
+from detection.models.masks import MaskHead, MaskPredictor
+from detection.models.pooling import RoIPool, RoIPooler
+from detection.models.precomputed import PrecomputedProposals
 from detection.models.roi_heads import FastRCNNPredictor, RoIHeads, TwoFCHead
-from detection.models.rpn import RegionProposalNetwork, RPNHead
+from detection.models.rpn import RegionProposalNetwork
 from detection.models.transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
-from detection.models.two_stage import FasterRCNN
+from detection.models.two_stage import TwoStageDetector, channels_of, strides_of
+from detection.parts import Factory, Factory2, ProposerFactory
+from detection.recipes import recorded
+from detection.selective_search import SelectiveSearch
 
 COCO_CATEGORIES = 91  # with background: torchvision's labels are COCO's category ids, gaps included
 
 
+@recorded
 def faster_rcnn(
-    backbone: Backbone,
+    backbone: nn.Module,
     num_classes: int = COCO_CATEGORIES,
     min_size: int | Sequence[int] = 800,
     max_size: int = 1333,
     image_mean: Sequence[float] = IMAGENET_MEAN,
     image_std: Sequence[float] = IMAGENET_STD,
     rpn_anchor_generator: AnchorGenerator | None = None,
-    rpn_head: nn.Module | None = None,
+    rpn_head: nn.Module | Factory2 | None = None,
     rpn_pre_nms_top_n_train: int = 2000,
     rpn_pre_nms_top_n_test: int = 1000,
     rpn_post_nms_top_n_train: int = 2000,
@@ -42,8 +51,8 @@ def faster_rcnn(
     rpn_positive_fraction: float = 0.5,
     rpn_score_thresh: float = 0.0,
     box_roi_pool: nn.Module | None = None,
-    box_head: nn.Module | None = None,
-    box_predictor: nn.Module | None = None,
+    box_head: nn.Module | Factory2 | None = None,
+    box_predictor: nn.Module | Factory2 | None = None,
     box_score_thresh: float = 0.05,
     box_nms_thresh: float = 0.5,
     box_detections_per_img: int = 100,
@@ -53,11 +62,23 @@ def faster_rcnn(
     box_positive_fraction: float = 0.25,
     bbox_reg_weights: Sequence[float] = (10.0, 10.0, 5.0, 5.0),
     soft_nms_sigma: float | None = None,
-    rpn_box_beta: float = 1 / 9,
-    box_beta: float = 1 / 9,
-    rpn_overlap_loss: OverlapLoss | None = None,
-    box_overlap_loss: OverlapLoss | None = None,
-) -> FasterRCNN:
+    rpn_matcher: Callable[..., Any] | None = None,
+    rpn_sampler: Callable[..., Any] | None = None,
+    rpn_box_coder: Any = None,
+    rpn_objectness_loss: Callable[..., Any] | None = None,
+    rpn_box_loss: Callable[..., Any] | None = None,
+    box_matcher: Callable[..., Any] | None = None,
+    box_sampler: Callable[..., Any] | None = None,
+    box_coder: Any = None,
+    class_loss: Callable[..., Any] | None = None,
+    box_loss: Callable[..., Any] | None = None,
+    mask_roi_pool: nn.Module | None = None,
+    mask_head: nn.Module | Factory | None = None,
+    mask_predictor: nn.Module | Factory2 | None = None,
+    mask_loss: Callable[..., Any] | None = None,
+    rpn: nn.Module | ProposerFactory | None = None,
+    roi_heads: nn.Module | Factory2 | None = None,
+) -> TwoStageDetector:
     """Faster R-CNN on a backbone, each part replaceable; names and defaults are those of torchvision's `FasterRCNN`.
 
     Args:
@@ -76,64 +97,85 @@ def faster_rcnn(
         box_predictor: default: one layer each for classes and boxes.
         box_score_thresh, box_nms_thresh, box_detections_per_img, box_fg_iou_thresh, box_bg_iou_thresh,
             box_batch_size_per_image, box_positive_fraction, bbox_reg_weights, soft_nms_sigma: see `RoIHeads`.
-        rpn_box_beta, box_beta: where smooth L1 turns from quadratic to linear, see `losses.box_loss`.
-        rpn_overlap_loss, box_overlap_loss: `GIoULoss` or `CIoULoss` in place of smooth L1.
+        rpn_matcher, rpn_sampler, rpn_box_coder, box_matcher, box_sampler, box_coder: in the place of those that the
+            thresholds and numbers above describe.
+        rpn_objectness_loss, rpn_box_loss, class_loss, box_loss, mask_loss: in the place of binary cross-entropy, smooth
+            L1, cross-entropy, smooth L1, and binary cross-entropy.
+        mask_roi_pool, mask_head, mask_predictor: the mask branch, see `mask_rcnn`; None for boxes alone.
+        rpn: another proposer, for which no other `rpn_` argument has a meaning.
+        roi_heads: other RoI heads, for which no `box_` or `mask_` argument has a meaning.
+
+    Raises:
+        PartError: a part does not keep its contract, see `detection.parts`.
     """
-    anchor_generator = rpn_anchor_generator or default_anchors(len(backbone.strides))
-    channels = backbone.out_channels
-    rpn = RegionProposalNetwork(
-        anchor_generator,
-        rpn_head or RPNHead(channels, anchor_generator.num_anchors_per_location()[0]),
-        backbone.strides,
-        rpn_fg_iou_thresh,
-        rpn_bg_iou_thresh,
-        rpn_batch_size_per_image,
-        rpn_positive_fraction,
-        {"training": rpn_pre_nms_top_n_train, "testing": rpn_pre_nms_top_n_test},
-        {"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test},
-        rpn_nms_thresh,
-        rpn_score_thresh,
-        rpn_box_beta,
-        overlap_loss=rpn_overlap_loss,
+    channels, strides = channels_of(backbone), strides_of(backbone)
+    proposer = rpn or partial(
+        RegionProposalNetwork,
+        anchor_generator=rpn_anchor_generator,
+        head=rpn_head,
+        fg_iou_thresh=rpn_fg_iou_thresh,
+        bg_iou_thresh=rpn_bg_iou_thresh,
+        batch_size_per_image=rpn_batch_size_per_image,
+        positive_fraction=rpn_positive_fraction,
+        pre_nms_top_n={"training": rpn_pre_nms_top_n_train, "testing": rpn_pre_nms_top_n_test},
+        post_nms_top_n={"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test},
+        nms_thresh=rpn_nms_thresh,
+        score_thresh=rpn_score_thresh,
+        matcher=rpn_matcher,
+        sampler=rpn_sampler,
+        box_coder=rpn_box_coder,
+        objectness_loss=rpn_objectness_loss,
+        box_loss=rpn_box_loss,
     )
-    box_roi_pool = box_roi_pool or RoIPooler(num_levels=max(1, len(backbone.strides) - 1))
-    box_head = box_head or TwoFCHead(channels, box_roi_pool.output_size)  # type: ignore[arg-type]
-    roi_heads = RoIHeads(
-        box_roi_pool,
-        box_head,
-        box_predictor or FastRCNNPredictor(box_head.out_channels, num_classes),  # type: ignore[arg-type]
-        backbone.strides,
-        box_fg_iou_thresh,
-        box_bg_iou_thresh,
-        box_batch_size_per_image,
-        box_positive_fraction,
-        bbox_reg_weights,
-        box_score_thresh,
-        box_nms_thresh,
-        box_detections_per_img,
-        box_beta,
-        soft_nms_sigma,
-        box_overlap_loss,
+    heads = roi_heads or partial(
+        RoIHeads,
+        box_roi_pool=box_roi_pool,
+        box_head=box_head,
+        box_predictor=box_predictor,
+        fg_iou_thresh=box_fg_iou_thresh,
+        bg_iou_thresh=box_bg_iou_thresh,
+        batch_size_per_image=box_batch_size_per_image,
+        positive_fraction=box_positive_fraction,
+        bbox_reg_weights=bbox_reg_weights,
+        score_thresh=box_score_thresh,
+        nms_thresh=box_nms_thresh,
+        detections_per_img=box_detections_per_img,
+        soft_nms_sigma=soft_nms_sigma,
+        matcher=box_matcher,
+        sampler=box_sampler,
+        box_coder=box_coder,
+        class_loss=class_loss,
+        box_loss=box_loss,
+        mask_roi_pool=mask_roi_pool,
+        mask_head=mask_head,
+        mask_predictor=mask_predictor,
+        mask_loss=mask_loss,
     )
-    model = FasterRCNN(backbone, rpn, roi_heads, ImageTransform(min_size, max_size, image_mean, image_std))
-    # Convolutions are quicker so on CPUs and GPUs alike, and the pooler reads rows of channels.
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    model = TwoStageDetector(
+        backbone,
+        finish("rpn", proposer, channels, strides),
+        finish("roi_heads", heads, channels, num_classes),
+        ImageTransform(min_size, max_size, image_mean, image_std),
+    )
+    return channels_last(model)
 
 
-def default_anchors(num_levels: int, **options: Any) -> AnchorGenerator:
-    """Five sizes from 32 to 512: one a level where there are five levels (FPN, section 4.1), else all on each."""
-    sizes = (32, 64, 128, 256, 512)
-    return AnchorGenerator([[s] for s in sizes] if num_levels == len(sizes) else [sizes] * num_levels, **options)
+def channels_last(model: TwoStageDetector) -> TwoStageDetector:
+    """The model with its weights so laid out: convolutions are quicker so on CPUs and GPUs alike."""
+    from torch import channels_last as layout
+
+    return model.to(memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
 
+@recorded
 def mask_rcnn(
-    backbone: Backbone,
+    backbone: nn.Module,
     num_classes: int = COCO_CATEGORIES,
-    mask_roi_pool: RoIPooler | None = None,
-    mask_head: nn.Module | None = None,
-    mask_predictor: nn.Module | None = None,
+    mask_roi_pool: nn.Module | None = None,
+    mask_head: nn.Module | Factory | None = None,
+    mask_predictor: nn.Module | Factory2 | None = None,
     **kwargs: Any,
-) -> FasterRCNN:
+) -> TwoStageDetector:
     """Mask R-CNN (He et al. 2017): Faster R-CNN with a mask branch; names and defaults of torchvision's `MaskRCNN`.
 
     Args:
@@ -143,34 +185,31 @@ def mask_rcnn(
         mask_predictor: default: masks of 28x28, one a class.
         **kwargs: see `faster_rcnn`.
     """
-    model = faster_rcnn(backbone, num_classes, **kwargs)
-    add_mask_branch(model.roi_heads, backbone, num_classes, mask_roi_pool, mask_head, mask_predictor)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return faster_rcnn(
+        backbone,
+        num_classes,
+        mask_roi_pool=mask_roi_pool or RoIPooler(output_size=14),
+        mask_head=mask_head or MaskHead,
+        mask_predictor=mask_predictor or MaskPredictor,
+        **kwargs,
+    )
 
 
-def add_mask_branch(
-    roi_heads: MaskBranch,
-    backbone: Backbone,
-    num_classes: int,
-    roi_pool: RoIPooler | None = None,
-    head: nn.Module | None = None,
-    predictor: nn.Module | None = None,
-) -> None:
-    """Give RoI heads their mask branch, with the defaults of `mask_rcnn`."""
-    roi_heads.mask_roi_pool = roi_pool or RoIPooler(output_size=14, num_levels=max(1, len(backbone.strides) - 1))
-    roi_heads.mask_head = head or MaskHead(backbone.out_channels)
-    roi_heads.mask_predictor = predictor or MaskPredictor(roi_heads.mask_head.out_channels, num_classes)  # type: ignore[arg-type]
-
-
+@recorded
 def cascade_rcnn(
-    backbone: Backbone,
+    backbone: nn.Module,
     num_classes: int = COCO_CATEGORIES,
     masks: bool = False,
     cascade_iou_thresh: Sequence[float] = (0.5, 0.6, 0.7),
     cascade_bbox_reg_weights: Sequence[Sequence[float]] = ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)),
     mean_of_logits: bool = False,
+    box_head: Factory2 | None = None,
+    box_predictor: Factory2 | None = None,
+    mask_roi_pool: nn.Module | None = None,
+    mask_head: nn.Module | Factory | None = None,
+    mask_predictor: nn.Module | Factory2 | None = None,
     **kwargs: Any,
-) -> FasterRCNN:
+) -> TwoStageDetector:
     """Cascade R-CNN (Cai and Vasconcelos 2018, section 4): three box heads in a row.
 
     Args:
@@ -179,41 +218,89 @@ def cascade_rcnn(
         cascade_iou_thresh: of each stage, foreground from it on.
         cascade_bbox_reg_weights: of each stage; the boxes get better, so the deltas get smaller.
         mean_of_logits: see `CascadeRoIHeads`.
-        **kwargs: see `faster_rcnn`; `box_fg_iou_thresh`, `box_bg_iou_thresh`, `bbox_reg_weights`, `box_head` and
-            `box_predictor` have no say here.
+        box_head, box_predictor: factories, as each stage has its own; predictors are class-agnostic.
+        mask_roi_pool, mask_head, mask_predictor: see `mask_rcnn`.
+        **kwargs: see `faster_rcnn`; `box_fg_iou_thresh`, `box_bg_iou_thresh`, `box_matcher`, `bbox_reg_weights` and
+            `box_coder` have no say here.
 
     Raises:
         ValueError: as many IoU thresholds as coder weights are needed.
+        PartError: a part is an object, of which there is only one, or does not keep its contract.
     """
     if len(cascade_iou_thresh) != len(cascade_bbox_reg_weights):
         raise ValueError(
             f"{len(cascade_iou_thresh)} IoU thresholds but {len(cascade_bbox_reg_weights)} coder weights: give one "
             "of each for every stage"
         )
-    model = faster_rcnn(backbone, num_classes, **kwargs)
-    plain: RoIHeads = model.roi_heads  # type: ignore[assignment]
-    stages = []
-    for iou, weights in zip(cascade_iou_thresh, cascade_bbox_reg_weights, strict=True):
-        head = TwoFCHead(backbone.out_channels, plain.box_roi_pool.output_size)  # type: ignore[arg-type]
-        stage = RoIHeads(
-            plain.box_roi_pool,
+    for name, part in {"box_head": box_head, "box_predictor": box_predictor}.items():
+        if isinstance(part, nn.Module):
+            raise PartError(
+                f"{name}: {name_of(part)} is one object, but each of the {len(cascade_iou_thresh)} stages needs its "
+                "own: give its class, or in YAML leave out what the builder fills in"
+            )
+    head, predictor = box_head or TwoFCHead, box_predictor or partial(FastRCNNPredictor, class_agnostic=True)
+    model = faster_rcnn(
+        backbone,
+        num_classes,
+        box_head=head,
+        box_predictor=predictor,
+        mask_roi_pool=(mask_roi_pool or RoIPooler(output_size=14)) if masks else None,
+        mask_head=mask_head or MaskHead,
+        mask_predictor=mask_predictor or MaskPredictor,
+        **kwargs,
+    )
+    first: RoIHeads = model.roi_heads
+    stages = [
+        RoIHeads(
+            channels_of(backbone),
+            num_classes,
+            first.box_roi_pool,
             head,
-            FastRCNNPredictor(head.out_channels, num_classes, class_agnostic=True),
-            backbone.strides,
-            iou,
-            iou,
-            plain.sampler.batch_size_per_image,
-            plain.sampler.positive_fraction,
-            weights,
-            plain.score_thresh,
-            plain.nms_thresh,
-            plain.detections_per_img,
-            plain.box_beta,
-            plain.soft_nms_sigma,
-            plain.overlap_loss,
+            predictor,
+            matcher=Matcher(iou, iou),
+            sampler=first.sampler,
+            box_coder=BoxCoder(weights),
+            class_loss=first.class_loss,
+            box_loss=first.box_loss,
+            score_thresh=first.score_thresh,
+            nms_thresh=first.nms_thresh,
+            detections_per_img=first.detections_per_img,
+            soft_nms_sigma=first.soft_nms_sigma,
         )
-        stages.append(stage)
-    model.roi_heads = CascadeRoIHeads(stages, mean_of_logits=mean_of_logits)
-    if masks:
-        add_mask_branch(model.roi_heads, backbone, num_classes)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        for iou, weights in zip(cascade_iou_thresh, cascade_bbox_reg_weights, strict=True)
+    ]
+    branch = first.mask_roi_pool, first.mask_head, first.mask_predictor, first.mask_loss
+    model.roi_heads = CascadeRoIHeads(stages, *branch, mean_of_logits=mean_of_logits)
+    model.check()
+    return channels_last(model)
+
+
+@recorded
+def fast_rcnn(
+    backbone: nn.Module,
+    num_classes: int = COCO_CATEGORIES,
+    proposals_train: int = 2000,
+    proposals_test: int = 2000,
+    proposal_source: SelectiveSearch | None = None,
+    box_roi_pool: nn.Module | None = None,
+    **kwargs: Any,
+) -> TwoStageDetector:
+    """Fast R-CNN (Girshick 2015) on a backbone: Faster R-CNN without its region proposal network.
+
+    Background is all that overlaps less than `box_bg_iou_thresh`; the paper left out what overlaps less than 0.1.
+
+    Args:
+        backbone: images -> feature maps.
+        num_classes: classes with background.
+        proposals_train, proposals_test: how many of the best proposals of an image are used.
+        proposal_source: proposes for images that come without; default: `SelectiveSearch()`.
+        box_roi_pool: default: RoI max pooling 7x7 on all levels but the last.
+        **kwargs: see `faster_rcnn`; those of the RPN have no meaning.
+    """
+    proposer = precomputed(proposals_train, proposals_test, proposal_source)
+    return faster_rcnn(backbone, num_classes, rpn=proposer, box_roi_pool=box_roi_pool or RoIPool(), **kwargs)
+
+
+def precomputed(training: int, testing: int, source: SelectiveSearch | None) -> PrecomputedProposals:
+    """The proposer of `fast_rcnn`."""
+    return PrecomputedProposals({"training": training, "testing": testing}, source or SelectiveSearch())

@@ -10,16 +10,17 @@ Shape shorthand:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
+from detection import losses
 from detection.batch import Batch
-from detection.losses import count_over_ranks
-from detection.models.pooling import RoIPooler
+from detection.parts import Detections, FeatureMaps, Losses
 from detection.recipes import recorded
 
 
@@ -67,40 +68,38 @@ class MaskBranch(nn.Module):
     """The mask branch of RoI heads, which inherit it, so that its `state_dict` keys stand beside theirs.
 
     Args:
-        mask_roi_pool: feature maps and boxes -> `(R, C, o, o)`.
-        mask_head: `(R, C, o, o)` -> `(R, C', o, o)`.
-        mask_predictor: `(R, C', o, o)` -> logits `(R, K, m, m)`; None for heads that find boxes alone.
-        strides: of the feature maps.
+        mask_roi_pool, mask_head, mask_predictor: see `detection.parts`; all None for heads that find boxes alone.
+        mask_loss: default: `losses.mask_loss`.
     """
 
     def __init__(
         self,
-        mask_roi_pool: RoIPooler | None,
+        mask_roi_pool: nn.Module | None,
         mask_head: nn.Module | None,
         mask_predictor: nn.Module | None,
-        strides: Sequence[int],
+        mask_loss: Callable[..., Any] | None,
     ) -> None:
         super().__init__()
         self.mask_roi_pool, self.mask_head, self.mask_predictor = mask_roi_pool, mask_head, mask_predictor
-        self.strides = tuple(strides)
+        self.mask_loss = mask_loss or losses.mask_loss
 
     @property
     def has_masks(self) -> bool:
         """Whether there is a branch."""
         return self.mask_predictor is not None
 
-    def mask_logits(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+    def mask_logits(self, features: FeatureMaps, boxes: Tensor, labels: Tensor) -> Tensor:
         """The mask of each region's own class: boxes `(B, M, 4)`, labels `(B, M)` -> logits `(B, M, m, m)` float32."""
-        pooled = self.mask_roi_pool(features, boxes, self.strides)  # type: ignore[misc]
+        pooled = self.mask_roi_pool(features, boxes)  # type: ignore[misc]
         logits = self.mask_predictor(self.mask_head(pooled))  # type: ignore[misc]
         side = logits.shape[-1]
         own = logits.gather(1, labels.flatten()[:, None, None, None].expand(-1, 1, side, side))
         return own.float().view(*labels.shape, side, side)
 
     def mask_losses(
-        self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor, matched_idxs: Tensor, batch: Batch
-    ) -> dict[str, Tensor]:
-        """`loss_mask`: binary cross-entropy of the true class's mask over all foreground pixels (section 3).
+        self, features: FeatureMaps, boxes: Tensor, labels: Tensor, matched_idxs: Tensor, batch: Batch
+    ) -> Losses:
+        """`loss_mask`: the mean loss of the true class's mask over all foreground regions (section 3).
 
         Args:
             features: as for the box head.
@@ -117,30 +116,21 @@ class MaskBranch(nn.Module):
             return {}
         if batch.gt_masks is None or batch.gt_mask_windows is None:
             raise ValueError("the detector learns masks but there are none: give targets `masks`, or set data.masks")
-        places = self._places(labels)
-        boxes, labels, matched_idxs = boxes[:, :places], labels[:, :places], matched_idxs[:, :places]
         foreground = labels > 0
         logits = self.mask_logits(features, boxes, labels)
         with torch.no_grad():
             first = torch.arange(len(boxes), device=boxes.device)[:, None] * batch.gt_masks.shape[1]
             index = torch.where(foreground, first + matched_idxs, -1)
             wanted = project_masks(batch.gt_masks, batch.gt_mask_windows, index, boxes, logits.shape[-1])
-        loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=(2, 3))
-        return {"loss_mask": torch.where(foreground, loss, 0.0).sum() / count_over_ranks(foreground)}
+        loss = self.mask_loss(logits.flatten(0, 1), wanted.flatten(0, 1))
+        return {"loss_mask": losses.mean_over(loss, foreground.flatten(), foreground)}
 
-    @staticmethod
-    def _places(labels: Tensor) -> int:
-        """How many regions of each image the branch runs on: all on an accelerator, so that nothing waits for it."""
-        if labels.device.type != "cpu":
-            return labels.shape[1]
-        return max(1, int((labels > 0).sum(dim=1).max()))  # a processor has no queue to stop, and pays for each region
-
-    def add_masks(self, features: Sequence[Tensor], detections: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    def add_masks(self, features: FeatureMaps, detections: Detections) -> Detections:
         """Detections in pixels of the batch, with a branch also `masks` `(D, m, m)`: probabilities inside the box."""
         if not self.has_masks:
             return detections
         counts = [len(detection["labels"]) for detection in detections]
-        boxes = features[0].new_zeros((len(detections), max(1, *counts), 4), dtype=torch.float32)
+        boxes = features.maps[0].new_zeros((len(detections), max(1, *counts), 4), dtype=torch.float32)
         labels = torch.zeros(boxes.shape[:2], dtype=torch.int64, device=boxes.device)
         for i, detection in enumerate(detections):
             boxes[i, : counts[i]], labels[i, : counts[i]] = detection["boxes"], detection["labels"]

@@ -9,7 +9,7 @@ Shape shorthand:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from detection.batch import Batch, pad_objects
-from detection.models.rpn import Proposals
 from detection.models.transform import as_float
+from detection.parts import FeatureMaps, Losses, Proposals
+from detection.recipes import recorded
 from detection.selective_search import SelectiveSearch
 
 
-class GivenProposals(nn.Module):
+@recorded
+class PrecomputedProposals(nn.Module):
     """Hands on the proposals of the batch; has nothing to learn, and so no losses.
 
     Args:
@@ -39,9 +41,7 @@ class GivenProposals(nn.Module):
         super().__init__()
         self.top_n, self.source = dict(top_n), source
 
-    def forward(
-        self, features: Sequence[Tensor], batch: Batch, with_losses: bool
-    ) -> tuple[Proposals, dict[str, Tensor]]:
+    def forward(self, features: FeatureMaps, batch: Batch, with_losses: bool) -> tuple[Proposals, Losses]:
         """Proposals of the batch, whose images are not normalised yet, and no losses. All valid ones score 1.
 
         Raises:

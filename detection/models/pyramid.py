@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,21 +39,12 @@ class FeaturePyramidNetwork(nn.Module):
         maps = list(features.values())
         merged = [self.inner_blocks[-1](maps[-1])]
         for lateral, feature in zip(self.inner_blocks[-2::-1], maps[-2::-1], strict=True):
-            merged.insert(0, _add_enlarged(lateral(feature), merged[0]))
+            fine = lateral(feature)
+            merged.insert(0, fine + F.interpolate(merged[0], size=fine.shape[-2:], mode="nearest"))
         smoothed = (block(inner) for block, inner in zip(self.layer_blocks, merged, strict=True))
         outputs = OrderedDict(zip(features, smoothed, strict=True))
         outputs["pool"] = F.max_pool2d(next(reversed(outputs.values())), kernel_size=1, stride=2)
         return outputs
-
-
-def _add_enlarged(fine: Tensor, coarse: Tensor) -> Tensor:
-    """Add to `fine`, in place, `coarse` enlarged to its size by nearest neighbour."""
-    doubles = fine.shape[-2] == 2 * coarse.shape[-2] and fine.shape[-1] == 2 * coarse.shape[-1]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not doubles:
-        return fine.add_(F.interpolate(coarse, size=fine.shape[-2:], mode="nearest"))
-    # Without the enlarged map, which takes longer to write than to add.
-    fine.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).add_(coarse[:, :, :, None, :, None])
-    return fine
 
 
 def _conv(

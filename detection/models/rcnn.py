@@ -17,16 +17,15 @@ Shape shorthand:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from detection.models.backbones import Backbone, Norm, ResNetName, Trunk, efficientnet_lite0_fpn, resnet_network
 from detection.models.roi_heads import TwoFCHead
-from detection.models.weights import Weights
+from detection.parts import FeatureMaps
 from detection.recipes import recorded
+from detection.weights import Weights
 
 CONTEXT = 16 / 227  # of the side of a warped region: the paper's p for its network's input (appendix A)
 LAST_STRIDE = 32  # pixels, of the last map of all networks here
@@ -67,15 +66,17 @@ class RegionWarp(nn.Module):
             raise ValueError(f"context {context} on both sides leaves nothing of {output_size} pixels for the region")
         self.output_size, self.context = output_size, context
 
-    def forward(self, features: Sequence[Tensor], boxes: Tensor, strides: Sequence[int]) -> Tensor:
+    def forward(self, features: FeatureMaps, boxes: Tensor) -> Tensor:
         """The first of the maps `(B, 3, H, W)` at boxes `(B, P, 4)` in image pixels -> `(B * P, 3, o, o)`."""
-        image = features[0]
+        image = features.maps[0]
         boxes = boxes.float().nan_to_num(0.0, 0.0, 0.0)
         margin = (boxes[..., 2:] - boxes[..., :2]) * (self.context / (self.output_size - 2 * self.context))
         boxes = torch.cat((boxes[..., :2] - margin, boxes[..., 2:] + margin), dim=-1)
         index = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
         rois = torch.cat((index[:, None].to(boxes), boxes.flatten(0, 1)), dim=1)
-        return roi_align(image.float(), rois, self.output_size, 1 / strides[0], 0, aligned=True).to(image.dtype)
+        return roi_align(image.float(), rois, self.output_size, 1 / features.strides[0], 0, aligned=True).to(
+            image.dtype
+        )
 
 
 class CNNHead(nn.Module):

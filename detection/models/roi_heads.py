@@ -1,4 +1,4 @@
-"""Second stage: what each proposed region shows, and where exactly it is.
+"""RoI heads: proposals -> classes and refined boxes, and in training a sample of regions and its losses.
 
 Fast R-CNN (Girshick 2015), section 2; Faster R-CNN (Ren et al. 2015), section 3.2.
 
@@ -9,8 +9,9 @@ Shape shorthand:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,10 @@ from detection import losses
 from detection.batch import Batch
 from detection.boxes import BoxCoder, clip_boxes, grouped_nms, is_large_enough, soft_nms
 from detection.matching import BalancedSampler, Matcher
+from detection.models.fitting import PartError, expect, finish, name_of, run, trial
 from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPooler
-from detection.models.rpn import Proposals
+from detection.parts import Detections, Factory, Factory2, FeatureMaps, Losses, Proposals
 from detection.recipes import recorded
 
 SOFT_NMS_CANDIDATES = 1000  # best detections of an image that go into Soft-NMS, which takes a step for each result
@@ -75,21 +77,10 @@ class FastRCNNPredictor(nn.Module):
         super().__init__()
         self.cls_score = nn.Linear(in_channels, num_classes)
         self.bbox_pred = nn.Linear(in_channels, 4 if class_agnostic else num_classes * 4)
-        self.class_agnostic = class_agnostic
 
-    def forward(self, features: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As above; `labels` `(B, Q)` int64 ask for deltas `(B * Q, 4)` of these classes for the first Q of each image.
-
-        In training no other delta has a gradient; with 1,200 classes all of them would take a fifth of the step.
-        """
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         features = features.flatten(1)
-        if labels is None or self.class_agnostic:
-            return self.cls_score(features), self.bbox_pred(features)
-        own = features.unflatten(0, (len(labels), -1))[:, : labels.shape[1]].flatten(0, 1)
-        weight = F.embedding(labels.flatten(), self.bbox_pred.weight.unflatten(0, (-1, 4)).flatten(1))
-        bias = F.embedding(labels.flatten(), self.bbox_pred.bias.unflatten(0, (-1, 4)))
-        deltas = torch.baddbmm(bias[..., None], weight.unflatten(1, (4, -1)), own[..., None])
-        return self.cls_score(features), deltas.squeeze(-1)
+        return self.cls_score(features), self.bbox_pred(features)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,34 +96,37 @@ class RoISample:
     valid: Tensor
 
 
+@recorded
 class RoIHeads(MaskBranch):
     """Pools each proposal, classifies it and refines its box.
 
     Args:
-        box_roi_pool: feature maps and boxes -> `(R, C, o, o)`.
-        box_head: `(R, C, o, o)` -> `(R, F)`.
-        box_predictor: `(R, F)` -> class logits `(R, K)` and deltas `(R, K * 4)`, or `(R, 4)` for all classes.
-        strides: of the feature maps.
+        in_channels: channels of the feature maps.
+        num_classes: K.
+        box_roi_pool: default: `RoIPooler()`.
+        box_head: default: `TwoFCHead`.
+        box_predictor: default: `FastRCNNPredictor`.
         fg_iou_thresh, bg_iou_thresh: proposals with IoU >= fg are foreground, < bg background, between them ignored.
         batch_size_per_image, positive_fraction: the sample that the losses see (Fast R-CNN, section 2.3).
         bbox_reg_weights: see `BoxCoder`.
         score_thresh: detections score above this.
         nms_thresh: IoU above which the worse of two boxes of a class goes.
         detections_per_img: most detections of an image.
-        box_beta: see `losses.box_loss`.
-        overlap_loss: in place of smooth L1, on the boxes themselves.
         soft_nms_sigma: Soft-NMS with this sigma (0.5 in the paper) in place of `nms_thresh`; None for plain NMS.
-        mask_roi_pool, mask_head, mask_predictor: the mask branch of `detection.models.masks`; None for boxes alone.
+        matcher, sampler, box_coder: in the place of those that the numbers above describe.
+        class_loss, box_loss: default: `losses.classification_loss`, `SmoothL1Loss()`.
+        mask_roi_pool, mask_head, mask_predictor, mask_loss: see `MaskBranch`.
     """
 
     min_size = 1e-2  # pixels: sides that a detection must have
 
     def __init__(
         self,
-        box_roi_pool: nn.Module,
-        box_head: nn.Module,
-        box_predictor: nn.Module,
-        strides: Sequence[int],
+        in_channels: int,
+        num_classes: int,
+        box_roi_pool: nn.Module | None = None,
+        box_head: nn.Module | Factory2 | None = None,
+        box_predictor: nn.Module | Factory2 | None = None,
         fg_iou_thresh: float = 0.5,
         bg_iou_thresh: float = 0.5,
         batch_size_per_image: int = 512,
@@ -141,55 +135,60 @@ class RoIHeads(MaskBranch):
         score_thresh: float = 0.05,
         nms_thresh: float = 0.5,
         detections_per_img: int = 100,
-        box_beta: float = 1 / 9,
         soft_nms_sigma: float | None = None,
-        overlap_loss: losses.OverlapLoss | None = None,
-        mask_roi_pool: RoIPooler | None = None,
-        mask_head: nn.Module | None = None,
-        mask_predictor: nn.Module | None = None,
+        matcher: Callable[..., Any] | None = None,
+        sampler: Callable[..., Any] | None = None,
+        box_coder: Any = None,
+        class_loss: Callable[..., Any] | None = None,
+        box_loss: Callable[..., Any] | None = None,
+        mask_roi_pool: nn.Module | None = None,
+        mask_head: nn.Module | Factory | None = None,
+        mask_predictor: nn.Module | Factory2 | None = None,
+        mask_loss: Callable[..., Any] | None = None,
     ) -> None:
-        super().__init__(mask_roi_pool, mask_head, mask_predictor, strides)
-        self.box_roi_pool, self.box_head, self.box_predictor = box_roi_pool, box_head, box_predictor
-        self.matcher = Matcher(fg_iou_thresh, bg_iou_thresh)
-        self.sampler = BalancedSampler(batch_size_per_image, positive_fraction)
-        self.box_coder = BoxCoder(bbox_reg_weights)
+        box_roi_pool = box_roi_pool or RoIPooler()
+        side: int = box_roi_pool.output_size  # type: ignore[assignment]
+        head = finish("box_head", box_head or TwoFCHead, in_channels, side)
+        width = _width("box_head", head, (1, in_channels, side, side), (1, "F"))
+        predictor = finish("box_predictor", box_predictor or FastRCNNPredictor, width, num_classes)
+        masked: tuple[nn.Module | None, nn.Module | None] = None, None
+        if mask_roi_pool is not None and mask_head is not None and mask_predictor is not None:
+            size: int = mask_roi_pool.output_size  # type: ignore[assignment]
+            wide = finish("mask_head", mask_head, in_channels)
+            width = _width("mask_head", wide, (1, in_channels, size, size), (1, "C", "o", "o"))
+            masked = wide, finish("mask_predictor", mask_predictor, width, num_classes)
+        super().__init__(mask_roi_pool, *masked, mask_loss)
+        self.box_roi_pool, self.box_head, self.box_predictor = box_roi_pool, head, predictor
+        self.matcher: Callable[..., Any] = matcher or Matcher(fg_iou_thresh, bg_iou_thresh)
+        self.sampler: Any = sampler or BalancedSampler(batch_size_per_image, positive_fraction)
+        self.box_coder = box_coder or BoxCoder(bbox_reg_weights)
+        self.class_loss = class_loss or losses.classification_loss
+        self.box_loss = box_loss or losses.SmoothL1Loss()
         self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
-        self.detections_per_img, self.box_beta = detections_per_img, box_beta
-        self.soft_nms_sigma, self.overlap_loss = soft_nms_sigma, overlap_loss
+        self.detections_per_img, self.soft_nms_sigma = detections_per_img, soft_nms_sigma
 
     @property
     def num_classes(self) -> int:
-        """K."""
-        return int(self.box_predictor.cls_score.out_features)  # type: ignore[union-attr, arg-type]
+        """K, as the predictor says it."""
+        return _count_classes(self.box_predictor)
 
-    def predict(
-        self,
-        features: Sequence[Tensor],
-        boxes: Tensor,
-        gradient_share: float = 1.0,
-        labels: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, features: FeatureMaps, boxes: Tensor, gradient_share: float = 1.0) -> tuple[Tensor, Tensor]:
         """Class logits `(B, P, K)` and deltas `(B, P, K, 4)` of regions `(B, P, 4)`; `(B, P, 1, 4)` class-agnostic.
 
         Args:
-            features, boxes: as in `RoIPooler`.
+            features: of the backbone.
+            boxes: in pixels of the batch.
             gradient_share: how much of the gradient goes on to the features.
-            labels: `(B, Q)` int64: only the deltas of these classes are wanted, of the first Q regions of each image.
-                A `FastRCNNPredictor` with deltas a class then gives `(B, Q, 1, 4)`; others give what they have.
         """
-        pooled = self.box_roi_pool(features, boxes, self.strides)
+        pooled = self.box_roi_pool(features, boxes)
         if gradient_share != 1.0:
             pooled = gradient_share * pooled + (1 - gradient_share) * pooled.detach()
-        rows = self.box_head(pooled)
-        predictor, regions = self.box_predictor, boxes.shape[:2]
-        if labels is not None and isinstance(predictor, FastRCNNPredictor) and not predictor.class_agnostic:
-            logits, deltas = predictor(rows, labels)
-            return logits.unflatten(0, regions), deltas.unflatten(0, labels.shape).unflatten(-1, (-1, 4))
-        logits, deltas = predictor(rows)
+        logits, deltas = self.box_predictor(self.box_head(pooled))
+        regions = boxes.shape[:2]
         return logits.unflatten(0, regions), deltas.unflatten(0, regions).unflatten(-1, (-1, 4))
 
     @torch.no_grad()
-    def sample(self, proposals: Proposals, batch: Batch) -> RoISample:
+    def sample(self, features: FeatureMaps, proposals: Proposals, batch: Batch) -> RoISample:
         """Match proposals and ground truth itself to the ground truth, and draw the regions to train on.
 
         Ground truth joins the proposals (at their end) so that there is foreground before the RPN has learned any.
@@ -197,7 +196,8 @@ class RoIHeads(MaskBranch):
         boxes = torch.cat((proposals.boxes, batch.gt_boxes), dim=1)
         exists = torch.cat((proposals.valid, batch.gt_valid), dim=1)
         labels, matched_idxs = self.match(boxes, batch)
-        sampled, valid = self.sampler(torch.where(exists, labels, -1))
+        every = RoISample(boxes, labels.clamp(min=0), matched_idxs.clamp(min=0), exists)
+        sampled, valid = self.sampler(torch.where(exists, labels, -1), lambda: self._hardness(features, every, batch))
         return RoISample(
             boxes=boxes.gather(1, sampled[..., None].expand(-1, -1, 4)),
             labels=torch.where(valid, labels.gather(1, sampled), 0),
@@ -208,62 +208,69 @@ class RoIHeads(MaskBranch):
     @torch.no_grad()
     def match(self, boxes: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Labels `(B, P)` (0 background, -1 ignored) of boxes `(B, P, 4)` and the ground truth they match, `(B, P)`."""
-        matched_idxs = self.matcher.match(batch.gt_boxes, batch.gt_valid, boxes)
+        matched_idxs = self.matcher(batch.gt_boxes, batch.gt_valid, boxes)
         labels = batch.gt_labels.gather(1, matched_idxs.clamp(min=0))
         return torch.where(matched_idxs >= 0, labels, torch.where(matched_idxs == -1, 0, -1)), matched_idxs
 
-    def losses(self, features: Sequence[Tensor], proposals: Proposals, batch: Batch) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def _hardness(self, features: FeatureMaps, regions: RoISample, batch: Batch) -> Tensor:
+        """The loss of each region, `(B, P)`."""
+        classes, boxes, _ = self._row_losses(*self.predict(features, regions.boxes), regions, batch)
+        return (classes + boxes).view_as(regions.labels)
+
+    def losses(self, features: FeatureMaps, proposals: Proposals, batch: Batch) -> Losses:
         """`loss_classifier` and `loss_box_reg` of a sample of regions and, with a mask branch, `loss_mask`."""
-        sample = self.sample(proposals, batch)
-        part = slice(0, self.sampler.max_positive)  # the sampler puts foreground first
-        logits, deltas = self.predict(features, sample.boxes, labels=sample.labels[:, part])
-        masks = self.mask_losses(
-            features, sample.boxes[:, part], sample.labels[:, part], sample.matched_idxs[:, part], batch
-        )
-        return self.box_losses(logits, deltas, sample, batch) | masks
+        sample = self.sample(features, proposals, batch)
+        boxes = self.box_losses(*self.predict(features, sample.boxes), sample, batch)
+        return boxes | self.mask_losses(features, *self.foreground_part(sample), batch)
 
-    def box_losses(self, logits: Tensor, deltas: Tensor, sample: RoISample, batch: Batch) -> dict[str, Tensor]:
-        """`loss_classifier` and `loss_box_reg` of what `predict` gave for the sampled regions.
+    def foreground_part(self, sample: RoISample) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, labels and matched_idxs `(B, M, ...)` of the places that foreground can take: the first ones."""
+        part = slice(0, self.sampler.max_positive)
+        return sample.boxes[:, part], sample.labels[:, part], sample.matched_idxs[:, part]
 
-        Deltas may be those of the first regions of each image alone, if no other is foreground.
-        """
-        boxes, own, index = (x[:, : deltas.shape[1]] for x in (sample.boxes, sample.labels, sample.matched_idxs))
-        gt_boxes = batch.gt_boxes.gather(1, index[..., None].expand(-1, -1, 4)).flatten(0, 1)
-        foreground = ((own > 0) & sample.valid[:, : deltas.shape[1]]).flatten()
+    def box_losses(self, logits: Tensor, deltas: Tensor, sample: RoISample, batch: Batch) -> Losses:
+        """`loss_classifier` and `loss_box_reg` of what `predict` gave for the sampled regions."""
+        classes, boxes, foreground = self._row_losses(logits, deltas, sample, batch)
+        return {
+            "loss_classifier": losses.mean_over(classes, sample.valid.flatten(), sample.valid),
+            "loss_box_reg": losses.mean_over(boxes, foreground, sample.valid),
+        }
+
+    def _row_losses(
+        self, logits: Tensor, deltas: Tensor, sample: RoISample, batch: Batch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Class losses, box losses (0 for background) and which are foreground, each `(R,)`."""
+        labels, foreground = sample.labels.flatten(), ((sample.labels > 0) & sample.valid).flatten()
+        gt_boxes = batch.gt_boxes.gather(1, sample.matched_idxs[..., None].expand(-1, -1, 4)).flatten(0, 1)
         # The refinement of the true class alone is trained.
-        column = own if deltas.shape[2] > 1 else torch.zeros_like(own)
-        deltas = deltas.gather(2, column[..., None, None].expand(-1, -1, 1, 4)).squeeze(2)
-        labels, valid = sample.labels.flatten(), sample.valid.flatten()
-        if self.overlap_loss is not None:
-            refined = self.box_coder.decode(deltas, boxes).flatten(0, 1)
-            box_loss = self.overlap_loss(refined, gt_boxes, foreground, valid)
-        else:
-            gt_deltas = self.box_coder.encode(gt_boxes, boxes.flatten(0, 1))
-            box_loss = losses.box_loss(deltas.flatten(0, 1), gt_deltas, foreground, valid, self.box_beta)
-        classes = losses.classification_loss(logits.flatten(0, 1), labels, valid)
-        return {"loss_classifier": classes, "loss_box_reg": box_loss}
+        column = sample.labels if deltas.shape[2] > 1 else torch.zeros_like(sample.labels)
+        own = deltas.gather(2, column[..., None, None].expand(-1, -1, 1, 4)).flatten(0, 2)
+        boxes = losses.box_loss_of_foreground(
+            self.box_loss, own, sample.boxes.flatten(0, 1), gt_boxes, foreground, self.box_coder
+        )
+        classes = self.class_loss(logits.flatten(0, 1).float(), labels)
+        return classes, torch.where(foreground, boxes, 0.0), foreground
 
-    def detect(self, features: Sequence[Tensor], proposals: Proposals, image_sizes: Tensor) -> list[dict[str, Tensor]]:
+    def detect(self, features: FeatureMaps, proposals: Proposals, image_sizes: Tensor) -> Detections:
         """Each image's `boxes` `(D, 4)` in pixels of the batch, `labels` and `scores` `(D,)`, best first.
 
         With a mask branch also `masks` `(D, m, m)`: probabilities inside the box, to be laid out by `paste_masks`.
         """
         logits, deltas = self.predict(features, proposals.boxes)
-        detections = self.decide(logits.float().softmax(dim=-1), deltas, proposals, image_sizes)
+        detections = self.postprocess(logits.float().softmax(dim=-1), deltas, proposals, image_sizes)
         return self.add_masks(features, detections)
 
-    def decide(
-        self, scores: Tensor, deltas: Tensor, proposals: Proposals, image_sizes: Tensor
-    ) -> list[dict[str, Tensor]]:
+    def postprocess(self, scores: Tensor, deltas: Tensor, proposals: Proposals, image_sizes: Tensor) -> Detections:
         """Detections from class probabilities `(B, P, K)` and deltas `(B, P, K or 1, 4)` of the proposals."""
         scores = scores[..., 1:]
         deltas = deltas[:, :, 1:] if deltas.shape[2] > 1 else deltas
         boxes = self.box_coder.decode(deltas, proposals.boxes[:, :, None])  # (B, P, K - 1 or 1, 4)
         boxes = clip_boxes(boxes.flatten(1, 2), image_sizes).view_as(boxes).expand(*scores.shape, 4)
         usable = (scores > self.score_thresh) & is_large_enough(boxes, self.min_size) & proposals.valid[..., None]
-        return self.select(boxes, scores, usable)
+        return self.nms_per_class(boxes, scores, usable)
 
-    def select(self, boxes: Tensor, scores: Tensor, usable: Tensor) -> list[dict[str, Tensor]]:
+    def nms_per_class(self, boxes: Tensor, scores: Tensor, usable: Tensor) -> Detections:
         """Per-class NMS and the best `detections_per_img` of each image.
 
         Args:
@@ -271,7 +278,7 @@ class RoIHeads(MaskBranch):
             scores, usable: `(B, P, K - 1)`.
         """
         if self.soft_nms_sigma is not None:
-            return self._select_softly(boxes, scores, usable, self.soft_nms_sigma)
+            return self._soft_nms_per_class(boxes, scores, usable, self.soft_nms_sigma)
         image, _, label = usable.nonzero(as_tuple=True)
         boxes, scores = boxes[usable], scores[usable]
         keep = grouped_nms(boxes, scores, image * usable.shape[2] + label, self.nms_thresh)
@@ -281,7 +288,9 @@ class RoIHeads(MaskBranch):
             detections.append({"boxes": boxes[own], "labels": label[own] + 1, "scores": scores[own]})
         return detections
 
-    def _select_softly(self, boxes: Tensor, scores: Tensor, usable: Tensor, sigma: float) -> list[dict[str, Tensor]]:
+    def _soft_nms_per_class(
+        self, boxes: Tensor, scores: Tensor, usable: Tensor, sigma: float
+    ) -> list[dict[str, Tensor]]:
         classes = usable.shape[2]
         ranked = torch.where(usable, scores, 0.0).flatten(1)
         ranked, order = ranked.topk(min(SOFT_NMS_CANDIDATES, ranked.shape[1]), dim=1)
@@ -293,3 +302,52 @@ class RoIHeads(MaskBranch):
             found = {"boxes": candidates[i][own], "labels": order[i][own] % classes + 1}
             detections.append(found | {"scores": faded[i][faded[i] > self.score_thresh]})
         return detections
+
+    def check(self, features: FeatureMaps) -> None:
+        """Run each part once on a region of features `(1, C, h, w)`; see `detection.models.fitting`.
+
+        Raises:
+            PartError: one does not keep its contract.
+        """
+        boxes = torch.tensor([[[0.0, 0.0, 32.0, 32.0]]], device=features.maps[0].device)
+        channels, side = features.maps[0].shape[1], self.box_roi_pool.output_size
+        pooled = run("box_roi_pool", self.box_roi_pool, "__call__", features, boxes)
+        expect("box_roi_pool", self.box_roi_pool, "features", pooled, (1, channels, side, side))  # type: ignore[arg-type]
+        rows = run("box_head", self.box_head, "__call__", pooled)
+        given = run("box_predictor", self.box_predictor, "__call__", rows)
+        check_prediction(self.box_predictor, given, _count_classes(self.box_predictor))
+        if self.has_masks:
+            labels = torch.zeros((1, 1), dtype=torch.int64, device=boxes.device)
+            run("mask branch", self, "mask_logits", features, boxes, labels)
+
+
+def check_prediction(predictor: nn.Module, given: Any, num_classes: int) -> None:
+    """Refuse what is not logits `(1, K)` and deltas `(1, K * 4)` or `(1, 4)`.
+
+    Raises:
+        PartError: see above.
+    """
+    name = "box_predictor"
+    logits, deltas = given if isinstance(given, tuple | list) and len(given) == 2 else (given, None)
+    expect(name, predictor, "class logits", logits, (1, num_classes))
+    agnostic = isinstance(deltas, Tensor) and deltas.shape[-1] == 4
+    expect(name, predictor, "box deltas", deltas, (1, 4 if agnostic else 4 * num_classes))
+
+
+def _count_classes(predictor: nn.Module) -> int:
+    declared = getattr(predictor, "num_classes", getattr(getattr(predictor, "cls_score", None), "out_features", None))
+    if declared is None:
+        raise PartError(
+            f"box_predictor: {name_of(predictor)} does not say how many classes it has: give it an attribute "
+            "num_classes, with background"
+        )
+    return int(declared)
+
+
+def _width(name: str, head: nn.Module, shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> int:
+    """The channels of what a head gives for features of this shape."""
+    parameter = next(head.parameters(), torch.empty(()))
+    with trial(head):
+        given = run(name, head, "__call__", torch.zeros(shape, device=parameter.device))
+    expect(name, head, "features", given, wanted)
+    return int(given.shape[1])

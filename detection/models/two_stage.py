@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -11,57 +10,52 @@ from torch import Tensor, nn
 
 from detection.batch import Batch
 from detection.boxes import resize_boxes
-from detection.models.backbones import Backbone
-from detection.models.cascade import CascadeRoIHeads
+from detection.models.fitting import PartError, expect, name_of, run, trial
 from detection.models.masks import paste_masks
-from detection.models.norms import fold_for_good, freeze_norms
-from detection.models.packing import pack
-from detection.models.roi_heads import RoIHeads
-from detection.models.rpn import RegionProposalNetwork
+from detection.models.measuring import measure
 from detection.models.transform import ImageTransform
+from detection.parts import Detections, FeatureMaps, Losses
+from detection.recipes import recorded
 
-Losses = dict[str, Tensor]
-Detections = list[dict[str, Tensor]]
 
-
-class FasterRCNN(nn.Module):
-    """Faster R-CNN (Ren et al. 2015) from its parts; `detection.models.zoo` has builders for the usual ones.
+@recorded
+class TwoStageDetector(nn.Module):
+    """Faster R-CNN (Ren et al. 2015) and its family from their parts; `detection.models.zoo` builds the usual ones.
 
     It is called as torchvision's detectors are: `model(images, targets)` gives a dictionary of losses in training,
     `model(images)` a list of detections in evaluation, in the pixels of the images given. A `Batch` in place of the
     list of images is taken as it is, without resizing.
 
     Args:
-        backbone: images -> feature maps, with their `strides`.
-        rpn: feature maps -> proposals.
-        roi_heads: feature maps and proposals -> classes and boxes.
-        transform: a list of images -> normalised, padded `Batch`.
+        backbone, rpn, roi_heads: see `BackbonePart`, `Proposer` and `RoIHeadsPart` in `detection.parts`.
+        transform: a list of images -> padded `Batch`; it normalises, too.
+
+    Raises:
+        PartError: a part does not keep its contract.
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        rpn: RegionProposalNetwork,
-        roi_heads: RoIHeads | CascadeRoIHeads,
-        transform: ImageTransform,
+        self, backbone: nn.Module, rpn: nn.Module, roi_heads: nn.Module, transform: ImageTransform | None = None
     ) -> None:
         super().__init__()
-        self.transform = transform
-        self.backbone = backbone
-        self.rpn = rpn
-        self.roi_heads: RoIHeads | CascadeRoIHeads = roi_heads
+        self.transform = transform or ImageTransform()
+        self.backbone: Any = backbone
+        self.rpn: Any = rpn
+        self.roi_heads: Any = roi_heads
+        self.strides = strides_of(backbone)
         self.recipe: dict[str, Any] | None = None  # how a builder made this model; see `detection.recipes`
         self.resolved: dict[str, Any] = {}
+        self.check()
 
     @property
     def num_classes(self) -> int:
         """Classes with background."""
-        return self.roi_heads.num_classes
+        return int(self.roi_heads.num_classes)
 
     @property
     def has_masks(self) -> bool:
         """Whether it predicts masks too."""
-        return self.roi_heads.has_masks
+        return bool(self.roi_heads.has_masks)
 
     def forward(
         self, images: Batch | Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
@@ -88,34 +82,56 @@ class FasterRCNN(nn.Module):
 
         Masks are still small here: `(D, m, m)` probabilities inside each box, which `paste_masks` lays on the image.
         """
-        detects = with_detections and not with_losses and not self.training
-        compiled = self.backbone._compiled_call_impl is not None  # its graphs are made for batches
-        if detects and not compiled and len(batch) > 1 and batch.images.device.type == "cpu":
-            # There images share nothing but the memory, and maps that outgrow the cache cost more than they spare.
-            return {}, [self.run(single, with_losses, with_detections)[1][0] for single in batch.singles()]
-        features = list(self.backbone(self.transform.normalise(batch.images, batch.image_sizes)).values())
+        features = self.extract(batch)
         proposals, losses = self.rpn(features, batch, with_losses)
         if with_losses:
             losses |= self.roi_heads.losses(features, proposals, batch)
         if not with_detections:
             return losses, []
-        detections = self.roi_heads.detect(features, proposals.trimmed(), batch.image_sizes)
+        detections: Detections = self.roi_heads.detect(features, proposals, batch.image_sizes)
         for i, detection in enumerate(detections):
             detection["boxes"] = resize_boxes(detection["boxes"], batch.image_sizes[i], batch.original_sizes[i])
         return losses, detections
 
-    def for_inference(self) -> FasterRCNN:
+    def extract(self, batch: Batch) -> FeatureMaps:
+        """The feature maps of a batch."""
+        maps = self.backbone(self.transform.normalise(batch.images, batch.image_sizes))
+        return FeatureMaps(tuple(maps.values()), self.strides)
+
+    def check(self) -> None:
+        """Run each part once on a blank image; called when the detector is built, and useful after a change.
+
+        Raises:
+            PartError: one does not keep its contract.
+        """
+        batch = _blank_batch(next(self.parameters(), torch.empty(())).device)
+        if batch.images.is_meta:  # where nothing can be chosen, as tensors have no values
+            return
+        with trial(self):
+            features = self.extract(batch)
+            if len(features.maps) != len(self.strides):
+                raise PartError(
+                    f"backbone: {name_of(self.backbone)} gave {len(features.maps)} maps, but declares the strides "
+                    f"{self.strides}"
+                )
+            for part in (self.rpn, self.roi_heads):
+                if hasattr(part, "check"):
+                    part.check(features)
+            proposals, _ = run("rpn", self.rpn, "__call__", features, batch, False)
+            expect("rpn", self.rpn, "boxes", getattr(proposals, "boxes", proposals), (1, "P", 4))
+            expect("rpn", self.rpn, "valid", proposals.valid, (1, proposals.boxes.shape[1]))
+        for method in ("losses", "detect"):
+            if not callable(getattr(self.roi_heads, method, None)):
+                raise PartError(f"roi_heads: {name_of(self.roi_heads)} has no method {method}; see detection.parts")
+
+    def for_inference(self) -> TwoStageDetector:
         """A copy in evaluation mode that can no longer be trained: faster, with the same detections.
 
-        The backbone's normalisation is folded into its convolutions for good, and on a CPU weights are cast and laid
-        out once, on the first call in each precision.
+        See `detection.models.fast`.
         """
-        copied = deepcopy(self).eval().requires_grad_(False)
-        fold_for_good(copied)
-        freeze_norms(copied.backbone)  # statistics that were live are frozen now, and so can be folded too
-        fold_for_good(copied)
-        pack(copied)
-        return copied
+        from detection.models.fast import for_inference
+
+        return for_inference(self)
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor]) -> Detections:
@@ -127,6 +143,29 @@ class FasterRCNN(nn.Module):
             return _lay_masks(self.run(batch, with_losses=False, with_detections=True)[1], batch)
         finally:
             self.train(was_training)
+
+
+FasterRCNN = TwoStageDetector  # as torchvision's users know it
+
+
+def strides_of(backbone: nn.Module) -> tuple[int, ...]:
+    """Pixels between neighbouring cells of each of a backbone's maps: declared, or measured on a blank image."""
+    declared: Any = getattr(backbone, "strides", None)
+    return measure(backbone)[0] if declared is None else tuple(declared)
+
+
+def channels_of(backbone: nn.Module) -> int:
+    """Channels of a backbone's maps, likewise."""
+    declared: Any = getattr(backbone, "out_channels", None)
+    return measure(backbone)[1] if declared is None else int(declared)
+
+
+def _blank_batch(device: torch.device) -> Batch:
+    """One black image of 64 x 64 pixels without objects, and one proposal."""
+    size, nothing = torch.tensor([[64, 64]], device=device), torch.zeros((1, 1, 4), device=device)
+    some = torch.ones((1, 1), dtype=torch.bool, device=device)
+    images = torch.zeros((1, 3, 64, 64), dtype=torch.uint8, device=device)
+    return Batch(images, size, nothing, size[:, :1], ~some, size, proposals=nothing + 32, proposals_valid=some)
 
 
 def _lay_masks(detections: Detections, batch: Batch) -> Detections:

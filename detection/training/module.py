@@ -17,9 +17,9 @@ from torchmetrics import Metric
 from detection.batch import Batch, check_batch
 from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.results import encode_masks
+from detection.models.fast import accelerate
 from detection.models.masks import paste_masks
 from detection.models.two_stage import FasterRCNN
-from detection.models.weights import check_sums, readable
 from detection.recipes import describe, rebuild
 from detection.training.freezing import Freeze, Freezing, share_anew
 from detection.training.loaders import as_batch, images_per_step
@@ -35,6 +35,7 @@ from detection.training.optimisation import (
     translated,
 )
 from detection.training.own_metrics import OwnMetrics
+from detection.weights import check_sums, readable
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ class DetectionModule(L.LightningModule):
         detections_per_img: most detections of an image that evaluation counts.
         grad_checkpointing: keep less of the backbone for the backward pass and compute the rest again there: fewer
             gigabytes for about a third more time.
+        fast: run the quicker forms of parts, see `detection.models.fast`; false runs the plain ones, which the papers
+            describe, with the same results.
         compile: train with `torch.compile` on the dense parts, see `compile_parts`; checkpoints stay the same.
 
     Raises:
@@ -91,6 +94,7 @@ class DetectionModule(L.LightningModule):
         detections_per_img: int = 100,
         grad_checkpointing: bool = False,
         compile: bool = False,
+        fast: bool = True,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
@@ -113,7 +117,7 @@ class DetectionModule(L.LightningModule):
         self.freezing = Freezing(detector, freeze or ())
         self.metric = MeanAP(self.class_names, detections_per_img, ("bbox", "segm") if detector.has_masks else "bbox")
         self.own_metrics = OwnMetrics(metrics or ())
-        self.compiled = compile
+        self.compiled, self.fast = compile, fast
         if grad_checkpointing:
             checkpoint_activations(detector)
         self.step_losses: dict[str, Tensor] = {}  # of the newest training step, for those who look for what went wrong
@@ -142,6 +146,8 @@ class DetectionModule(L.LightningModule):
         settings = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
         if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
+        if self.fast:
+            accelerate(self.detector, self.device)
         if self.compiled and stage == "fit":
             compile_parts(self.detector)
 

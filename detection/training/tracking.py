@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from detection.batch import Batch, Target
 from detection.boxes import resize_boxes
@@ -30,7 +30,7 @@ from detection.evaluation.mean_ap import mean_valid
 from detection.evaluation.plots import training_curves
 from detection.evaluation.report import draw_plots
 from detection.evaluation.results import ImageResult, spread
-from detection.matching import BalancedSampler
+from detection.parts import Hardness, Sampler
 from detection.training.callbacks import is_rehearsal
 from detection.training.loaders import image_folder
 from detection.training.loggers import Tracker
@@ -100,20 +100,20 @@ def recalled(results: Sequence[ImageResult]) -> Tensor:
     return torch.tensor([objects, *(recall * objects)], dtype=torch.float64)
 
 
-class CountingSampler(BalancedSampler):
-    """A sampler that keeps how much foreground it drew, on the device, so that nothing waits for the number.
+class CountingSampler:
+    """A sampler that keeps how much foreground another one drew, on the device, so that nothing waits for the number.
 
     Attributes:
         foreground: boxes an image in the last batch, a tensor; None before the first.
     """
 
-    def __init__(self, sampler: BalancedSampler) -> None:
-        super().__init__(sampler.batch_size_per_image, sampler.positive_fraction)
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler, self.max_positive = sampler, sampler.max_positive
         self.foreground: Tensor | None = None
 
-    def __call__(self, labels: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, labels: Tensor, hardness: Hardness) -> tuple[Tensor, Tensor]:
         """As the sampler itself."""
-        indices, valid = super().__call__(labels, generator)
+        indices, valid = self.sampler(labels, hardness)
         drawn = (labels.gather(-1, indices) > 0) & valid
         self.foreground = drawn.sum(dim=-1).float().mean()
         return indices, valid
@@ -127,8 +127,9 @@ class SampledForeground(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name, part in pl_module.detector.named_modules():  # type: ignore[operator, union-attr]
-            if type(getattr(part, "sampler", None)) is BalancedSampler:
-                part.sampler = self._samplers[name] = CountingSampler(part.sampler)
+            sampler: Any = getattr(part, "sampler", None)
+            if hasattr(sampler, "max_positive") and not isinstance(sampler, CountingSampler | nn.Module):
+                part.sampler = self._samplers[name] = CountingSampler(sampler)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         for name, sampler in self._samplers.items():

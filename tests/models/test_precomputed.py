@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detection.batch import Batch, pad_images
-from detection.models.precomputed import GivenProposals
+from detection.models.precomputed import PrecomputedProposals
 
 
 def make_batch(images: list[Tensor]) -> Batch:
@@ -39,7 +39,7 @@ class Recorder:
 
 def test_the_best_of_the_batch_are_handed_on() -> None:
     batch = with_proposals(make_batch([torch.zeros(3, 40, 50)] * 2), [5, 2])
-    part = GivenProposals({"training": 3, "testing": 9})
+    part = PrecomputedProposals({"training": 3, "testing": 9})
     assert list(part.parameters()) == [] and part.state_dict() == {}
     for mode, count in ((True, 3), (False, 5)):
         found, losses = part.train(mode)([], batch, with_losses=True)
@@ -55,7 +55,7 @@ def test_others_are_proposed_from_the_picture_itself(as_float: bool) -> None:
     pictures = [rng.integers(0, 256, (3, *size), dtype=np.uint8) for size in ((40, 50), (60, 30), (33, 64))]
     images = [torch.from_numpy(p) / 255 if as_float else torch.from_numpy(p) for p in pictures]
     source = Recorder()
-    part = GivenProposals({"training": 1, "testing": 9}, source)  # type: ignore[arg-type]
+    part = PrecomputedProposals({"training": 1, "testing": 9}, source)  # type: ignore[arg-type]
     found, _ = part.eval()([], make_batch(images), with_losses=False)
     assert found.valid.tolist() == [[False, False], [True, False], [True, True]]
     assert found.boxes[2].tolist() == [[0, 0, 9, 9], [1, 0, 10, 9]] and not found.boxes[0].any()
@@ -66,4 +66,4 @@ def test_others_are_proposed_from_the_picture_itself(as_float: bool) -> None:
 
 def test_without_a_source_the_error_says_what_to_do() -> None:
     with pytest.raises(ValueError, match="give the data module `proposals`, or the detector a source"):
-        GivenProposals()([], make_batch([torch.zeros(3, 40, 50)]), with_losses=False)
+        PrecomputedProposals()([], make_batch([torch.zeros(3, 40, 50)]), with_losses=False)

@@ -26,7 +26,7 @@ from detection.data.images import read_image
 from detection.models.backbones import Backbone, resnet_fpn
 from detection.models.compose import faster_rcnn
 from detection.models.pooling import RoIPool, RoIPooler
-from detection.models.precomputed import GivenProposals
+from detection.models.precomputed import PrecomputedProposals
 from detection.models.rcnn import RegionWarp
 from detection.models.relatives import (
     fast_rcnn,
@@ -151,7 +151,7 @@ def test_an_image_without_proposals_or_objects_trains_and_detects_nothing() -> N
 
 def test_parts_are_those_of_the_papers() -> None:
     fast = fastrcnn_efficientnet_lite0_fpn(num_classes=3, weights_backbone=None, proposals_train=7, proposals_test=9)
-    assert isinstance(fast.rpn, GivenProposals) and fast.rpn.top_n == {"training": 7, "testing": 9}
+    assert isinstance(fast.rpn, PrecomputedProposals) and fast.rpn.top_n == {"training": 7, "testing": 9}
     assert isinstance(fast.rpn.source, SelectiveSearch) and fast.rpn.source.width == 500
     assert isinstance(fast.roi_heads.box_roi_pool, RoIPool)
     assert fast.transform.mean.flatten().tolist() == [0.5, 0.5, 0.5]

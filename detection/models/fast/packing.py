@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from detection.models.backbones import Trunk
-from detection.models.norms import FoldedNorm
+from detection.models.fast.folding import FoldedNorm
 
 PLAIN = (nn.Conv2d, Conv2dSame)
 # The kernels' names of activations, and their arguments.

@@ -1,0 +1,93 @@
+"""Quicker forms of the parts in `detection.models`, which are their definition: the same results, sooner.
+
+Here, and nowhere else, is chosen which of them run: `accelerate` for training, `for_inference` for detection. Each twin
+takes the place of exactly one plain class, so that a part of your own, or a subclass, stays as it is.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from detection.models.cascade import CascadeRoIHeads
+from detection.models.fast.fast_pooling import CanvasPooler, GatherPooler
+from detection.models.fast.folding import fold_for_good, fold_frozen_norms
+from detection.models.fast.on_cpu import ImageByImage, TrimmedCascade, TrimmedRoIHeads
+from detection.models.fast.packing import pack
+from detection.models.fast.sparse_rpn import SparseRPN
+from detection.models.fitting import trial
+from detection.models.norms import freeze_norms
+from detection.models.pooling import RoIPooler
+from detection.models.roi_heads import RoIHeads
+from detection.models.rpn import RegionProposalNetwork, RPNHead
+from detection.models.two_stage import TwoStageDetector
+from detection.parts import FeatureMaps
+
+Twins = dict[type[nn.Module], type[nn.Module]]
+ON_CPU: Twins = {RoIPooler: GatherPooler, RoIHeads: TrimmedRoIHeads, CascadeRoIHeads: TrimmedCascade}
+ON_ACCELERATOR: Twins = {RoIPooler: CanvasPooler}
+
+
+def accelerate(detector: TwoStageDetector, device: torch.device | str) -> TwoStageDetector:
+    """Put the quicker forms for a device in the place of plain parts, in the detector itself.
+
+    Parameters, buffers and their names stay the same ones. To do it again changes nothing.
+
+    Args:
+        detector: changed in place.
+        device: where it will run.
+    """
+    _fold(detector)
+    twins = ON_CPU if torch.device(device).type == "cpu" else ON_ACCELERATOR
+    made: dict[int, nn.Module] = {}  # a part that several hold stays one
+    for parent in list(detector.modules()):
+        for name, child in list(parent.named_children()):
+            kind = SparseRPN if _has_plain_head(child) else twins.get(type(child))
+            if kind is not None:
+                setattr(parent, name, made.setdefault(id(child), _as(child, kind)))
+    return detector
+
+
+def for_inference(detector: TwoStageDetector) -> TwoStageDetector:
+    """A copy in evaluation mode that can no longer be trained: faster, with the same detections.
+
+    The backbone's normalisation is folded into its convolutions for good. On a CPU weights are cast and laid out once,
+    on the first call in each precision, and batches go image by image.
+    """
+    copied = deepcopy(detector).eval().requires_grad_(False)
+    device = next((p.device for p in copied.parameters()), torch.device("cpu"))
+    copied.backbone = freeze_norms(copied.backbone)  # statistics that were live are frozen now, and so can be folded
+    accelerate(copied, device)
+    fold_for_good(copied)
+    if device.type != "cpu":
+        return copied
+    pack(copied)
+    return _as(copied, ImageByImage) if type(copied) is TwoStageDetector else copied
+
+
+def _as(part: Any, kind: Any) -> Any:
+    """The part as an object of another class, with the same parameters and settings."""
+    twin = kind.__new__(kind)
+    twin.__dict__ = dict(part.__dict__)
+    return twin
+
+
+def _has_plain_head(part: nn.Module) -> bool:
+    return type(part) is RegionProposalNetwork and type(part.head) is RPNHead
+
+
+def _fold(detector: TwoStageDetector) -> None:
+    """Fold frozen normalisation in the backbone, and in heads that are parts of a network."""
+    parameter = next(detector.parameters(), torch.empty(()))
+    image = torch.zeros((1, 3, 64, 64), device=parameter.device)
+    fold_frozen_norms(detector.backbone, image)
+    with trial(detector.backbone):
+        maps = tuple(detector.backbone(image).values())
+    boxes = image.new_tensor([[[0.0, 0.0, 32.0, 32.0]]])
+    for heads in [module for module in detector.modules() if isinstance(module, RoIHeads)]:
+        with torch.no_grad():
+            pooled = heads.box_roi_pool(FeatureMaps(maps, detector.strides), boxes)
+        fold_frozen_norms(heads.box_head, pooled)

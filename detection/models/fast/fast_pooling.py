@@ -1,0 +1,161 @@
+"""RoI Align over a feature pyramid in one go: on one canvas on an accelerator, as weighted sums of rows on a CPU.
+
+Shape shorthand:
+    B: images     P: RoIs an image     R = B * P     L: levels     C: channels
+    o: output side     s: samples a bin and side     q = o * s: samples a side
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+from detection.models.pooling import RoIPooler
+
+
+class CanvasPooler(RoIPooler):
+    """All levels lie side by side on one canvas, so that one `roi_align` call serves all regions."""
+
+    def pool(self, maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, levels: Tensor) -> Tensor:
+        """As `RoIPooler.pool`."""
+        canvas, origins = build_canvas(maps)
+        boxes = in_cells(boxes, strides, levels)
+        shapes = torch.tensor([(f.shape[-1], f.shape[-2]) for f in maps], device=boxes.device)
+        boxes, length = boxes.flatten(0, 1), shapes[levels.flatten()]  # (R, 4), (R, 2) as (width, height)
+        (_, inside_x), (_, inside_y) = (sample_axis(self, boxes[:, i], boxes[:, i + 2], length[:, i]) for i in (0, 1))
+        # A region narrower than a cell at the far edge is widened past it. There `roi_align` reads zeros, but the
+        # canvas has a neighbour, so it is moved inside, where all it can read is the last cell, and weighted.
+        size = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0.0 if self.aligned else 1.0)
+        start = torch.minimum(boxes[:, :2], length - size) if not self.aligned else boxes[:, :2]
+        start = start + torch.tensor(origins, dtype=torch.float32, device=boxes.device)[levels.flatten()]
+        image = torch.arange(len(levels), device=boxes.device).repeat_interleave(levels.shape[1])
+        rois = torch.cat((image[:, None].to(start), start, start + size), dim=1)
+        # In float32, as autocast has it: half precision would move the regions by whole cells.
+        pooled = roi_align(canvas.float(), rois, self.output_size, 1.0, self.sampling_ratio, self.aligned)
+        shares = [i.float().unflatten(1, (self.output_size, -1)).mean(dim=2) for i in (inside_y, inside_x)]
+        return (pooled * shares[0][:, None, :, None] * shares[1][:, None, None, :]).to(canvas.dtype)
+
+
+class GatherPooler(RoIPooler):
+    """The bilinear sums of RoI Align as one weighted `embedding_bag` over the rows of all levels.
+
+    On a CPU, where `roi_align` runs on one thread.
+    """
+
+    def pool(self, maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, levels: Tensor) -> Tensor:
+        """As `RoIPooler.pool`."""
+        if self.sampling_ratio == 0:
+            return super().pool(maps, strides, boxes, levels)
+        boxes = in_cells(boxes, strides, levels)
+        rows = torch.cat([f.permute(0, 2, 3, 1).flatten(0, 2) for f in maps])  # (sum of B * h * w, C)
+        shapes = torch.tensor([f.shape[-2:] for f in maps])
+        first_row = torch.tensor([0] + [f.shape[0] * f.shape[2] * f.shape[3] for f in maps]).cumsum(0)[levels]
+        height, width = shapes[levels].unbind(-1)  # (B, P) each
+        image = torch.arange(len(boxes))[:, None]
+        start = (first_row + image * height * width).flatten()
+        height, width, boxes = height.flatten(), width.flatten(), boxes.flatten(0, 1)
+        y, y_weight = self._neighbours(boxes[:, 1], boxes[:, 3], height)  # (R, o, 2s)
+        x, x_weight = self._neighbours(boxes[:, 0], boxes[:, 2], width)
+        row = (start[:, None, None] + y * width[:, None, None])[:, :, None, :, None] + x[:, None, :, None, :]
+        weight = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]
+        o, reads = self.output_size, 4 * self.sampling_ratio**2
+        pooled = _WeightedSum.apply(rows, row.view(-1, reads), weight.view(-1, reads).to(rows.dtype))
+        return pooled.view(-1, o, o, rows.shape[1]).permute(0, 3, 1, 2)
+
+    def _neighbours(self, start: Tensor, end: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """The cells that each bin reads along one axis, and their weights.
+
+        Args:
+            start, end: `(R,)` edges of the regions in cells.
+            length: `(R,)` cells of the axis.
+
+        Returns:
+            cells `(R, o, 2s)` int64 and weights `(R, o, 2s)` float32: each of the s samples of a bin lies between two.
+        """
+        position, inside = sample_axis(self, start, end, length)
+        last = (length - 1)[:, None]
+        position = position.clamp(min=0)
+        low = torch.minimum(position.long(), last)
+        high = torch.minimum(low + 1, last)
+        fraction = torch.where(low == last, 0.0, position - low)
+        share = inside.float() / self.sampling_ratio
+        cells = torch.stack((low, high), dim=-1)
+        weights = torch.stack(((1 - fraction) * share, fraction * share), dim=-1)
+        shape = (len(cells), self.output_size, 2 * self.sampling_ratio)
+        return cells.view(shape), weights.view(shape)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """`embedding_bag` whose gradient is one too, over the bins that read each row; it takes half the time of PyTorch's.
+
+    PyTorch's backward adds bin by bin to the rows, in the rows' precision; here each row is summed once, in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Sums `(n, C)` of the rows `(r, C)` that `index` `(n, q)` names, times `weight` `(n, q)`."""
+        ctx.save_for_backward(index, weight)
+        ctx.count = len(rows)
+        return F.embedding_bag(index, rows, mode="sum", per_sample_weights=weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """Gradient of the rows; neither the places nor the weights of the samples learn."""
+        index, weight = ctx.saved_tensors
+        # Half the bits take half the time. Stable, so that a row's sum is the same bits whatever else is in the batch.
+        row, order = index.int().flatten().sort(stable=True)
+        offsets = torch.searchsorted(row, torch.arange(ctx.count, dtype=torch.int32))
+        weights = weight.flatten()[order].to(grad.dtype)
+        bins = order // index.shape[1]
+        return F.embedding_bag(bins, grad.contiguous(), offsets, mode="sum", per_sample_weights=weights), None, None
+
+
+def in_cells(boxes: Tensor, strides: Sequence[int], levels: Tensor) -> Tensor:
+    """Boxes `(B, P, 4)` in pixels, in cells of their level `(B, P)`."""
+    return boxes / torch.tensor(strides, dtype=torch.float32, device=boxes.device)[levels][..., None]
+
+
+def sample_axis(pooler: RoIPooler, start: Tensor, end: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Where regions are sampled along one axis of `length` cells `(R,)`, and which samples lie on the map.
+
+    Returns:
+        positions in cells `(R, q)` float32, and bool `(R, q)`.
+    """
+    extent = end - start
+    if not pooler.aligned:  # as `roi_align`: without alignment a region is at least one cell
+        extent = extent.clamp(min=1.0)
+    count = pooler.output_size * max(pooler.sampling_ratio, 1)
+    centre = (torch.arange(count, dtype=torch.float32, device=start.device) + 0.5) / count
+    position = (start - 0.5 if pooler.aligned else start)[:, None] + extent[:, None] * centre
+    return position, (position >= -1) & (position <= length[:, None])
+
+
+def build_canvas(features: Sequence[Tensor]) -> tuple[Tensor, list[tuple[float, float]]]:
+    """All levels on one map: the finest at the left, the others below each other at its right.
+
+    Each keeps a border of one cell on every side that repeats its edge: samples between the last cell and the edge of
+    the map read what `roi_align` reads on the level alone.
+
+    Returns:
+        canvas `(B, C, H, W)` and the (x, y) of each level's first cell on it.
+    """
+    padded = [F.pad(f, (1, 1, 1, 1), mode="replicate") for f in features]
+    origins = [(1.0, 1.0)]
+    if len(padded) == 1:
+        return padded[0], origins
+    column_width = max(f.shape[-1] for f in padded[1:])
+    top = 0
+    column = []
+    for level in padded[1:]:
+        origins.append((padded[0].shape[-1] + 1.0, top + 1.0))
+        column.append(F.pad(level, (0, column_width - level.shape[-1], 0, 0)))
+        top += level.shape[-2]
+    right = torch.cat(column, dim=2)
+    height = max(padded[0].shape[-2], right.shape[-2])
+    left, right = (F.pad(part, (0, 0, 0, height - part.shape[-2])) for part in (padded[0], right))
+    return torch.cat((left, right), dim=3), origins

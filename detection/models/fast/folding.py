@@ -1,0 +1,131 @@
+"""Frozen normalisation folded into the convolution before it: one pass over its output less.
+
+Training folds anew in each step, as the weights change; inference folds for good.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from timm.layers import Conv2dSame, FrozenBatchNormAct2d, pad_same
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+from torchvision.ops import FrozenBatchNorm2d
+
+from detection.models.fitting import trial
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution with the scale and the shift of the frozen normalisation behind it in its weight and bias.
+
+    Scaling the weight costs far less than two passes over its output, and under autocast the output stays in half
+    precision, where float32 statistics would raise it. Both are scaled anew in each step: the weight may train, and
+    the `state_dict` has the two modules apart, as everybody else's.
+
+    Args:
+        conv: without bias; its weight is shared.
+        norm: the normalisation, which must not act any more by itself (`FoldedNorm`).
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: FoldedNorm) -> None:
+        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        super().__init__(conv.in_channels, conv.out_channels, *geometry, bias=False, device="meta")  # type: ignore[arg-type]
+        self.weight = conv.weight
+        self.pads_same = isinstance(conv, Conv2dSame)  # TensorFlow's padding, which depends on the input's size
+        self.norm = (norm,)  # in a tuple, so that it is registered under its own name alone
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the convolution that does both."""
+        norm = self.norm[0]
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        return self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolved and normalised."""
+        if self.pads_same:
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+        geometry: Any = self.stride, self.padding, self.dilation, self.groups
+        slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.groups == self.in_channels
+        if slow and torch.is_grad_enabled():
+            # There the gradients of depthwise convolutions take 2 to 50 times as long in bfloat16 as in float32.
+            with torch.autocast("cpu", enabled=False):
+                return F.conv2d(x.float(), *self.folded(), *geometry).to(x.dtype)
+        return F.conv2d(x, *self.folded(), *geometry)
+
+
+class FoldedNorm(FrozenBatchNorm2d):  # type: ignore[misc]
+    """A frozen normalisation that the convolution before it carries out; what timm joins to it, an activation, stays.
+
+    Args:
+        norm: whose buffers are shared.
+    """
+
+    def __init__(self, norm: FrozenBatchNorm2d | FrozenBatchNormAct2d) -> None:
+        super().__init__(len(norm.weight), norm.eps)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            setattr(self, name, getattr(norm, name).detach())
+        self.after = nn.Sequential(norm.drop, norm.act) if isinstance(norm, FrozenBatchNormAct2d) else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What comes after the normalisation."""
+        return self.after(x)
+
+
+def fold_frozen_norms(network: nn.Module, example: Tensor) -> None:
+    """Fold each frozen normalisation of a network into the convolution whose output it reads.
+
+    Args:
+        network: changed in place; its `state_dict` stays the same.
+        example: an input, which shows on its way through the network which convolution that is.
+    """
+    outputs: list[tuple[nn.Conv2d, Tensor]] = []
+    pairs: list[tuple[nn.Conv2d, FrozenBatchNorm2d | FrozenBatchNormAct2d]] = []
+
+    def note_output(conv: nn.Module, _: object, output: Tensor) -> None:
+        outputs.append((conv, output))  # type: ignore[arg-type]
+
+    def note_input(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        pairs.extend((conv, norm) for conv, output in outputs if output is inputs[0])  # type: ignore[misc]
+
+    modules = list(network.modules())
+    if not any(isinstance(m, FrozenBatchNorm2d | FrozenBatchNormAct2d) for m in modules):
+        return
+    hooks = [m.register_forward_hook(note_output) for m in modules if isinstance(m, nn.Conv2d)]
+    frozen = (m for m in modules if isinstance(m, FrozenBatchNorm2d | FrozenBatchNormAct2d))
+    hooks += [m.register_forward_pre_hook(note_input) for m in frozen]
+    with trial(network):
+        results = tree_leaves(network(example))
+    for hook in hooks:
+        hook.remove()
+    uses = Counter(id(conv) for conv, _ in outputs)
+    uses.update(id(conv) for conv, output in outputs if any(output is result for result in results))
+    replaced: dict[int, nn.Module] = {}
+    for conv, norm in pairs:
+        if conv.bias is None and uses[id(conv)] == 1 and id(norm) not in replaced:
+            replaced[id(norm)] = statistics = FoldedNorm(norm)
+            replaced[id(conv)] = FoldedConv2d(conv, statistics)
+    for parent in modules:
+        for name, child in list(parent.named_children()):
+            if id(child) in replaced:
+                setattr(parent, name, replaced[id(child)])
+
+
+def fold_for_good(network: nn.Module) -> None:
+    """Make plain convolutions of the folded ones, for inference: their weights can no longer train or be exchanged.
+
+    What timm joins to the normalisation, an activation, moves right behind the convolution.
+    """
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, FoldedConv2d):
+                with torch.no_grad():
+                    weight, bias = child.folded()
+                geometry: Any = (child.kernel_size, child.stride, child.padding, child.dilation, child.groups)
+                kind = Conv2dSame if child.pads_same else nn.Conv2d
+                conv: nn.Conv2d = kind(child.in_channels, child.out_channels, *geometry)
+                conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+                after, child.norm[0].after = child.norm[0].after, nn.Identity()
+                setattr(parent, name, nn.Sequential(conv, *after) if isinstance(after, nn.Sequential) else conv)

@@ -1,0 +1,56 @@
+"""What a CPU need not compute, since it can look at values without stopping a queue.
+
+Shape shorthand:
+    B: images     P: proposals an image     M: regions of an image that the mask branch sees
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from detection.batch import Batch
+from detection.models.cascade import CascadeRoIHeads
+from detection.models.masks import MaskBranch
+from detection.models.roi_heads import RoIHeads
+from detection.models.two_stage import TwoStageDetector
+from detection.parts import Detections, FeatureMaps, Losses, Proposals
+
+
+class _Trimmed(MaskBranch):
+    """Leaves out the places at the end that no image fills, each of which costs as much as a region."""
+
+    def detect(self, features: FeatureMaps, proposals: Proposals, image_sizes: Tensor) -> Detections:
+        """As the plain heads."""
+        places = max(1, int(proposals.valid.sum(dim=1).max()))
+        filled = (side[:, :places] for side in (proposals.boxes, proposals.scores, proposals.valid))
+        found: Detections = super().detect(features, Proposals(*filled), image_sizes)  # type: ignore[misc]
+        return found
+
+    def mask_losses(
+        self, features: FeatureMaps, boxes: Tensor, labels: Tensor, matched_idxs: Tensor, batch: Batch
+    ) -> Losses:
+        """As the plain heads."""
+        places = max(1, int((labels > 0).sum(dim=1).max()))
+        boxes, labels, matched_idxs = (side[:, :places] for side in (boxes, labels, matched_idxs))
+        return super().mask_losses(features, boxes, labels, matched_idxs, batch)
+
+
+class TrimmedRoIHeads(_Trimmed, RoIHeads):
+    """`RoIHeads`, see `_Trimmed`."""
+
+
+class TrimmedCascade(_Trimmed, CascadeRoIHeads):
+    """`CascadeRoIHeads`, see `_Trimmed`."""
+
+
+class ImageByImage(TwoStageDetector):
+    """Detects in one image at a time.
+
+    Images share nothing but the memory, and maps that outgrow the cache cost more than they spare.
+    """
+
+    def run(self, batch: Batch, with_losses: bool, with_detections: bool) -> tuple[Losses, Detections]:
+        """As the plain detector."""
+        if with_losses or not with_detections or len(batch) == 1:
+            return super().run(batch, with_losses, with_detections)
+        return {}, [super(ImageByImage, self).run(image, False, True)[1][0] for image in batch.split()]
