@@ -91,6 +91,10 @@ def evaluated(data: DataLoader[Any], **options: Any) -> dict[str, float]:
     return dict(L.Trainer(**QUIET | options).validate(module, data, verbose=False)[0])
 
 
+def without_losses(figures: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if "loss" not in name}
+
+
 def assert_metrics_agree(figures: dict[str, float]) -> None:
     for ours, other in (("map", "bbox_map"), ("map_75", "bbox_map_75"), ("mar_10", "bbox_mar_10"), ("segm_map",) * 2):
         assert 0.02 < figures[f"val/{ours}"] < 1
@@ -173,7 +177,8 @@ def test_two_processes_with_unequally_many_images_agree_with_one(tmp_path: Path)
     for rank in range(2):
         for figures in json.loads((tmp_path / f"{rank}.json").read_text()):
             assert_metrics_agree(figures)
-            assert figures == pytest.approx(alone, abs=1e-6)
+            # Lightning's mean of losses over processes weights them wrongly where one has more images
+            assert without_losses(figures) == pytest.approx(without_losses(alone), abs=1e-6)
 
 
 class Seen(L.Callback):

@@ -242,9 +242,8 @@ class DetectionModule(L.LightningModule):
         for kind, prefix in zip(self.metric.iou_type, ("ap", "segm_ap"), strict=False):
             of_classes = self.metric.per_class(kind)  # type: ignore[arg-type]
             self.log_dict({f"{stage}/{prefix}/{name}": value for name, value in of_classes.items()})
-        self.log_dict(
-            {f"{stage}/{name}": value for name, value in self.own_metrics.compute(self.metric.results).items()}
-        )
+        own = self.own_metrics.compute(self.metric.results)
+        self.log_dict({f"{stage}/{name}": value for name, value in own.items()})
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """The optimiser with scaled learning rates and, each step, the schedule."""

@@ -76,8 +76,8 @@ class OwnMetrics(nn.Module):
             for metric in self:
                 metric.update([_to(preds, metric.device)], [_to(target, metric.device)])
         figures: dict[str, float] = {}
-        for name, metric in self.metrics.items():
-            found = metric.compute()  # type: ignore[operator]
+        for name, metric in zip(self.metrics, self, strict=True):
+            found = metric.compute()
             for key, value in found.items() if isinstance(found, Mapping) else [("", found)]:
                 label = f"{name}/{key}" if key else name
                 if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
