@@ -104,8 +104,8 @@ def _centre_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
 def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
     """Non-maximum suppression inside each group: a box is compared with boxes of its own group alone.
 
-    A box is dropped when its IoU with a better box of its group is above (not equal to) `iou_thresh`. A group is a level
-    (RPN) or a class (RoI heads) of one image, so that one call serves a whole batch.
+    A box is dropped when its IoU with a better box of its group is above (not equal to) `iou_thresh`. A group is a
+    level (RPN) or a class (RoI heads) of one image, so that one call serves a whole batch.
 
     Args:
         boxes: `(N, 4)` float32.
