@@ -3,7 +3,7 @@
 Any class that keeps its contract is a part, yours as well as ours: there is no base class and no registry. A builder
 takes a part as an object or as a factory. A factory is a class, a `functools.partial`, or in YAML a `class_path` that
 leaves out some arguments; the builder calls it with what only the builder knows. `Made by` names these arguments, in
-their order. A part that does not fit is refused when the detector is built, see `detection.models.fitting`.
+their order. A part that does not fit is refused when the detector is built, see `detection.fitting`.
 
 Shape shorthand:
     B: images     H, W: padded height and width     h, w: cells of a map     L: levels     C: channels
@@ -56,7 +56,7 @@ class BackbonePart(Protocol):
     """Images -> named feature maps, all with the same number of channels.
 
     It may declare `strides`, the pixels between neighbouring cells of each map, and `out_channels`. What it does not
-    declare is measured on a blank image, see `detection.models.measuring`.
+    declare is measured on a blank image, see `detection.measuring`.
     """
 
     def __call__(self, images: Tensor) -> Mapping[str, Tensor]:

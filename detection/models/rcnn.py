@@ -140,6 +140,5 @@ def efficientnet_lite0_head(
         weights, trainable_layers, norm: see `backbones.efficientnet_lite0_fpn`.
         out_channels: of the fully connected layers.
     """
-    body = efficientnet_lite0_fpn(weights, norm, trainable_layers=trainable_layers).body
-    channels = body.network.feature_info.channels()[-1]  # type: ignore[union-attr, operator]
-    return CNNHead(body, channels, -(-crop_size // LAST_STRIDE), out_channels)
+    backbone = efficientnet_lite0_fpn(weights, norm, trainable_layers=trainable_layers)
+    return CNNHead(backbone.body, backbone.in_channels[-1], -(-crop_size // LAST_STRIDE), out_channels)
