@@ -1,4 +1,4 @@
-"""Forms for CPUs, where a number can be read from a tensor without waiting, as for an accelerator's queue.
+"""Forms for CPUs, which can read a number from a tensor at once. An accelerator would have to finish its queue first.
 
 Shape shorthand:
     B: images     P: proposals an image     M: regions of an image that the mask branch sees
