@@ -70,7 +70,7 @@ def test_rate_is_in_the_unit_of_the_flag_and_nothing_changes(
 
     monkeypatch.setattr(torch.optim.SGD, "step", watch)
     flags = ["--find", "lr", "--output", str(tmp_path), "--trainer.accumulate_grad_batches", "2"]
-    cli = FitCLI([*flags, "--model.optimizer", "sgd", *TINY, *scene_flags(data), "--data.num_workers", "0"])
+    cli = FitCLI([*flags, "--model.optimizer", "SGD", *TINY, *scene_flags(data), "--data.num_workers", "0"])
     before = {name: value.clone() for name, value in cli.model.state_dict().items()}
     found: dict[str, float] = {}
     original = tuning.find_lr
