@@ -3,7 +3,7 @@
 Any class that keeps its contract is a part, yours as well as ours: there is no base class and no registry. A part is
 given to a builder as an object, or as a factory (a class, `functools.partial`, or in YAML a `class_path` without the
 arguments in question), which the builder calls with what only it knows; `Made by` names these arguments, in order. What
-does not fit is refused when the detector is built, see `detection.models.fitting`.
+does not fit is refused when the detector is built, see `detection.fitting`.
 
 Shape shorthand:
     B: images     H, W: padded height and width     h, w: cells of a map     L: levels     C: channels

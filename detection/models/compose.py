@@ -13,9 +13,9 @@ from torch import nn
 
 from detection.anchors import AnchorGenerator
 from detection.boxes import BoxCoder
+from detection.fitting import PartError, finish, name_of
 from detection.matching import Matcher
 from detection.models.cascade import CascadeRoIHeads
-from detection.models.fitting import PartError, finish, name_of
 from detection.models.masks import MaskHead, MaskPredictor
 from detection.models.pooling import RoIPool, RoIPooler
 from detection.models.precomputed import PrecomputedProposals

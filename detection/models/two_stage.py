@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from detection.batch import Batch
 from detection.boxes import resize_boxes
-from detection.models.fitting import PartError, expect, name_of, run, trial
+from detection.fitting import PartError, expect, name_of, run, trial
+from detection.measuring import measure
 from detection.models.masks import paste_masks
-from detection.models.measuring import measure
 from detection.models.transform import ImageTransform
 from detection.parts import Detections, FeatureMaps, Losses
 from detection.recipes import recorded

@@ -52,6 +52,7 @@ def fasterrcnn_resnet_fpn(
     trainable_backbone_layers: int | None = None,
     norm: Norm | None = None,
     fpn_norm: Norm | None = None,
+    pyramid: AnyPyramid | None = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
     """Faster R-CNN on a ResNet of any depth with a pyramid (Lin et al. 2017).
@@ -67,9 +68,11 @@ def fasterrcnn_resnet_fpn(
         trainable_backbone_layers: 0 to 5, counted from layer4; default 3 with weights, all without.
         norm: of the backbone; default `frozen` with weights, live `batch` without.
         fpn_norm: of the pyramid.
+        pyramid: another pyramid in place of ours, see `trunks.Backbone`.
         **kwargs: see `faster_rcnn`.
     """
-    backbone = resnet_fpn(backbone_name, weights_backbone, trainable_backbone_layers, _norm(norm, weights), fpn_norm)
+    norms: Any = {"norm": _norm(norm, weights), "fpn_norm": fpn_norm}
+    backbone = resnet_fpn(backbone_name, weights_backbone, trainable_backbone_layers, **norms, pyramid=pyramid)
     model = faster_rcnn(backbone, _count(num_classes, class_names), **kwargs)
     return _finish(model, weights_backbone, weights, published, class_names)
 
@@ -91,6 +94,7 @@ def fasterrcnn_resnet101_fpn(**kwargs: Any) -> TwoStageDetector:
 def fasterrcnn_resnet50_fpn_v2(
     *,
     weights: Weights = None,
+    published: str | None = "FasterRCNN_ResNet50_FPN_V2_Weights",
     trainable_backbone_layers: int | None = None,
     norm: Norm = "batch",
     rpn_head: nn.Module | Factory2 | None = None,
@@ -100,15 +104,18 @@ def fasterrcnn_resnet50_fpn_v2(
     """The improved detector of torchvision (Li et al. 2021), COCO AP 46.7: normalised pyramid, deeper heads.
 
     Args:
-        weights, trainable_backbone_layers, norm: see `fasterrcnn_resnet_fpn`; batch normalisation stays live.
+        weights, published, trainable_backbone_layers, norm: see `fasterrcnn_resnet_fpn`; batch normalisation stays
+            live.
         rpn_head, box_head: default: two convolutions; four convolutions and a layer.
         **kwargs: see `fasterrcnn_resnet_fpn`.
     """
+    if is_given(weights) and trainable_backbone_layers is None:
+        trainable_backbone_layers = 3  # which live statistics would not say
     return fasterrcnn_resnet_fpn(
         backbone_name="resnet50",
-        published="FasterRCNN_ResNet50_FPN_V2_Weights",
+        published=published,
         weights=weights,
-        trainable_backbone_layers=_trained_of_v2(weights, trainable_backbone_layers),
+        trainable_backbone_layers=trainable_backbone_layers,
         norm=norm,
         fpn_norm="batch",
         rpn_head=rpn_head or partial(RPNHead, conv_depth=2),
@@ -144,11 +151,6 @@ def maskrcnn_resnet50_fpn(
 @rebuildable
 def maskrcnn_resnet50_fpn_v2(
     *,
-    weights: Weights = None,
-    trainable_backbone_layers: int | None = None,
-    norm: Norm = "batch",
-    rpn_head: nn.Module | Factory2 | None = None,
-    box_head: nn.Module | Factory2 | None = None,
     mask_roi_pool: nn.Module | None = None,
     mask_head: nn.Module | Factory | None = None,
     mask_predictor: nn.Module | Factory2 | None = None,
@@ -158,15 +160,8 @@ def maskrcnn_resnet50_fpn_v2(
 
     Arguments as for `fasterrcnn_resnet50_fpn_v2` and `mask_rcnn`; the mask head is normalised, too.
     """
-    return fasterrcnn_resnet_fpn(
-        backbone_name="resnet50",
+    return fasterrcnn_resnet50_fpn_v2(
         published="MaskRCNN_ResNet50_FPN_V2_Weights",
-        weights=weights,
-        trainable_backbone_layers=_trained_of_v2(weights, trainable_backbone_layers),
-        norm=norm,
-        fpn_norm="batch",
-        rpn_head=rpn_head or partial(RPNHead, conv_depth=2),
-        box_head=box_head or ConvFCHead,
         mask_roi_pool=mask_roi_pool or RoIPooler(14),
         mask_head=mask_head or partial(MaskHead, batch_norm=True),
         mask_predictor=mask_predictor or MaskPredictor,
@@ -254,6 +249,7 @@ def fasterrcnn_efficientnet_lite0_fpn(
     norm: Norm | None = None,
     fpn_norm: Norm | None = "batch",
     fpn_channels: int = 128,
+    pyramid: AnyPyramid | None = None,
     trainable_backbone_layers: int | None = None,
     image_mean: Sequence[float] = HALF,
     image_std: Sequence[float] = HALF,
@@ -267,11 +263,14 @@ def fasterrcnn_efficientnet_lite0_fpn(
         norm: of the backbone; default `frozen` with weights, live `batch` without.
         fpn_norm: of the pyramid, which this network's unnormalised maps need at usual learning rates.
         fpn_channels: of the pyramid.
+        pyramid: another pyramid in place of ours, see `trunks.Backbone`.
         trainable_backbone_layers: 0 to 4, counted from stride 32; default 3 with weights, all without.
         image_mean, image_std: bring images to [-1, 1], as the packaged weights want them.
         **kwargs: see `faster_rcnn`.
     """
-    backbone = efficientnet_lite0_fpn(weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers)
+    backbone = efficientnet_lite0_fpn(
+        weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers, pyramid
+    )
     model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, image_mean=image_mean, image_std=image_std, **kwargs)
     return _finish(model, weights_backbone)
 
@@ -368,11 +367,6 @@ def create_faster_rcnn(num_classes: int, pretrained: bool = False) -> TwoStageDe
 def _norm(norm: Norm | None, weights: Weights) -> Norm | None:
     """Weights of a whole detector bring the backbone's with them, so their statistics are frozen likewise."""
     return "frozen" if norm is None and is_given(weights) else norm
-
-
-def _trained_of_v2(weights: Weights, layers: int | None) -> int | None:
-    """The v2 detectors have live statistics, which don't say that there are weights."""
-    return 3 if is_given(weights) and layers is None else layers
 
 
 def _count(num_classes: int | None, class_names: Sequence[str] | None) -> int:

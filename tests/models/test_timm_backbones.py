@@ -23,7 +23,7 @@ from detection.models.backbones import (
     resnet_fpn,
     timm_fpn,
 )
-from detection.models.measuring import measure
+from detection.measuring import measure
 from detection.models.pyramid import FeaturePyramidNetwork
 from detection.recipes import RecipeError, rebuild
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from detection.fitting import trial
 from detection.models.cascade import CascadeRoIHeads
 from detection.models.fast.fast_pooling import CanvasPooler, GatherPooler
 from detection.models.fast.folding import fold_for_good, fold_frozen_norms
 from detection.models.fast.on_cpu import ImageByImage, TrimmedCascade, TrimmedRoIHeads
 from detection.models.fast.packing import pack
 from detection.models.fast.sparse_rpn import SparseRPN
-from detection.models.fitting import trial
 from detection.models.norms import freeze_norms
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import RoIHeads

@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from detection.models.fitting import trial
+from detection.fitting import trial
 
 
 def measure(backbone: nn.Module, side: int = 256) -> tuple[tuple[int, ...], int]:
