@@ -155,7 +155,8 @@ def pad_masks(masks: Sequence[Tensor], windows: Sequence[Tensor], count: int) ->
     gt_windows = windows[0].new_zeros((len(masks), count, 4))
     for i, (mask, window) in enumerate(zip(masks, windows, strict=True)):
         n, h, w = mask.shape
-        # One more row and column of the same, where there is room: RoI Align goes on with the last beyond the edge.
+        # In the padding the last row and column are repeated once, where there is room: a bilinear sample at the edge
+        # of a mask then mixes the mask with itself, and not with the zeros beside it.
         rows, columns = (
             torch.arange(min(h + 1, height)).clamp(max=h - 1),
             torch.arange(min(w + 1, width)).clamp(max=w - 1),

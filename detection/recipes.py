@@ -38,6 +38,7 @@ HARMLESS = {
     "torch.optim": ("torch.optim", "Optimizer"),
     "torch.optim.lr_scheduler": ("torch.optim.lr_scheduler", "LRScheduler"),
     "torchmetrics": ("torchmetrics", "Metric"),
+    "albumentations.core.composition": ("albumentations", "BaseCompose"),
     "albumentations": ("albumentations", "BasicTransform"),
 }
 NEVER = {"None", *sys.stdlib_module_names}  # is no part of a detector, so the advice to trust it would be a bad one
