@@ -124,14 +124,17 @@ class TwoStageDetector(nn.Module):
             if not callable(getattr(self.roi_heads, method, None)):
                 raise PartError(f"roi_heads: {name_of(self.roi_heads)} has no method {method}; see detection.parts")
 
-    def for_inference(self) -> TwoStageDetector:
+    def for_inference(self, device: torch.device | str | None = None) -> TwoStageDetector:
         """A copy in evaluation mode that can no longer be trained: faster, with the same detections.
 
         See `detection.models.fast`.
+
+        Args:
+            device: where the copy lies and runs; None for where this detector is.
         """
         from detection.models.fast import for_inference
 
-        return for_inference(self)
+        return for_inference(self, device)
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor]) -> Detections:

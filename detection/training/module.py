@@ -147,7 +147,7 @@ class DetectionModule(L.LightningModule):
         if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
         if self.fast:
-            accelerate(self.detector, self.device)
+            accelerate(self.detector, self.trainer.strategy.root_device)
         if self.compiled and stage == "fit":
             compile_parts(self.detector)
 

@@ -51,13 +51,15 @@ def accelerate(detector: TwoStageDetector, device: torch.device | str) -> TwoSta
     return detector
 
 
-def for_inference(detector: TwoStageDetector) -> TwoStageDetector:
+def for_inference(detector: TwoStageDetector, device: torch.device | str | None = None) -> TwoStageDetector:
     """A copy in evaluation mode that can no longer be trained: faster, with the same detections.
 
     The backbone's normalisation is folded into its convolutions for good. On a CPU weights are cast and laid out once,
     on the first call in each precision, and batches go image by image.
     """
     copied = deepcopy(detector).eval().requires_grad_(False)
+    if device is not None:
+        copied.to(device)
     device = next((p.device for p in copied.parameters()), torch.device("cpu"))
     copied.backbone = freeze_norms(copied.backbone)  # statistics that were live are frozen now, and so can be folded
     accelerate(copied, device)
