@@ -26,7 +26,7 @@ class Lattice(nn.Module):
         """Regions of each image, best first; with losses, whether each overlaps an object by half."""
         logits = self.score(features.maps[-1]).permute(0, 2, 3, 1).flatten(1)  # (B, P), in the order of the boxes
         boxes = self._lay(features, batch)
-        inside = clip_boxes(boxes.expand(len(logits), -1, 4), batch.image_sizes)
+        inside = clip_boxes(boxes.expand(logits.shape[0], -1, 4), batch.image_sizes)
         scores = torch.where(is_large_enough(inside, 1.0), logits.detach().sigmoid(), -1.0)
         scores, order = scores.sort(dim=1, descending=True)
         valid = scores >= 0  # others lie in the padding
