@@ -13,14 +13,17 @@ from detection.data.coco import read_coco
 def main(folder: Path, train: int = 100, val: int = 20) -> None:
     """Draw scenes into `folder` and write `train.csv` and `val.csv` beside the images."""
     root = scenes.draw(folder, train, val)
-    for split, (annotations, images) in scenes.SPLITS.items():
-        index = read_coco(root, annotations, images)
-        with (folder / f"{split}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
+    for split, (file, images) in scenes.SPLITS.items():
+        index = read_coco(root, file, images)
+        with (folder / f"{split}.csv").open("w", newline="") as table:
+            writer = csv.writer(table)
             writer.writerow(["file", "x1", "y1", "x2", "y2", "label"])
             for record in index.records:
                 name = f"{root.name}/{record.file_name}"
-                rows = [[name, *box, index.classes[label - 1]] for box, label in zip(record.boxes, record.labels, strict=True)]
+                rows = [
+                    [name, *box, index.classes[label - 1]]
+                    for box, label in zip(record.boxes, record.labels, strict=True)
+                ]
                 writer.writerows(rows or [[name, "", "", "", "", ""]])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Tint(A.ImageOnlyTransform):
+class Tint(A.ImageOnlyTransform):  # type: ignore[misc]
     """Multiplies each channel by a factor of its own, as lamps of another colour do.
 
     Args:
