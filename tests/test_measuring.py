@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
 
-from detection.models.backbones import mobilenet_v3_large_fpn, resnet_c4, resnet_dc5, resnet_fpn
 from detection.measuring import measure
+from detection.models.backbones import mobilenet_v3_large_fpn, resnet_c4, resnet_dc5, resnet_fpn
 
 
 class Given(nn.Module):

@@ -323,6 +323,7 @@ MISLEADING = (
     ".*does not have many workers.*",  # more than the cores of this machine would be slower
     ".*It is recommended to use `self.log.*sync_dist=True.*",  # the metric is the same on every rank
     "(?s).*Jsonargparse|.*skip_none parameter was deprecated.*",  # Lightning's own calls
+    "(?s).*Dump of a value that does not round-trip: a tuple.*",  # defaults of albumentations, which takes lists too
     ".*isinstance.treespec, LeafSpec.* is deprecated.*",
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*Experiment logs directory .* exists and is not empty.*",

@@ -225,8 +225,10 @@ class Transform:
         view = self.framing(image.shape[0], image.shape[1], rng)
         x1, y1, x2, y2 = view.window
         shown = view.boxes(boxes)
-        large = (shown[:, 2:] - shown[:, :2] >= self.min_box_side).all(axis=1)
-        kept = np.flatnonzero(large & (shares * view.shares(boxes, shown) >= self.min_visibility - ROUNDING))
+        left = (shown[:, 2:] - shown[:, :2] >= self.min_box_side).all(axis=1)
+        if self.min_visibility:
+            left &= shares * view.shares(boxes, shown) >= self.min_visibility - ROUNDING
+        kept = np.flatnonzero(left)
         out = Augmented(image[y1:y2, x1:x2], view.size, shown[kept], given[kept])
         if masks is not None:
             crops, windows = crop_masks(masks[kept], out.boxes, view)

@@ -19,7 +19,7 @@ from detection.measuring import measure
 from detection.models.norms import NORM_LAYERS, Norm
 from detection.models.pyramid import FeaturePyramidNetwork
 
-AnyPyramid = nn.Module | Callable[[list[int]], nn.Module]  # or a factory, see detection.parts.Pyramid
+AnyPyramid = Callable[[list[int]], nn.Module] | nn.Module  # a factory or an object, see detection.parts.Pyramid
 
 
 class Trunk(nn.ModuleDict):

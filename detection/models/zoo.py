@@ -179,13 +179,15 @@ def cascadercnn_resnet_fpn(
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
     norm: Norm | None = None,
+    pyramid: AnyPyramid | None = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
     """Cascade R-CNN on a ResNet with a pyramid (Cai and Vasconcelos 2018): published COCO AP 40.3 (ResNet-50, 1x).
 
     Arguments as for `fasterrcnn_resnet_fpn` and `cascade_rcnn`; `masks` makes it Cascade Mask R-CNN.
     """
-    backbone = resnet_fpn(backbone_name, weights_backbone, trainable_backbone_layers, _norm(norm, weights))
+    layers, norm = trainable_backbone_layers, _norm(norm, weights)
+    backbone = resnet_fpn(backbone_name, weights_backbone, layers, norm, pyramid=pyramid)
     model = cascade_rcnn(backbone, _count(num_classes, class_names), **kwargs)
     return _finish(model, weights_backbone, weights, class_names=class_names)
 
@@ -206,6 +208,7 @@ def fasterrcnn_mobilenet_v3_large_fpn(
     weights_backbone: Weights = None,
     trainable_backbone_layers: int | None = None,
     norm: Norm | None = None,
+    pyramid: AnyPyramid | None = None,
     rpn_score_thresh: float = 0.05,
     **kwargs: Any,
 ) -> TwoStageDetector:
@@ -213,7 +216,7 @@ def fasterrcnn_mobilenet_v3_large_fpn(
 
     Arguments as for `fasterrcnn_resnet_fpn`; `trainable_backbone_layers` goes to 6.
     """
-    backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights))
+    backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights), pyramid)
     model = faster_rcnn(backbone, _count(num_classes, class_names), rpn_score_thresh=rpn_score_thresh, **kwargs)
     return _finish(model, weights_backbone, weights, published, class_names)
 
@@ -306,12 +309,15 @@ def cascadercnn_efficientnet_lite0_fpn(
     fpn_norm: Norm | None = "batch",
     fpn_channels: int = 128,
     trainable_backbone_layers: int | None = None,
+    pyramid: AnyPyramid | None = None,
     image_mean: Sequence[float] = HALF,
     image_std: Sequence[float] = HALF,
     **kwargs: Any,
 ) -> TwoStageDetector:
     """Cascade R-CNN on EfficientNet-Lite0. Arguments as for `fasterrcnn_efficientnet_lite0_fpn` and `cascade_rcnn`."""
-    backbone = efficientnet_lite0_fpn(weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers)
+    backbone = efficientnet_lite0_fpn(
+        weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers, pyramid
+    )
     model = cascade_rcnn(backbone, num_classes or COCO_CATEGORIES, image_mean=image_mean, image_std=image_std, **kwargs)
     return _finish(model, weights_backbone)
 

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+import yaml
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork as ReferencePyramid
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from detection.measuring import measure
 from detection.models import zoo
 from detection.models.backbones import (
     Backbone,
@@ -23,7 +25,6 @@ from detection.models.backbones import (
     resnet_fpn,
     timm_fpn,
 )
-from detection.measuring import measure
 from detection.models.pyramid import FeaturePyramidNetwork
 from detection.recipes import RecipeError, rebuild
 
@@ -128,7 +129,8 @@ def test_bfloat16_stays_finite_and_close(name: str) -> None:
         sum(m.float().square().mean() for m in found.values()).backward()
     for key, wanted in exact.items():
         assert (found[key].float() - wanted).norm() < 0.05 * wanted.norm()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in backbone.parameters())
+    # each has one, as training on several devices wants it
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in backbone.parameters())
 
 
 def test_a_swin_detector_trains_under_bfloat16() -> None:
@@ -362,6 +364,73 @@ def test_a_detector_on_a_users_pyramid_trains() -> None:
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert model.backbone.fpn.inner_blocks[0][0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "builder",
+    [
+        "fasterrcnn_resnet50_fpn",
+        "cascadercnn_resnet50_fpn",
+        "fasterrcnn_mobilenet_v3_large_fpn",
+        "fasterrcnn_efficientnet_lite0_fpn",
+        "cascadercnn_efficientnet_lite0_fpn",
+    ],
+)
+def test_builders_take_a_pyramid_in_plain_values(builder: str) -> None:
+    arguments = {"pyramid": reference_recipe(), "num_classes": 3, "weights_backbone": None}
+    with torch.device("meta"):
+        model = rebuild({"class_path": f"detection.models.zoo.{builder}", "init_args": arguments}, trust=("detection",))
+        again = rebuild(model.recipe)
+    for made in (model, again):
+        assert isinstance(made.backbone.fpn, ReferencePyramid) and made.rpn.head.cls_logits.in_channels == 16
+
+
+CONFIGURATION = """
+class_path: detection.fasterrcnn_timm_fpn
+init_args:
+  backbone_name: swin_tiny_patch4_window7_224
+  num_classes: 3
+  min_size: 64
+  max_size: 96
+  pyramid:
+    class_path: torchvision.ops.FeaturePyramidNetwork
+    init_args: {out_channels: 16}
+"""
+
+
+def test_a_configuration_alone_makes_a_detector_that_trains() -> None:
+    model = rebuild(yaml.safe_load(CONFIGURATION), trust=("detection", "torchvision"))
+    assert model.backbone.strides == (4, 8, 16, 32)
+    targets = [{"boxes": torch.tensor([[5.0, 5, 40, 40]]), "labels": torch.tensor([2])}]
+    losses = model.train()([random(3, 64, 80)], targets)
+    sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    assert model.backbone.body.network.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (SWIN, {}),
+        ("vit_tiny_patch16_224", {"window_size": 3}),
+        ("resnet10t", {"norm": "frozen"}),
+        ("convnext_atto", {}),
+        ("tf_efficientnet_lite0", {}),
+    ],
+)
+def test_the_quick_forms_detect_the_same(name: str, options: dict[str, Any]) -> None:
+    """Folded and packed, as `Detector` and training use them."""
+    torch.manual_seed(0)
+    sizes = {"min_size": 96, "max_size": 128, "fpn_channels": 16, "box_score_thresh": 0.0}
+    model = zoo.fasterrcnn_timm_fpn(backbone_name=name, num_classes=3, **sizes, **options).eval()
+    images = [random(3, 90, 70), random(3, 64, 100)]
+    expected, quick = model(images), model.for_inference()
+    for found, wanted in zip(quick(images), expected, strict=True):
+        assert len(wanted["boxes"]) > 10
+        torch.testing.assert_close(found["scores"], wanted["scores"], atol=1e-4, rtol=1e-4)
+    maps, wanted_maps = quick.backbone(images[0][None]), model.backbone(images[0][None])
+    for key, wanted_map in wanted_maps.items():
+        torch.testing.assert_close(maps[key], wanted_map, atol=1e-4, rtol=1e-3)
 
 
 def test_backbones_are_built_without_memory() -> None:
