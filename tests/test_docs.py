@@ -163,7 +163,6 @@ def test_losses_that_are_shown_are_found() -> None:
     assert all(len(block.text.splitlines()) < 10 for block in LOSSES)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "block", LOSSES, ids=[b.text.splitlines()[4].split()[0].rstrip(":") + f"-{i}" for i, b in enumerate(LOSSES)]
 )
