@@ -68,6 +68,8 @@ class Parser(LightningArgumentParser):
     def _suggest(self, message: str) -> str:
         if "import path denylist" in message:
             return " (if the file that names it is yours, say so with --config FILE)"
+        if twice := re.search(r"Option '(lr|weight_decay)' is not accepted", message):
+            return f" (it is --model.{twice[1]})"
         for old, new in MOVED.items():
             if re.search(rf"\bmodel\.{old}\b|\bstring: {old}\b|\bmodel\.(optimizer|schedule).*\b{old}\b", message):
                 return f" (optimiser and schedule are parts now: instead of {old} write {new})"

@@ -212,7 +212,6 @@ class DetectionModule(L.LightningModule):
         self.log_dict(logged, batch_size=len(batch), on_epoch=True, sync_dist=True)
         detections = encode_detections(found, batch)
         self.metric.update(detections, batch.targets)
-        self.own_metrics.update(detections, batch.targets)
         return detections
 
     def on_validation_epoch_start(self) -> None:
@@ -229,7 +228,6 @@ class DetectionModule(L.LightningModule):
 
     def _forget(self) -> None:
         self.metric.reset()  # here and not at the end: callbacks show what it holds
-        self.own_metrics.reset()
         self._images_seen = 0
 
     def _report(self, stage: str) -> None:
@@ -244,7 +242,8 @@ class DetectionModule(L.LightningModule):
         for kind, prefix in zip(self.metric.iou_type, ("ap", "segm_ap"), strict=False):
             of_classes = self.metric.per_class(kind)  # type: ignore[arg-type]
             self.log_dict({f"{stage}/{prefix}/{name}": value for name, value in of_classes.items()})
-        self.log_dict({f"{stage}/{name}": value for name, value in self.own_metrics.compute().items()})
+        own = self.own_metrics.compute(self.metric.results)
+        self.log_dict({f"{stage}/{name}": value for name, value in own.items()})
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """The optimiser with scaled learning rates and, each step, the schedule."""

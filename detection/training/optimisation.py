@@ -7,7 +7,6 @@ factor of the step (the schedule).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from inspect import Parameter, signature
@@ -153,56 +152,30 @@ def layer_scales(detector: nn.Module, layer_decay: float) -> dict[str, tuple[str
     """Layer and factor of the rate of each parameter of the backbone's network, by timm's `param_groups_layer_decay`.
 
     The last layer has the factor `layer_decay`, each layer before it that many times less, as in ViTDet (Li et al.
-    2022, section 4 and its code). Layers are those that the network's `group_matcher` names, else its blocks.
+    2022, section 4 and its code). Layers are those that the network's `group_matcher` names.
 
     Raises:
-        ValueError: the backbone is no network of timm, or none whose layers can be told apart.
+        ValueError: the backbone is no network of timm, which would name its layers.
     """
     network = getattr(getattr(getattr(detector, "backbone", None), "body", None), "network", None)
-    if network is None:
+    if not hasattr(network, "group_matcher"):
         raise ValueError(
             "model.layer_decay needs a backbone of timm (detection.fasterrcnn_timm_fpn): leave it out, or give parts "
             "of this backbone their rates with model.lr_mult"
         )
-    holder = next((m for m in network.modules() if hasattr(m, "group_matcher")), _Blocks(network))
+    assert isinstance(network, nn.Module)
     own = {id(p): name for name, p in detector.named_parameters()}
-    needs_gradient = [(p, p.requires_grad) for p in holder.parameters()]
-    holder.requires_grad_(True)  # timm leaves out what does not train now, which may do so later
-    groups = param_groups_layer_decay(holder, layer_decay=layer_decay)
+    needs_gradient = [(p, p.requires_grad) for p in network.parameters()]
+    network.requires_grad_(True)  # timm leaves out what does not train now, which may do so later
+    groups = param_groups_layer_decay(network, layer_decay=layer_decay)
     for parameter, needs in needs_gradient:
         parameter.requires_grad_(needs)
     factors = sorted({group["lr_scale"] for group in groups})
-    if len(factors) == 1:
-        raise ValueError(
-            f"model.layer_decay: the layers of this {type(network).__name__} can't be told apart; give its parts their "
-            "rates with model.lr_mult"
-        )
     return {
         own[id(p)]: (f"layer{factors.index(group['lr_scale'])}", layer_decay * group["lr_scale"])
         for group in groups
         for p in group["params"]
     }
-
-
-class _Blocks(nn.Module):
-    """A network that timm has cut to its features, which has lost its `group_matcher`: its blocks are the layers."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float, ...]]:
-        """Name of a parameter -> stage and block, rising through the network; (-1,) for the stem before them.
-
-        `layer3.1.conv2`, `blocks.3.1.conv`, `stages_3.blocks.1.gamma` -> (3, 1); a stage's `downsample` is of block 0.
-        """
-
-        def block(name: str) -> tuple[float, ...]:
-            stage = r"network\.(?:blocks\.|(?!conv|stem|bn|norm|patch)[^.\d]*)(\d+)"
-            found = re.match(stage + r"(?:\.blocks)?(?:\.(\d+))?\.", name)
-            return (float(found[1]), float(found[2] or 0)) if found else (-1.0,)
-
-        return block
 
 
 def build_optimizer(factory: OptimizerFactory, groups: Sequence[Group], lr: float, weight_decay: float) -> Optimizer:
