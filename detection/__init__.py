@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from detection.boxes import BoxCoder
     from detection.data.datamodule import DetectionDataModule
     from detection.data.proposals import ProposalFiles, SearchedProposals
+    from detection.fitting import PartError
     from detection.inference import Detections, Detector, Tiles
     from detection.inference.tta import TestTimeAugmentation
     from detection.interop import detector_for_classes, load_detector, save_detector
-    from detection.fitting import PartError
     from detection.losses import CIoULoss, ClassWeights, FocalLoss, GIoULoss, SmoothL1Loss
     from detection.matching import BalancedSampler, HardExampleSampler, Matcher
     from detection.measuring import measure
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         maskrcnn_resnet50_fpn_v2,
     )
     from detection.parts import FeatureMaps, Proposals
+    from detection.recipes import recorded
     from detection.selective_search import SelectiveSearch
     from detection.training.module import DetectionModule
     from detection.training.optimisation import CosineSchedule, MultiStepSchedule
@@ -101,6 +102,7 @@ _HOMES = {
         "maskrcnn_resnet50_fpn maskrcnn_resnet50_fpn_v2"
     ),
     "parts": "FeatureMaps Proposals",
+    "recipes": "recorded",
     "selective_search": "SelectiveSearch",
     "training.module": "DetectionModule",
     "training.optimisation": "CosineSchedule MultiStepSchedule",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -20,7 +20,8 @@ from detection.evaluation.results import encode_masks
 from detection.models.fast import accelerate
 from detection.models.masks import paste_masks
 from detection.models.two_stage import FasterRCNN
-from detection.recipes import describe, rebuild
+from detection.recipes import describe, rebuild, trusting
+from detection.training.checkpoints import announce_parts
 from detection.training.freezing import Freeze, Freezing, share_anew
 from detection.training.loaders import as_batch, images_per_step
 from detection.training.optimisation import (
@@ -35,10 +36,11 @@ from detection.training.optimisation import (
     translated,
 )
 from detection.training.own_metrics import OwnMetrics
-from detection.weights import check_sums, readable
+from detection.weights import NO_RECIPE, CheckpointError, check_sums, readable
 
 log = logging.getLogger(__name__)
 
+WITHOUT_RECIPE = f"{NO_RECIPE} (DetectionModule.load_from_checkpoint(path, detector=detector))"
 REFERENCE_BATCH = 16  # images: the batch that published learning rates are for
 
 
@@ -98,6 +100,8 @@ class DetectionModule(L.LightningModule):
     ) -> None:
         settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        if detector is None:
+            raise CheckpointError(WITHOUT_RECIPE)
         # From a checkpoint, which keeps plain values only, come recipes.
         detector, optimizer, schedule, metrics = (rebuild(part) for part in (detector, optimizer, schedule, metrics))
         if detector.num_classes != len(class_names) + 1:
@@ -124,18 +128,30 @@ class DetectionModule(L.LightningModule):
         self._images_seen = 0  # in evaluation, of those that bring no id of their own
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, **options: Any) -> Self:  # type: ignore[override]
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Any, trust: Iterable[str] = (), **options: Any
+    ) -> Self:
         """The module of a checkpoint, which says how to rebuild it; nothing but tensors and plain values is unpickled.
 
+        Args:
+            checkpoint_path: of the file.
+            trust: packages whose parts it may use besides this one's.
+            **options: Lightning's, and arguments of this class that take the place of those in the file.
+
         Raises:
-            CheckpointError: the file is damaged, foreign, or names anything but parts of this package.
+            CheckpointError: the file is damaged, foreign, or names parts of a package that is not trusted.
             FileNotFoundError: there is none.
         """
-        with readable(checkpoint_path):
+        with readable(checkpoint_path), trusting(trust):
             check_sums(checkpoint_path)
             saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
             older = translated(saved.get("hyper_parameters", {}))
-            return super().load_from_checkpoint(checkpoint_path, **{"weights_only": True} | older | options)
+            try:
+                return super().load_from_checkpoint(checkpoint_path, **{"weights_only": True} | older | options)
+            except TypeError as error:
+                if "'detector'" not in str(error):  # what older checkpoints lack where there was no recipe
+                    raise
+                raise CheckpointError(WITHOUT_RECIPE) from error
 
     def forward(self, images: Batch | Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Detections of each image, in its own pixels."""
@@ -157,6 +173,14 @@ class DetectionModule(L.LightningModule):
         if hasattr(self, "freezing"):
             self.freezing.hold()
         return self
+
+    def on_fit_start(self) -> None:
+        """Say what will be needed to open the checkpoints, or that they can't rebuild the detector."""
+        if self.trainer.is_global_zero:
+            parts = {"optimizer": self.optimizer, "schedule": self.schedule, "metrics": list(self.own_metrics)}
+            settings = {f"model.{name}": part for name, part in parts.items()}
+            data = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+            announce_parts(self.detector, settings | {f"data.{name}": value for name, value in data.items()})
 
     def on_train_start(self) -> None:
         self._freeze()  # in a resumed epoch, which has begun already
