@@ -67,7 +67,8 @@ class FocalLoss:
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits `(R, K)`, labels `(R,)` -> `(R,)`."""
         log_p = logits.log_softmax(dim=1).gather(1, labels[:, None]).squeeze(1)
-        return -self.weight * (1 - log_p.exp()) ** self.gamma * log_p
+        # 1 - p, never 0, where gamma below 1 would have an infinite slope
+        return -self.weight * (-torch.expm1(log_p)).clamp(min=EPSILON) ** self.gamma * log_p
 
 
 @recorded

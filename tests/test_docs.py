@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import math
 import re
 import runpy
 import shlex
@@ -22,6 +23,8 @@ from PIL import Image
 import detection
 from detection.cli.check import data_of, splits_of
 from detection.cli.fit import CONFIGS, main
+from detection.data import scenes
+from tests.runs import TINY, rows, scene_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -142,6 +145,48 @@ def test_configuration_parses(block: Block, beside: Path, capsys: pytest.Capture
     assert parse_fit(["--config", str(path)]) == 0, capsys.readouterr().err
     printed = yaml.safe_load(capsys.readouterr().out)
     assert_contained(yaml.safe_load(block.text), printed)
+
+
+def section(page: Path, heading: str) -> list[Block]:
+    """The YAML blocks of a section."""
+    text = page.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return [block for block in YAML_BLOCKS if block.page == page and block.text in text]
+
+
+LOSSES = section(DOCS / "settings.md", "Losses and sampling")
+
+
+def test_losses_that_are_shown_are_found() -> None:
+    shown = "".join(block.text for block in LOSSES)
+    for name in ("FocalLoss", "ClassWeights", "HardExampleSampler", "rpn_box_loss", "SmoothL1Loss"):
+        assert name in shown
+    assert all(len(block.text.splitlines()) < 10 for block in LOSSES)
+
+
+@pytest.mark.parametrize(
+    "block", LOSSES, ids=[b.text.splitlines()[4].split()[0].rstrip(":") + f"-{i}" for i, b in enumerate(LOSSES)]
+)
+def test_loss_or_sampler_trains(block: Block, beside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (beside / "block.yaml").write_text(block.text)
+    data = scene_flags(scenes.draw(beside, train=4, val=2))
+    short = [
+        "--trainer.max_steps",
+        "2",
+        "--data.num_workers",
+        "0",
+        "--trainer.num_sanity_val_steps",
+        "0",
+        "--wandb",
+        "off",
+    ]
+    assert main(["--config", "block.yaml", *TINY, *data, *short, "--output", "runs"]) == 0, capsys.readouterr().err
+    losses = [
+        float(row[name])
+        for row in rows(next((beside / "runs").glob("*/*")))
+        for name in row
+        if "loss" in name and row[name]
+    ]
+    assert len(losses) >= 10 and all(math.isfinite(loss) for loss in losses)
 
 
 def assert_contained(part: Any, whole: Any, where: str = "") -> None:

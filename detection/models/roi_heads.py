@@ -21,7 +21,16 @@ from torch.nn import functional as F
 from detection import losses
 from detection.batch import Batch
 from detection.boxes import BoxCoder, clip_boxes, grouped_nms, is_large_enough, soft_nms
-from detection.fitting import check_prediction, count_classes, expect, finish, run, width_of
+from detection.fitting import (
+    attribute_of,
+    check_prediction,
+    check_training,
+    count_classes,
+    expect,
+    finish,
+    run,
+    width_of,
+)
 from detection.matching import BalancedSampler, Matcher
 from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPooler
@@ -148,13 +157,13 @@ class RoIHeads(MaskBranch):
         mask_loss: Callable[..., Any] | None = None,
     ) -> None:
         box_roi_pool = box_roi_pool or RoIPooler()
-        side: int = box_roi_pool.output_size  # type: ignore[assignment]
+        side = attribute_of("box_roi_pool", box_roi_pool, "output_size")
         head = finish("box_head", box_head or TwoFCHead, in_channels, side)
         width = width_of("box_head", head, (1, in_channels, side, side), (1, "F"))
         predictor = finish("box_predictor", box_predictor or FastRCNNPredictor, width, num_classes)
         masked: tuple[nn.Module | None, nn.Module | None] = None, None
         if mask_roi_pool is not None and mask_head is not None and mask_predictor is not None:
-            size: int = mask_roi_pool.output_size  # type: ignore[assignment]
+            size = attribute_of("mask_roi_pool", mask_roi_pool, "output_size")
             wide = finish("mask_head", mask_head, in_channels)
             width = width_of("mask_head", wide, (1, in_channels, size, size), (1, "C", "o", "o"))
             masked = wide, finish("mask_predictor", mask_predictor, width, num_classes)
@@ -329,7 +338,14 @@ class RoIHeads(MaskBranch):
         expect("box_roi_pool", self.box_roi_pool, "features", pooled, (1, channels, side, side))  # type: ignore[arg-type]
         rows = run("box_head", self.box_head, "__call__", pooled)
         given = run("box_predictor", self.box_predictor, "__call__", rows)
-        check_prediction(self.box_predictor, given, count_classes(self.box_predictor))
+        check_prediction(self.box_predictor, given, self.num_classes)
+        labels = torch.zeros(2, dtype=torch.int64, device=boxes.device)
+        check_training("box_", self, self.class_loss, boxes.new_zeros((2, self.num_classes)), labels)
         if self.has_masks:
-            labels = torch.zeros((1, 1), dtype=torch.int64, device=boxes.device)
-            run("mask branch", self, "mask_logits", features, boxes, labels)
+            pooled = run("mask_roi_pool", self.mask_roi_pool, "__call__", features, boxes)
+            masks = run(
+                "mask_predictor", self.mask_predictor, "__call__", run("mask_head", self.mask_head, "__call__", pooled)
+            )
+            expect("mask_predictor", self.mask_predictor, "logits", masks, (1, self.num_classes, "m", "m"))
+            losses = run("mask_loss", self.mask_loss, "__call__", masks[:, 0].float(), masks[:, 0].float())
+            expect("mask_loss", self.mask_loss, "losses", losses, (1,))

@@ -20,7 +20,7 @@ from detection import losses
 from detection.anchors import AnchorGenerator, default_anchors
 from detection.batch import Batch
 from detection.boxes import BoxCoder, clip_boxes, grouped_nms, is_large_enough
-from detection.fitting import PartError, expect, finish, name_of, run
+from detection.fitting import PartError, check_training, expect, finish, name_of, run
 from detection.matching import BalancedSampler, Matcher
 from detection.parts import Factory2, FeatureMaps, Losses, Proposals
 from detection.recipes import recorded
@@ -114,7 +114,7 @@ class RegionProposalNetwork(nn.Module):
         super().__init__()
         self.anchor_generator = anchor_generator or default_anchors(len(strides))
         self.head = finish(
-            "rpn.head", head or RPNHead, in_channels, self.anchor_generator.num_anchors_per_location()[0]
+            "rpn_head", head or RPNHead, in_channels, self.anchor_generator.num_anchors_per_location()[0]
         )
         self.matcher: Callable[..., Any] = matcher or Matcher(
             fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches=True
@@ -257,13 +257,16 @@ class RegionProposalNetwork(nn.Module):
                 f"rpn_anchor_generator: it lays {per_cell} anchors a cell on {len(per_cell)} levels, but the backbone "
                 f"gives {len(features.maps)} feature maps: give as many sizes as levels, and as many on each"
             )
-        given = run("rpn.head", self.head, "__call__", list(features.maps))
+        given = run("rpn_head", self.head, "__call__", list(features.maps))
         lists = given if isinstance(given, tuple | list) and len(given) == 2 else ()
         if not lists or any(not isinstance(x, tuple | list) or len(x) != len(features.maps) for x in lists):
             raise PartError(
-                f"rpn.head: {name_of(self.head)} must give a list of logits and a list of deltas, one of each a level"
+                f"rpn_head: {name_of(self.head)} must give a list of logits and a list of deltas, one of each for each "
+                f"of the {len(features.maps)} maps"
             )
         for feature, logits, delta in zip(features.maps, *lists, strict=True):
             size = tuple(feature.shape[-2:])
-            expect("rpn.head", self.head, "objectness logits", logits, (1, per_cell[0], *size))
-            expect("rpn.head", self.head, "box deltas", delta, (1, 4 * per_cell[0], *size))
+            expect("rpn_head", self.head, "objectness logits", logits, (1, per_cell[0], *size))
+            expect("rpn_head", self.head, "box deltas", delta, (1, 4 * per_cell[0], *size))
+        two = features.maps[0].new_zeros(2, dtype=torch.float32)
+        check_training("rpn_", self, self.objectness_loss, two, two)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from detection.batch import Batch
 from detection.boxes import resize_boxes
-from detection.fitting import PartError, expect, name_of, run, trial
-from detection.measuring import measure
+from detection.fitting import attribute_of, check_detections, check_proposals, run, trial
+from detection.measuring import SIDE, check_maps, measure
 from detection.models.masks import paste_masks
 from detection.models.transform import ImageTransform
-from detection.parts import Detections, FeatureMaps, Losses
+from detection.parts import Detections, FeatureMaps, Losses, Proposals
 from detection.recipes import recorded
 
 
@@ -119,21 +119,20 @@ class TwoStageDetector(nn.Module):
         if batch.images.is_meta:  # tensors without values, by which no box could be chosen
             return
         with trial(self):
-            features = self.extract(batch)
-            if len(features.maps) != len(self.strides):
-                raise PartError(
-                    f"backbone: {name_of(self.backbone)} gave {len(features.maps)} maps, but declares the strides "
-                    f"{self.strides}"
-                )
+            maps = run("backbone", self.backbone, "__call__", self.transform.normalise(batch.images, batch.image_sizes))
+            check_maps(self.backbone, maps, self.strides, channels_of(self.backbone))
+            features = FeatureMaps(tuple(maps.values()), self.strides)
             for part in (self.rpn, self.roi_heads):
                 if hasattr(part, "check"):
                     part.check(features)
-            proposals, _ = run("rpn", self.rpn, "__call__", features, batch, False)
-            expect("rpn", self.rpn, "boxes", getattr(proposals, "boxes", proposals), (1, "P", 4))
-            expect("rpn", self.rpn, "valid", proposals.valid, (1, proposals.boxes.shape[1]))
-        for method in ("losses", "detect"):
-            if not callable(getattr(self.roi_heads, method, None)):
-                raise PartError(f"roi_heads: {name_of(self.roi_heads)} has no method {method}; see detection.parts")
+            given = run("rpn", self.rpn, "__call__", features, batch, False)
+            check_proposals(self.rpn, given)
+            for name in ("num_classes", "has_masks", "losses", "detect"):
+                attribute_of("roi_heads", self.roi_heads, name)
+            some = Proposals(given[0].boxes[:, :2], given[0].scores[:, :2], given[0].valid[:, :2])
+            check_detections(
+                self.roi_heads, run("roi_heads", self.roi_heads, "detect", features, some, batch.image_sizes)
+            )
 
     def for_inference(self, device: torch.device | str | None = None) -> TwoStageDetector:
         """A faster copy for detection alone, see `detection.models.fast.for_inference`.
@@ -173,10 +172,10 @@ def channels_of(backbone: nn.Module) -> int:
 
 
 def _blank_batch(device: torch.device) -> Batch:
-    """One black image of 64 x 64 pixels without objects, and one proposal."""
-    size, nothing = torch.tensor([[64, 64]], device=device), torch.zeros((1, 1, 4), device=device)
+    """One black square image without objects, and one proposal."""
+    size, nothing = torch.tensor([[SIDE, SIDE]], device=device), torch.zeros((1, 1, 4), device=device)
     some = torch.ones((1, 1), dtype=torch.bool, device=device)
-    images = torch.zeros((1, 3, 64, 64), dtype=torch.uint8, device=device)
+    images = torch.zeros((1, 3, SIDE, SIDE), dtype=torch.uint8, device=device)
     return Batch(images, size, nothing, size[:, :1], ~some, size, proposals=nothing + 32, proposals_valid=some)
 
 

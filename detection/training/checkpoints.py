@@ -7,12 +7,12 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning import LightningDataModule
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -151,15 +151,14 @@ def _newest_run(parent: Path) -> Path | None:
     return max(runs, key=lambda run: (run[0][1], int(run[0][2] or 0)))[1] if runs else None
 
 
-def announce_parts(detector: Any, data: LightningDataModule | None) -> None:
+def announce_parts(detector: Any, settings: Mapping[str, Any]) -> None:
     """Warn of parts that no recipe describes, as checkpoints can't make them again; name the packages to trust.
 
     Args:
         detector: that is about to train.
-        data: whose settings the checkpoints keep too.
+        settings: what else the checkpoints keep, by name.
     """
-    settings = {f"data.{name}": value for name, value in (data.hparams if data is not None else {}).items()}
-    parts = {"": detector} | settings
+    parts = {"": detector} | dict(settings)
     problems = [blame(part, name) for name, part in parts.items() if describe(part) is NotImplemented]
     lost = [f"{name.lstrip('.') or 'the detector'}: {kind}" for found in problems for name, kind in found.items()]
     if lost:

@@ -179,6 +179,14 @@ class DetectionModule(L.LightningModule):
             self.freezing.hold()
         return self
 
+    def on_fit_start(self) -> None:
+        """Say what will be needed to open the checkpoints, or that they can't rebuild the detector."""
+        if self.trainer.is_global_zero:
+            parts = {"optimizer": self.optimizer, "schedule": self.schedule, "metrics": list(self.own_metrics)}
+            settings = {f"model.{name}": part for name, part in parts.items()}
+            data = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+            announce_parts(self.detector, settings | {f"data.{name}": value for name, value in data.items()})
+
     def on_train_start(self) -> None:
         self._freeze()  # in a resumed epoch, which has begun already
 
