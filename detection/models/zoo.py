@@ -75,7 +75,7 @@ def fasterrcnn_resnet_fpn(
     norms: Any = {"norm": _norm(norm, weights), "fpn_norm": fpn_norm}
     backbone = resnet_fpn(backbone_name, weights_backbone, trainable_backbone_layers, **norms, pyramid=pyramid)
     model = faster_rcnn(backbone, _count(num_classes, class_names), **kwargs)
-    return _finish(model, weights_backbone, weights, published, class_names)
+    return load_weights(model, weights_backbone, weights, published, class_names)
 
 
 @rebuildable
@@ -190,7 +190,7 @@ def cascadercnn_resnet_fpn(
     layers, norm = trainable_backbone_layers, _norm(norm, weights)
     backbone = resnet_fpn(backbone_name, weights_backbone, layers, norm, pyramid=pyramid)
     model = cascade_rcnn(backbone, _count(num_classes, class_names), **kwargs)
-    return _finish(model, weights_backbone, weights, class_names=class_names)
+    return load_weights(model, weights_backbone, weights, class_names=class_names)
 
 
 @rebuildable
@@ -219,7 +219,7 @@ def fasterrcnn_mobilenet_v3_large_fpn(
     """
     backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights), pyramid)
     model = faster_rcnn(backbone, _count(num_classes, class_names), rpn_score_thresh=rpn_score_thresh, **kwargs)
-    return _finish(model, weights_backbone, weights, published, class_names)
+    return load_weights(model, weights_backbone, weights, published, class_names)
 
 
 @rebuildable
@@ -276,7 +276,7 @@ def fasterrcnn_efficientnet_lite0_fpn(
         weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers, pyramid
     )
     model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, image_mean=image_mean, image_std=image_std, **kwargs)
-    return _finish(model, weights_backbone)
+    return load_weights(model, weights_backbone)
 
 
 @rebuildable
@@ -320,7 +320,7 @@ def cascadercnn_efficientnet_lite0_fpn(
         weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers, pyramid
     )
     model = cascade_rcnn(backbone, num_classes or COCO_CATEGORIES, image_mean=image_mean, image_std=image_std, **kwargs)
-    return _finish(model, weights_backbone)
+    return load_weights(model, weights_backbone)
 
 
 @recorded
@@ -349,7 +349,7 @@ def fasterrcnn_timm_fpn(
     """
     layers, parts = trainable_backbone_layers, (pyramid, window_size)
     backbone = timm_fpn(backbone_name, weights_backbone, layers, norm, fpn_norm, fpn_channels, None, *parts)
-    model = _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone)
+    model = load_weights(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone)
     if backbone.resolved:
         model.resolved["trainable_backbone_layers"] = backbone.resolved["trainable_layers"]
     return model
@@ -380,7 +380,7 @@ def _count(num_classes: int | None, class_names: Sequence[str] | None) -> int:
     return num_classes or (len(class_names) + 1 if class_names else COCO_CATEGORIES)
 
 
-def _finish(
+def load_weights(
     model: TwoStageDetector,
     backbone: Weights,
     weights: Weights = None,

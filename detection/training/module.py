@@ -167,11 +167,6 @@ class DetectionModule(L.LightningModule):
         if self.compiled and stage == "fit":
             compile_parts(self.detector)
 
-    def on_fit_start(self) -> None:
-        """Say what will be needed to open the checkpoints, or that they can't rebuild the detector."""
-        if self.trainer.is_global_zero:
-            announce_parts(self.detector, getattr(self.trainer, "datamodule", None))
-
     def train(self, mode: bool = True) -> Self:
         """As of any module, but frozen parts keep their statistics."""
         super().train(mode)
