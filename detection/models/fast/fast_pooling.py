@@ -19,7 +19,10 @@ from detection.models.pooling import RoIPooler
 
 
 class CanvasPooler(RoIPooler):
-    """All levels lie side by side on one canvas, so that one `roi_align` call serves all regions."""
+    """All levels lie side by side on one canvas, so that one `roi_align` call serves all regions.
+
+    Boxes must lie inside the image, as those of a detector and of a `Batch` do: beyond a map there is another one.
+    """
 
     def pool(self, maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, levels: Tensor) -> Tensor:
         """As `RoIPooler.pool`."""
