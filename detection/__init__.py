@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from detection.data.datamodule import DetectionDataModule
     from detection.data.proposals import ProposalFiles, SearchedProposals
     from detection.inference import Detections, Detector, Tiles
+    from detection.inference.tta import TestTimeAugmentation
     from detection.interop import detector_for_classes, load_detector, save_detector
     from detection.losses import CIoULoss, GIoULoss
     from detection.matching import BalancedSampler, Matcher
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     )
     from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor, RoIHeads, TwoFCHead
     from detection.models.rpn import RegionProposalNetwork, RPNHead
-    from detection.models.tta import TestTimeAugmentation
     from detection.models.two_stage import FasterRCNN
     from detection.models.zoo import (
         cascadercnn_efficientnet_lite0_fpn,
@@ -83,7 +83,7 @@ _HOMES = {
     ),
     "models.roi_heads": "ConvFCHead FastRCNNPredictor RoIHeads TwoFCHead",
     "models.rpn": "RPNHead RegionProposalNetwork",
-    "models.tta": "TestTimeAugmentation",
+    "inference.tta": "TestTimeAugmentation",
     "models.two_stage": "FasterRCNN",
     "models.zoo": (
         "cascadercnn_efficientnet_lite0_fpn cascadercnn_resnet50_fpn create_faster_rcnn "

@@ -31,7 +31,7 @@ from detection.data.images import EXTENSIONS, read_image
 from detection.data.records import DataError
 from detection.errors import RunError
 from detection.inference import Detections, Detector
-from detection.models.tta import TestTimeAugmentation
+from detection.inference.tta import TestTimeAugmentation
 from detection.models.two_stage import FasterRCNN
 from detection.visualize import class_colour, draw_objects
 

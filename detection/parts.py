@@ -3,7 +3,7 @@
 Any class that keeps its contract is a part, yours as well as ours: there is no base class and no registry. A part is
 given to a builder as an object, or as a factory (a class, `functools.partial`, or in YAML a `class_path` without the
 arguments in question), which the builder calls with what only it knows; `Made by` names these arguments, in order. What
-does not fit is refused when the detector is built, see `detection.models.fitting`.
+does not fit is refused when the detector is built, see `detection.fitting`.
 
 Shape shorthand:
     B: images     H, W: padded height and width     h, w: cells of a map     L: levels     C: channels
@@ -17,11 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
 from detection.batch import Batch
+
+if TYPE_CHECKING:  # models know nothing of data
+    from detection.data.records import Index
 
 Losses = dict[str, Tensor]
 Detections = list[dict[str, Tensor]]
@@ -223,4 +227,16 @@ class RoIHeadsPart(Protocol):
 
     def detect(self, features: FeatureMaps, proposals: Proposals, image_sizes: Tensor) -> Detections:
         """Of each image `boxes` `(D, 4)` inside it, `labels` `(D,)` from 1 on and `scores` `(D,)`, best first."""
+        ...
+
+
+class Reader(Protocol):
+    """Annotations as the user has them -> records. A function will do; `data.reader` takes it in place of a format."""
+
+    def __call__(self, root: Path, split: str) -> Index:
+        """The folder of the data set, and the name of a split (`data.train_split`, ...) -> its images and objects.
+
+        All splits may have their own lists of classes: labels are translated into those of the training split by name.
+        What is repaired or left out is noted in the index's `defects`; what can't be used is a `DataError`.
+        """
         ...

@@ -38,6 +38,7 @@ HARMLESS = {
     "torch.optim": ("torch.optim", "Optimizer"),
     "torch.optim.lr_scheduler": ("torch.optim.lr_scheduler", "LRScheduler"),
     "torchmetrics": ("torchmetrics", "Metric"),
+    "albumentations.core.composition": ("albumentations", "BaseCompose"),
     "albumentations": ("albumentations", "BasicTransform"),
 }
 NEVER = {"None", *sys.stdlib_module_names}  # is no part of a detector, so the advice to trust it would be a bad one
@@ -78,6 +79,12 @@ def recorded(maker: Made) -> Made:
 
     build.is_recorded = True  # type: ignore[attr-defined]
     return build  # type: ignore[return-value]
+
+
+def rebuildable(builder: Made) -> Made:
+    """Decorate a function that only fixes arguments of a recorded builder, whose recipe stays."""
+    builder.is_recorded = True  # type: ignore[attr-defined]
+    return builder
 
 
 def note(made: Any, path: str, arguments: Mapping[str, Any]) -> None:

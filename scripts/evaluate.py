@@ -16,8 +16,8 @@ from detection.errors import complaint
 from detection.evaluation.collect import CollectDetections
 from detection.evaluation.mean_ap import Backend, MeanAP
 from detection.evaluation.report import write_evaluation
-from detection.models.weights import readable
 from detection.training.module import DetectionModule
+from detection.weights import readable
 
 
 def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None = None, output: Path | None = None,

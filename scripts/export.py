@@ -12,7 +12,7 @@ from detection.data.records import DataError
 from detection.inference.sources import Images, open_source
 from detection.interop import CheckpointError, load_detector
 from detection.interop.export import ExportError, compare, onnx_runner, to_onnx, to_torch, torch_runner, write_facts
-from detection.models.weights import read_saved
+from detection.weights import read_saved
 
 
 def main(ckpt: Path, output: Path, images: str | None = None, count: int = 20, compiled: bool = False,

@@ -11,7 +11,7 @@ from detection.data.records import DataError
 from detection.inference import Detector, Tiles, predict
 from detection.inference.detector import Precision
 from detection.inference.sources import open_source
-from detection.models.weights import CheckpointError
+from detection.weights import CheckpointError
 
 
 def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thresh: float = 0.5,

@@ -10,6 +10,7 @@ import runpy
 import shlex
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,6 +20,7 @@ import yaml
 from PIL import Image
 
 import detection
+from detection.cli.check import data_of, splits_of
 from detection.cli.fit import CONFIGS, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,14 +74,17 @@ class Parsed(Exception):  # noqa: N818
 
 
 @pytest.fixture
-def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the configurations that the pages give a name."""
-    for block in YAML_BLOCKS:
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the configurations and modules that the pages give a name; what it holds can be imported."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for block in [*YAML_BLOCKS, *blocks("python")]:
         if block.title:
             (tmp_path / block.title).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / block.title).write_text(block.text)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    for block in blocks("python"):
+        sys.modules.pop(block.title.removesuffix(".py"), None)
 
 
 def test_there_is_something_to_test() -> None:
@@ -187,6 +192,24 @@ def test_python_names_what_exists(block: Block) -> None:
             module = importlib.import_module(node.module or "")
             missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
             assert not missing, f"{block.page.name}: {node.module} has no {missing}"
+
+
+def test_the_reader_of_the_tutorial_reads(beside: Path) -> None:
+    """Two images in a table, checked and made into a batch by the configuration that stands beside it."""
+    (beside / "my_data").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (60, 40)).save(beside / "my_data" / name)
+    for split in ("train", "val"):
+        (beside / "my_data" / f"{split}.csv").write_text(
+            "a.png;dog;1;2;30.5;40\nb.png;cat;5;5;60;20\na.png;cat;0;0;9;9\n"
+        )
+    data = data_of(beside / "my_table.yaml")
+    assert data.class_names == ["cat", "dog"]
+    records = splits_of(data)["train"]().records
+    assert [r.labels.tolist() for r in records] == [[2, 1], [1]] and records[0].boxes[0].tolist() == [1, 2, 30.5, 40]
+    data.hparams["num_workers"] = 0
+    data.setup("fit")
+    assert int(next(iter(data.val_dataloader())).gt_valid.sum()) == 3
 
 
 def test_reference_has_every_public_name_and_module() -> None:

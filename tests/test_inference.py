@@ -25,8 +25,8 @@ from detection.inference import Detections, Detector, Tiles, predict
 from detection.inference.run import detect_tiled
 from detection.inference.sources import open_source
 from detection.inference.tiles import shift_mask
-from detection.models.weights import CheckpointError
 from detection.training.module import encode_detections
+from detection.weights import CheckpointError
 
 NAMES = ("red", "blue")
 

@@ -137,7 +137,7 @@ def test_defaults_are_written_down() -> None:
         "detection.models.zoo.nn",
         "detection.models.zoo.FrozenBatchNorm2d",
         "detection.models.zoo.reference.fasterrcnn_resnet50_fpn",
-        "detection.models.weights.read_tensors",
+        "detection.weights.read_tensors",
         "detection.data.writers.write_coco",
         "detection.models.zoo.nothing",
         "detection.nowhere.nothing",

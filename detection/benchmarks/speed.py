@@ -21,6 +21,7 @@ from detection.benchmarks.peers import TorchvisionDetector
 from detection.models import norms, zoo
 from detection.models.backbones import efficientnet_lite0_fpn
 from detection.models.compose import COCO_CATEGORIES
+from detection.models.two_stage import TwoStageDetector
 
 Network = Literal["resnet50", "efficientnet_lite0"]
 Mode = Literal["train", "infer"]
@@ -125,7 +126,7 @@ def contenders(
     }
 
 
-def _build(network: Network, size: int, classes: int) -> tuple[nn.Module, zoo.FasterRCNN]:
+def _build(network: Network, size: int, classes: int) -> tuple[nn.Module, TwoStageDetector]:
     """The detector of torchvision and ours, with the same weights."""
     sizes = {"min_size": size, "max_size": size}  # torchvision resizes by them even where it has nothing to do
     if network == "resnet50":

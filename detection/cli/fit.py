@@ -30,7 +30,7 @@ from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
 from detection.errors import RunError, explain
 from detection.models import relatives, zoo
-from detection.recipes import name_only_known
+from detection.recipes import EVERYTHING, import_from_working_directory, name_only_known, rebuild
 from detection.training import tuning
 from detection.training.callbacks import Bar, PredictionPictures, Results, Throughput
 from detection.training.checkpoints import RUN_FOLDER, KeepBest, WholeFiles, start
@@ -169,7 +169,7 @@ class FitCLI(LightningCLI):
         self.folder, self.checkpoint = start(self.config.resume, Path(self.config.output) / self.config.name)
         if self.config.find:  # under a name that `--resume auto` does not take for a run
             self.folder = self.folder.with_name(f"{self.folder.name}_find_{self.config.find}")
-        self.datamodule = DetectionDataModule(**self.config.data.as_dict())
+        self.datamodule = DetectionDataModule(**rebuild(self.config.data.as_dict(), trust=(EVERYTHING,)))
         config = self.config.clone()
         fit_detector_to_data(config.model.detector, self.datamodule)
         self.config_init = self.parser.instantiate(config)
@@ -265,7 +265,7 @@ def expand(args: Sequence[str]) -> list[str]:
         if flag in ("--model.detector", "--model.detector.class_path") and home is not None:
             value = f"{home.__name__}.{value}"
         expanded.append(f"{flag}{equals}{value}" if arg.startswith("-") else value)
-        if flag.startswith(("--trainer.", "--model.", "--data.proposals")):
+        if flag.startswith(("--trainer.", "--model.", "--data.proposals", "--data.reader", "--data.augmentations")):
             own.append(value)
         previous = arg
         if flag == "--resume" and value != "auto":
@@ -317,6 +317,7 @@ MISLEADING = (
     ".*does not have many workers.*",  # more than the cores of this machine would be slower
     ".*It is recommended to use `self.log.*sync_dist=True.*",  # the metric is the same on every rank
     "(?s).*Jsonargparse|.*skip_none parameter was deprecated.*",  # Lightning's own calls
+    "(?s).*Dump of a value that does not round-trip: a tuple.*",  # defaults of albumentations, which takes lists too
     ".*isinstance.treespec, LeafSpec.* is deprecated.*",
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*Experiment logs directory .* exists and is not empty.*",
@@ -343,6 +344,7 @@ def set_up_output() -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 2 for a mistake in flags, configuration or data, 75 for a signal."""
     set_up_output()
+    import_from_working_directory()
     try:
         cli = FitCLI(sys.argv[1:] if args is None else args)
     except (ValueError, FileNotFoundError) as error:

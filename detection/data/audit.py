@@ -130,15 +130,15 @@ def audit(name: str, read: Callable[[], Index], grid: Grid | None = None) -> Aud
     return Audit(name, index, defects, statistics(index), _fit(index, grid), contents)
 
 
-def look_across(audits: list[Audit], root: Path, kind: str) -> None:
+def look_across(audits: list[Audit], root: Path | None, kind: str | None) -> None:
     """Add what only the splits together show to the last audit: images that are in two of them, or twice in a list.
 
     Args:
         audits: one a split; VOC may have just one of all files, its lists are read from `ImageSets/Main`.
-        root, kind: as for `find_splits`.
+        root, kind: as for `find_splits`; None where a configuration names the splits.
     """
     splits: dict[str, dict[str, str]] = {found.name: found.contents for found in audits}
-    if kind == "voc":
+    if kind == "voc" and root is not None:
         lists = voc.split_lists(root)
         for name, stems in lists.items():
             copies = [stem for stem, count in Counter(stems).items() if count > 1]

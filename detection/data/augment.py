@@ -1,31 +1,24 @@
-"""Augmentation and resizing of one image with its objects: every albumentations call of the project.
+"""Augmentation and framing of one image with its objects: what is shown of it, how large, and which way round.
 
-Images stay uint8 (H, W, 3) from the file to the device, where the model normalises them once. Whatever moves pixels
-(views, flips, mosaics) is written here for image, boxes and masks at once, and names the objects that are left by their
-index, by which the caller picks labels: no two per-object arrays can fall out of step. Albumentations changes colours;
-its bookkeeping of boxes takes half a millisecond an image for a flip of 0.2, beside 1.1 for decoding. Resizing comes
-last and only its outcome is decided here: `collate` resizes straight into the batch.
-
-Albumentations 2.0.8 (the last MIT release) keeps a random generator inside the pipeline, which a fork copies to every
-worker and every epoch. Here the pipeline is given a fresh generator for every sample instead. It is *one* generator
-for all transforms: `Compose.set_random_seed` would give each transform the same seed, so that images which become
-brighter would always become redder too.
+Images stay uint8 (H, W, 3) from the file to the device, which normalises them once. A pipeline of albumentations comes
+first, where there is one (`detection.data.pipeline`). Flips and framing are written here, for image, boxes and masks at
+once, because albumentations spends half a millisecond on the boxes of each image, while decoding it takes one. Both say
+by its index which object each box is, so that labels can't fall out of step with boxes. Resizing comes last: here its
+size is chosen, and `collate` resizes straight into the batch.
 """
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before the import, which otherwise asks the network for a new version
-
-import albumentations as A
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from detection.data.pipeline import ROUNDING, Pipeline, Step, colour_steps
 
 
 def resized_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
@@ -50,6 +43,13 @@ class View(NamedTuple):
         scale = np.array([self.size[1] / (x2 - x1), self.size[0] / (y2 - y1)] * 2, dtype=np.float32)
         moved = (boxes - np.array([x1, y1] * 2, dtype=np.float32)) * scale
         return np.asarray(moved.clip(0, np.array(self.size[::-1] * 2, dtype=np.float32)))
+
+    def shares(self, boxes: NDArray[np.float32], shown: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The share of each box `(N, 4)` of the image that is left in `shown`, which `boxes` gave: `(N,)`."""
+        x1, y1, x2, y2 = self.window
+        scale = self.size[0] * self.size[1] / ((x2 - x1) * (y2 - y1))
+        whole, left = ((b[:, 2:] - b[:, :2]).prod(axis=1) for b in (boxes, shown))
+        return np.asarray(left / np.maximum(whole * scale, 1e-12))
 
     def masks(self, masks: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Masks `(N, H, W)` of the image as `(N, *size)`, each pixel the nearest."""
@@ -181,21 +181,23 @@ class Transform:
 
     Args:
         framing: chooses what is shown of the image and how large, after everything else.
-        steps: albumentations transforms that change colours only, applied in order before that.
+        steps: albumentations transforms of any kind, applied in order before flips and framing.
         flips: probability of a horizontal and of a vertical flip.
         min_box_side: boxes that end up thinner than this many pixels are dropped.
+        min_visibility: boxes of which `steps` and `framing` leave less than this share are dropped.
     """
 
     def __init__(
         self,
         framing: Framing,
-        steps: Sequence[A.ImageOnlyTransform] = (),
+        steps: Sequence[Step] = (),
         flips: tuple[float, float] = (0.0, 0.0),
         min_box_side: float = 1.0,
+        min_visibility: float = 0.0,
     ) -> None:
         self.framing, self.flips = framing, flips
-        self.min_box_side = min_box_side
-        self._compose = A.Compose(list(steps)) if steps else None
+        self.min_box_side, self.min_visibility = min_box_side, min_visibility
+        self._pipeline = Pipeline(steps, min_visibility) if steps else None
 
     def __call__(
         self,
@@ -211,17 +213,23 @@ class Transform:
             boxes: `(N, 4)` xyxy pixels; degenerate ones are dropped.
             masks: `(N, H, W)` uint8 0/1.
             seed: decides every random choice; the same seed gives the same result in any process.
+
+        Raises:
+            DataError: a step does not take this image.
         """
         rng = random.Random(seed)
-        if self._compose is not None:
-            self._compose.set_random_state(np.random.default_rng(seed), rng)
-            image = self._compose(image=image)["image"]
+        given, shares = np.arange(len(boxes)), np.ones(len(boxes), np.float32)
+        if self._pipeline is not None:
+            image, boxes, masks, given, shares = self._pipeline(image, boxes, masks, seed, rng)
         flip_x, flip_y = (rng.random() < chance for chance in self.flips)
         view = self.framing(image.shape[0], image.shape[1], rng)
         x1, y1, x2, y2 = view.window
-        boxes = view.boxes(boxes)
-        kept = np.flatnonzero((boxes[:, 2:] - boxes[:, :2] >= self.min_box_side).all(axis=1))
-        out = Augmented(image[y1:y2, x1:x2], view.size, boxes[kept], kept)
+        shown = view.boxes(boxes)
+        left = (shown[:, 2:] - shown[:, :2] >= self.min_box_side).all(axis=1)
+        if self.min_visibility:
+            left &= shares * view.shares(boxes, shown) >= self.min_visibility - ROUNDING
+        kept = np.flatnonzero(left)
+        out = Augmented(image[y1:y2, x1:x2], view.size, shown[kept], given[kept])
         if masks is not None:
             crops, windows = crop_masks(masks[kept], out.boxes, view)
             out = out._replace(masks=crops, windows=windows)
@@ -239,93 +247,6 @@ def resize_into(image: NDArray[np.uint8], planes: NDArray[np.uint8]) -> None:
         cv2.resize(source, (width, height), dst=plane, interpolation=cv2.INTER_LINEAR)
 
 
-class Picture(NamedTuple):
-    """An image with its objects.
-
-    Attributes:
-        image: `(H, W, 3)` uint8 RGB.
-        boxes: `(N, 4)` float32 xyxy pixels.
-        labels: `(N,)` int64.
-        masks: `(N, H, W)` uint8 0/1, or None.
-    """
-
-    image: NDArray[np.uint8]
-    boxes: NDArray[np.float32]
-    labels: NDArray[np.int64]
-    masks: NDArray[np.uint8] | None
-
-
-def mosaic(pictures: Sequence[Picture], rng: random.Random) -> Picture:
-    """Four pictures as one of the first one's size (Bochkovskiy et al. 2020, section 3.3).
-
-    They meet at a random point of the middle; each fills its quarter, scaled by the smallest factor that does, cut at
-    random where it is longer. Objects keep what is left of their boxes; those of which nothing is left have empty ones.
-    """
-    height, width = pictures[0].image.shape[:2]
-    x, y = (round(side * rng.uniform(0.3, 0.7)) for side in (width, height))
-    quarters = [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
-    canvas, boxes, masks = np.empty_like(pictures[0].image), [], []
-    for picture, (x1, y1, x2, y2) in zip(pictures, quarters, strict=True):
-        h, w = picture.image.shape[:2]
-        scale = max((y2 - y1) / h, (x2 - x1) / w)
-        cut_h, cut_w = (min(n, max(1, round(m / scale))) for n, m in ((h, y2 - y1), (w, x2 - x1)))
-        left, top = rng.randint(0, w - cut_w), rng.randint(0, h - cut_h)
-        view = View((left, top, left + cut_w, top + cut_h), (y2 - y1, x2 - x1))
-        part = picture.image[top : top + cut_h, left : left + cut_w]
-        canvas[y1:y2, x1:x2] = cv2.resize(part, (x2 - x1, y2 - y1), interpolation=cv2.INTER_LINEAR)
-        boxes.append(view.boxes(picture.boxes) + np.array([x1, y1] * 2, dtype=np.float32))
-        if picture.masks is not None:
-            masks.append(np.zeros((len(picture.boxes), height, width), np.uint8))
-            masks[-1][:, y1:y2, x1:x2] = view.masks(picture.masks)
-    labels = np.concatenate([picture.labels for picture in pictures])
-    return Picture(canvas, np.concatenate(boxes), labels, np.concatenate(masks) if masks else None)
-
-
-PASTE_SCALES = (0.5, 2.0)  # of the picture that gives, fitted into the one that takes
-
-
-def copy_paste(picture: Picture, other: Picture, rng: random.Random) -> Picture:
-    """Some objects of another picture, cut out by their masks and pasted onto this one (Ghiasi et al. 2021, section 3).
-
-    The other picture is scaled at random and laid at a random place first. What is covered loses that part of its mask,
-    and its box shrinks to the rest; objects of which nothing is left have empty boxes.
-
-    Args:
-        picture, other: both with masks.
-        rng: chooses the objects, at least one of those there are, and where they go.
-    """
-    if picture.masks is None or other.masks is None:
-        raise ValueError("copy-paste cuts objects out by their masks, but the pictures have none")
-    if not len(other.boxes):
-        return picture
-    height, width = picture.image.shape[:2]
-    chosen = sorted(rng.sample(range(len(other.boxes)), rng.randint(1, len(other.boxes))))
-    view = ScaleJitter(max(height, width), PASTE_SCALES)(other.image.shape[0], other.image.shape[1], rng)
-    h, w = min(view.size[0], height), min(view.size[1], width)
-    y, x = rng.randint(0, height - h), rng.randint(0, width - w)
-    x1, y1, x2, y2 = view.window
-    layer = cv2.resize(other.image[y1:y2, x1:x2], view.size[::-1], interpolation=cv2.INTER_LINEAR)[:h, :w]
-    pasted = np.zeros((len(chosen), height, width), np.uint8)
-    pasted[:, y : y + h, x : x + w] = view.masks(other.masks[chosen])[:, :h, :w]
-    covered = np.asarray(pasted.any(axis=0))
-    image, boxes, masks = picture.image.copy(), picture.boxes.copy(), picture.masks * ~covered
-    image[y : y + h, x : x + w][covered[y : y + h, x : x + w]] = layer[covered[y : y + h, x : x + w]]
-    hit = (masks != picture.masks).any(axis=(1, 2))
-    boxes[hit] = _boxes_of(masks[hit])
-    return Picture(
-        image,
-        np.concatenate([boxes, _boxes_of(pasted)]),
-        np.concatenate([picture.labels, other.labels[chosen]]),
-        np.concatenate([masks, pasted]),
-    )
-
-
-def _boxes_of(masks: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Boxes `(N, 4)` of masks `(N, H, W)`; of an empty mask `(0, 0, 0, 0)`."""
-    corners = [(x, y, x + w, y + h) for x, y, w, h in map(cv2.boundingRect, masks)]
-    return np.array(corners, np.float32).reshape(-1, 4)
-
-
 def eval_transform(min_size: int = 800, max_size: int = 1333) -> Transform:
     """Resize only, by torchvision's rule: the pipeline of validation, test and prediction."""
     return Transform(ShortSide((min_size,), max_size))
@@ -338,6 +259,8 @@ def train_transform(
     vflip: float = 0.0,
     photometric: float = 0.0,
     scale_jitter: tuple[float, float] | None = None,
+    augmentations: Sequence[Step] = (),
+    min_visibility: float = 0.0,
 ) -> Transform:
     """The pipeline of training.
 
@@ -347,15 +270,11 @@ def train_transform(
         hflip, vflip: probability of a horizontal, a vertical flip.
         photometric: probability of each of the brightness and contrast, hue and saturation, and gamma changes.
         scale_jitter: range of factors for large-scale jitter into `max_size` x `max_size`; `min_size` then has no say.
+        augmentations: albumentations transforms, applied in order before all others.
+        min_visibility: objects of which augmentations and jitter leave less than this share of their box are dropped.
     """
-    steps: list[A.ImageOnlyTransform] = []
-    if photometric:
-        steps = [
-            A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.3, p=photometric),
-            A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=40, val_shift_limit=0, p=photometric),
-            A.RandomGamma(gamma_limit=(70, 140), p=photometric),
-        ]
+    steps = [*augmentations, *(colour_steps(photometric) if photometric else ())]
     framing: Framing = ShortSide((min_size,) if isinstance(min_size, int) else tuple(min_size), max_size)
     if scale_jitter:
         framing = ScaleJitter(max_size, scale_jitter)
-    return Transform(framing, steps, (hflip, vflip))
+    return Transform(framing, steps, (hflip, vflip), min_visibility=min_visibility)

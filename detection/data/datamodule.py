@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from inspect import isclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,18 +20,18 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from detection.batch import Batch
 from detection.data import scenes
 from detection.data.augment import eval_transform, train_transform
-from detection.data.coco import read_coco
 from detection.data.dataset import DetectionDataset, Sample, collate
+from detection.data.pipeline import Step, check_steps, moving, recipe_of
 from detection.data.proposals import ProposalCache, ProposalSource
-from detection.data.records import DataError, Index, merge, relabel
+from detection.data.reading import Known, Stage, check_split, describe, read_split
+from detection.data.records import DataError, Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
-from detection.data.voc import read_voc
 from detection.data.workers import init_worker
-from detection.data.yolo import read_yolo
+from detection.parts import Reader
+from detection.recipes import describe as plain
 from detection.recipes import rebuild
 
 log = logging.getLogger(__name__)
-Stage = Literal["train", "val", "test"]
 
 
 class TrainLoader(DataLoader[Sample]):
@@ -97,16 +98,21 @@ class DetectionDataModule(L.LightningDataModule):
 
     Args:
         root: folder of the data set. With `format: scenes`, where to draw them; None for a folder in the user's cache.
-        format: how the annotations are written.
-        train_split, val_split, test_split: VOC and YOLO: the split's name; for VOC also of several folders in `root`,
-            as in `VOC2007:trainval+VOC2012:trainval`. COCO: the annotation file, relative to `root`. `test_split` None
-            is the validation split.
+        format: how the annotations are written, where there is no `reader`.
+        reader: what reads annotations of another kind, see `detection.parts.Reader`.
+        train_split, val_split, test_split: VOC, YOLO and a reader: the split's name; for VOC also of several folders in
+            `root`, as in `VOC2007:trainval+VOC2012:trainval`. COCO: the annotation file, relative to `root`.
+            `test_split` None is the validation split.
         train_images, val_images, test_images: COCO only: folder of the split's images, relative to `root`.
         classes: foreground classes in the order of their labels; None takes all of the training split.
         batch_size: images a batch, on each device.
         num_workers: loader processes on each device; 0 loads in the main process.
         min_size: short side in pixels; a list draws one for each training image and evaluates at the largest.
         max_size: cap of the long side in pixels.
+        augmentations: albumentations transforms of training images, with their boxes and masks, in order; flips and
+            resizing come after them.
+        min_visibility: training objects of which augmentations and jitter leave less than this share of their box are
+            dropped.
         hflip, vflip, photometric: probability of each, see `train_transform`.
         scale_jitter: large-scale jitter's range of factors, e.g. `[0.1, 2.0]`; off when None.
         scale_jitter_size: side of the square that the jitter fills, in pixels; None is `max_size`.
@@ -141,6 +147,8 @@ class DetectionDataModule(L.LightningDataModule):
         num_workers: int = 2,
         min_size: int | list[int] = 160,
         max_size: int = 320,
+        augmentations: list[Step] | None = None,
+        min_visibility: float = 0.0,
         hflip: float = 0.5,
         vflip: float = 0.0,
         photometric: float = 0.0,
@@ -158,10 +166,14 @@ class DetectionDataModule(L.LightningDataModule):
         max_unreadable: int = 10,
         seed: int = 0,
         timeout: int = 50,
+        reader: Reader | None = None,
     ) -> None:
         super().__init__()
-        if root is None and format != "scenes":
-            raise ValueError(f"format '{format}' needs root, the folder of the data set")
+        if root is None and (format != "scenes" or reader is not None):
+            kind = f"format '{format}'" if reader is None else "a reader"
+            raise ValueError(f"{kind} needs root, the folder of the data set")
+        if reader is not None and format != "scenes":
+            raise ValueError(f"data.reader reads in place of data.format: leave format '{format}' out")
         sizes = [min_size] if isinstance(min_size, int) else min_size
         if batch_size < 1 or max_size < 1 or not sizes or min(sizes) < 1:
             raise ValueError(f"batch_size {batch_size}, min_size {min_size} and max_size {max_size} must be positive")
@@ -169,13 +181,24 @@ class DetectionDataModule(L.LightningDataModule):
             raise ValueError(f"size_divisible {size_divisible} must be a multiple of 32, the coarsest stride")
         if proposals and (mosaic or masks):
             raise ValueError("proposals go with neither mosaics nor masks: leave `mosaic` and `masks` out")
+        if not 0 <= min_visibility <= 1:
+            raise ValueError(f"min_visibility {min_visibility} must be a share, from 0 to 1")
         # Plain values, as a checkpoint and the command line have them, stand in for the part itself.
         self.proposals: ProposalSource | None = rebuild(proposals) if isinstance(proposals, Mapping) else proposals
         proposals = getattr(proposals, "recipe", proposals)
+        self.augmentations: list[Step] = rebuild(augmentations or [])
+        check_steps(self.augmentations)
+        if proposals and (names := moving(self.augmentations)):
+            raise ValueError(
+                f"proposals would no longer fit after {names[0]}: leave it out, or use hflip and scale_jitter"
+            )
+        augmentations = [recipe_of(step) for step in self.augmentations]  # type: ignore[misc]
+        self.reader: Reader | None = rebuild(reader) if isinstance(reader, Mapping) else reader
+        reader = _recipe_of_reader(self.reader)
         self.save_hyperparameters()
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
-        self._known: tuple[tuple[str, ...], tuple[int, ...]] | None = None
+        self._known: Known | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -189,22 +212,22 @@ class DetectionDataModule(L.LightningDataModule):
 
     def _classes(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
         if self._known is None:
-            if self.hparams["format"] == "scenes":
+            if self._draws_scenes:
                 self._known = scenes.CLASSES, tuple(range(1, len(scenes.CLASSES) + 1))
             else:
-                self._train_index = self._read("train")
+                self._train_index = self.read("train")
                 self._known = self._train_index.classes, self._train_index.category_ids
         return self._known
 
     def prepare_data(self) -> None:
         """Draw the embedded scenes and compute proposals, whichever do not lie in their cache."""
-        if self.hparams["format"] == "scenes":
+        if self._draws_scenes:
             scenes.draw(self._root())
         if self.proposals is not None and self.trainer is not None:
             # Here, while other ranks wait without a time limit; without a trainer `setup` does it.
             stage = self.trainer.state.fn
             for split in _splits(stage.value if stage else "fit"):
-                self._prepare_proposals(self._read(split), split)
+                self._prepare_proposals(self.read(split), split)
 
     def _prepare_proposals(self, index: Index, split: Stage) -> ProposalCache | None:
         """The proposals of a split, complete; None where none are wanted."""
@@ -219,41 +242,32 @@ class DetectionDataModule(L.LightningDataModule):
             if split not in self._datasets:
                 self._datasets[split] = self._dataset(split)
 
+    @property
+    def _draws_scenes(self) -> bool:
+        return self.hparams["format"] == "scenes" and self.reader is None
+
     def _root(self) -> Path:
         root = self.hparams["root"]
         return scenes.default_folder() if root is None else Path(root).expanduser()
 
-    def _read(self, split: Stage) -> Index:
-        hp, root = self.hparams, self._root()
-        classes = hp["classes"] if self._known is None else list(self._known[0])
-        name, images = hp[f"{split}_split"], hp[f"{split}_images"]
-        if name is None:
-            name, images = hp["val_split"], hp["val_images"]
-        if hp["format"] == "voc" and split != "train" and self._known is not None:
-            return relabel(_read_voc(root, name, None, hp["masks"]), *self._known)  # it may lack a rare class
-        if hp["format"] == "voc":
-            return _read_voc(root, name, classes, hp["masks"])
-        if hp["format"] == "yolo":
-            return read_yolo(root, name, classes)
-        if hp["format"] == "scenes":
-            root, name, images = scenes.location(root), *scenes.SPLITS["train" if split == "train" else "val"]
-        if split == "train" or self._known is None:
-            return read_coco(root, name, images, classes, hp["masks"])
-        # An evaluation file may list fewer categories than the training file, or number them otherwise.
-        return relabel(read_coco(root, name, images, None, hp["masks"]), *self._known)
+    def read(self, split: Stage) -> Index:
+        """The records of a split; labels point into the classes of the training split, once that is read."""
+        return read_split(self.hparams, self._root(), split, self._known, self.reader)
 
     def _dataset(self, split: Stage) -> DetectionDataset:
         hp = self.hparams
         self._classes()  # the training split names the classes of all splits
-        index, self._train_index = (split == "train" and self._train_index) or self._read(split), None
-        _check(index, split)
+        index, self._train_index = (split == "train" and self._train_index) or self.read(split), None
+        check_split(index, split)
         if split == "train" and not hp["keep_empty"]:
             index = replace(index, records=[record for record in index.records if len(record.labels)])
         sizes = [hp["min_size"]] if isinstance(hp["min_size"], int) else list(hp["min_size"])
         if split == "train" and not self._overfits:
             jitter, square = hp["scale_jitter"], hp["scale_jitter_size"]
             longest = square if jitter and square else hp["max_size"]
-            transform = train_transform(sizes, longest, hp["hflip"], hp["vflip"], hp["photometric"], jitter)
+            chances = (hp["hflip"], hp["vflip"], hp["photometric"])
+            extra = (self.augmentations, hp["min_visibility"])
+            transform = train_transform(sizes, longest, *chances, jitter, *extra)
         else:
             transform = eval_transform(max(sizes), hp["max_size"])
         rank_zero_info(describe(index, split))
@@ -343,43 +357,19 @@ def _splits(stage: str) -> tuple[Stage, ...]:
     return needed.get(stage, ("test",))
 
 
-def _read_voc(root: Path, name: str, classes: list[str] | None, masks: bool) -> Index:
-    """A split of one VOC folder, or of those that `folder:split+folder:split` names."""
-    if ":" not in name:
-        return read_voc(root, name, classes, masks)
-    parts: dict[str, Index] = {}
-    for part in name.split("+"):
-        folder, _, split = part.partition(":")
-        parts[folder] = read_voc(root / folder, split, None, masks)
-    return merge(root, parts, classes)
+def _recipe_of_reader(reader: Reader | None) -> Any:
+    """How the user's reader was made, for the checkpoint.
 
-
-def _check(index: Index, split: str) -> None:
-    """What must hold before anything trains; a reader that keeps its promise never fails here."""
-    count = len(index.classes)
-    if not index.records:
-        raise DataError(f"{index.root}: the {split} split holds no image; check its name and the folder")
-    if split == "train" and not any(len(record.labels) for record in index.records):
-        raise DataError(f"{index.root}: no image of the train split has an object; check the annotations")
-    for record in index.records:
-        boxes, where = record.boxes, f"{index.root / record.file_name}: image {record.image_id}"
-        if ((record.labels < 1) | (record.labels > count)).any():
-            raise DataError(f"{where}: labels {record.labels} are not in 1..{count}; correct the class list")
-        inside = (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= record.width).all()
-        if not (inside and (boxes[:, 3] <= record.height).all() and (boxes[:, 2:] > boxes[:, :2]).all()):
-            raise DataError(f"{where}: a box is empty or outside {record.width}x{record.height}; correct it")
-
-
-def describe(index: Index, split: str) -> str:
-    """A few lines for the log: images, objects by class, and what was repaired or left out."""
-    counts = torch.zeros(len(index.classes) + 1, dtype=torch.int64)
-    for record in index.records:
-        counts += torch.bincount(torch.from_numpy(record.labels), minlength=len(counts))
-    empty = sum(not len(record.labels) for record in index.records)
-    classes = ", ".join(f"{name} {n}" for name, n in zip(index.classes, counts[1:].tolist(), strict=True))
-    lines = [f"{split}: {len(index.records)} images ({empty} without objects), {int(counts.sum())} objects: {classes}"]
-    repaired = [defect for defect in index.defects if defect.severity != "note"]
-    if repaired:
-        lines += [f"{split}: {len(repaired)} records repaired or left out, the first of them:"]
-        lines += [f"  {defect}" for defect in repaired[:3]] + ["  (scripts/check_data.py lists all)"]
-    return "\n".join(lines)
+    Raises:
+        ValueError: it is not known, or arguments were left out.
+    """
+    name = getattr(reader, "__name__", type(reader).__name__)
+    if isclass(getattr(reader, "func", reader)):
+        raise ValueError(f"data.reader: {name} is a class, or lacks arguments: give all that it needs")
+    recipe = plain(reader)
+    if recipe is NotImplemented:
+        raise ValueError(
+            f"data.reader: how {name} was made is not known, so that a checkpoint could not keep it: decorate its "
+            "class with detection.recipes.recorded, or give it as {'class_path': ..., 'init_args': {...}}"
+        )
+    return recipe

@@ -21,8 +21,9 @@ from torch.utils.data import Dataset
 
 from detection.batch import Batch, Target, pad_masks, pad_objects
 from detection.data import shared
-from detection.data.augment import Augmented, Picture, copy_paste, mosaic, resize_into
+from detection.data.augment import Augmented, resize_into
 from detection.data.images import read_image
+from detection.data.mixing import Picture, copy_paste, mosaic
 from detection.data.proposals import ProposalCache
 from detection.data.records import DataError, Index, Record
 
@@ -227,7 +228,8 @@ class DetectionDataset(Dataset[Sample]):
         """Decode and transform one image.
 
         Raises:
-            DataError: an image can't be read and `max_unreadable` others could not either; names the file.
+            DataError: an image can't be read and `max_unreadable` others could not either, or the transform does not
+                take it; names the file.
         """
         i, seed = key if isinstance(key, tuple) else (key, int(torch.randint(2**62, ())))
         rng, unreadable = random.Random(seed), list[str]()
@@ -240,7 +242,10 @@ class DetectionDataset(Dataset[Sample]):
         boxes = picture.boxes
         if self.proposals is not None:  # behind the objects, so that they move with the image as those do
             boxes = np.concatenate((boxes, self.proposals.read(record)))
-        out = self.transform(picture.image, boxes, picture.masks, seed=seed)
+        try:
+            out = self.transform(picture.image, boxes, picture.masks, seed=seed)
+        except DataError as error:
+            raise DataError(f"{self.root / record.file_name}: {error}") from error
         own = out.kept < len(picture.boxes)
         return Sample(
             pixels=out.image,

@@ -45,6 +45,38 @@ class Record:
     annotation_ids: NDArray[np.int64]
     segments: list[Any] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        image_id: int,
+        file_name: str,
+        size: tuple[int, int],
+        boxes: Sequence[Sequence[float]] | NDArray[Any],
+        labels: Sequence[int] | NDArray[Any],
+    ) -> Record:
+        """An image with plain objects: none a crowd or difficult, areas those of the boxes, numbered in their order.
+
+        Args:
+            image_id, file_name: see above.
+            size: `(height, width)` of the image in pixels.
+            boxes: `(N, 4)` xyxy in pixels, inside the image.
+            labels: `(N,)`, from 1 on.
+        """
+        corners = np.array(boxes, np.float32).reshape(-1, 4)
+        count = len(corners)
+        return cls(
+            image_id=image_id,
+            file_name=file_name,
+            width=size[1],
+            height=size[0],
+            boxes=corners,
+            labels=np.array(labels, np.int64).reshape(-1),
+            areas=np.asarray((corners[:, 2:] - corners[:, :2]).prod(axis=1)),
+            iscrowd=np.zeros(count, bool),
+            difficult=np.zeros(count, bool),
+            annotation_ids=np.arange(count),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Defect:

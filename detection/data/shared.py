@@ -51,7 +51,7 @@ def _new(size: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))  # type: ignore[call-overload]
 
 
-def lent(images: Tensor) -> Tensor | None:
+def buffer_of(images: Tensor) -> Tensor | None:
     """The buffer of this worker in which `images` lies, to be sent in its place; None for any other tensor."""
     return next((buffer for buffer in _buffers if buffer.data_ptr() == images.data_ptr()), None)
 
@@ -82,7 +82,7 @@ def _receive_target(*values: Any) -> Target:
 
 def _send_batch(batch: Batch) -> tuple[Any, ...]:
     # Only the images travel as shared memory: to open it takes a connection for each tensor.
-    buffer = lent(batch.images)
+    buffer = buffer_of(batch.images)
     rest = [_by_value(getattr(batch, f.name)) for f in fields(batch)[1:]]
     return _receive_batch, (batch.images if buffer is None else buffer, tuple(batch.images.shape), *rest)
 

@@ -25,11 +25,11 @@ from detection.data.augment import resized_size
 from detection.data.dataset import Sample, collate
 from detection.data.images import read_image
 from detection.inference.detections import Detections
+from detection.inference.tta import TestTimeAugmentation
 from detection.interop import CheckpointError, load_detector
-from detection.models.tta import TestTimeAugmentation
 from detection.models.two_stage import FasterRCNN
-from detection.models.weights import read_saved, read_torch
 from detection.training.module import encode_detections
+from detection.weights import read_saved, read_torch
 
 ImageLike: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 Precision = Literal["32", "bf16", "16"]
@@ -61,7 +61,8 @@ class Detector:
         if model.num_classes != len(class_names) + 1:
             raise ValueError(f"{len(class_names)} class names are given for {model.num_classes - 1} classes")
         self.device = torch.device(_best_device() if device == "auto" else device)
-        self.model = (model.for_inference() if isinstance(model, FasterRCNN) else model.eval()).to(self.device)
+        copied = model.for_inference(self.device) if isinstance(model, FasterRCNN) else model.eval().to(self.device)
+        self.model: FasterRCNN | TestTimeAugmentation = copied
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids or range(1, len(class_names) + 1))
         transform = (model.detector if isinstance(model, TestTimeAugmentation) else model).transform

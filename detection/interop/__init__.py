@@ -8,7 +8,7 @@ from detection.interop.files import (
     load_detector,
     save_detector,
 )
-from detection.models.weights import CheckpointError, adapt_classes
+from detection.weights import CheckpointError, adapt_classes
 
 __all__ = [
     "CheckpointError",

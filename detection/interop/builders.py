@@ -25,8 +25,8 @@ from detection.models.compose import cascade_rcnn, faster_rcnn, mask_rcnn
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import RoIHeads
 from detection.models.two_stage import FasterRCNN
-from detection.models.weights import CheckpointError
 from detection.recipes import recorded
+from detection.weights import CheckpointError
 
 DEPTHS: dict[int, ResNetName] = {6: "resnet50", 23: "resnet101", 36: "resnet152"}  # by the blocks of layer3
 

@@ -12,7 +12,7 @@ from detection.interop.builders import Layout, box_pool_of, build, resnet_of, st
 from detection.interop.names import Rules, collect, count_blocks, drop, load, rename, state_of
 from detection.interop.rows import Style
 from detection.models.two_stage import FasterRCNN
-from detection.models.weights import CheckpointError
+from detection.weights import CheckpointError
 
 RULES: Rules = (
     # Backbone: the stages are called after their figure in the paper, and a convolution owns its normalisation.

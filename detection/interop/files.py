@@ -20,7 +20,8 @@ from detection.interop import detectron2, mmdetection, rows, torchvision
 from detection.interop.names import load, state_of
 from detection.interop.pickles import read_pickle
 from detection.models.two_stage import FasterRCNN
-from detection.models.weights import (
+from detection.recipes import RecipeError, rebuild
+from detection.weights import (
     FACTS,
     CheckpointError,
     Saved,
@@ -31,7 +32,6 @@ from detection.models.weights import (
     read_saved,
     read_torch,
 )
-from detection.recipes import RecipeError, rebuild
 
 StyleName = Literal["pytorch", "caffe"]
 Library = Literal["torchvision", "detectron2"]

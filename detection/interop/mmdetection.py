@@ -14,7 +14,7 @@ from detection.interop.names import Rules, collect, count_blocks, drop, load, re
 from detection.interop.rows import Style
 from detection.losses import SmoothL1Loss
 from detection.models.two_stage import FasterRCNN
-from detection.models.weights import CheckpointError
+from detection.weights import CheckpointError
 
 _BOX = (
     (r"box_head\.fc6\.", "shared_fcs.0."),

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from detection.models.weights import CheckpointError
+from detection.weights import CheckpointError
 
 Rules = Sequence[tuple[str, str]]  # (pattern, replacement), applied one after the other
 SHOWN = 4  # names in a message

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from detection.models.weights import CheckpointError
+from detection.weights import CheckpointError
 
 LARGEST = 1 << 40  # bytes that one array may have: what can't be is refused before it is multiplied out
 

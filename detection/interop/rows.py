@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.models import detection as reference
 
 from detection.models.transform import IMAGENET_STD
-from detection.models.weights import FROZEN_EPS, CheckpointError, class_rows, pick_classes
+from detection.weights import FROZEN_EPS, CheckpointError, class_rows, pick_classes
 
 State = dict[str, Tensor]
 STEM = "backbone.body.conv1.weight"

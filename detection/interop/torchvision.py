@@ -12,7 +12,7 @@ from detection.interop.builders import box_pool_of, resnet_of, style_of
 from detection.interop.names import count_blocks, load, state_of
 from detection.models import zoo
 from detection.models.two_stage import FasterRCNN
-from detection.models.weights import CheckpointError, fold_epsilon, unfold_epsilon, upgrade_names
+from detection.weights import CheckpointError, fold_epsilon, unfold_epsilon, upgrade_names
 
 # The published files whose frozen normalisation goes without epsilon, by the names that torch.hub gives them.
 WITHOUT_EPSILON = tuple(
@@ -104,7 +104,7 @@ def to_torchvision(model: FasterRCNN, without_epsilon: bool = False, category_id
 
 def advice(model: FasterRCNN, state: Mapping[str, Tensor]) -> str:
     """How to load weights of `to_torchvision`, and what torchvision will compute otherwise."""
-    builder = str((model.recipe or {}).get("class_path")).rpartition(".")[2]
+    builder = find_builder(state, MOBILE_320 if max(model.transform.min_size) <= 320 else "")
     classes = len(state["roi_heads.box_predictor.cls_score.weight"])
     text = f"Load it into torchvision.models.detection.{builder}(weights=None, num_classes={classes})"
     if not hasattr(reference, builder):

@@ -11,8 +11,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from detection.models.backbones import Norm, ResNetName, resnet_network
-from detection.models.weights import Weights
 from detection.recipes import recorded
+from detection.weights import Weights
 
 
 class Res5Head(nn.Module):

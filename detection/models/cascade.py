@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from detection.batch import Batch
 from detection.boxes import clip_boxes, is_large_enough
-from detection.models.fitting import PartError, name_of
+from detection.fitting import PartError, name_of
 from detection.models.masks import MaskBranch
 from detection.models.roi_heads import RoIHeads, RoISample
 from detection.parts import Detections, FeatureMaps, Losses, Proposals

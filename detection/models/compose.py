@@ -13,9 +13,9 @@ from torch import nn
 
 from detection.anchors import AnchorGenerator
 from detection.boxes import BoxCoder
+from detection.fitting import PartError, finish, name_of
 from detection.matching import Matcher
 from detection.models.cascade import CascadeRoIHeads
-from detection.models.fitting import PartError, finish, name_of
 from detection.models.masks import MaskHead, MaskPredictor
 from detection.models.pooling import RoIPool, RoIPooler
 from detection.models.precomputed import PrecomputedProposals
@@ -297,6 +297,10 @@ def fast_rcnn(
         box_roi_pool: default: RoI max pooling 7x7 on all levels but the last.
         **kwargs: see `faster_rcnn`; those of the RPN have no meaning.
     """
-    top_n = {"training": proposals_train, "testing": proposals_test}
-    proposer = PrecomputedProposals(top_n, proposal_source or SelectiveSearch())
+    proposer = precomputed(proposals_train, proposals_test, proposal_source)
     return faster_rcnn(backbone, num_classes, rpn=proposer, box_roi_pool=box_roi_pool or RoIPool(), **kwargs)
+
+
+def precomputed(training: int, testing: int, source: SelectiveSearch | None) -> PrecomputedProposals:
+    """The proposer of `fast_rcnn`."""
+    return PrecomputedProposals({"training": training, "testing": testing}, source or SelectiveSearch())

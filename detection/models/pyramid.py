@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from detection.recipes import recorded
 
+
+@recorded
 class FeaturePyramidNetwork(nn.Module):
     """Top-down pathway with lateral connections.
 

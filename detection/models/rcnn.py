@@ -23,9 +23,9 @@ from torchvision.ops import roi_align
 
 from detection.models.backbones import Backbone, Norm, ResNetName, Trunk, efficientnet_lite0_fpn, resnet_network
 from detection.models.roi_heads import TwoFCHead
-from detection.models.weights import Weights
 from detection.parts import FeatureMaps
 from detection.recipes import recorded
+from detection.weights import Weights
 
 CONTEXT = 16 / 227  # of the side of a warped region: the paper's p for its network's input (appendix A)
 LAST_STRIDE = 32  # pixels, of the last map of all networks here
@@ -140,6 +140,5 @@ def efficientnet_lite0_head(
         weights, trainable_layers, norm: see `backbones.efficientnet_lite0_fpn`.
         out_channels: of the fully connected layers.
     """
-    body = efficientnet_lite0_fpn(weights, norm, trainable_layers=trainable_layers).body
-    channels = body.network.feature_info.channels()[-1]  # type: ignore[union-attr, operator]
-    return CNNHead(body, channels, -(-crop_size // LAST_STRIDE), out_channels)
+    backbone = efficientnet_lite0_fpn(weights, norm, trainable_layers=trainable_layers)
+    return CNNHead(backbone.body, backbone.in_channels[-1], -(-crop_size // LAST_STRIDE), out_channels)

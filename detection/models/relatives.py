@@ -11,24 +11,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from detection.models.backbones import (
     Norm,
     ResNetName,
-    efficientnet_lite0_fpn,
     resnet_c4,
     resnet_dc5,
-    resnet_fpn,
 )
 from detection.models.c4 import res5_head
-from detection.models.compose import COCO_CATEGORIES, fast_rcnn, faster_rcnn
-from detection.models.pooling import RoIPooler
+from detection.models.compose import COCO_CATEGORIES, fast_rcnn, faster_rcnn, precomputed
+from detection.models.pooling import RoIPool, RoIPooler
 from detection.models.rcnn import CONTEXT, CNNHead, RegionWarp, efficientnet_lite0_head, resnet_head, whole_image
-from detection.models.two_stage import FasterRCNN
-from detection.models.weights import Weights, is_given
-from detection.recipes import recorded
+from detection.models.two_stage import TwoStageDetector
+from detection.models.zoo import HALF, fasterrcnn_efficientnet_lite0_fpn, fasterrcnn_resnet_fpn
+from detection.recipes import rebuildable, recorded
+from detection.selective_search import SelectiveSearch
+from detection.weights import Weights, is_given
 
 
-def rcnn(box_head: CNNHead, crop_size: int, num_classes: int = COCO_CATEGORIES, **kwargs: Any) -> FasterRCNN:
+def rcnn(box_head: CNNHead, crop_size: int, num_classes: int = COCO_CATEGORIES, **kwargs: Any) -> TwoStageDetector:
     """R-CNN (Girshick et al. 2014) on a classification network; `detection.models.rcnn` says what is not the paper's.
 
     Args:
@@ -41,54 +43,40 @@ def rcnn(box_head: CNNHead, crop_size: int, num_classes: int = COCO_CATEGORIES, 
     return fast_rcnn(whole_image(), num_classes, box_roi_pool=warp, box_head=box_head, **kwargs)
 
 
-@recorded
+@rebuildable
 def fastrcnn_resnet_fpn(
     *,
     backbone_name: ResNetName = "resnet50",
-    num_classes: int | None = None,
-    weights_backbone: Weights = None,
-    trainable_backbone_layers: int | None = None,
-    norm: Norm | None = None,
+    proposals_train: int = 2000,
+    proposals_test: int = 2000,
+    proposal_source: SelectiveSearch | None = None,
+    box_roi_pool: nn.Module | None = None,
     **kwargs: Any,
-) -> FasterRCNN:
-    """Fast R-CNN with a ResNet-FPN backbone.
-
-    Args:
-        backbone_name: torchvision's name of the network.
-        num_classes: classes with background; default 91.
-        weights_backbone: ImageNet weights: `"IMAGENET1K_V1"`, `"IMAGENET1K_V2"`, a file, or None.
-        trainable_backbone_layers: 0 to 5, counted from layer4; default 3 with weights, all without.
-        norm: of the backbone; default `frozen` with weights, live `batch` without.
-        **kwargs: see `fast_rcnn`.
-    """
-    backbone = resnet_fpn(backbone_name, weights_backbone, trainable_backbone_layers, norm)
-    return _finish(fast_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone)
+) -> TwoStageDetector:
+    """Fast R-CNN with a ResNet-FPN backbone. Arguments as for `fast_rcnn` and `zoo.fasterrcnn_resnet_fpn`."""
+    return fasterrcnn_resnet_fpn(
+        backbone_name=backbone_name,
+        rpn=precomputed(proposals_train, proposals_test, proposal_source),
+        box_roi_pool=box_roi_pool or RoIPool(),
+        **kwargs,
+    )
 
 
-@recorded
+@rebuildable
 def fastrcnn_efficientnet_lite0_fpn(
     *,
-    num_classes: int | None = None,
-    weights_backbone: Weights = "IMAGENET1K",
-    norm: Norm | None = None,
-    fpn_norm: Norm | None = "batch",
-    fpn_channels: int = 128,
-    trainable_backbone_layers: int | None = None,
-    image_mean: Sequence[float] = (0.5, 0.5, 0.5),
-    image_std: Sequence[float] = (0.5, 0.5, 0.5),
+    proposals_train: int = 2000,
+    proposals_test: int = 2000,
+    proposal_source: SelectiveSearch | None = None,
+    box_roi_pool: nn.Module | None = None,
     **kwargs: Any,
-) -> FasterRCNN:
-    """Fast R-CNN on EfficientNet-Lite0 with a narrow pyramid.
-
-    Args:
-        num_classes: classes with background; default 91.
-        weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers, image_mean, image_std: see
-            `zoo.fasterrcnn_efficientnet_lite0_fpn`.
-        **kwargs: see `fast_rcnn`.
-    """
-    backbone = efficientnet_lite0_fpn(weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers)
-    model = fast_rcnn(backbone, num_classes or COCO_CATEGORIES, image_mean=image_mean, image_std=image_std, **kwargs)
-    return _finish(model, weights_backbone)
+) -> TwoStageDetector:
+    """Fast R-CNN on EfficientNet-Lite0. Arguments as for `fast_rcnn` and `zoo.fasterrcnn_efficientnet_lite0_fpn`."""
+    return fasterrcnn_efficientnet_lite0_fpn(
+        rpn=precomputed(proposals_train, proposals_test, proposal_source),
+        box_roi_pool=box_roi_pool or RoIPool(),
+        **kwargs,
+    )
 
 
 @recorded
@@ -102,7 +90,7 @@ def rcnn_resnet(
     norm: Norm | None = None,
     box_batch_size_per_image: int = 64,
     **kwargs: Any,
-) -> FasterRCNN:
+) -> TwoStageDetector:
     """R-CNN with a ResNet that sees one region at a time.
 
     Args:
@@ -127,11 +115,11 @@ def rcnn_efficientnet_lite0(
     weights_backbone: Weights = "IMAGENET1K",
     norm: Norm | None = None,
     trainable_backbone_layers: int | None = None,
-    image_mean: Sequence[float] = (0.5, 0.5, 0.5),
-    image_std: Sequence[float] = (0.5, 0.5, 0.5),
+    image_mean: Sequence[float] = HALF,
+    image_std: Sequence[float] = HALF,
     box_batch_size_per_image: int = 64,
     **kwargs: Any,
-) -> FasterRCNN:
+) -> TwoStageDetector:
     """R-CNN with an EfficientNet-Lite0 that sees one region at a time.
 
     Args:
@@ -164,7 +152,7 @@ def fasterrcnn_resnet_c4(
     rpn_pre_nms_top_n_train: int = 12000,
     rpn_pre_nms_top_n_test: int = 6000,
     **kwargs: Any,
-) -> FasterRCNN:
+) -> TwoStageDetector:
     """Faster R-CNN on the map of stride 16, the network's last stage for a head ("C4"): published COCO AP 35.7 (1x).
 
     He et al. 2016, appendix A; the numbers of proposals are Detectron2's.
@@ -198,7 +186,7 @@ def fasterrcnn_resnet_dc5(
     rpn_pre_nms_top_n_train: int = 12000,
     rpn_pre_nms_top_n_test: int = 6000,
     **kwargs: Any,
-) -> FasterRCNN:
+) -> TwoStageDetector:
     """Faster R-CNN on the last map, its stage dilated to stride 16 ("DC5"): published COCO AP 37.3 (1x, Detectron2).
 
     Arguments as for `fasterrcnn_resnet_c4`.
@@ -213,7 +201,7 @@ def fasterrcnn_resnet_dc5(
     return _finish(model, weights_backbone)
 
 
-def _finish(model: FasterRCNN, weights_backbone: Weights) -> FasterRCNN:
+def _finish(model: TwoStageDetector, weights_backbone: Weights) -> TwoStageDetector:
     """Note what having weights decided, for the recipe."""
     if is_given(weights_backbone):
         model.resolved = {"norm": "frozen", "trainable_backbone_layers": 3}

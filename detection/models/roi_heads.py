@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from detection import losses
 from detection.batch import Batch
 from detection.boxes import BoxCoder, clip_boxes, grouped_nms, is_large_enough, soft_nms
+from detection.fitting import check_prediction, count_classes, expect, finish, run, width_of
 from detection.matching import BalancedSampler, Matcher
-from detection.models.fitting import PartError, expect, finish, name_of, run, trial
 from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPooler
 from detection.parts import Detections, Factory, Factory2, FeatureMaps, Losses, Proposals
@@ -149,13 +149,13 @@ class RoIHeads(MaskBranch):
         box_roi_pool = box_roi_pool or RoIPooler()
         side: int = box_roi_pool.output_size  # type: ignore[assignment]
         head = finish("box_head", box_head or TwoFCHead, in_channels, side)
-        width = _width("box_head", head, (1, in_channels, side, side), (1, "F"))
+        width = width_of("box_head", head, (1, in_channels, side, side), (1, "F"))
         predictor = finish("box_predictor", box_predictor or FastRCNNPredictor, width, num_classes)
         masked: tuple[nn.Module | None, nn.Module | None] = None, None
         if mask_roi_pool is not None and mask_head is not None and mask_predictor is not None:
             size: int = mask_roi_pool.output_size  # type: ignore[assignment]
             wide = finish("mask_head", mask_head, in_channels)
-            width = _width("mask_head", wide, (1, in_channels, size, size), (1, "C", "o", "o"))
+            width = width_of("mask_head", wide, (1, in_channels, size, size), (1, "C", "o", "o"))
             masked = wide, finish("mask_predictor", mask_predictor, width, num_classes)
         super().__init__(mask_roi_pool, *masked, mask_loss)
         self.box_roi_pool, self.box_head, self.box_predictor = box_roi_pool, head, predictor
@@ -170,7 +170,7 @@ class RoIHeads(MaskBranch):
     @property
     def num_classes(self) -> int:
         """K, as the predictor says it."""
-        return _count_classes(self.box_predictor)
+        return count_classes(self.box_predictor)
 
     def predict(self, features: FeatureMaps, boxes: Tensor, gradient_share: float = 1.0) -> tuple[Tensor, Tensor]:
         """Class logits `(B, P, K)` and deltas `(B, P, K, 4)` of regions `(B, P, 4)`; `(B, P, 1, 4)` class-agnostic.
@@ -304,7 +304,7 @@ class RoIHeads(MaskBranch):
         return detections
 
     def check(self, features: FeatureMaps) -> None:
-        """Run each part once on a region of features `(1, C, h, w)`; see `detection.models.fitting`.
+        """Run each part once on a region of features `(1, C, h, w)`; see `detection.fitting`.
 
         Raises:
             PartError: one does not keep its contract.
@@ -315,39 +315,7 @@ class RoIHeads(MaskBranch):
         expect("box_roi_pool", self.box_roi_pool, "features", pooled, (1, channels, side, side))  # type: ignore[arg-type]
         rows = run("box_head", self.box_head, "__call__", pooled)
         given = run("box_predictor", self.box_predictor, "__call__", rows)
-        check_prediction(self.box_predictor, given, _count_classes(self.box_predictor))
+        check_prediction(self.box_predictor, given, count_classes(self.box_predictor))
         if self.has_masks:
             labels = torch.zeros((1, 1), dtype=torch.int64, device=boxes.device)
             run("mask branch", self, "mask_logits", features, boxes, labels)
-
-
-def check_prediction(predictor: nn.Module, given: Any, num_classes: int) -> None:
-    """Refuse what is not logits `(1, K)` and deltas `(1, K * 4)` or `(1, 4)`.
-
-    Raises:
-        PartError: see above.
-    """
-    name = "box_predictor"
-    logits, deltas = given if isinstance(given, tuple | list) and len(given) == 2 else (given, None)
-    expect(name, predictor, "class logits", logits, (1, num_classes))
-    agnostic = isinstance(deltas, Tensor) and deltas.shape[-1] == 4
-    expect(name, predictor, "box deltas", deltas, (1, 4 if agnostic else 4 * num_classes))
-
-
-def _count_classes(predictor: nn.Module) -> int:
-    declared = getattr(predictor, "num_classes", getattr(getattr(predictor, "cls_score", None), "out_features", None))
-    if declared is None:
-        raise PartError(
-            f"box_predictor: {name_of(predictor)} does not say how many classes it has: give it an attribute "
-            "num_classes, with background"
-        )
-    return int(declared)
-
-
-def _width(name: str, head: nn.Module, shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> int:
-    """The channels of what a head gives for features of this shape."""
-    parameter = next(head.parameters(), torch.empty(()))
-    with trial(head):
-        given = run(name, head, "__call__", torch.zeros(shape, device=parameter.device))
-    expect(name, head, "features", given, wanted)
-    return int(given.shape[1])

@@ -19,8 +19,8 @@ from detection import losses
 from detection.anchors import AnchorGenerator, default_anchors
 from detection.batch import Batch
 from detection.boxes import BoxCoder, clip_boxes, grouped_nms, is_large_enough
+from detection.fitting import PartError, expect, finish, name_of, run
 from detection.matching import BalancedSampler, Matcher
-from detection.models.fitting import PartError, expect, finish, name_of, run
 from detection.parts import Factory2, FeatureMaps, Losses, Proposals
 from detection.recipes import recorded
 
@@ -224,7 +224,7 @@ class RegionProposalNetwork(nn.Module):
         return self.objectness_loss(objectness.flatten().float(), (labels > 0).flatten().float()).view_as(labels)
 
     def check(self, features: FeatureMaps) -> None:
-        """Run the head once on features `(1, C, h, w)`; see `detection.models.fitting`.
+        """Run the head once on features `(1, C, h, w)`; see `detection.fitting`.
 
         Raises:
             PartError: it does not keep its contract, or there are not as many anchor sizes as levels.

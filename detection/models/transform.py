@@ -1,4 +1,4 @@
-"""From images as users have them to a normalised, padded batch; and the checks of what they hand over.
+"""From images as users have them to a normalised, padded batch.
 
 Shape shorthand:
     B: images     H, W: padded height and width     h, w: one image's own     N: objects of one image
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detection.batch import Batch, pad_images, pad_masks, pad_objects
+from detection.batch import Batch, check_images, check_targets, pad_images, pad_masks, pad_objects
 from detection.boxes import resize_boxes
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -108,63 +108,3 @@ def _resize_masks(masks: Tensor, image: Tensor) -> Tensor:
 def as_float(images: Tensor) -> Tensor:
     """uint8 in [0, 255] -> float32 in [0, 1]; floating point as float32."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
-
-
-def check_images(images: Sequence[Tensor]) -> None:
-    """Raise a ValueError that names the first image which can't be one: wrong type, shape, range, or not finite."""
-    if isinstance(images, Tensor) or not isinstance(images, Sequence):
-        raise ValueError(f"images must be a list of (3, h, w) tensors, not {type(images).__name__}: use list(images)")
-    if not images:
-        raise ValueError("the list of images is empty: give at least one (3, h, w) tensor")
-    for i, image in enumerate(images):
-        if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3 or min(image.shape) < 1:
-            found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-            raise ValueError(f"image {i} must be a (3, h, w) tensor in RGB order, not {found}")
-        if image.dtype != torch.uint8 and not image.is_floating_point():
-            raise ValueError(f"image {i} is {image.dtype}: give uint8 in [0, 255] or float in [0, 1]")
-        if image.is_floating_point():
-            peak = float(image.abs().amax())
-            # Images that were normalised already stay within a few units; only 0 to 255 is far outside.
-            if not peak <= 16:
-                wrong = "holds NaN or infinity" if peak != peak or peak == float("inf") else f"reaches {peak:g}"
-                raise ValueError(f"image {i} {wrong}: float images must be in [0, 1] (divide by 255, or give uint8)")
-
-
-def check_targets(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], num_classes: int) -> None:
-    """Raise a ValueError that names the first image and box that can't be trained on.
-
-    Boxes may pass the image's edge by up to a pixel, as rounded annotations do.
-    """
-    if len(targets) != len(images):
-        raise ValueError(f"there are {len(images)} images but {len(targets)} targets")
-    needed = {"boxes", "labels"} | ({"masks"} if any("masks" in target for target in targets) else set())
-    for i, (image, target) in enumerate(zip(images, targets, strict=True)):
-        missing = needed - set(target)
-        if missing:
-            raise ValueError(f"the target of image {i} has no {' and no '.join(sorted(missing))}")
-        boxes, labels = target["boxes"], target["labels"]
-        if boxes.ndim != 2 or boxes.shape[-1] != 4:
-            raise ValueError(f"image {i}: boxes must be (N, 4) as x1, y1, x2, y2, not {tuple(boxes.shape)}")
-        if labels.shape != boxes.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(
-                f"image {i}: labels must be ({len(boxes)},) integers, not {tuple(labels.shape)} {labels.dtype}"
-            )
-        height, width = image.shape[-2:]
-        masks = target.get("masks")
-        if masks is not None and masks.shape != (len(boxes), height, width):
-            raise ValueError(
-                f"image {i}: masks must be one of the image's size for each box, {(len(boxes), height, width)}, "
-                f"not {tuple(masks.shape)}"
-            )
-        problems = {
-            "is not finite": ~boxes.isfinite().all(dim=1),
-            "has no positive width and height (boxes are x1, y1, x2, y2)": (boxes[:, 2:] <= boxes[:, :2]).any(dim=1),
-            f"lies outside the image of {width} x {height} pixels": (boxes[:, :2] < -1).any(dim=1)
-            | (boxes[:, 2] > width + 1)
-            | (boxes[:, 3] > height + 1),
-            f"has a label outside 1 to {num_classes - 1} (0 is background)": (labels < 1) | (labels >= num_classes),
-        }
-        wrong = torch.stack(list(problems.values())).cpu()
-        if wrong.any():
-            kind, box = next((k, int(row.nonzero()[0])) for k, row in zip(problems, wrong, strict=True) if row.any())
-            raise ValueError(f"image {i}, box {box} {kind}: box {boxes[box].tolist()}, label {int(labels[box])}")

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from detection.batch import Batch
 from detection.boxes import resize_boxes
-from detection.models.fitting import PartError, expect, name_of, run, trial
+from detection.fitting import PartError, expect, name_of, run, trial
+from detection.measuring import measure
 from detection.models.masks import paste_masks
-from detection.models.measuring import measure
 from detection.models.transform import ImageTransform
 from detection.parts import Detections, FeatureMaps, Losses
 from detection.recipes import recorded
@@ -124,14 +124,17 @@ class TwoStageDetector(nn.Module):
             if not callable(getattr(self.roi_heads, method, None)):
                 raise PartError(f"roi_heads: {name_of(self.roi_heads)} has no method {method}; see detection.parts")
 
-    def for_inference(self) -> TwoStageDetector:
+    def for_inference(self, device: torch.device | str | None = None) -> TwoStageDetector:
         """A copy in evaluation mode that can no longer be trained: faster, with the same detections.
 
         See `detection.models.fast`.
+
+        Args:
+            device: where the copy lies and runs; None for where this detector is.
         """
         from detection.models.fast import for_inference
 
-        return for_inference(self)
+        return for_inference(self, device)
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor]) -> Detections:

@@ -20,8 +20,8 @@ from detection.evaluation.results import encode_masks
 from detection.models.fast import accelerate
 from detection.models.masks import paste_masks
 from detection.models.two_stage import FasterRCNN
-from detection.models.weights import check_sums, readable
 from detection.recipes import rebuild
+from detection.weights import check_sums, readable
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class DetectionModule(L.LightningModule):
         if stage != "predict" and self.detector.has_masks and data is not None and not data.hparams["masks"]:
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
         if self.fast:
-            accelerate(self.detector, self.device)
+            accelerate(self.detector, self.trainer.strategy.root_device)
         if self.compiled and stage == "fit":
             compile_parts(self.detector)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import re
@@ -18,19 +19,17 @@ from hypothesis import strategies as st
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms.v2 import functional as F
 
-from detection.data import augment
+from detection.data import mixing, pipeline
 from detection.data.augment import (
     MASK_SIDE,
-    Picture,
     ScaleJitter,
     Transform,
-    copy_paste,
     eval_transform,
-    mosaic,
     resize_into,
     resized_size,
     train_transform,
 )
+from detection.data.mixing import Picture, copy_paste, mosaic
 
 BOX = np.array([[10, 10, 60, 30]], np.float32)
 
@@ -43,13 +42,13 @@ def picture(height: int = 90, width: int = 120, seed: int = 0) -> np.ndarray:
 
 def test_albumentations_is_called_here_only_and_asks_the_network_for_nothing() -> None:
     """Its import would ask for the newest version; any attempt to connect ends the process with code 3."""
-    package = Path(augment.__file__).parents[1]
+    package = Path(pipeline.__file__).parents[1]
     call = re.compile(r"^(import|from) albumentations", re.MULTILINE)
-    assert [path for path in package.rglob("*.py") if call.search(path.read_text())] == [Path(augment.__file__)]
+    assert [path for path in package.rglob("*.py") if call.search(path.read_text())] == [Path(pipeline.__file__)]
     script = (
         "import os, sys; calls = ('socket.connect', 'socket.getaddrinfo')\n"
         "sys.addaudithook(lambda event, _: os._exit(3) if event in calls else None)\n"
-        "import detection.data.augment, albumentations; print(albumentations.__version__)"
+        "import detection.data.pipeline, albumentations; print(albumentations.__version__)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "NO_ALBUMENTATIONS_UPDATE"}
     command = [sys.executable, "-c", script]
@@ -128,6 +127,39 @@ def test_degenerate_boxes_are_dropped_by_index() -> None:
         out = transform(picture(), boxes)
         assert out.kept.tolist() == [1, 4]
         assert out.boxes[1].tolist() == [0, 0, 120, 90]
+
+
+# Of the outputs below, taken before pipelines could move pixels.
+AS_BEFORE = {
+    "evaluation": "dd78c5bc70def443",
+    "flips": "9907f2a8b7278f78",
+    "jitter": "f85cf695abe15cb3",
+    "photometric": "4f305df9cef389b8",
+}
+
+
+@pytest.mark.parametrize("name", AS_BEFORE)
+def test_without_augmentations_everything_is_as_before(name: str) -> None:
+    """To the bit: images, sizes, boxes, indices, masks and their windows of 24 drawn pictures."""
+    transform = {
+        "evaluation": eval_transform(80, 160),
+        "flips": train_transform([60, 80, 100], 200, hflip=0.5, vflip=0.5),
+        "jitter": train_transform(64, 96, hflip=0.5, scale_jitter=(0.3, 2.0)),
+        "photometric": train_transform(80, 160, hflip=0.5, vflip=0.3, photometric=0.5),
+    }[name]
+    digest = hashlib.sha256()
+    for seed in range(24):
+        rng = np.random.default_rng(seed)
+        height, width, count = rng.integers((60, 60, 0), (200, 200, 6))
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        corners = rng.integers(0, (width - 20, height - 20), (count, 2))
+        boxes = np.concatenate([corners, corners + rng.integers(2, 20, (count, 2))], axis=1)
+        boxes = (boxes + rng.random((count, 4)) * 0.5).astype(np.float32)
+        out = transform(image, boxes, filled(boxes.astype(int).tolist(), height, width), seed=7919 * seed)
+        assert out.masks is not None and out.windows is not None
+        for part in (out.image, np.array(out.size), out.boxes, out.kept, out.masks, out.windows):
+            digest.update(np.ascontiguousarray(part).tobytes())
+    assert digest.hexdigest()[:16] == AS_BEFORE[name]
 
 
 @settings(max_examples=150, deadline=None)
@@ -235,7 +267,7 @@ def filled(boxes: list[tuple[int, int, int, int]], height: int, width: int) -> n
 
 def test_pasted_objects_cover_what_lies_below(monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns 2 to 5 are pasted over: one object keeps its left column, one its right, one nothing, one everything."""
-    monkeypatch.setattr(augment, "PASTE_SCALES", (1.0, 1.0))
+    monkeypatch.setattr(mixing, "PASTE_SCALES", (1.0, 1.0))
     inner = [(1, 1, 4, 4), (5, 1, 7, 3), (3, 4, 5, 6), (0, 5, 1, 6)]
     boxes = np.array(inner, np.float32)
     boxes[3] = (0, 4.5, 1.5, 6)  # drawn by hand, wider than its mask

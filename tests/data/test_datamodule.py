@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from detection.batch import Batch
 from detection.data import datamodule as module
 from detection.data import scenes
-from detection.data.datamodule import DetectionDataModule, TrainLoader, _check, describe
+from detection.data.datamodule import DetectionDataModule, TrainLoader
+from detection.data.reading import check_split, describe
 from detection.data.records import DataError, Defect, Index, Record
 from detection.data.voc import read_voc
 
@@ -206,12 +207,12 @@ def test_a_reader_that_breaks_its_promise_is_caught(
     boxes, labels = np.array([box], np.float32), np.array([label])
     record = Record(7, "x/y.jpg", 10, 10, boxes, labels, boxes[:, 0], flags, flags, labels)
     with pytest.raises(DataError, match=message) as error:
-        _check(Index(tmp_path, ("a", "b"), (1, 2), [record]), "train")
+        check_split(Index(tmp_path, ("a", "b"), (1, 2), [record]), "train")
     assert "x/y.jpg" in str(error.value) and "image 7" in str(error.value)
 
 
 def test_description_counts_defects_but_not_notes(cache: Path) -> None:
-    index = drawn(cache)._read("val")
+    index = drawn(cache).read("val")
     index.defects += [Defect("f", "r", "bad", "fix it")] * 4 + [Defect("f", "r", "odd", "none", "note")]
     lines = describe(index, "val").split("\n")
     assert lines[0].startswith("val: 7 images (") and "star" in lines[0]

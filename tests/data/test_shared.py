@@ -28,7 +28,7 @@ def in_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def send(images: Tensor) -> Tensor:
     """What the receiving process makes of it, on the same memory."""
-    buffer = shared.lent(images)
+    buffer = shared.buffer_of(images)
     assert buffer is not None
     return shared.receive(buffer, tuple(images.shape))
 
@@ -57,10 +57,10 @@ def test_smallest_that_fits_and_never_more_than_the_most(in_worker: None) -> Non
     assert shared.empty((16, 16)).data_ptr() == addresses[30, 30]
     large = shared.empty((50, 50))  # takes the place of the free one that is too small
     assert sorted(map(len, shared._buffers)) == [401, 901, 2501]
-    assert shared.lent(large) is not None
+    assert shared.buffer_of(large) is not None
     rest = [shared.empty((60, 60)) for _ in range(shared.MOST)]
     assert len(shared._buffers) == shared.MOST
-    assert [shared.lent(tensor) is None for tensor in rest] == [False] * (shared.MOST - 3) + [True] * 3
+    assert [shared.buffer_of(tensor) is None for tensor in rest] == [False] * (shared.MOST - 3) + [True] * 3
 
 
 def test_a_forked_child_gives_nothing_back(in_worker: None) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from detection.interop.pickles import read_pickle
-from detection.models.weights import CheckpointError
+from detection.weights import CheckpointError
 
 ARRAYS: dict[str, Any] = {
     "float32": np.arange(24, dtype=np.float32).reshape(2, 3, 4),

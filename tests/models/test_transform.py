@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from detection.models.transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, check_images, check_targets
+from detection.batch import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, check_images, check_targets
 
 sides = st.integers(20, 700)
 

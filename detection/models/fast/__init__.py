@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from detection.fitting import trial
 from detection.models.cascade import CascadeRoIHeads
 from detection.models.fast.fast_pooling import CanvasPooler, GatherPooler
 from detection.models.fast.folding import fold_for_good, fold_frozen_norms
 from detection.models.fast.on_cpu import ImageByImage, TrimmedCascade, TrimmedRoIHeads
 from detection.models.fast.packing import pack
 from detection.models.fast.sparse_rpn import SparseRPN
-from detection.models.fitting import trial
 from detection.models.norms import freeze_norms
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import RoIHeads
@@ -51,13 +51,15 @@ def accelerate(detector: TwoStageDetector, device: torch.device | str) -> TwoSta
     return detector
 
 
-def for_inference(detector: TwoStageDetector) -> TwoStageDetector:
+def for_inference(detector: TwoStageDetector, device: torch.device | str | None = None) -> TwoStageDetector:
     """A copy in evaluation mode that can no longer be trained: faster, with the same detections.
 
     The backbone's normalisation is folded into its convolutions for good. On a CPU weights are cast and laid out once,
     on the first call in each precision, and batches go image by image.
     """
     copied = deepcopy(detector).eval().requires_grad_(False)
+    if device is not None:
+        copied.to(device)
     device = next((p.device for p in copied.parameters()), torch.device("cpu"))
     copied.backbone = freeze_norms(copied.backbone)  # statistics that were live are frozen now, and so can be folded
     accelerate(copied, device)

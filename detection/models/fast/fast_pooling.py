@@ -52,7 +52,7 @@ class GatherPooler(RoIPooler):
 
     def pool(self, maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, levels: Tensor) -> Tensor:
         """As `RoIPooler.pool`."""
-        if self.sampling_ratio == 0:
+        if self.sampling_ratio == 0 or boxes.device.type != "cpu":  # it may have been moved since
             return super().pool(maps, strides, boxes, levels)
         boxes = in_cells(boxes, strides, levels)
         rows = torch.cat([f.permute(0, 2, 3, 1).flatten(0, 2) for f in maps])  # (sum of B * h * w, C)

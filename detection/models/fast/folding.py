@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torchvision.ops import FrozenBatchNorm2d
 
-from detection.models.fitting import trial
+from detection.fitting import trial
 
 
 class FoldedConv2d(nn.Conv2d):

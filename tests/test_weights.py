@@ -17,8 +17,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 
-from detection.models import weights
-from detection.models.weights import CheckpointError, adapt_classes
+from detection import weights
+from detection.weights import CheckpointError, adapt_classes
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.zeros(2)}
 

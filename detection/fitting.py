@@ -99,3 +99,50 @@ def trial(module: nn.Module) -> Iterator[None]:
     finally:
         for m, mode in modes:
             m.training = mode
+
+
+def check_prediction(predictor: nn.Module, given: Any, num_classes: int) -> None:
+    """Refuse what is not logits `(1, K)` and deltas `(1, K * 4)` or `(1, 4)`.
+
+    Raises:
+        PartError: see above.
+    """
+    name = "box_predictor"
+    logits, deltas = given if isinstance(given, tuple | list) and len(given) == 2 else (given, None)
+    expect(name, predictor, "class logits", logits, (1, num_classes))
+    agnostic = isinstance(deltas, Tensor) and deltas.shape[-1] == 4
+    expect(name, predictor, "box deltas", deltas, (1, 4 if agnostic else 4 * num_classes))
+
+
+def count_classes(predictor: nn.Module) -> int:
+    """Classes of a predictor, background included.
+
+    Raises:
+        PartError: it does not say how many.
+    """
+    declared = getattr(predictor, "num_classes", getattr(getattr(predictor, "cls_score", None), "out_features", None))
+    if declared is None:
+        raise PartError(
+            f"box_predictor: {name_of(predictor)} does not say how many classes it has: give it an attribute "
+            "num_classes, with background"
+        )
+    return int(declared)
+
+
+def width_of(name: str, head: nn.Module, shape: tuple[int, ...], wanted: tuple[int | str, ...]) -> int:
+    """The channels of what a head gives for features of this shape.
+
+    Args:
+        name: of the part, for messages.
+        head: run once on zeros.
+        shape: of what it gets.
+        wanted: of what it must give, see `expect`.
+
+    Raises:
+        PartError: it gives something else.
+    """
+    parameter = next(head.parameters(), torch.empty(()))
+    with trial(head):
+        given = run(name, head, "__call__", torch.zeros(shape, device=parameter.device))
+    expect(name, head, "features", given, wanted)
+    return int(given.shape[1])

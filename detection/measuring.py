@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
+
+from detection.fitting import trial
 
 
 def measure(backbone: nn.Module, side: int = 256) -> tuple[tuple[int, ...], int]:
@@ -26,31 +27,41 @@ def measure(backbone: nn.Module, side: int = 256) -> tuple[tuple[int, ...], int]
     Raises:
         ValueError: it is no backbone; the message says why.
     """
-    name, size = type(backbone).__name__, (side // 2, side)
-    with torch.no_grad(), _undisturbed(backbone):
-        try:
-            maps = backbone(_blank(backbone, size))
-        except Exception as error:
-            raise ValueError(
-                f"{name} is no backbone: it can't take an image of {size[0]} x {size[1]} pixels: {error}"
-            ) from error
-    if not isinstance(maps, Mapping) or not maps:
+    strides, channels = measure_each(backbone, side)
+    if len(set(channels)) > 1:
         raise ValueError(
-            f'{name} is no backbone: it gives {type(maps).__name__}, not a dictionary of maps; return {{"0": map}}'
+            f"{type(backbone).__name__} is no backbone: all its maps need the same number of channels, not {channels}; "
+            "put a pyramid on it"
         )
+    return strides, channels[0]
+
+
+def measure_each(body: nn.Module, side: int = 256) -> tuple[tuple[int, ...], list[int]]:
+    """As `measure`, for maps with different numbers of channels, as a pyramid takes them."""
+    size = side // 2, side
+    maps, name = run_blank(body, size), f"{type(body).__name__} is no backbone"
+    strides = {key: _stride(f"{name}: {key}", found, size) for key, found in maps.items()}
+    if list(strides.values()) != sorted(strides.values()):
+        raise ValueError(f"{name}: maps must come finest first, but their strides are {strides}")
+    return tuple(strides.values()), [found.shape[1] for found in maps.values()]
+
+
+def run_blank(body: nn.Module, size: tuple[int, int]) -> dict[str, Tensor]:
+    """The maps of one blank image of this height and width; a ValueError where there are none."""
+    name = f"{type(body).__name__} is no backbone"
+    with trial(body):
+        try:
+            maps = body(_blank(body, size))
+        except Exception as error:
+            said = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(f"{name}: it can't take an image of {size[0]} x {size[1]} pixels: {said}") from error
+    if not isinstance(maps, Mapping) or not maps:
+        raise ValueError(f'{name}: it gives {type(maps).__name__}, not a dictionary of maps; return {{"0": map}}')
     for key, found in maps.items():
         if not isinstance(found, Tensor) or found.ndim != 4:
             kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"{name} is no backbone: {key} is {kind}, not a map (B, C, h, w)")
-    channels = {key: found.shape[1] for key, found in maps.items()}
-    if len(set(channels.values())) > 1:
-        raise ValueError(
-            f"{name} is no backbone: all maps need the same number of channels, not {channels}; put a pyramid on it"
-        )
-    strides = {key: _stride(f"{name} is no backbone: {key}", found, size) for key, found in maps.items()}
-    if list(strides.values()) != sorted(strides.values()):
-        raise ValueError(f"{name} is no backbone: maps must come finest first, but their strides are {strides}")
-    return tuple(strides.values()), next(iter(channels.values()))
+            raise ValueError(f"{name}: {key} is {kind}, not a map (B, C, h, w)")
+    return dict(maps)
 
 
 def _stride(name: str, found: Tensor, size: tuple[int, int]) -> int:
@@ -69,20 +80,4 @@ def _blank(backbone: nn.Module, size: tuple[int, int]) -> Tensor:
     """A blank image where the backbone's weights are, and in their precision."""
     held = (t for t in chain(backbone.parameters(), backbone.buffers()) if t.is_floating_point())
     like = next(held, None)
-    if like is None:
-        return torch.zeros(1, 3, *size)
-    return torch.zeros(1, 3, *size, device=like.device, dtype=like.dtype)
-
-
-@contextmanager
-def _undisturbed(backbone: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module's mode and the random state are as before."""
-    modes = [(module, module.training) for module in backbone.modules()]
-    devices = {p.device.index for p in backbone.parameters() if p.device.type == "cuda"}
-    backbone.eval()
-    try:
-        with torch.random.fork_rng(sorted(devices)):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    return torch.zeros(1, 3, *size) if like is None else like.new_zeros(1, 3, *size)

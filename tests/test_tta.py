@@ -9,8 +9,8 @@ from torchvision.ops import batched_nms
 from torchvision.transforms.v2 import functional as TF
 
 from detection.batch import Batch, pad_images, pad_objects
+from detection.inference.tta import TestTimeAugmentation, mirror, rescale
 from detection.models import zoo
-from detection.models.tta import TestTimeAugmentation, mirror, rescale
 from detection.models.two_stage import FasterRCNN
 
 

@@ -1,0 +1,156 @@
+"""Which reader reads a split, and what must hold of what it read, whoever wrote the reader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from detection.data import scenes
+from detection.data.coco import read_coco
+from detection.data.records import DataError, Index, Record, merge, relabel
+from detection.data.voc import read_voc
+from detection.data.yolo import read_yolo
+from detection.parts import Reader
+
+Stage: TypeAlias = Literal["train", "val", "test"]
+Known: TypeAlias = tuple[tuple[str, ...], tuple[int, ...]]  # the names of the classes, and the data set's ids of them
+
+
+def read_split(
+    settings: Mapping[str, Any], root: Path, split: Stage, known: Known | None = None, reader: Reader | None = None
+) -> Index:
+    """The records of a split.
+
+    Args:
+        settings: of the data, as `DetectionDataModule` takes them.
+        root: folder of the data set.
+        split: `"test"` is the validation split where the settings name none.
+        known: the classes of the training split, which the labels will point into; None takes those that are read.
+        reader: the user's own; None reads the format of the settings.
+    """
+    classes, masks = settings["classes"] if known is None else list(known[0]), settings["masks"]
+    name, images = settings[f"{split}_split"], settings[f"{split}_images"]
+    if name is None:
+        name, images = settings["val_split"], settings["val_images"]
+    form = settings["format"]
+    if reader is not None:
+        return _of_classes(_without_masks(check_index(reader(root, name), reader), masks), classes, known)
+    if form == "voc" and split != "train" and known is not None:
+        return relabel(_read_voc(root, name, None, masks), *known)  # it may lack a rare class
+    if form == "voc":
+        return _read_voc(root, name, classes, masks)
+    if form == "yolo":
+        return read_yolo(root, name, classes)
+    if form == "scenes":
+        root, name, images = scenes.location(root), *scenes.SPLITS["train" if split == "train" else "val"]
+    if split == "train" or known is None:
+        return read_coco(root, name, images, classes, masks)
+    # An evaluation file may list fewer categories than the training file, or number them otherwise.
+    return relabel(read_coco(root, name, images, None, masks), *known)
+
+
+def _of_classes(index: Index, classes: list[str] | None, known: Known | None) -> Index:
+    """What a reader of the user's gave, in the classes that are known, or wanted, or all."""
+    if known is not None:
+        return relabel(index, *known)
+    if classes is None:
+        return index
+    ids = dict(zip(index.classes, index.category_ids, strict=True))
+    if absent := [name for name in classes if name not in ids]:
+        raise DataError(f"{index.root}: there is no class '{absent[0]}'; there are: {', '.join(ids)}")
+    return relabel(index, classes, [ids[name] for name in classes])
+
+
+def _without_masks(index: Index, wanted: bool) -> Index:
+    if not wanted:
+        return replace(index, records=[replace(record, segments=None) for record in index.records])
+    if all(record.segments is None for record in index.records):
+        raise DataError(f"{index.root}: data.masks is true, but the reader gives no record `segments`; leave it out")
+    return index
+
+
+def _read_voc(root: Path, name: str, classes: list[str] | None, masks: bool) -> Index:
+    """A split of one VOC folder, or of those that `folder:split+folder:split` names."""
+    if ":" not in name:
+        return read_voc(root, name, classes, masks)
+    parts: dict[str, Index] = {}
+    for part in name.split("+"):
+        folder, _, split = part.partition(":")
+        parts[folder] = read_voc(root / folder, split, None, masks)
+    return merge(root, parts, classes)
+
+
+def check_index(index: Any, reader: Any) -> Index:
+    """What a user's reader gave, if it is what the contract says; a DataError names the first thing that isn't."""
+    name = getattr(reader, "__name__", type(reader).__name__)
+    if not isinstance(index, Index):
+        raise DataError(f"the reader {name} gave a {type(index).__name__}, not a detection.data.records.Index")
+    if len(index.classes) != len(index.category_ids):
+        raise DataError(
+            f"the reader {name} gave {len(index.classes)} classes but {len(index.category_ids)} category_ids"
+        )
+    ids = set[int]()
+    for record in index.records:
+        if not isinstance(record, Record):
+            raise DataError(
+                f"the reader {name} gave a {type(record).__name__} in place of a detection.data.records.Record"
+            )
+        where = f"the reader {name}, {record.file_name}"
+        if record.image_id in ids:
+            raise DataError(f"{where}: another image has the image_id {record.image_id}; count the images through")
+        ids.add(record.image_id)
+        for field, (shape, kind) in ARRAYS.items():
+            value = getattr(record, field)
+            wanted = (len(record.labels), *shape)
+            if not isinstance(value, np.ndarray) or value.shape != wanted or value.dtype != kind:
+                found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
+                raise DataError(f"{where}: {field} is {found}, not an array of {kind} {wanted}; see Record.of")
+        if record.segments is not None and len(record.segments) != len(record.labels):
+            raise DataError(f"{where}: {len(record.segments)} segments for {len(record.labels)} objects")
+    return index
+
+
+ARRAYS = {
+    "labels": ((), "int64"),
+    "boxes": ((4,), "float32"),
+    "areas": ((), "float32"),
+    "iscrowd": ((), "bool"),
+    "difficult": ((), "bool"),
+    "annotation_ids": ((), "int64"),
+}
+
+
+def check_split(index: Index, split: str) -> None:
+    """What must hold before anything trains; a reader that keeps its promise never fails here."""
+    count = len(index.classes)
+    if not index.records:
+        raise DataError(f"{index.root}: the {split} split holds no image; check its name and the folder")
+    if split == "train" and not any(len(record.labels) for record in index.records):
+        raise DataError(f"{index.root}: no image of the train split has an object; check the annotations")
+    for record in index.records:
+        boxes, where = record.boxes, f"{index.root / record.file_name}: image {record.image_id}"
+        if ((record.labels < 1) | (record.labels > count)).any():
+            raise DataError(f"{where}: labels {record.labels} are not in 1..{count}; correct the class list")
+        inside = (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= record.width).all()
+        if not (inside and (boxes[:, 3] <= record.height).all() and (boxes[:, 2:] > boxes[:, :2]).all()):
+            raise DataError(f"{where}: a box is empty or outside {record.width}x{record.height}; correct it")
+
+
+def describe(index: Index, split: str) -> str:
+    """A few lines for the log: images, objects by class, and what was repaired or left out."""
+    counts = torch.zeros(len(index.classes) + 1, dtype=torch.int64)
+    for record in index.records:
+        counts += torch.bincount(torch.from_numpy(record.labels), minlength=len(counts))
+    empty = sum(not len(record.labels) for record in index.records)
+    classes = ", ".join(f"{name} {n}" for name, n in zip(index.classes, counts[1:].tolist(), strict=True))
+    lines = [f"{split}: {len(index.records)} images ({empty} without objects), {int(counts.sum())} objects: {classes}"]
+    repaired = [defect for defect in index.defects if defect.severity != "note"]
+    if repaired:
+        lines += [f"{split}: {len(repaired)} records repaired or left out, the first of them:"]
+        lines += [f"  {defect}" for defect in repaired[:3]] + ["  (scripts/check_data.py lists all)"]
+    return "\n".join(lines)
