@@ -15,14 +15,17 @@ if TYPE_CHECKING:
     from detection.boxes import BoxCoder
     from detection.data.datamodule import DetectionDataModule
     from detection.data.proposals import ProposalFiles, SearchedProposals
+    from detection.fitting import PartError
     from detection.inference import Detections, Detector, Tiles
     from detection.inference.tta import TestTimeAugmentation
     from detection.interop import detector_for_classes, load_detector, save_detector
-    from detection.losses import CIoULoss, GIoULoss
-    from detection.matching import BalancedSampler, Matcher
+    from detection.losses import CIoULoss, ClassWeights, FocalLoss, GIoULoss, SmoothL1Loss
+    from detection.matching import BalancedSampler, HardExampleSampler, Matcher
+    from detection.measuring import measure
     from detection.models.backbones import Backbone
     from detection.models.cascade import CascadeRoIHeads
     from detection.models.compose import cascade_rcnn, faster_rcnn, mask_rcnn
+    from detection.models.fast import accelerate
     from detection.models.masks import MaskHead, MaskPredictor
     from detection.models.pooling import RoIPool, RoIPooler
     from detection.models.precomputed import PrecomputedProposals
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
     )
     from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor, RoIHeads, TwoFCHead
     from detection.models.rpn import RegionProposalNetwork, RPNHead
-    from detection.models.two_stage import FasterRCNN
+    from detection.models.two_stage import FasterRCNN, TwoStageDetector
     from detection.models.zoo import (
         cascadercnn_efficientnet_lite0_fpn,
         cascadercnn_resnet50_fpn,
@@ -56,8 +59,11 @@ if TYPE_CHECKING:
         maskrcnn_resnet50_fpn,
         maskrcnn_resnet50_fpn_v2,
     )
+    from detection.parts import FeatureMaps, Proposals
+    from detection.recipes import recorded
     from detection.selective_search import SelectiveSearch
     from detection.training.module import DetectionModule
+    from detection.training.optimisation import CosineSchedule, MultiStepSchedule
 
 _HOMES = {
     "anchors": "AnchorGenerator",
@@ -67,11 +73,14 @@ _HOMES = {
     "data.proposals": "ProposalFiles SearchedProposals",
     "inference": "Detections Detector Tiles",
     "interop": "detector_for_classes load_detector save_detector",
-    "losses": "CIoULoss GIoULoss",
-    "matching": "BalancedSampler Matcher",
+    "fitting": "PartError",
+    "losses": "CIoULoss ClassWeights FocalLoss GIoULoss SmoothL1Loss",
+    "matching": "BalancedSampler HardExampleSampler Matcher",
+    "measuring": "measure",
     "models.backbones": "Backbone",
     "models.cascade": "CascadeRoIHeads",
     "models.compose": "cascade_rcnn faster_rcnn mask_rcnn",
+    "models.fast": "accelerate",
     "models.masks": "MaskHead MaskPredictor",
     "models.pooling": "RoIPool RoIPooler",
     "models.precomputed": "PrecomputedProposals",
@@ -84,7 +93,7 @@ _HOMES = {
     "models.roi_heads": "ConvFCHead FastRCNNPredictor RoIHeads TwoFCHead",
     "models.rpn": "RPNHead RegionProposalNetwork",
     "inference.tta": "TestTimeAugmentation",
-    "models.two_stage": "FasterRCNN",
+    "models.two_stage": "FasterRCNN TwoStageDetector",
     "models.zoo": (
         "cascadercnn_efficientnet_lite0_fpn cascadercnn_resnet50_fpn create_faster_rcnn "
         "fasterrcnn_efficientnet_lite0_fpn fasterrcnn_mobilenet_v3_large_320_fpn "
@@ -92,8 +101,11 @@ _HOMES = {
         "fasterrcnn_resnet50_fpn_v2 fasterrcnn_resnet_fpn fasterrcnn_timm_fpn maskrcnn_efficientnet_lite0_fpn "
         "maskrcnn_resnet50_fpn maskrcnn_resnet50_fpn_v2"
     ),
+    "parts": "FeatureMaps Proposals",
+    "recipes": "recorded",
     "selective_search": "SelectiveSearch",
     "training.module": "DetectionModule",
+    "training.optimisation": "CosineSchedule MultiStepSchedule",
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_MODULES)

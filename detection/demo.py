@@ -15,7 +15,7 @@ import io
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -301,13 +301,14 @@ def rows_of(chosen: Detections) -> list[dict[str, Any]]:
     ]
 
 
-def serve(ckpt: Path, host: str, port: int, device: str = "auto") -> None:
+def serve(ckpt: Path, host: str, port: int, device: str = "auto", trust: Iterable[str] = ()) -> None:
     """Serve the page of a checkpoint until interrupted.
 
     Args:
         ckpt: of scripts/fit.py, or .safetensors.
         host, port: to listen at.
         device: see `Detector`.
+        trust: see `Detector.from_checkpoint`.
 
     Raises:
         CheckpointError, FileNotFoundError: see `Detector.from_checkpoint`.
@@ -317,7 +318,7 @@ def serve(ckpt: Path, host: str, port: int, device: str = "auto") -> None:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, OverflowError) as error:
         raise RunError(f"{host}:{port} can't be listened at ({error}); give another --port or --host") from error
-    detector = Detector.from_checkpoint(ckpt, device)
+    detector = Detector.from_checkpoint(ckpt, device, trust=trust)
     model = model_of(detector)
     name = f"{ckpt.parent.name}/{ckpt.name}"
     app.on_startup(lambda: print(f"{ckpt}: http://{host}:{port} (Ctrl-C ends it)", flush=True))

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from detection.data.records import DataError
+from detection.recipes import RecipeError
 from detection.weights import CheckpointError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -25,6 +26,10 @@ class RunError(RuntimeError):
     def __init__(self, message: str, on_all_ranks: bool = False) -> None:
         super().__init__(message)
         self.on_all_ranks = on_all_ranks
+
+
+# Whose messages are a sentence with the way out already.
+SAY_ENOUGH = (DataError, RunError, CheckpointError, RecipeError, FileNotFoundError, MisconfigurationException)
 
 
 def blame_disk(path: object, error: OSError) -> str:
@@ -44,7 +49,7 @@ def explain(error: BaseException) -> str | None:
     """
     text, notes = str(error), "; ".join(getattr(error, "__notes__", ()))
     beside = f" ({notes})" if notes else ""
-    if isinstance(error, (DataError, RunError, CheckpointError, FileNotFoundError, MisconfigurationException)):
+    if isinstance(error, SAY_ENOUGH):
         return _innermost(text)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _matches(
         text, "out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory"
@@ -89,7 +94,7 @@ def _matches(text: str, *patterns: str) -> bool:
 
 
 def _innermost(text: str) -> str:
-    """The message itself, where a worker has sent it with the story of its life."""
+    """The message, without the traceback that PyTorch's loader puts before it where a worker has raised the error."""
     if "Original Traceback" not in text:
         return text
     last = text.strip().splitlines()[-1]

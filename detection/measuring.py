@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from detection.fitting import trial
+from detection.fitting import PartError, expect, name_of, trial
+
+SIDE = 64  # pixels of the blank image on which a detector is checked
 
 
 def measure(backbone: nn.Module, side: int = 256) -> tuple[tuple[int, ...], int]:
@@ -25,11 +27,11 @@ def measure(backbone: nn.Module, side: int = 256) -> tuple[tuple[int, ...], int]
         Pixels between neighbouring cells of each map, and the channels that all maps have.
 
     Raises:
-        ValueError: it is no backbone; the message says why.
+        PartError: it is no backbone; the message says why.
     """
     strides, channels = measure_each(backbone, side)
     if len(set(channels)) > 1:
-        raise ValueError(
+        raise PartError(
             f"{type(backbone).__name__} is no backbone: all its maps need the same number of channels, not {channels}; "
             "put a pyramid on it"
         )
@@ -42,25 +44,50 @@ def measure_each(body: nn.Module, side: int = 256) -> tuple[tuple[int, ...], lis
     maps, name = run_blank(body, size), f"{type(body).__name__} is no backbone"
     strides = {key: _stride(f"{name}: {key}", found, size) for key, found in maps.items()}
     if list(strides.values()) != sorted(strides.values()):
-        raise ValueError(f"{name}: maps must come finest first, but their strides are {strides}")
+        raise PartError(f"{name}: maps must come finest first, but their strides are {strides}")
     return tuple(strides.values()), [found.shape[1] for found in maps.values()]
 
 
+def check_maps(backbone: nn.Module, maps: Mapping[str, Tensor], strides: Sequence[int], channels: int) -> None:
+    """Refuse maps of a square blank image that are not what the backbone declares.
+
+    Args:
+        backbone: what gave them.
+        maps: by name, of an image of `SIDE` pixels.
+        strides, channels: declared.
+
+    Raises:
+        PartError: see above.
+    """
+    name = name_of(backbone)
+    if not isinstance(maps, Mapping):
+        raise PartError(f'backbone: {name} gave {type(maps).__name__}, not a dictionary of maps; return {{"0": map}}')
+    if len(maps) != len(strides):
+        raise PartError(f"backbone: {name} gave {len(maps)} maps, but declares the strides {tuple(strides)}")
+    for key, found in maps.items():
+        expect("backbone", backbone, f"map {key}", found, (1, channels, "h", "w"))
+    # A network that cuts off borders has fewer cells; its strides are measured on more than one image.
+    if any(found.shape[3] != -(-SIDE // stride) for found, stride in zip(maps.values(), strides, strict=True)):
+        real = measure(backbone)[0]
+        if real != tuple(strides):
+            raise PartError(f"backbone: {name} declares the strides {tuple(strides)}, but its maps have {real}")
+
+
 def run_blank(body: nn.Module, size: tuple[int, int]) -> dict[str, Tensor]:
-    """The maps of one blank image of this height and width; a ValueError where there are none."""
+    """The maps of one blank image of this height and width; a PartError where there are none."""
     name = f"{type(body).__name__} is no backbone"
     with trial(body):
         try:
             maps = body(_blank(body, size))
         except Exception as error:
             said = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"{name}: it can't take an image of {size[0]} x {size[1]} pixels: {said}") from error
+            raise PartError(f"{name}: it can't take an image of {size[0]} x {size[1]} pixels: {said}") from error
     if not isinstance(maps, Mapping) or not maps:
-        raise ValueError(f'{name}: it gives {type(maps).__name__}, not a dictionary of maps; return {{"0": map}}')
+        raise PartError(f'{name}: it gives {type(maps).__name__}, not a dictionary of maps; return {{"0": map}}')
     for key, found in maps.items():
         if not isinstance(found, Tensor) or found.ndim != 4:
             kind = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(f"{name}: {key} is {kind}, not a map (B, C, h, w)")
+            raise PartError(f"{name}: {key} is {kind}, not a map (B, C, h, w)")
     return dict(maps)
 
 
@@ -69,7 +96,7 @@ def _stride(name: str, found: Tensor, size: tuple[int, int]) -> int:
     cells, pixels = found.shape[3] - found.shape[2], size[1] - size[0]
     stride = round(pixels / cells) if cells > 0 else 0
     if stride < 1 or abs(cells * stride - pixels) >= stride:
-        raise ValueError(
+        raise PartError(
             f"{name} has {found.shape[2]} x {found.shape[3]} cells for {size[0]} x {size[1]} pixels, so it has no "
             "stride that is the same in both directions"
         )

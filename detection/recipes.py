@@ -4,8 +4,8 @@ A recipe is `{"class_path": "package.module.Name", "init_args": {...}}`, the for
 both go through `rebuild`. A recipe that leaves out arguments without a default makes a factory, `functools.partial`, to
 which the builder gives the rest: channels, classes, strides.
 
-Loading somebody's checkpoint runs no code but this package's, and constructors of PyTorch's layers and albumentations'
-transforms, unless the user trusts another package by name.
+A checkpoint may name what `@recorded` marks in this package, and the classes of `HARMLESS`: their constructors keep
+values, and open, fetch or run nothing. Anything else is made only where the user trusts its package by name.
 """
 
 from __future__ import annotations
@@ -30,19 +30,27 @@ KNOWN = (
     *(PACKAGE, "lightning.pytorch", "lightning.fabric", "torch.nn", "torch.optim", "torchmetrics"),
     *("torchvision.models", "torchvision.ops", "albumentations", "timm"),
 )
-# Whose classes a checkpoint may name: their constructors keep values, and open or run nothing.
-HARMLESS = {
-    "torch.nn.modules": ("torch.nn", "Module"),
-    "torchvision.ops": ("torch.nn", "Module"),
-    "torchvision.models.detection": ("torch.nn", "Module"),
-    "torch.optim": ("torch.optim", "Optimizer"),
-    "torch.optim.lr_scheduler": ("torch.optim.lr_scheduler", "LRScheduler"),
-    "torchmetrics": ("torchmetrics", "Metric"),
-    "albumentations.core.composition": ("albumentations", "BaseCompose"),
-    "albumentations": ("albumentations", "BasicTransform"),
-}
-NEVER = {"None", *sys.stdlib_module_names}  # is no part of a detector, so the advice to trust it would be a bad one
-EVERYTHING = "*"  # trust in whatever is named: for configurations that the user wrote
+# Which classes of other libraries a checkpoint may name: those defined under the first path that are subclasses of the
+# second. Other metrics of torchmetrics fetch networks; classes outside of `torch.nn.modules` start processes.
+HARMLESS = (
+    ("torch.nn.modules", "torch.nn.Module"),
+    ("torchvision.ops", "torch.nn.Module"),
+    ("torchvision.models.detection", "torch.nn.Module"),
+    ("torch.optim", "torch.optim.Optimizer"),
+    ("torch.optim", "torch.optim.lr_scheduler.LRScheduler"),
+    ("torchmetrics.aggregation", "torchmetrics.Metric"),
+    ("torchmetrics.classification", "torchmetrics.Metric"),
+    ("torchmetrics.detection", "torchmetrics.Metric"),
+    ("albumentations", "albumentations.BasicTransform"),
+    ("albumentations", "albumentations.BaseCompose"),
+)
+IMPORTED = ("torch.nn", "torch.optim", *(home for home, _ in HARMLESS))  # modules in which they are looked for
+# None of these is part of a detector, so the advice to trust it would be a bad one.
+NEVER = {"None", "torch", *sys.stdlib_module_names}
+WEIGHTS = ("weights", "weights_backbone")  # arguments of builders that name a file: no part of a recipe
+EVERYTHING = "*"  # trust in whatever is named: for a configuration that the user wrote
+A_RUN = "*run"  # trust in a run's configuration: it may name files of weights, and builders that open one
+DEEPEST, MOST = 50, 100_000  # of a recipe's values: a file of some bytes can describe more than memory holds
 _trusted: ContextVar[tuple[str, ...]] = ContextVar("trusted", default=())
 
 
@@ -51,11 +59,14 @@ class RecipeError(ValueError):
 
 
 def recorded(maker: Made) -> Made:
-    """Decorate a class or a builder function: what it makes gets `recipe`, or None if an argument has no plain form.
+    """Decorate a class or a builder function, so that what it makes keeps how it was made.
 
-    Weights are left out of a recipe, as a checkpoint has its own. What a builder decided about arguments that were None
-    because it had weights, it notes in `resolved`, a dictionary on what it makes. Where there is no recipe,
-    `unrecorded` names the arguments that are to blame.
+    What it makes gets two attributes. `recipe` is its class path with all arguments, defaults included, or None where
+    an argument has no plain form. `unrecorded` names those arguments, see `note`. A subclass is recorded where it is
+    decorated itself.
+
+    Weights are left out of a recipe, as a checkpoint has its own. A builder whose arguments of None became something
+    else because it had weights notes what they became in `resolved`, a dictionary on what it makes.
     """
     path = f"{maker.__module__}.{maker.__qualname__}"
     if isclass(maker):
@@ -87,24 +98,55 @@ def rebuildable(builder: Made) -> Made:
     return builder
 
 
+def is_recorded(maker: Any) -> bool:
+    """Whether `recorded` has decorated this class, rather than one that it inherits from, or this function."""
+    return bool(isclass(maker) or isfunction(maker)) and vars(maker).get("is_recorded") is True
+
+
 def note(made: Any, path: str, arguments: Mapping[str, Any]) -> None:
-    """Write down on a part how it was made: `recipe` and `unrecorded`. What takes no attributes stays without."""
+    """Write down on a part how it was made.
+
+    Args:
+        made: the part; one that takes no attributes, such as a tuple, stays without a recipe.
+        path: of its class or builder.
+        arguments: all that it was made with. Where one has no plain form, the part's `recipe` is None and its
+            `unrecorded` maps the path of what is to blame, e.g. `roi_heads.box_head`, to its type.
+    """
     resolved = getattr(made, "resolved", {})
-    named = {name: None if name in ("weights", "weights_backbone") else value for name, value in arguments.items()}
+    named = {name: None if _names_weights(name, value) else value for name, value in arguments.items()}
     named |= {name: resolved[name] for name, value in named.items() if value is None and name in resolved}
     plain = {name: describe(value) for name, value in named.items()}
     missing = [name for name, value in plain.items() if value is NotImplemented]
     try:
-        made.recipe = None if missing else {"class_path": path, "init_args": plain}
-        made.unrecorded = {name: type(named[name]).__name__ for name in missing}
+        made.recipe = None if missing or not _is_importable(path) else {"class_path": path, "init_args": plain}
+        made.unrecorded = {where: kind for name in missing for where, kind in blame(named[name], name).items()}
     except AttributeError:
         pass
 
 
+def _names_weights(name: str, value: Any) -> bool:
+    return name in WEIGHTS and isinstance(value, str | Path | Enum)
+
+
+def _is_importable(path: str) -> bool:
+    """Whether a class or function of this path is there for others: none is that a script or a function defines."""
+    return "<" not in path and not path.startswith("__main__.")
+
+
 def describe(value: Any) -> Any:
-    """A value in plain form, parts and factories as recipes; NotImplemented where there is none."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
+    """A value in plain form, parts and factories as recipes; NotImplemented where there is none.
+
+    Tuples become lists, and paths text, as they do in a file.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Enum):
+        inner, member = describe(type(value)), describe(value.value)
+        usable = inner is not NotImplemented and member is not NotImplemented
+        return {"class_path": inner["class_path"], "init_args": {"value": member}} if usable else NotImplemented
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)  # NumPy's float64 is a float too, but no plain value
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, list | tuple):
@@ -115,19 +157,35 @@ def describe(value: Any) -> Any:
         return NotImplemented if NotImplemented in entries.values() else entries
     if isinstance(value, partial) and not value.args:
         inner, arguments = describe(value.func), describe(value.keywords)
-        usable = isinstance(inner, dict) and arguments is not NotImplemented
+        usable = isinstance(inner, dict) and "partial" in inner and arguments is not NotImplemented
         return inner | {"init_args": arguments} if usable else NotImplemented
     if isclass(value) or isfunction(value):
         path = f"{value.__module__}.{value.__qualname__}"
-        return NotImplemented if "<" in path else {"class_path": path, "init_args": {}, "partial": True}
+        return {"class_path": path, "init_args": {}, "partial": True} if _is_importable(path) else NotImplemented
     recipe = getattr(value, "recipe", None)
-    return NotImplemented if recipe is None or isinstance(value, Enum) else recipe
+    return NotImplemented if recipe is None else recipe
+
+
+def blame(value: Any, where: str) -> dict[str, str]:
+    """What in a value has no plain form: its path, beginning with `where`, and its type, innermost parts alone."""
+    inner: dict[str, Any] = {}
+    if isinstance(value, list | tuple):
+        inner = {str(i): item for i, item in enumerate(value)}
+    elif isinstance(value, Mapping):
+        inner = {str(name): item for name, item in value.items()}
+    elif isinstance(value, partial):
+        inner = value.keywords
+    elif known := getattr(value, "unrecorded", None):
+        return {f"{where}.{name}": named for name, named in known.items()}
+    found = [blame(item, f"{where}.{name}") for name, item in inner.items() if describe(item) is NotImplemented]
+    kind: Any = value if isclass(value) or isfunction(value) else type(value)
+    return {name: kind for part in found for name, kind in part.items()} or {where: kind.__qualname__}
 
 
 @contextmanager
 def trusting(packages: Iterable[str]) -> Iterator[None]:
     """Inside, recipes may name anything of these packages too, which the working directory may hold."""
-    packages = tuple(packages)
+    packages = trusted_names(packages)
     if packages:
         import_from_working_directory()
     token = _trusted.set((*_trusted.get(), *packages))
@@ -135,6 +193,19 @@ def trusting(packages: Iterable[str]) -> Iterator[None]:
         yield
     finally:
         _trusted.reset(token)
+
+
+def trusted_names(packages: Iterable[str]) -> tuple[str, ...]:
+    """Names of packages as a tuple, from a single name as well.
+
+    Raises:
+        RecipeError: one that is no name, such as a file or a dotted path.
+    """
+    names = (packages,) if isinstance(packages, str) else tuple(packages)
+    for name in names:
+        if not name.isidentifier():
+            raise RecipeError(f"trust takes the name that a package is imported by (my_parts), not {name}")
+    return names
 
 
 def import_from_working_directory() -> None:
@@ -148,36 +219,85 @@ def rebuild(recipe: Any, trust: Iterable[str] = ()) -> Any:
 
     Args:
         recipe: as `describe` gives it. Plain values, and lists and dictionaries of them, come back as they are.
-        trust: packages whose code may run besides this one's.
+        trust: packages whose code may run besides this one's, and those of `trusting`. `EVERYTHING` and `A_RUN` cover
+            this recipe, but no file that one of its builders opens.
 
     Raises:
         RecipeError: it names something that is not trusted or not there, or arguments that don't fit.
     """
-    with trusting(trust):
-        return _rebuild(recipe)
+    named_in(recipe)  # refuses what is too large
+    marks = tuple(mark for mark in (EVERYTHING, A_RUN) if mark in trust)
+    with trusting([name for name in ((trust,) if isinstance(trust, str) else trust) if name not in marks]):
+        return _rebuild(recipe, (*_trusted.get(), *marks))
 
 
-def _rebuild(recipe: Any) -> Any:
+def named_in(recipe: Any) -> list[str]:
+    """The class paths that a recipe names, each once.
+
+    Raises:
+        RecipeError: it is deeper or larger than any recipe. Within a pickle a list may even hold itself.
+    """
+    todo, seen, paths = [(recipe, 0)], 0, dict[str, None]()
+    while todo:
+        value, depth = todo.pop()
+        seen += 1
+        if depth > DEEPEST or seen > MOST:
+            raise RecipeError("the recipe is no detector's: it is too large, or nested too deeply")
+        if isinstance(value, Mapping):
+            if isinstance(value.get("class_path"), str):
+                paths[value["class_path"]] = None
+            todo.extend((item, depth + 1) for item in value.values())
+        elif isinstance(value, list | tuple):
+            todo.extend((item, depth + 1) for item in value)
+    return list(paths)
+
+
+def packages_of(recipe: Any) -> list[str]:
+    """The packages that a checkpoint with this recipe asks to trust."""
+    paths = (path for path in named_in(recipe) if not _is_looked_for(path))
+    return sorted({path.partition(".")[0] for path in paths})
+
+
+def _rebuild(recipe: Any, trust: tuple[str, ...]) -> Any:
     if isinstance(recipe, list | tuple):
-        return [_rebuild(item) for item in recipe]
+        return [_rebuild(item, trust) for item in recipe]
     if not isinstance(recipe, Mapping):
         return recipe
     if "class_path" not in recipe:
-        return {name: _rebuild(value) for name, value in recipe.items()}
-    path, init_args = upgrade(str(recipe["class_path"]), dict(recipe.get("init_args") or {}))
-    maker = _find(path)
-    arguments = {name: _rebuild(value) for name, value in init_args.items()}
+        return {name: _rebuild(value, trust) for name, value in recipe.items()}
+    path, given = str(recipe["class_path"]), recipe.get("init_args") or {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise RecipeError(f"the recipe of {path} has arguments without names")
+    path, init_args = upgrade(path, dict(given))
+    maker = find(path, trust)
+    written = EVERYTHING in trust or A_RUN in trust
+    if not written and (named := [name for name in WEIGHTS if _names_weights(name, init_args.get(name))]):
+        raise RecipeError(f"the recipe of {path} names {named[0]}: a checkpoint has its own, and opens no other file")
+    arguments = {name: _rebuild(value, trust) for name, value in init_args.items()}
     try:
         signature(maker).bind_partial(**arguments)
-        if recipe.get("partial") or _needs_more(maker, arguments):
-            return partial(maker, **arguments) if arguments else maker
-        made = maker(**arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         package = path.partition(".")[0]
         raise RecipeError(f"the recipe of {path} does not fit this version of {package}: {error}") from error
-    if getattr(made, "recipe", None) is None and not getattr(maker, "is_recorded", False):
+    if recipe.get("partial") or _needs_more(maker, arguments):
+        return partial(maker, **arguments) if arguments else maker
+    made = _make(maker, arguments, "" if written else f"the recipe of {path} can't be followed")
+    if getattr(made, "recipe", None) is None and not is_recorded(maker):
         note(made, path, arguments)
     return made
+
+
+def _make(maker: Callable[..., Any], arguments: Mapping[str, Any], complaint: str) -> Any:
+    """Call the maker; with a complaint, whatever it raises is a RecipeError that begins so."""
+    try:
+        return maker(**arguments)
+    except RecipeError:
+        raise
+    except Exception as error:
+        if not complaint:
+            raise
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise RecipeError(f"{complaint}: {said}") from error
 
 
 def _needs_more(maker: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
@@ -186,67 +306,103 @@ def _needs_more(maker: Callable[..., Any], arguments: Mapping[str, Any]) -> bool
     return any(p.name not in arguments for p in wanted)
 
 
-def _find(path: str) -> Any:
-    """The class or function of this name, if a recipe may name it."""
-    package, trusted = path.partition(".")[0], _trusted.get()
-    free = EVERYTHING in trusted or package in trusted
-    checked = package in (PACKAGE, "torch") or path.startswith(tuple(HARMLESS))
-    if not free and not checked and package.isidentifier() and package not in NEVER:
-        raise RecipeError(
-            f"the recipe names {path}: if you trust the code of {package}, say so with --trust {package} "
-            f'(in Python trust=("{package}",))'
-        )
-    if not free and not checked:
-        raise RecipeError(f"the recipe names {path}, which is not a part of a detector")
+def find(path: str, trust: Iterable[str]) -> Any:
+    """The class or function of this name, if a recipe may name it; nothing else is imported.
+
+    Raises:
+        RecipeError: with what to do.
+    """
+    package = path.partition(".")[0]
+    free = EVERYTHING in trust or package in trust
+    if not free and not _is_looked_for(path):
+        if package in NEVER or not package.isidentifier():
+            raise RecipeError(f"the recipe names {path}, which is not a part of a detector")
+        raise RecipeError(f"the recipe names {path}: {advice(package)}")
     try:
-        maker = _import(path)
+        if not free and any(name.startswith("_") for name in path.split(".")):
+            raise ImportError(f"{path} is private")
+        maker = import_path(path)
     except ImportError as error:
         missing = f"which this version of {PACKAGE} does not have" if package == PACKAGE else f"but {error}"
         raise RecipeError(f"the recipe names {path}, {missing}") from error
-    if not free and not (getattr(maker, "is_recorded", False) if package == PACKAGE else _is_harmless(maker)):
+    if not callable(maker) or not (free or _is_part(maker, package, A_RUN in trust)):
         # others could do anything, such as writing files
         raise RecipeError(f"the recipe names {path}, which is not a part of a detector")
     return maker
 
 
-def _import(path: str) -> Any:
-    """What a dotted path names; an ImportError says what is not there."""
+def advice(package: str) -> str:
+    """What to do where a file names a package that is not trusted."""
+    return f'if you trust the code of {package}, say so with --trust {package} (in Python trust=("{package}",))'
+
+
+def _is_looked_for(path: str) -> bool:
+    return f"{path}.".startswith(tuple(f"{home}." for home in (PACKAGE, *IMPORTED)))
+
+
+def _is_part(maker: Any, package: str, in_a_run: bool) -> bool:
+    if package != PACKAGE:
+        return _is_harmless(maker)
+    return is_recorded(maker) or (in_a_run and _gives_a_detector(maker))
+
+
+def _gives_a_detector(maker: Any) -> bool:
+    """Whether it is a builder: `detector_for_classes` isn't recorded, as it opens a file."""
+    made = maker.__annotations__.get("return") if isfunction(maker) else None
+    return made is not None and getattr(made, "__name__", made) in ("FasterRCNN", "TwoStageDetector")
+
+
+def import_path(path: str) -> Any:
+    """What a dotted path names; an ImportError says in one sentence what is not there."""
     module, _, name = path.rpartition(".")
     if not module:
         raise ImportError(f"{path} names no module: write module.Name")
     try:
-        return getattr(importlib.import_module(module), name)
-    except AttributeError as error:
-        raise ImportError(f"{module} has no {name}") from error
+        home = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name):
-            raise  # the module is there, but one that it needs is not
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise ImportError(f"{module} can't be imported: {error}") from error  # it needs another that is not there
         raise ImportError(
             f"there is no module {error.name} among those installed and in {os.getcwd()}: run from the folder that "
             "holds it, or install it"
         ) from error
+    except Exception as error:
+        raise ImportError(f"{module} can't be imported: {type(error).__name__}: {error}") from error
+    if not hasattr(home, name):
+        raise ImportError(f"{module} has no {name}, in {getattr(home, '__file__', None) or module}")
+    return getattr(home, name)
 
 
 def _is_harmless(maker: Any) -> bool:
-    for home, (module, base) in HARMLESS.items():
-        if isclass(maker) and f"{maker.__module__}.".startswith(f"{home}."):
-            return issubclass(maker, getattr(importlib.import_module(module), base))
-    return False
+    if isfunction(maker):
+        return maker.__module__ == "torch.nn.functional"
+    return isclass(maker) and any(
+        f"{maker.__module__}.".startswith(f"{home}.") and issubclass(maker, import_path(base))
+        for home, base in HARMLESS
+    )
 
 
-def name_only_known(own: Iterable[str], trust: Iterable[str] = ()) -> None:
-    """From now on configurations of this process name nothing but parts of `KNOWN` packages and what `own` names.
+def name_only_known(own: Iterable[str], trust: Iterable[str] = ()) -> tuple[str, ...]:
+    """From now on configurations of this process name nothing but parts of `KNOWN` packages and what the user named.
 
     Args:
         own: values that the user has typed where classes are expected: the packages they name are trusted.
         trust: further packages that the user has named.
+
+    Returns:
+        the packages trusted, for `rebuild`.
     """
     from jsonargparse import set_parsing_settings
 
     words = [name for argument in own for name in re.findall(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", argument)]
-    typed = {name.partition(".")[0] for name in words} - {"jsonargparse", *sys.stdlib_module_names}
-    allowed = [*KNOWN, *sorted(typed | set(trust))]
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=allowed)
+    typed = {name.partition(".")[0] for name in words} - {"jsonargparse", PACKAGE, "torch", *sys.stdlib_module_names}
+    trusted = tuple(sorted(typed | set(trusted_names(trust))))
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*KNOWN, *trusted])
+    return trusted
+
+
+class Unnamed:
+    """Stands for arguments of `*args`, which a recipe can't hold."""
 
 
 def _arguments(
@@ -255,8 +411,16 @@ def _arguments(
     """All arguments of a call by name, defaults included: they may change, the checkpoint may not."""
     bound = signature(maker).bind(*args, **kwargs)
     bound.apply_defaults()
-    named = {name: value for name, value in bound.arguments.items() if name not in (skip, "kwargs")}
-    return named | bound.arguments.get("kwargs", {})
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is Parameter.VAR_KEYWORD:
+            named |= value
+        elif kind is Parameter.VAR_POSITIONAL:
+            named |= {f"*{name}": Unnamed()} if value else {}
+        elif name != skip:
+            named[name] = value
+    return named
 
 
 # Where the makers of older checkpoints are now, and what their arguments are called.
@@ -268,7 +432,9 @@ MOVED = {
 
 
 def upgrade(path: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The class path and the arguments of a recipe as this version has them."""
+    """The class path and the arguments of a recipe as this version has them; those of other packages as they are."""
+    if not path.startswith(f"{PACKAGE}."):
+        return path, arguments
     for old, new in MOVED.items():
         path = path.replace(old, new, 1) if path.startswith(old) else path
     for stage in ("rpn_", ""):

@@ -34,6 +34,9 @@ OLD_NAMES = (  # what torchvision called its tensors before version 0.13; it upg
 )
 
 
+NO_RECIPE = "it does not say how to build its detector: build that as in training, and give it the tensors"
+
+
 class CheckpointError(ValueError):
     """A file of weights that can't be used; the message names the file or the tensor, and the way out."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from jsonargparse import auto_cli
+import sys
 
 from detection.benchmarks.commands import COMMANDS
+from detection.cli.flags import run_command
 
 if __name__ == "__main__":
-    auto_cli(COMMANDS, as_positional=False)
+    sys.exit(run_command(COMMANDS))

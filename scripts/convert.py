@@ -5,15 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
-from detection.data.records import DataError
-from detection.interop import CheckpointError, export_detector, fetch_weights, import_detector, save_detector
+from detection.cli.flags import run_command
+from detection.interop import export_detector, fetch_weights, import_detector, save_detector
 from detection.interop.files import Library, StyleName
 
 
 def bring(source: Path, output: Path, style: StyleName | None = None, contiguous: bool = False,
-          without_epsilon: bool | None = None) -> None:  # fmt: skip
+          without_epsilon: bool | None = None, trust: list[str] = []) -> None:  # noqa: B006  # fmt: skip
     """Write a checkpoint as .safetensors that says how to build its detector: no settings are needed later.
 
     Args:
@@ -23,13 +21,15 @@ def bring(source: Path, output: Path, style: StyleName | None = None, contiguous
             file says, else caffe for Detectron2 and pytorch for MMDetection.
         contiguous: give the 91 classes of torchvision's COCO detectors the labels 1 to 80.
         without_epsilon: frozen normalisation was trained with epsilon 0; by default for torchvision's own such files.
+        trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
-    model, saved = import_detector(source, style, contiguous, without_epsilon)
+    model, saved = import_detector(source, style, contiguous, without_epsilon, trust)
     save_detector(output, model, saved.class_names, saved.category_ids)
     print(f"{output}: {model.num_classes - 1} classes, {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
-def take(source: Path, output: Path, to: Library, category_ids: bool = False, without_epsilon: bool = False) -> None:
+def take(source: Path, output: Path, to: Library, category_ids: bool = False, without_epsilon: bool = False,
+         trust: list[str] = []) -> None:  # noqa: B006  # fmt: skip
     """Write one of our detectors for another library.
 
     Args:
@@ -38,8 +38,9 @@ def take(source: Path, output: Path, to: Library, category_ids: bool = False, wi
         to: torchvision or detectron2.
         category_ids: give COCO's 80 classes the 91 labels that torchvision has for them.
         without_epsilon: for torchvision's frozen normalisation with epsilon 0.
+        trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
-    print(f"{output} is written. {export_detector(source, output, to, category_ids, without_epsilon)}")
+    print(f"{output} is written. {export_detector(source, output, to, category_ids, without_epsilon, trust)}")
 
 
 def download(weights: str) -> None:
@@ -48,7 +49,4 @@ def download(weights: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli({"import": bring, "export": take, "download": download}, as_positional=False)
-    except (CheckpointError, DataError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command({"import": bring, "export": take, "download": download}))

@@ -6,17 +6,16 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
+from detection.cli.flags import run_command
 from detection.data.records import DataError
 from detection.inference.sources import Images, open_source
-from detection.interop import CheckpointError, load_detector
+from detection.interop import load_detector
 from detection.interop.export import ExportError, compare, onnx_runner, to_onnx, to_torch, torch_runner, write_facts
 from detection.weights import read_saved
 
 
 def main(ckpt: Path, output: Path, images: str | None = None, count: int = 20, compiled: bool = False,
-         tolerance: float = 0.01) -> None:  # fmt: skip
+         tolerance: float = 0.01, trust: list[str] = []) -> None:  # noqa: B006  # fmt: skip
     """Write the detector to a file that needs nothing of this package: uint8 pixels in, boxes in those pixels out.
 
     Inputs and outputs are described by `detection.interop.export.ExportableDetector`.
@@ -28,8 +27,9 @@ def main(ckpt: Path, output: Path, images: str | None = None, count: int = 20, c
         count: check on so many.
         compiled: write a .pt2 file of machine code for this machine's CPU, by AOTInductor.
         tolerance: largest difference of a coordinate, in pixels, that passes the check.
+        trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
-    model, saved = load_detector(ckpt), read_saved(ckpt)
+    model, saved = load_detector(ckpt, trust), read_saved(ckpt)
     if output.suffix not in (".onnx", ".pt2"):
         raise ExportError(f"{output}: write .onnx or .pt2")
     if output.suffix == ".onnx":
@@ -53,7 +53,4 @@ def main(ckpt: Path, output: Path, images: str | None = None, count: int = 20, c
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(main, as_positional=False)
-    except (CheckpointError, DataError, ExportError, FileNotFoundError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command(main, ExportError, ImportError))

@@ -5,19 +5,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
+from detection.cli.flags import run_command
 from detection.data.records import DataError
 from detection.inference import Detector, Tiles, predict
 from detection.inference.detector import Precision
 from detection.inference.sources import open_source
-from detection.weights import CheckpointError
 
 
 def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thresh: float = 0.5,
          classes: list[str] | None = None, batch_size: int = 8, tile: int | None = None, overlap: float = 0.2,
          limit: int | None = None, pictures: bool = True, device: str = "auto",
-         precision: Precision = "32") -> None:  # fmt: skip
+         precision: Precision = "32", trust: list[str] = []) -> None:  # noqa: B006  # fmt: skip
     """Write annotated images or a video, predictions.json (COCO) and predictions.csv.
 
     Args:
@@ -33,8 +31,9 @@ def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thre
         pictures: false leaves the annotated images or video out.
         device: auto, cpu, cuda, cuda:1, mps.
         precision: of the network: 32, bf16 or 16.
+        trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
-    detector = Detector.from_checkpoint(ckpt, device, precision)
+    detector = Detector.from_checkpoint(ckpt, device, precision, trust)
     tiles = Tiles(tile, overlap) if tile is not None else None
     detector_of = detector.class_names
     if unknown := [name for name in classes or () if name not in detector_of]:
@@ -48,7 +47,4 @@ def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thre
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(main, as_positional=False)
-    except (CheckpointError, DataError, FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command(main, ValueError))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import math
 import re
 import runpy
 import shlex
@@ -22,6 +23,8 @@ from PIL import Image
 import detection
 from detection.cli.check import data_of, splits_of
 from detection.cli.fit import CONFIGS, main
+from detection.data import scenes
+from tests.runs import TINY, rows, scene_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -144,6 +147,48 @@ def test_configuration_parses(block: Block, beside: Path, capsys: pytest.Capture
     assert_contained(yaml.safe_load(block.text), printed)
 
 
+def section(page: Path, heading: str) -> list[Block]:
+    """The YAML blocks of a section."""
+    text = page.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return [block for block in YAML_BLOCKS if block.page == page and block.text in text]
+
+
+LOSSES = section(DOCS / "settings.md", "Losses and sampling")
+
+
+def test_losses_that_are_shown_are_found() -> None:
+    shown = "".join(block.text for block in LOSSES)
+    for name in ("FocalLoss", "ClassWeights", "HardExampleSampler", "rpn_box_loss", "SmoothL1Loss"):
+        assert name in shown
+    assert all(len(block.text.splitlines()) < 10 for block in LOSSES)
+
+
+@pytest.mark.parametrize(
+    "block", LOSSES, ids=[b.text.splitlines()[4].split()[0].rstrip(":") + f"-{i}" for i, b in enumerate(LOSSES)]
+)
+def test_loss_or_sampler_trains(block: Block, beside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (beside / "block.yaml").write_text(block.text)
+    data = scene_flags(scenes.draw(beside, train=4, val=2))
+    short = [
+        "--trainer.max_steps",
+        "2",
+        "--data.num_workers",
+        "0",
+        "--trainer.num_sanity_val_steps",
+        "0",
+        "--wandb",
+        "off",
+    ]
+    assert main(["--config", "block.yaml", *TINY, *data, *short, "--output", "runs"]) == 0, capsys.readouterr().err
+    losses = [
+        float(row[name])
+        for row in rows(next((beside / "runs").glob("*/*")))
+        for name in row
+        if "loss" in name and row[name]
+    ]
+    assert len(losses) >= 10 and all(math.isfinite(loss) for loss in losses)
+
+
 def assert_contained(part: Any, whole: Any, where: str = "") -> None:
     """What the page says has reached the configuration, where the name of a class may be written short."""
     if isinstance(part, str) and isinstance(whole, dict) and "class_path" in whole:
@@ -220,10 +265,12 @@ def test_reference_has_every_public_name_and_module() -> None:
         re.findall(r"^::: (detection[\w.]+)", "".join(p.read_text() for p in (DOCS / "api").glob("*.md")), re.M)
     )
     for page in documented:
-        assert (ROOT / Path(*page.split("."))).with_suffix(".py").is_file(), page
-    rooms = ("models", "interop", "inference", "evaluation")
-    private = {"detection.evaluation.page", "detection.models.packing"}  # HTML; a layout that only pooling knows
-    modules = {f"detection.{r}.{p.stem}" for r in rooms for p in (ROOT / "detection" / r).glob("[!_]*.py")}
+        place = ROOT / Path(*page.split("."))
+        assert place.with_suffix(".py").is_file() or (place / "__init__.py").is_file(), page
+    rooms = ("models", "models.fast", "interop", "inference", "evaluation")
+    private = {"detection.evaluation.page"}  # HTML
+    folders = {room: ROOT / "detection" / room.replace(".", "/") for room in rooms}
+    modules = {f"detection.{room}.{p.stem}" for room, folder in folders.items() for p in folder.glob("[!_]*.py")}
     modules |= {f"detection.{p.stem}" for p in (ROOT / "detection").glob("[!_]*.py")}
     assert modules - documented <= private
 

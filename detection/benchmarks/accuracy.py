@@ -20,13 +20,14 @@ from torch import nn
 from detection.benchmarks.peers import TorchvisionDetector
 from detection.data.datamodule import DetectionDataModule
 from detection.models.backbones import efficientnet_lite0_fpn
-from detection.recipes import rebuild
+from detection.recipes import EVERYTHING, rebuild
 from detection.training.module import DetectionModule
+from detection.training.optimisation import CosineSchedule
 
 Row = dict[str, Any]
 FIGURES = ("map", "map_50", "map_75")
 BASELINE_DATA = {"batch_size": 8, "min_size": 240, "max_size": 400, "vflip": 0.0, "photometric": 0.0}
-BASELINE_MODEL = {"optimizer": "sgd", "lr": 0.04, "schedule": "cosine", "warmup_steps": 50, "weight_decay": 1e-4}
+BASELINE_MODEL = {"lr": 0.04, "weight_decay": 1e-4, "schedule": CosineSchedule(warmup_steps=50)}  # and SGD
 BASELINE_STEPS = 200
 
 
@@ -105,7 +106,8 @@ def _train(settings: Mapping[str, Any], name: str, seed: int, output: Path | Non
 
 def _detector(spec: Mapping[str, Any], name: str, num_classes: int, data: Mapping[str, Any]) -> nn.Module:
     sizes = {"num_classes": num_classes, "min_size": data["min_size"], "max_size": data["max_size"]}
-    ours = rebuild({"class_path": spec["class_path"], "init_args": {**spec["init_args"], **sizes}})
+    recipe = {"class_path": spec["class_path"], "init_args": {**spec["init_args"], **sizes}}
+    ours = rebuild(recipe, trust=(EVERYTHING,))
     if name == "ours":
         return ours
     if name == "torchvision":

@@ -68,11 +68,11 @@ def accuracy(root: Path, config: Path = CONFIGS / "bccd.yaml", seeds: list[int] 
 
 
 def family(ckpts: list[Path], root: Path | None = None, images: int = 10, rounds: int = 3,
-           json: Path | None = None) -> None:  # fmt: skip
+           trust: list[str] = [], json: Path | None = None) -> None:  # noqa: B006  # fmt: skip
     """Proposal time, time an image and AP of trained checkpoints; see `detection.benchmarks.family`."""
     from detection.benchmarks.family import measure_family
 
-    report(measure_family(ckpts, root, images, rounds), json)
+    report(measure_family(ckpts, root, images, rounds, trust), json)
 
 
 def soak(steps: int = 2000, num_workers: int = 2, json: Path | None = None) -> None:

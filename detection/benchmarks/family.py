@@ -23,7 +23,9 @@ from detection.training.module import DetectionModule
 Row = dict[str, Any]
 
 
-def measure_family(ckpts: Sequence[Path], root: Path | None = None, images: int = 10, rounds: int = 3) -> list[Row]:
+def measure_family(
+    ckpts: Sequence[Path], root: Path | None = None, images: int = 10, rounds: int = 3, trust: Sequence[str] = ()
+) -> list[Row]:
     """Time and score trained detectors, slowest first.
 
     Every image goes alone, from the batch's arrival to its detections; Selective Search runs on the spot, though
@@ -35,6 +37,7 @@ def measure_family(ckpts: Sequence[Path], root: Path | None = None, images: int 
         root: folder of the data set, if it has moved.
         images: how many of the validation split are timed.
         rounds: how often.
+        trust: packages whose parts the checkpoints may use besides this one's.
 
     Raises:
         ValueError: the checkpoints are of different classes.
@@ -42,9 +45,9 @@ def measure_family(ckpts: Sequence[Path], root: Path | None = None, images: int 
     rows: list[Row] = []
     contenders: list[tuple[DetectionModule, DetectionDataModule]] = []
     for ckpt in ckpts:
-        module = DetectionModule.load_from_checkpoint(ckpt, map_location="cpu", weights_only=True).eval()
+        module = DetectionModule.load_from_checkpoint(ckpt, trust, map_location="cpu").eval()
         moved = {"root": str(root)} if root is not None else {}
-        data = DetectionDataModule.load_from_checkpoint(ckpt, weights_only=True, classes=module.class_names, **moved)
+        data = DetectionDataModule.load_from_checkpoint(ckpt, trust, classes=module.class_names, **moved)
         if rows and module.class_names != contenders[0][0].class_names:
             raise ValueError(f"{ckpt} is of other classes than {ckpts[0]}: compare detectors of one data set")
         figures = _score(module, data)

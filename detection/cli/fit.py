@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from importlib import import_module
 from inspect import isclass, signature
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import lightning as L
 import yaml
@@ -26,16 +26,30 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.logging import RichHandler
 
+from detection.cli.flags import take_trust
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
 from detection.errors import RunError, explain
 from detection.models import relatives, zoo
-from detection.recipes import EVERYTHING, import_from_working_directory, name_only_known, rebuild
+from detection.recipes import (
+    A_RUN,
+    EVERYTHING,
+    RecipeError,
+    advice,
+    find,
+    import_from_working_directory,
+    name_only_known,
+    named_in,
+    packages_of,
+    rebuild,
+    trusted_names,
+)
 from detection.training import tuning
 from detection.training.callbacks import Bar, PredictionPictures, Results, Throughput
 from detection.training.checkpoints import RUN_FOLDER, KeepBest, WholeFiles, start
 from detection.training.loggers import MetricsFile, Tracker, WandbMode
 from detection.training.module import DetectionModule
+from detection.training.optimisation import COSINE, MOVED, SGD_MOMENTUM, state_per_parameter
 from detection.training.resume import INTERRUPTED, Interrupted, KeepLast
 from detection.training.safety import Guard, check_start, end_other_ranks, end_with_parent
 from detection.training.tracking import ProposalRecall, SampledForeground, Tracking
@@ -51,24 +65,36 @@ DESCRIPTION = """Train a detector. Without arguments: the quickstart, on scenes 
 
 --config takes a YAML file, or the name of one of this package's: {configs}. Any other flag overrides it.
 Presets go behind it as a second --config: {presets}.
+--trust NAME ... goes with --resume: the run's configuration and checkpoint may use the code of these packages.
 """
 
 
 class Parser(LightningArgumentParser):
     """Fails on an unknown flag or key with the nearest right one."""
 
+    resumed: Path | None = None  # the configuration of the run that goes on
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one line and exit with code 2."""
-        if os.environ.get("JSONARGPARSE_DEBUG"):
+        """Print one line and exit with code 2; for a part inside, raise, as it may fit another type of its hint."""
+        if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):
             super().error(message, ex)
-        sys.stderr.write(f"error: {' '.join(message.split())}{self._suggest(message)}\n")
+        if denied := re.search(r"Importing '([\w.]+)' is not allowed", message):
+            how = advice(denied[1].partition(".")[0])
+            message = f"{self.resumed or 'the configuration'}: it names {denied[1]}: {how}"
+        else:
+            message += self._suggest(message)
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
         raise SystemExit(2)
 
     def _suggest(self, message: str) -> str:
-        if "import path denylist" in message:
-            return " (if the file that names it is yours, say so with --config FILE)"
+        if twice := re.search(r"Option '(lr|weight_decay)' is not accepted", message):
+            return f" (it is --model.{twice[1]})"
+        for old, new in MOVED.items():
+            if re.search(rf"\bmodel\.{old}\b|\bstring: {old}\b|\bmodel\.(optimizer|schedule).*\b{old}\b", message):
+                return f" (optimiser and schedule are parts now: instead of {old} write {new})"
         arguments = {f"model.detector.{name}" for name in _detector_arguments()}
         options = {option.lstrip("-") for option in self._option_string_actions if option.startswith("--")}
+        options.add("trust")
         known = options | arguments if "model.lr" in options else arguments  # a builder has a parser of its own
         for word in re.findall(r"--([\w.+-]+)", message) + re.findall(r"['\"]([\w.+-]+)['\"]", message):
             if word not in known and (name := _nearest(word, known)):
@@ -101,6 +127,8 @@ class FitCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str]) -> None:
+        given = complete(args)
+        self.resumed, self.trust = given.resumed, given.trust
         names, presets = (", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) for folder in (CONFIGS, PRESETS))
         super().__init__(
             DetectionModule,
@@ -111,7 +139,7 @@ class FitCLI(LightningCLI):
             parser_class=Parser,
             # An abbreviation that works today is ambiguous when a flag is added.
             parser_kwargs={"description": DESCRIPTION.format(configs=names, presets=presets), "allow_abbrev": False},
-            args=expand(args),
+            args=given.args,
             run=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # DetectionModule keeps what it needs by itself
@@ -119,6 +147,7 @@ class FitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the given arguments only, whatever stands in `sys.argv`."""
+        parser.resumed = self.resumed
         self.config = parser.parse_args(args)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -126,7 +155,9 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         # Our samplers are rank-aware by themselves; the table of layers has one line that says anything.
         parser.set_defaults({"trainer.use_distributed_sampler": False, "trainer.enable_model_summary": False})
-        parser.add_class_arguments(DetectionModule, "model", skip={"class_names"}, instantiate=False)
+        known = {"class_names", "images_per_batch"}  # from the data
+        parser.add_class_arguments(DetectionModule, "model", skip=known, instantiate=False)
+        parser.set_defaults({"model.optimizer": SGD_MOMENTUM, "model.schedule": COSINE})
         parser.add_class_arguments(DetectionDataModule, "data", instantiate=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -169,12 +200,20 @@ class FitCLI(LightningCLI):
         self.folder, self.checkpoint = start(self.config.resume, Path(self.config.output) / self.config.name)
         if self.config.find:  # under a name that `--resume auto` does not take for a run
             self.folder = self.folder.with_name(f"{self.folder.name}_find_{self.config.find}")
-        self.datamodule = DetectionDataModule(**rebuild(self.config.data.as_dict(), trust=(EVERYTHING,)))
         config = self.config.clone()
+        self.datamodule = DetectionDataModule(**self._make_parts(config.pop("data")))
         fit_detector_to_data(config.model.detector, self.datamodule)
-        self.config_init = self.parser.instantiate(config)
-        self.model = DetectionModule(**self.config_init.model.as_dict(), class_names=self.datamodule.class_names)
+        parts = self._make_parts(config.pop("model"))
+        self.config_init = self.parser.instantiate(config)  # the trainer's callbacks, loggers, plugins
+        self.model = DetectionModule(**parts, class_names=self.datamodule.class_names)
         self.trainer = self.instantiate_trainer()
+
+    def _make_parts(self, section: Namespace) -> dict[str, Any]:
+        """The arguments of a section, its parts made as those of a checkpoint are: from recipes."""
+        try:
+            return {name: rebuild(plain(value, self.trust), self.trust) for name, value in vars(section).items()}
+        except RecipeError as error:
+            raise RecipeError(f"{self.resumed}: {error}" if self.resumed else str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer with our loggers and callbacks beside those of the configuration."""
@@ -221,10 +260,13 @@ class FitCLI(LightningCLI):
             tuning.find_batch_size(self.trainer, self.model, self.datamodule)
             return
         if _rank() == 0 and not self.config.trainer.fast_dev_run:
-            slots = 2 if self.model.optimizer_name == "adamw" else 1
+            slots = state_per_parameter(self.model.optimizer)
             check_start(self.folder, self.model, slots, 2 * self.datamodule.hparams["num_workers"])
             readme = RUN_README + (CHECKPOINT_README if self.config.trainer.enable_checkpointing is not False else "")
-            (self.folder / "README.md").write_text(readme.format(folder=self.folder.as_posix()))
+            packages = packages_of([dict(self.model.hparams), dict(self.datamodule.hparams)])
+            flag = f" --trust {' '.join(packages)}" if packages else ""
+            trust = f", trust={packages}" if packages else ""
+            (self.folder / "README.md").write_text(readme.format(folder=self.folder.as_posix(), flag=flag, trust=trust))
             if not self.checkpoint:  # figures of a run that ended before its first checkpoint, and begins again
                 (self.folder / "metrics.csv").unlink(missing_ok=True)
         parameters = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
@@ -237,22 +279,47 @@ class FitCLI(LightningCLI):
 RUN_README = """A training run: `config.yaml` repeats it; curves: `metrics.csv`, `plots`; pictures: `predictions.jpg`.
 """
 CHECKPOINT_README = """
-Go on with it:   python scripts/fit.py --resume {folder}    (stopped by a signal: exit code 75)
-Evaluate it:     python scripts/evaluate.py --ckpt {folder}/best.ckpt
-Detect with it:  python scripts/predict.py --ckpt {folder}/best.ckpt --source IMAGES
+Go on with it:   python scripts/fit.py --resume {folder}{flag}    (stopped by a signal: exit code 75)
+Evaluate it:     python scripts/evaluate.py --ckpt {folder}/best.ckpt{flag}
+Detect with it:  python scripts/predict.py --ckpt {folder}/best.ckpt --source IMAGES{flag}
 
     from detection import Detector
 
-    detector = Detector.from_checkpoint("{folder}/best.ckpt")
+    detector = Detector.from_checkpoint("{folder}/best.ckpt"{trust})
     detections = detector("photo.jpg")  # its boxes, class names and scores, in its pixels
 """
 
 
+class Given(NamedTuple):
+    """A completed command line.
+
+    Attributes:
+        args: for the parser.
+        resumed: the configuration in the folder of the run that goes on, if it is used.
+        trust: in whose parts, see `rebuild`: everybody's, but in the configuration of a run those that are named.
+    """
+
+    args: list[str]
+    resumed: Path | None = None
+    trust: tuple[str, ...] = (EVERYTHING,)
+
+
 def expand(args: Sequence[str]) -> list[str]:
+    """The arguments that `complete` gives."""
+    return complete(args).args
+
+
+def complete(args: Sequence[str]) -> Given:
     """Complete what may be written short: the name of a packaged configuration, that of a builder, no configuration.
 
-    None, or presets alone, means that of the run to go on with, else the quickstart.
+    None, or presets alone, means that of the run to go on with, else the quickstart. The configuration of a run may
+    have come with somebody's checkpoint, so what it names is checked.
+
+    Raises:
+        RecipeError: it names a part of a package that is not trusted, or that can't be imported.
     """
+    args, trust = take_trust(args)
+    trust = list(trusted_names(trust))
     expanded, own, previous, default = list[str](), list[str](), "", CONFIGS / f"{QUICKSTART}.yaml"
     configs: list[Path] = []
     for arg in args:
@@ -271,11 +338,55 @@ def expand(args: Sequence[str]) -> list[str]:
         if flag == "--resume" and value != "auto":
             resumed = Path(value) if Path(value).is_dir() else Path(value).parent
             default = resumed / "config.yaml" if (resumed / "config.yaml").is_file() else default
-    if all(path.parent == PRESETS for path in configs):
-        expanded = ["--config", str(default), *expanded]
-        if default.parent != CONFIGS:
-            name_only_known(own)  # that file may have come with somebody's checkpoint
-    return expanded
+    if not all(path.parent == PRESETS for path in configs):
+        return Given(expanded, None, (EVERYTHING, *trust))
+    expanded = ["--config", str(default), *expanded]
+    if default.parent == CONFIGS:
+        return Given(expanded, None, (EVERYTHING, *trust))
+    trusted = name_only_known(own, trust)
+    check_parts(default, (A_RUN, *trusted))
+    return Given(expanded, default, (A_RUN, *trusted))
+
+
+def check_parts(config: Path, trust: Sequence[str]) -> None:
+    """Refuse a configuration whose model or data name what may not be named or is not there: a RecipeError.
+
+    A configuration that can't be read is left to the parser.
+    """
+    try:
+        content = yaml.safe_load(config.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return
+    sections = content if isinstance(content, dict) else {}
+    try:
+        for path in named_in([sections.get("model"), sections.get("data")]):
+            find(path, trust)
+    except RecipeError as error:
+        raise RecipeError(f"{config}: {error}") from error
+
+
+def plain(value: Any, trust: Sequence[str] = (EVERYTHING,)) -> Any:
+    """What jsonargparse has parsed, as a recipe: a dictionary or list, and text for a path, as a checkpoint keeps them.
+
+    Args:
+        value: of an argument.
+        trust: in whom, see `rebuild`.
+    """
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [plain(item, trust) for item in value]
+    if not isinstance(value, Namespace | dict):
+        return value
+    items = (vars(value) if isinstance(value, Namespace) else value).items()
+    entries = {name: plain(item, trust) for name, item in items}
+    if "class_path" not in entries:
+        return entries
+    path, given = entries["class_path"], entries.get("init_args") or {}
+    given |= entries.get("dict_kwargs") or {}
+    # Where a hint says nothing, jsonargparse gives None for arguments that are left to the builder.
+    wanted = {name for name, p in signature(find(path, trust)).parameters.items() if p.default is p.empty}
+    return {"class_path": path, "init_args": {k: v for k, v in given.items() if v is not None or k not in wanted}}
 
 
 def fit_detector_to_data(detector: Namespace, data: DetectionDataModule) -> None:
@@ -353,7 +464,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if os.environ.get("JSONARGPARSE_DEBUG"):
             raise
         said = " ".join(str(error).split())
-        return _fail(RunError(f"these settings can't be built: {type(error).__name__}: {said} (JSONARGPARSE_DEBUG=1 "
+        return _fail(RunError(f"these settings can't be built: {type(error).__name__}: {said} (JSONARGPARSE_DEBUG=true "
                               "shows where)"))  # fmt: skip
     try:
         cli.fit()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from inspect import isclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import lightning as L
 import torch
@@ -28,8 +28,8 @@ from detection.data.records import DataError, Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
 from detection.data.workers import init_worker
 from detection.parts import Reader
+from detection.recipes import RecipeError, rebuild, trusting
 from detection.recipes import describe as plain
-from detection.recipes import rebuild
 
 log = logging.getLogger(__name__)
 
@@ -199,6 +199,26 @@ class DetectionDataModule(L.LightningDataModule):
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
         self._known: Known | None = None
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Any, trust: Iterable[str] = (), **options: Any
+    ) -> Self:
+        """The data of a checkpoint's training; nothing but plain values is unpickled.
+
+        Args:
+            checkpoint_path: of the file.
+            trust: packages whose parts it may use besides this one's.
+            **options: Lightning's, and arguments of this class that take the place of those in the file.
+
+        Raises:
+            RecipeError: the file names parts of a package that is not trusted, or is not there.
+        """
+        try:
+            with trusting(trust):
+                return super().load_from_checkpoint(checkpoint_path, **{"weights_only": True} | options)
+        except RecipeError as error:
+            raise RecipeError(f"{checkpoint_path}: {error}") from error
 
     @property
     def class_names(self) -> list[str]:

@@ -10,7 +10,7 @@ detections = detector("street.jpg")
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -70,15 +70,22 @@ class Detector:
         self.precision = precision
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str = "auto", precision: Precision = "32") -> Detector:
+    def from_checkpoint(
+        cls, path: str | Path, device: str = "auto", precision: Precision = "32", trust: Iterable[str] = ()
+    ) -> Detector:
         """The detector of a run's `.ckpt`, or of a `.safetensors` file of `save_detector` or `scripts/convert.py`.
+
+        Args:
+            path: of the file.
+            device, precision: see the class.
+            trust: packages whose parts it may use besides this one's, e.g. `("my_parts",)`: their code runs.
 
         Raises:
             CheckpointError: the file doesn't say how to build its detector, or what its classes are called.
             FileNotFoundError: there is none.
         """
         path = Path(path)
-        model = load_detector(path)
+        model = load_detector(path, trust)
         saved = read_saved(path)
         if saved.class_names is None:
             raise CheckpointError(f"{path}: does not name its classes; write it with save_detector(..., class_names)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +20,10 @@ from detection.interop import detectron2, mmdetection, rows, torchvision
 from detection.interop.names import load, state_of
 from detection.interop.pickles import read_pickle
 from detection.models.two_stage import FasterRCNN
-from detection.recipes import RecipeError, rebuild
+from detection.recipes import RecipeError, blame, rebuild, trusting
 from detection.weights import (
     FACTS,
+    NO_RECIPE,
     CheckpointError,
     Saved,
     adapt_classes,
@@ -37,15 +38,20 @@ StyleName = Literal["pytorch", "caffe"]
 Library = Literal["torchvision", "detectron2"]
 
 
-def load_detector(path: str | Path) -> FasterRCNN:
+def load_detector(path: str | Path, trust: Iterable[str] = ()) -> FasterRCNN:
     """The detector of a file that `save_detector` or a run has written, in evaluation mode; no settings are needed.
 
+    Args:
+        path: of the file.
+        trust: packages whose parts it may use besides this one's.
+
     Raises:
-        CheckpointError: the file doesn't say how to build it, or its tensors don't fit.
+        CheckpointError: the file doesn't say how to build it, names parts of a package that is not trusted, or its
+            tensors don't fit.
         FileNotFoundError: there is none.
     """
     saved = _read_own(Path(path))
-    model = _rebuild(Path(path), saved.recipe)
+    model = _rebuild(Path(path), saved.recipe, trust)
     _named(Path(path), lambda: load(model, saved.tensors))
     return model.eval()
 
@@ -54,7 +60,8 @@ def detector_for_classes(path: str | Path, class_names: Sequence[str] | None = N
     """A detector to train further on other classes; those of the same name keep what was learned of them.
 
     Args:
-        path: as for `load_detector`.
+        path: as for `load_detector`; packages other than this one are trusted with `detection.recipes.trusting`, on
+            the command line with `--trust`.
         class_names: of the foreground, label 1 first; None for those of the file. On the command line, the data's.
 
     Raises:
@@ -89,7 +96,11 @@ def save_detector(
         CheckpointError: the model has parts that no recipe describes, or another number of classes.
     """
     if model.recipe is None:
-        raise CheckpointError("the detector has parts of your own, so that a file can't tell how to build it again")
+        lost = ", ".join(f"{name}: {kind}" for name, kind in blame(model, "detector").items())
+        raise CheckpointError(
+            f"a file can't tell how to build this detector again, as no recipe describes {lost}: decorate its class "
+            "with detection.recorded"
+        )
     for what, given in (("class names", class_names), ("category ids", category_ids)):
         if given is not None and len(given) != model.num_classes - 1:
             raise CheckpointError(f"{len(given)} {what} are given for {model.num_classes - 1} classes")
@@ -104,7 +115,11 @@ def save_detector(
 
 
 def import_detector(
-    source: Path, style: StyleName | None = None, contiguous: bool = False, without_epsilon: bool | None = None
+    source: Path,
+    style: StyleName | None = None,
+    contiguous: bool = False,
+    without_epsilon: bool | None = None,
+    trust: Iterable[str] = (),
 ) -> tuple[FasterRCNN, Saved]:
     """The detector in a file of torchvision, Detectron2 or MMDetection, or in a checkpoint of one of our runs.
 
@@ -113,6 +128,7 @@ def import_detector(
         style: of a ResNet: `caffe` has its stride in the 1x1 convolutions and sees BGR from 0 to 255. By default what
             the file says, else `caffe` for Detectron2, and for MMDetection `pytorch` unless its name has `caffe`.
         contiguous, without_epsilon: see `torchvision.from_torchvision`.
+        trust: see `load_detector`.
 
     Returns:
         the detector, and its tensors with recipe, class names and category ids.
@@ -123,7 +139,8 @@ def import_detector(
     """
     if not source.is_file():
         raise FileNotFoundError(f"no checkpoint at {source}")
-    return _named(source, lambda: _import(source, style, contiguous, without_epsilon))
+    with trusting(trust):
+        return _named(source, lambda: _import(source, style, contiguous, without_epsilon))
 
 
 def _import(
@@ -150,7 +167,12 @@ def _import(
 
 
 def export_detector(
-    source: Path, output: Path, library: Library, category_ids: bool = False, without_epsilon: bool = False
+    source: Path,
+    output: Path,
+    library: Library,
+    category_ids: bool = False,
+    without_epsilon: bool = False,
+    trust: Iterable[str] = (),
 ) -> str:
     """Write a detector of ours for another library.
 
@@ -159,6 +181,7 @@ def export_detector(
         output: `.pth`, `.safetensors`, or, for Detectron2, `.pkl`.
         library: who shall read it.
         category_ids, without_epsilon: see `torchvision.to_torchvision`.
+        trust: see `load_detector`.
 
     Returns:
         what to do over there to load it.
@@ -166,7 +189,7 @@ def export_detector(
     Raises:
         CheckpointError: the library has no such detector, or no such kind of file.
     """
-    model = load_detector(source)
+    model = load_detector(source, trust)
     content: dict[str, Any]
     if library == "torchvision":
         content = state = torchvision.to_torchvision(model, without_epsilon, category_ids)
@@ -247,13 +270,15 @@ def _read_own(path: Path) -> Saved:
         raise FileNotFoundError(f"no checkpoint at {path}")
     saved = read_saved(path)
     if saved.recipe is None:
-        raise CheckpointError(f"{path}: does not say how to build its detector: convert it with scripts/convert.py")
+        of_a_run = path.suffix == ".ckpt"
+        told = NO_RECIPE if of_a_run else "does not say how to build its detector: convert it with scripts/convert.py"
+        raise CheckpointError(f"{path}: {told}")
     return saved
 
 
-def _rebuild(path: Path, recipe: Mapping[str, Any] | None) -> FasterRCNN:
+def _rebuild(path: Path, recipe: Mapping[str, Any] | None, trust: Iterable[str] = ()) -> FasterRCNN:
     try:
-        model = rebuild(recipe or {})
+        model = rebuild(recipe or {}, trust)
     except RecipeError as error:
         raise CheckpointError(f"{path}: {error}") from error
     if not isinstance(model, FasterRCNN):

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from detection.recipes import blame, describe, packages_of
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +149,27 @@ def _new_folder(parent: Path) -> Path:
 def _newest_run(parent: Path) -> Path | None:
     runs = [(match, path) for path in parent.glob("*") if path.is_dir() and (match := STAMP.fullmatch(path.name))]
     return max(runs, key=lambda run: (run[0][1], int(run[0][2] or 0)))[1] if runs else None
+
+
+def announce_parts(detector: Any, settings: Mapping[str, Any]) -> None:
+    """Warn of parts that no recipe describes, as checkpoints can't make them again; name the packages to trust.
+
+    Args:
+        detector: that is about to train.
+        settings: what else the checkpoints keep, by name.
+    """
+    parts = {"": detector} | dict(settings)
+    problems = [blame(part, name) for name, part in parts.items() if describe(part) is NotImplemented]
+    lost = [f"{name.lstrip('.') or 'the detector'}: {kind}" for found in problems for name, kind in found.items()]
+    if lost:
+        log.warning(
+            "the checkpoints of this run can't be opened by themselves, as no recipe describes %s. Give the part from "
+            "YAML, or decorate its class with detection.recorded, or pass its class or a functools.partial; a class "
+            "must be in a module that can be imported",
+            ", ".join(lost),
+        )
+    elif packages := packages_of([describe(part) for part in parts.values()]):
+        log.info("its checkpoints have parts of your own: open them with --trust %s", " ".join(packages))
 
 
 class WholeFiles(TorchCheckpointIO):

@@ -37,7 +37,7 @@ class Interrupted(Exception):  # noqa: N818
     """The run was told to stop and has saved; it ends with the exit code `INTERRUPTED`."""
 
 
-class Wish:
+class Request:
     """What a process wants at the end of a step; the largest of all ranks counts."""
 
     NOTHING, SAVE, STOP, REQUEUE = range(4)
@@ -51,7 +51,7 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.wish, self.name = Wish.NOTHING, ""
+        self.request, self.name = Request.NOTHING, ""
         self._process, self._first = os.getpid(), 0.0
 
     def install(self) -> None:
@@ -63,14 +63,14 @@ class Signals:
     def _note(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:
             return  # a loader's process, which got the handler by fork, leaves it to its parent
-        if self.wish and time.monotonic() - self._first > 1:
+        if self.request and time.monotonic() - self._first > 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(self._process, number)
-        if not self.wish:
+        if not self.request:
             self._first = time.monotonic()
             self.name = signal.Signals(number).name
             os.write(2, f"{self.name}: saving after this step, then stopping; once more stops at once\n".encode())
-            self.wish = Wish.REQUEUE if number == signal.SIGUSR1 else Wish.STOP
+            self.request = Request.REQUEUE if number == signal.SIGUSR1 else Request.STOP
 
 
 class KeepLast(Checkpoint):
@@ -100,9 +100,10 @@ class KeepLast(Checkpoint):
         self._watch_loader(trainer)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         if self._restored is not None:
-            # `estimated_stepping_batches` makes the loader before Lightning has its state: Lightning never restores it
+            # Lightning restores a loader only where it makes it after reading the checkpoint. Ours is made before, when
+            # the schedule asks for the number of steps (`estimated_stepping_batches`).
             trainer.train_dataloader.load_state_dict(self._restored["loader"])  # type: ignore[union-attr]
-            # or what `_begin_anew` wrote there would be in the next checkpoint too
+            # The counts that `_begin_anew` wrote were for Lightning alone: the next checkpoint has true ones.
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
             states = self._restored["random"]
             if trainer.global_rank < len(states):
@@ -125,10 +126,10 @@ class KeepLast(Checkpoint):
             return  # between two accumulated batches: their gradients are in no checkpoint
         self._step = trainer.global_step
         due = self._due or time.monotonic() - self._saved_at >= 60 * self.every
-        wish = self._agree(trainer, Wish.SAVE if due else Wish.NOTHING)
-        if wish and self._saved_step != trainer.global_step:
+        request = self._agree(trainer, Request.SAVE if due else Request.NOTHING)
+        if request and self._saved_step != trainer.global_step:
             self._save(trainer)
-        self._stop(trainer, wish)
+        self._stop(trainer, request)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # After the last step of all Lightning would not validate again
@@ -162,11 +163,11 @@ class KeepLast(Checkpoint):
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
         return fitting and not getattr(trainer, "fast_dev_run", False)
 
-    def _agree(self, trainer: L.Trainer, wish: int = Wish.NOTHING) -> int:
-        wish = max(wish, self._signals.wish)
+    def _agree(self, trainer: L.Trainer, request: int = Request.NOTHING) -> int:
+        request = max(request, self._signals.request)
         if trainer.world_size == 1:
-            return wish
-        largest = torch.tensor(wish, device=trainer.strategy.root_device)
+            return request
+        largest = torch.tensor(request, device=trainer.strategy.root_device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
@@ -174,10 +175,10 @@ class KeepLast(Checkpoint):
         trainer.save_checkpoint(self.path, weights_only=False)
         self._saved_at, self._saved_step, self._due = time.monotonic(), trainer.global_step, False
 
-    def _stop(self, trainer: L.Trainer, wish: int) -> None:
-        if wish < Wish.STOP:
+    def _stop(self, trainer: L.Trainer, request: int) -> None:
+        if request < Request.STOP:
             return
-        if trainer.is_global_zero and wish == Wish.REQUEUE:
+        if trainer.is_global_zero and request == Request.REQUEUE:
             requeue()
         reason = self._signals.name or "another rank was told to stop"
         way_on = f"go on with --resume {self.path.parent}" if self.path.exists() else "there was nothing to save yet"

@@ -1,0 +1,44 @@
+"""What the commands have in common on the command line: `--trust`, and how they end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jsonargparse import auto_cli
+
+from detection.errors import complaint
+
+TRUST = "--trust"
+
+
+def take_trust(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments without `--trust`, and the packages it names: several behind one flag, or the flag repeated."""
+    left, names, taking = list[str](), list[str](), False
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        taking = flag == TRUST or (taking and not arg.startswith("-"))
+        if not taking:
+            left.append(arg)
+        elif flag != TRUST or equals:
+            names += (value if equals else arg).strip("[]").replace(",", " ").split()
+    return left, names
+
+
+def run_command(command: Callable[..., Any] | Mapping[str, Any], *expected: type[Exception]) -> str | None:
+    """Run a function, or that of several which the first argument names, with the arguments of the command line.
+
+    Args:
+        command: the function, or those of several names.
+        *expected: errors that explain themselves, beside those that `errors.explain` knows.
+
+    Returns:
+        the sentence on what went wrong, for `sys.exit`; None where all is well. What is a bug is raised.
+    """
+    args, trust = take_trust(sys.argv[1:])
+    args += [f"{TRUST}=[{','.join(trust)}]"] if trust else []
+    try:
+        return complaint(lambda: auto_cli(command, args=args, as_positional=False))
+    except expected as error:
+        return f"error: {error}"

@@ -1,0 +1,1 @@
+"""Parts of a detector that are not in the package `detection`: each replaces one of its own."""
