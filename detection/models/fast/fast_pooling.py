@@ -20,7 +20,10 @@ from detection.models.pooling import RoIPooler
 
 
 class CanvasPooler(RoIPooler):
-    """Lays all levels side by side on one canvas, so that one call of `roi_align` pools all regions."""
+    """Lays all levels side by side on one canvas, so that one call of `roi_align` pools all regions.
+
+    Boxes must lie inside the image, as those of a detector and of a `Batch` do: beyond a map there is another one.
+    """
 
     def pool(self, maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, levels: Tensor) -> Tensor:
         """As `RoIPooler.pool`."""
