@@ -28,8 +28,8 @@ from detection.data.records import DataError, Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
 from detection.data.workers import init_worker
 from detection.parts import Reader
-from detection.recipes import describe as plain
 from detection.recipes import RecipeError, rebuild, trusting
+from detection.recipes import describe as plain
 
 log = logging.getLogger(__name__)
 
