@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from detection.recipes import recorded
     from detection.selective_search import SelectiveSearch
     from detection.training.module import DetectionModule
+    from detection.training.optimisation import CosineSchedule, MultiStepSchedule
 
 _HOMES = {
     "anchors": "AnchorGenerator",
@@ -96,6 +97,7 @@ _HOMES = {
     "recipes": "recorded",
     "selective_search": "SelectiveSearch",
     "training.module": "DetectionModule",
+    "training.optimisation": "CosineSchedule MultiStepSchedule",
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_MODULES)

@@ -13,14 +13,14 @@ from detection.data.datamodule import DetectionDataModule
 from detection.data.images import read_image
 from detection.data.records import DataError
 from detection.evaluation.collect import CollectDetections
-from detection.evaluation.mean_ap import Backend, MeanAP
+from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.report import write_evaluation
 from detection.training.module import DetectionModule
 from detection.weights import readable
 
 
 def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None = None, output: Path | None = None,
-             batch_size: int | None = None, accelerator: str = "auto", backend: Backend = "arrays",
+             batch_size: int | None = None, accelerator: str = "auto",
              precision: Literal["32-true", "bf16-mixed"] = "32-true", trust: list[str] = []) -> None:  # noqa: B006  # fmt: skip
     """Write figures, COCO results JSON, plots and an HTML report; the figures are those that training logged.
 
@@ -31,7 +31,6 @@ def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None
         output: folder to write to; beside the checkpoint by default.
         batch_size: images a batch; that of training by default.
         accelerator, precision: as of Lightning's trainer: cpu, gpu or auto; 32-true or bf16-mixed.
-        backend: who computes mAP: our arrays, or torchmetrics with faster_coco_eval or pycocotools.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
     module = DetectionModule.load_from_checkpoint(ckpt, trust, map_location="cpu")
@@ -43,7 +42,7 @@ def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None
     data.prepare_data()
     data.setup("validate" if split == "val" else "test")
     loader: Any = data.val_dataloader() if split == "val" else data.test_dataloader()
-    metric = MeanAP(module.class_names, module.hparams["detections_per_img"], module.metric.iou_type, backend)
+    metric = MeanAP(module.class_names, module.hparams["detections_per_img"], module.metric.iou_type)
     settings: dict[str, Any] = {"logger": False, "callbacks": [CollectDetections(metric)], "precision": precision}
     L.Trainer(accelerator=accelerator, devices=1, **settings).predict(module, loader, return_predictions=False)
     folder, home = output or ckpt.parent / f"evaluation_{split}", loader.dataset.root

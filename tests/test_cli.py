@@ -193,7 +193,10 @@ def test_a_run_that_ends_within_an_epoch_is_validated(data: Path, tmp_path: Path
         (["--data.batch", "4"], "--data.batch_size"),
         (["--trainer.max_epoch=3"], "--trainer.max_epochs"),
         (["--batch_size", "4"], "--data.batch_size"),
-        (["--model.warmup_step", "9"], "--model.warmup_steps"),
+        (["--model.warmup_steps", "9"], "instead of warmup_steps write --model.schedule.warmup_steps"),
+        (["--model.optimizer", "adamw"], "instead of adamw write torch.optim.AdamW"),
+        (["--model.schedule", "multistep"], "instead of multistep write detection.MultiStepSchedule"),
+        (["--model.optimizer", "AdamW", "--model.optimizer.lr", "0.1"], "it is --model.lr"),
         (["--model.detector.min_sze", "320"], "--model.detector.min_size"),
         (["--model.detector", "fasterrcn_resnet50_fpn"], "fasterrcnn_resnet50_fpn"),
         (["--data.format", "coko"], "coco"),
@@ -248,7 +251,11 @@ def test_packaged_configuration_parses(path: Path, capsys: pytest.CaptureFixture
     assert printed["name"] == path.stem
     for section in ("trainer", "data", "model"):
         for key, value in written[section].items():
-            if key not in ("detector", "proposals"):  # parts, whose defaults are filled in
+            if key in ("optimizer", "schedule"):  # parts, whose defaults are filled in
+                part = printed[section][key]
+                assert part["class_path"] == value["class_path"]
+                assert part["init_args"] | value.get("init_args", {}) == part["init_args"]
+            elif key not in ("detector", "proposals"):
                 assert printed[section][key] == value, key
     detector = printed["model"]["detector"]["init_args"]
     assert {key for key in written["model"]["detector"].get("init_args", {}) if key not in detector} == set()

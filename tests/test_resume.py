@@ -82,6 +82,7 @@ RUNS = {
         [(START, 3), (EPOCH, 0), (START, 1)],
     ),
     "part of an epoch": (["--trainer.limit_train_batches", "3"], [(START, 2), (EPOCH, 0)]),
+    "frozen at first": (["--model.freeze", "{backbone.body: 1}"], [(START, 3), (EPOCH, 0), (START, 1), (VALIDATED, 0)]),
     "the same batches": (["--trainer.overfit_batches", "2"], [(START, 1), (EPOCH, 0)]),
 }
 

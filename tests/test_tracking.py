@@ -185,7 +185,7 @@ def check_checkpoint_and_configuration(folder: Path, kept: list[Record]) -> None
     assert (entry.path, entry.digest) == ("best.ckpt", digest)
     (run,) = [record.run for record in kept if record.HasField("run")]
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert (config["data"]["batch_size"], config["model"]["optimizer"]) == (4, "adamw")
+    assert (config["data"]["batch_size"], config["model"]["optimizer"]["class_path"]) == (4, "torch.optim.AdamW")
     (end,) = [record.exit for record in kept if record.HasField("exit")]
     assert end.exit_code == 0
 

@@ -62,15 +62,29 @@ def test_rate_is_in_the_unit_of_the_flag_and_nothing_changes(
     """4 images in 2 accumulated parts: a flag of 1 is a rate of 4 / 16 in the optimiser."""
     quick(monkeypatch, 12, 1e4)  # far beyond where the losses end in NaN, which is no error here
     used: list[float] = []
+    shares: list[float] = []
     step = torch.optim.SGD.step
 
     def watch(optimizer: torch.optim.SGD, *args: Any, **options: Any) -> Any:
         used.append(optimizer.param_groups[0]["lr"])
+        shares.append(optimizer.param_groups[-1]["lr"] / used[-1])
         return step(optimizer, *args, **options)
 
     monkeypatch.setattr(torch.optim.SGD, "step", watch)
     flags = ["--find", "lr", "--output", str(tmp_path), "--trainer.accumulate_grad_batches", "2"]
-    cli = FitCLI([*flags, "--model.optimizer", "sgd", *TINY, *scene_flags(data), "--data.num_workers", "0"])
+    cli = FitCLI(
+        [
+            *flags,
+            "--model.optimizer",
+            "SGD",
+            "--model.lr_mult",
+            "{rpn: 0.5}",
+            *TINY,
+            *scene_flags(data),
+            "--data.num_workers",
+            "0",
+        ]
+    )
     before = {name: value.clone() for name, value in cli.model.state_dict().items()}
     found: dict[str, float] = {}
     original = tuning.find_lr
@@ -82,6 +96,7 @@ def test_rate_is_in_the_unit_of_the_flag_and_nothing_changes(
     monkeypatch.setattr(tuning, "find_lr", keep)
     cli.fit()
     assert used[0] == pytest.approx(tuning.LOWEST * 4 / 16)
+    assert shares == pytest.approx([0.5] * len(used))  # parts keep their share, where Lightning gives all the same
     ratios = [abs(math.log(rate * 16 / 4 / tuning.MARGIN / found["lr"])) for rate in used]
     assert min(ratios) < 0.05  # to two digits, a third of one that was used, in the unit of the flag
     assert used[-1] > 1

@@ -22,11 +22,12 @@ from detection.data.datamodule import DetectionDataModule
 from detection.models.backbones import efficientnet_lite0_fpn
 from detection.recipes import EVERYTHING, rebuild
 from detection.training.module import DetectionModule
+from detection.training.optimisation import CosineSchedule
 
 Row = dict[str, Any]
 FIGURES = ("map", "map_50", "map_75")
 BASELINE_DATA = {"batch_size": 8, "min_size": 240, "max_size": 400, "vflip": 0.0, "photometric": 0.0}
-BASELINE_MODEL = {"optimizer": "sgd", "lr": 0.04, "schedule": "cosine", "warmup_steps": 50, "weight_decay": 1e-4}
+BASELINE_MODEL = {"lr": 0.04, "weight_decay": 1e-4, "schedule": CosineSchedule(warmup_steps=50)}  # and SGD
 BASELINE_STEPS = 200
 
 

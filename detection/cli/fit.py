@@ -34,6 +34,7 @@ from detection.training.callbacks import Bar, PredictionPictures, Results, Throu
 from detection.training.checkpoints import RUN_FOLDER, KeepBest, WholeFiles, start
 from detection.training.loggers import MetricsFile, Tracker, WandbMode
 from detection.training.module import DetectionModule
+from detection.training.optimisation import COSINE, SGD_MOMENTUM, state_per_parameter
 from detection.training.resume import INTERRUPTED, Interrupted, KeepLast
 from detection.training.safety import Guard, check_start, end_other_ranks, end_with_parent
 from detection.training.tracking import ProposalRecall, SampledForeground, Tracking
@@ -86,7 +87,9 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         # Our samplers are rank-aware by themselves; the table of layers has one line that says anything.
         parser.set_defaults({"trainer.use_distributed_sampler": False, "trainer.enable_model_summary": False})
-        parser.add_class_arguments(DetectionModule, "model", skip={"class_names"}, instantiate=False)
+        known = {"class_names", "images_per_batch"}  # from the data
+        parser.add_class_arguments(DetectionModule, "model", skip=known, instantiate=False)
+        parser.set_defaults({"model.optimizer": SGD_MOMENTUM, "model.schedule": COSINE})
         parser.add_class_arguments(DetectionDataModule, "data", instantiate=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -189,10 +192,10 @@ class FitCLI(LightningCLI):
             tuning.find_batch_size(self.trainer, self.model, self.datamodule)
             return
         if _rank() == 0 and not self.config.trainer.fast_dev_run:
-            slots = 2 if self.model.optimizer_name == "adamw" else 1
+            slots = state_per_parameter(self.model.optimizer)
             check_start(self.folder, self.model, slots, 2 * self.datamodule.hparams["num_workers"])
             readme = RUN_README + (CHECKPOINT_README if self.config.trainer.enable_checkpointing is not False else "")
-            packages = packages_of([self.model.hparams["detector"], dict(self.datamodule.hparams)])
+            packages = packages_of([dict(self.model.hparams), dict(self.datamodule.hparams)])
             flag = f" --trust {' '.join(packages)}" if packages else ""
             trust = f", trust={packages}" if packages else ""
             (self.folder / "README.md").write_text(readme.format(folder=self.folder.as_posix(), flag=flag, trust=trust))

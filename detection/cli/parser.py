@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from detection.cli.configuration import defaults
 from detection.models import relatives, zoo
 from detection.recipes import advice
+from detection.training.optimisation import MOVED
 
 TYPICAL = "detection.models.zoo.fasterrcnn_resnet_fpn"  # has the arguments that most builders share
 
@@ -38,6 +39,12 @@ class Parser(LightningArgumentParser):
         raise SystemExit(2)
 
     def _suggest(self, message: str) -> str:
+        twice = re.search(r"Option '(lr|weight_decay)' is not accepted", message)
+        if twice and "model.optimizer" in message:
+            return f" (it is --model.{twice[1]})"
+        for old, new in MOVED.items():
+            if re.search(rf"\bmodel\.{old}\b|\bstring: {old}\b|\bmodel\.(optimizer|schedule).*\b{old}\b", message):
+                return f" (optimiser and schedule are parts now: instead of {old} write {new})"
         if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
             near = difflib.get_close_matches(missing[2], dir(sys.modules.get(missing[1])), 1, 0.6)
             return f" (did you mean {missing[1]}.{near[0]}?)" if near else ""

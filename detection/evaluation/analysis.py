@@ -17,11 +17,11 @@ from detection.evaluation.coco_eval import (
     Bools,
     Ints,
     Pairs,
-    Side,
-    detections_side,
+    SortedBoxes,
     find_pairs,
     match,
-    objects_side,
+    sorted_detections,
+    sorted_objects,
 )
 from detection.evaluation.results import ImageResult
 
@@ -40,17 +40,19 @@ class Analysis:
     """Every detection and object, judged at one IoU threshold.
 
     Attributes:
-        dt, gt: detections and objects, in the order of `Side`.
+        dt, gt: all detections and all objects.
         num_classes: C.
-        kind: `(D,)` RIGHT, a mistake, or IGNORED (on a crowd).
-        owner: `(D,)` the object a detection has, or would have had but for a CLASS or LOCATION mistake; else -1.
-        mended: `(D,)` of those mistakes the best-scored on an object that nothing else found.
-        found: `(N,)` objects that a detection has.
-        missed: `(N,)` objects that count, not found, and which mending no mistake would find.
+        kind: `(D,)` RIGHT, one of `MISTAKES`, or IGNORED (on a crowd).
+        owner: `(D,)` the object that a detection belongs to, -1 for none. It is the object matched; for a LOCATION or a
+            CLASS mistake it is the object that was meant.
+        found: `(N,)` objects with a detection that is RIGHT.
+        mended: `(D,)` LOCATION and CLASS mistakes that would be RIGHT if they were corrected: their object is not found
+            by another detection, and of all mistakes on that object theirs is the best score.
+        missed: `(N,)` objects that are neither found nor would be by a mended mistake; crowds are left out.
     """
 
-    dt: Side
-    gt: Side
+    dt: SortedBoxes
+    gt: SortedBoxes
     num_classes: int
     kind: Ints
     owner: Ints
@@ -90,7 +92,7 @@ def analyse(
         background: an IoU below it with every object is background.
         limit: best detections of each class and image that are looked at.
     """
-    dt, gt = detections_side(results, limit), objects_side(results)
+    dt, gt = sorted_detections(results, limit), sorted_objects(results)
     pairs = find_pairs(dt, gt, background, by_class=False)
     same = dt.label[pairs.dt] == gt.label[pairs.gt]
     near = _select(pairs, same & (pairs.iou >= iou))

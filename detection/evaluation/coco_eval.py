@@ -33,7 +33,7 @@ PAIRS_AT_ONCE = 1 << 20
 
 
 @dataclass(slots=True)
-class Side:
+class SortedBoxes:
     """All detections or all objects, sorted by class, then image, then (detections) by falling score.
 
     Attributes:
@@ -74,7 +74,7 @@ def xywh(boxes: NDArray[np.float32]) -> Floats:
     return np.concatenate([wide[:, :2], wide[:, 2:] - wide[:, :2]], axis=1)
 
 
-def detections_side(results: Sequence[ImageResult], limit: int, use_masks: bool = False) -> Side:
+def sorted_detections(results: Sequence[ImageResult], limit: int, use_masks: bool = False) -> SortedBoxes:
     """All detections, the best `limit` of each class and image."""
     image, place = _places([r.labels for r in results])
     label = _join([r.labels for r in results], np.int64)
@@ -87,10 +87,10 @@ def detections_side(results: Sequence[ImageResult], limit: int, use_masks: bool 
     boxes = _mask_boxes(masks) if masks else xywh(_join([r.boxes for r in results], np.float32).reshape(-1, 4))[order]
     areas = np.asarray(mask_api.area(masks), dtype=np.float64) if masks else boxes[:, 2] * boxes[:, 3]
     none = np.zeros(0, bool)
-    return Side(image[order], label[order], place[order], boxes, areas, rank, scores[order], none, masks)
+    return SortedBoxes(image[order], label[order], place[order], boxes, areas, rank, scores[order], none, masks)
 
 
-def objects_side(results: Sequence[ImageResult], use_masks: bool = False) -> Side:
+def sorted_objects(results: Sequence[ImageResult], use_masks: bool = False) -> SortedBoxes:
     """All ground-truth objects, crowds included."""
     image, place = _places([r.gt_labels for r in results])
     label = _join([r.gt_labels for r in results], np.int64)
@@ -101,13 +101,15 @@ def objects_side(results: Sequence[ImageResult], use_masks: bool = False) -> Sid
     areas = _join([r.gt_areas for r in results], np.float64)[order]
     crowd = _join([r.gt_iscrowd for r in results], np.bool_)[order]
     none = np.zeros(0, np.int64)
-    return Side(image[order], label[order], place[order], boxes, areas, none, none.astype(np.float32), crowd, masks)
+    return SortedBoxes(
+        image[order], label[order], place[order], boxes, areas, none, none.astype(np.float32), crowd, masks
+    )
 
 
-def find_pairs(dt: Side, gt: Side, floor: float, by_class: bool = True) -> Pairs:
+def find_pairs(dt: SortedBoxes, gt: SortedBoxes, floor: float, by_class: bool = True) -> Pairs:
     """Pairs in one image (and, with `by_class`, of one class) with IoU >= `floor`; a crowd's IoU is over the detection.
 
-    Both sides keep the order of their `Side`; `dt` indices ascend, and `gt` indices ascend within a detection.
+    Indices are places in `dt` and in `gt`. Those of detections ascend; for each detection, those of objects ascend.
     """
     images = 1 + max(dt.image.max(initial=0), gt.image.max(initial=0))
     group_dt = dt.image + (dt.label * images if by_class else 0)
@@ -121,7 +123,7 @@ def find_pairs(dt: Side, gt: Side, floor: float, by_class: bool = True) -> Pairs
     return Pairs(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
-def _pairs_of(rows: Ints, start: Ints, count: Ints, order: Ints, dt: Side, gt: Side, floor: float) -> Any:
+def _pairs_of(rows: Ints, start: Ints, count: Ints, order: Ints, dt: SortedBoxes, gt: SortedBoxes, floor: float) -> Any:
     offset = np.cumsum(count[rows]) - count[rows]
     d = np.repeat(rows, count[rows])
     g = order[np.arange(len(d)) - np.repeat(offset, count[rows]) + np.repeat(start[rows], count[rows])]
@@ -144,18 +146,18 @@ def box_iou(dt: Floats, gt: Floats, crowd: Bools) -> Floats:
 
 
 def match(pairs: Pairs, rows: Ints, group: Ints, thresholds: Floats, ignore: Bools, crowd: Bools) -> NDArray[np.int32]:
-    """Greedy matching in the order of score, within each group.
+    """Greedy matching within each group: detections choose one after the other, the best score first.
 
-    A detection takes the free object of highest IoU (the last of equals), one that counts before one that is ignored;
-    a crowd is never used up.
+    A detection chooses among the objects that no other has. It takes one that counts if there is any, otherwise one
+    that is ignored. Of several it takes that of highest IoU, and of equals the last. A crowd can be taken by many.
 
     Args:
         pairs: what may match.
-        rows: `(K,)` the distinct detections in `pairs`, ascending.
-        group: `(K,)` group of each; detections of one group stand in falling order of score.
-        thresholds: `(T,)` inclusive.
-        ignore: `(A, N)` objects that don't count in each area range.
-        crowd: `(N,)`.
+        rows: `(K,)` the detections that have a pair, each once, ascending.
+        group: `(K,)` the group of each; in one group the score falls from row to row.
+        thresholds: `(T,)` lowest IoU of a match, inclusive.
+        ignore: `(A, N)` which objects are ignored in each area range.
+        crowd: `(N,)` which objects are crowds.
 
     Returns:
         `(T, A, K)` index of the object matched, -1 for none.
@@ -210,7 +212,7 @@ def evaluate(
     thresholds: Floats = IOU_THRESHOLDS,
 ) -> Curves:
     """Match and accumulate as the official evaluator does; `results` must be in the order of image id."""
-    dt, gt = detections_side(results, max(max_detections), use_masks), objects_side(results, use_masks)
+    dt, gt = sorted_detections(results, max(max_detections), use_masks), sorted_objects(results, use_masks)
     pairs = find_pairs(dt, gt, min(thresholds.min(), 1 - 1e-10))
     rows = np.unique(pairs.dt)
     ignore = gt.crowd | _outside(gt.areas)

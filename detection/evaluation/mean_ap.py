@@ -1,31 +1,30 @@
-"""COCO mean average precision for one process or many: torchmetrics' metric with the state and merge we can trust.
+"""COCO mean average precision for one process or many.
 
-What differs from the base class: results are keyed by image id and kept on the CPU; processes merge by one object
-gather, without the images that a sampler repeated as padding; all figures, per-class AP too, come in double precision
-from one precision array; and what would silently give a wrong number (NaN, an unknown label, -1) is an error.
+Results are keyed by image id and kept on the CPU; processes merge by one object gather, without the images that a
+sampler repeated as padding; all figures, per-class AP too, come in double precision from one precision array; and what
+would silently give a wrong number (NaN, an unknown label, -1) is an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch import distributed as dist
-from torchmetrics.detection import MeanAveragePrecision
+from torchmetrics import Metric
 
 from detection.batch import Target
-from detection.evaluation.coco_eval import AREA_LIMITS, AREAS, IOU_THRESHOLDS, RECALL_THRESHOLDS, evaluate, xywh
+from detection.evaluation.coco_eval import AREA_LIMITS, AREAS, evaluate
 from detection.evaluation.results import ImageResult, image_result
 
 IouType = Literal["bbox", "segm"]
-Backend = Literal["arrays", "faster_coco_eval", "pycocotools"]
 
 
-class MeanAP(MeanAveragePrecision):
+class MeanAP(Metric):
     """The twelve COCO figures and AP by class over everything seen since `reset`, the same on every rank.
 
     Args:
@@ -33,34 +32,27 @@ class MeanAP(MeanAveragePrecision):
         detections_per_img: how many detections of an image and class count (COCO's largest `maxDets`). The figures
             are at this limit, and the last recall key is named after it: `mar_100`.
         iou_type: `"bbox"`, `"segm"`, or both, in which case keys start with `bbox_` or `segm_`.
-        backend: who matches and accumulates: `coco_eval.evaluate` (`"arrays"`, the same numbers many times faster) or
-            the base class with one of its own two backends.
 
     VOC's `difficult` means nothing to COCO: such objects count like any other here (see `voc.py` for VOC's own AP).
     """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound, plot_upper_bound = 0.0, 1.0
 
     def __init__(
         self,
         class_names: Sequence[str],
         detections_per_img: int = 100,
         iou_type: IouType | tuple[IouType, ...] = "bbox",
-        backend: Backend = "arrays",
     ) -> None:
         if detections_per_img < 1:
             raise ValueError(f"detections_per_img is {detections_per_img}; it must be at least 1")
-        super().__init__(
-            iou_type=iou_type,
-            # The base class takes its own from a float32 linspace (0.6000000238...), which moves AP in the third digit.
-            iou_thresholds=IOU_THRESHOLDS.tolist(),
-            rec_thresholds=RECALL_THRESHOLDS.tolist(),
-            max_detection_thresholds=[1, min(10, detections_per_img), detections_per_img],
-            backend="faster_coco_eval" if backend == "arrays" else backend,
-            extended_summary=True,
-            sync_on_compute=False,
-        )
+        super().__init__(sync_on_compute=False)  # `compute` merges by itself: torchmetrics sends tensors alone
         self.class_names = list(class_names)
-        self.backend = backend
-        self.warn_on_many_detections = False
+        self.iou_type: tuple[IouType, ...] = (iou_type,) if isinstance(iou_type, str) else tuple(iou_type)
+        self.max_detection_thresholds = [1, min(10, detections_per_img), detections_per_img]
         self._clear()
 
     def _clear(self) -> None:
@@ -72,6 +64,10 @@ class MeanAP(MeanAveragePrecision):
         """Forget all images."""
         super().reset()
         self._clear()
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not there: the figures of one batch mean nothing."""
+        raise NotImplementedError("MeanAP has no figures of one batch: call update for each batch, then compute")
 
     def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = ()) -> torch.nn.Module:
         # State stays on the CPU, wherever the module that owns the metric moves.
@@ -175,41 +171,9 @@ class MeanAP(MeanAveragePrecision):
 
     def _arrays(self, results: Sequence[ImageResult]) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
         """Precision `(T, R, C, A, M)` and recall `(T, C, A, M)` by IoU type, -1 where a class has no ground truth."""
-        if self.backend == "arrays":
-            limits, classes = self.max_detection_thresholds, len(self.class_names)
-            curves = {t: evaluate(results, classes, limits, use_masks=t == "segm") for t in self.iou_type}
-            return {iou_type: (curve.precision, curve.recall) for iou_type, curve in curves.items()}
-        self._fill_state(results)
-        try:
-            answer = super().compute()
-        finally:
-            self._fill_state(())
-        arrays: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
-        for iou_type in self.iou_type:
-            prefix = f"{iou_type}_" if len(self.iou_type) > 1 else ""
-            shape = (10, 101, len(self.class_names), len(AREAS), len(self.max_detection_thresholds))
-            precision, recall = np.full(shape, -1.0), np.full((shape[0], *shape[2:]), -1.0)
-            if f"{prefix}precision" in answer:
-                seen = np.atleast_1d(answer["classes"].numpy()) - 1
-                precision[:, :, seen] = answer[f"{prefix}precision"].numpy()
-                recall[:, seen] = answer[f"{prefix}recall"].numpy()
-            arrays[iou_type] = precision, recall
-        return arrays
-
-    def _fill_state(self, results: Sequence[ImageResult]) -> None:
-        """Hand the images to the base class: its state lists hold boxes as xywh and masks as (size, counts)."""
-        self.detection_labels = [torch.from_numpy(r.labels) for r in results]
-        self.detection_scores = [torch.from_numpy(r.scores) for r in results]
-        self.groundtruth_labels = [torch.from_numpy(r.gt_labels) for r in results]
-        self.groundtruth_crowds = [torch.from_numpy(r.gt_iscrowd.astype(np.int64)) for r in results]
-        self.groundtruth_area = [torch.from_numpy(r.gt_areas) for r in results]
-        self.detection_box, self.groundtruth_box, self.detection_mask, self.groundtruth_mask = [], [], [], []
-        if "bbox" in self.iou_type:
-            self.detection_box = [torch.from_numpy(xywh(r.boxes)) for r in results]
-            self.groundtruth_box = [torch.from_numpy(xywh(r.gt_boxes)) for r in results]
-        if "segm" in self.iou_type:
-            self.detection_mask = [_pairs(r.masks) for r in results]
-            self.groundtruth_mask = [_pairs(r.gt_masks) for r in results]
+        limits, classes = self.max_detection_thresholds, len(self.class_names)
+        curves = {t: evaluate(results, classes, limits, use_masks=t == "segm") for t in self.iou_type}
+        return {iou_type: (curve.precision, curve.recall) for iou_type, curve in curves.items()}
 
 
 def summarize(precision: NDArray[Any], recall: NDArray[Any], max_detections: Sequence[int]) -> dict[str, float]:
@@ -237,7 +201,3 @@ def mean_valid(values: NDArray[Any]) -> float:
 
 def _concat(arrays: list[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate(arrays or [np.zeros(0, np.int64)])
-
-
-def _pairs(masks: list[dict[str, Any]] | None) -> Any:
-    return tuple((tuple(mask["size"]), mask["counts"]) for mask in masks or ())

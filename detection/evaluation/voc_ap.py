@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from detection.evaluation.coco_eval import Floats, detections_side, find_pairs, objects_side
+from detection.evaluation.coco_eval import Floats, find_pairs, sorted_detections, sorted_objects
 from detection.evaluation.results import ImageResult
 
 ALL_DETECTIONS = 1 << 40
@@ -35,7 +35,7 @@ def voc_ap(
         inclusive: boxes hold the first and the last pixel, so a side is `x2 - x1 + 1` as in the development kit.
             False for boxes of `read_voc`, which moved the first corner by one: their `x2 - x1` is already that width.
     """
-    dt, gt = detections_side(results, ALL_DETECTIONS), objects_side(results)
+    dt, gt = sorted_detections(results, ALL_DETECTIONS), sorted_objects(results)
     for side in (dt, gt):
         side.boxes[:, 2:] += inclusive
     ignored = gt.crowd | np.array([results[i].gt_difficult[p] for i, p in zip(gt.image, gt.place, strict=True)], bool)

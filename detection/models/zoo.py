@@ -3,9 +3,10 @@
 `num_classes` counts the background, as torchvision's does. Unlike torchvision, no builder downloads anything:
 `weights_backbone` is None unless said otherwise.
 
-A builder that only fixes arguments of another one is `rebuildable`: the recipe is the other one's. Where a builder's
-default is not that of the function behind it, the argument stands in its own signature: the command line hands over
-every argument that it finds, and would put the other default in place of any that hid in `**kwargs`.
+A builder that only fixes arguments of another one is `rebuildable`: the recipe is the other one's. An argument whose
+default differs from that of the function behind a builder is in the builder's own signature. The command line passes
+every argument that it finds, with its default; it would find that of the function behind, if the argument was in
+`**kwargs`.
 """
 
 from __future__ import annotations
@@ -391,8 +392,8 @@ def _finish(
         names: Any = getattr(reference, published) if published else None
         state = find_weights(weights, names)
         if published in WITHOUT_EPSILON and weights in (names.COCO_V1, "COCO_V1", "DEFAULT"):
-            # torchvision trained these without the epsilon of the frozen normalisation, and evaluates them so: taking
-            # it off the variance gives the same numbers without a setting that a checkpoint would have to carry.
+            # torchvision trained these without the epsilon of the frozen normalisation, and evaluates them so. Taking
+            # it off the variance gives the same numbers, and needs no setting that every checkpoint would carry.
             state = fold_epsilon(state)
         old_names = find_class_names(weights, names) if class_names else None
         if class_names and old_names:

@@ -21,14 +21,18 @@ from rich.table import Table
 from detection.batch import Batch
 from detection.data.images import read_image
 from detection.evaluation.results import spread
+from detection.training.loaders import image_folder
 from detection.training.module import DetectionModule
+from detection.training.optimisation import rates
 from detection.visualize import draw_objects, side_by_side
 
 log = logging.getLogger(__name__)
 
 
 class Throughput(L.Callback):
-    """Logs `images/s` over all devices, the fraction of time spent waiting for data, the learning rate and memory.
+    """Logs `images/s` over all devices, the fraction of time spent waiting for data, the learning rates and memory.
+
+    `lr` is the rate that the step was taken with, `lr/<part>` that of each part with a rate of its own.
 
     Memory is that of the first process, without its workers, and the most that tensors took on its GPU. And what the
     data lost, on the first device: `data/dropped_boxes`, the share of objects of which the augmentation left nothing,
@@ -44,6 +48,7 @@ class Throughput(L.Callback):
         self._unreadable = 0
         self._line_every, self._last_line = line_every, time.perf_counter()
         self._ended = self._started = 0.0
+        self._rates: dict[str, float] = {}
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._ended = time.perf_counter()
@@ -55,6 +60,7 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         self._started = time.perf_counter()
+        self._rates = rates(trainer.optimizers[0])  # at the end of the batch they are those of the next step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -69,7 +75,8 @@ class Throughput(L.Callback):
         pl_module.log("time/data", waiting / seconds, batch_size=1)
         pl_module.log("data/dropped_boxes", dropped / max(given, 1), batch_size=1)
         pl_module.log("data/unreadable", float(self._unreadable), batch_size=1)
-        pl_module.log("lr", trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
+        for name, rate in self._rates.items():
+            pl_module.log(name, rate, batch_size=1)
         pl_module.log("memory/process_gib", resident_bytes() / 2**30, batch_size=1)
         if torch.cuda.is_available():
             pl_module.log("memory/gpu_peak_gib", torch.cuda.max_memory_allocated() / 2**30, batch_size=1)
@@ -116,6 +123,8 @@ class Bar(RichProgressBar):
 class PredictionPictures(L.Callback):
     """After each validation `predictions.jpg`: the same images each time, ground truth beside predictions.
 
+    It reads the image files, which only `DetectionDataModule` knows; with other loaders there is no picture.
+
     Args:
         folder: where the picture goes.
         count: how many images, spread over the validation split.
@@ -125,11 +134,19 @@ class PredictionPictures(L.Callback):
     def __init__(self, folder: str, count: int = 8, score_thresh: float = 0.5) -> None:
         self.path = Path(folder) / "predictions.jpg"
         self.count, self.score_thresh = count, score_thresh
+        self._told = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: DetectionModule) -> None:  # type: ignore[override]
         if trainer.sanity_checking or not trainer.is_global_zero or is_rehearsal(trainer):
             return
-        root, names = trainer.val_dataloaders.dataset.root, pl_module.class_names  # type: ignore[union-attr]
+        root, names = image_folder(trainer), pl_module.class_names
+        if root is None:
+            if not self._told:
+                log.warning(
+                    "no %s: the files of these images are not known, as those of DetectionDataModule are", self.path
+                )
+            self._told = True
+            return
         pairs = []
         for result in spread(pl_module.metric.results, self.count):
             image = read_image(root / result.file_name, result.size)

@@ -1,18 +1,18 @@
-"""The LightningModule around a detector: optimiser, schedule, steps and logging."""
+"""The LightningModule around a detector: steps, metrics and logging; what moves the weights is in `optimisation`."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Self
+from functools import partial
+from typing import Any, Self
 
 import lightning as L
 import torch
 from timm.layers import Conv2dSame
-from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
+from torch.optim import SGD
+from torchmetrics import Metric
 
 from detection.batch import Batch, check_batch
 from detection.evaluation.mean_ap import MeanAP
@@ -20,8 +20,22 @@ from detection.evaluation.results import encode_masks
 from detection.models.fast import accelerate
 from detection.models.masks import paste_masks
 from detection.models.two_stage import FasterRCNN
-from detection.recipes import rebuild, trusting
+from detection.recipes import describe, rebuild, trusting
 from detection.training.checkpoints import announce_parts
+from detection.training.freezing import Freeze, Freezing, share_anew
+from detection.training.loaders import as_batch, images_per_step
+from detection.training.optimisation import (
+    CosineSchedule,
+    OptimizerFactory,
+    Schedule,
+    build_optimizer,
+    build_scheduler,
+    check_prefixes,
+    layer_scales,
+    parameter_groups,
+    translated,
+)
+from detection.training.own_metrics import OwnMetrics
 from detection.weights import NO_RECIPE, CheckpointError, check_sums, readable
 
 log = logging.getLogger(__name__)
@@ -31,21 +45,29 @@ REFERENCE_BATCH = 16  # images: the batch that published learning rates are for
 
 
 class DetectionModule(L.LightningModule):
-    """Trains and evaluates a detector.
+    """Trains and evaluates a detector, with the loaders of any LightningDataModule or plain ones.
 
     The learning rate is stated for 16 images and scaled in proportion to those of one optimiser step over all devices
-    and accumulated batches (Goyal et al. 2017, section 2.1); it rises linearly over `warmup_steps` first.
+    and accumulated batches (Goyal et al. 2017, section 2.1); the schedule multiplies it at each step.
+
+    Loaders give `Batch`, or images and targets in torchvision's form; see `loaders.as_batch`.
 
     Args:
         detector: the model; its `num_classes` is one more than there are class names.
         class_names: of the foreground, label 1 first. On the command line they come from the data.
-        optimizer: `sgd` or `adamw`.
+        optimizer: a class of `torch.optim`, or any other factory; rate and weight decay are added to its arguments, see
+            `OptimizerFactory`. Default: SGD with momentum 0.9.
         lr: learning rate for a batch of 16 images.
-        momentum: of SGD; the first moment's decay of AdamW.
         weight_decay: on weights; biases and normalisation have none.
-        schedule: `cosine` falls to 0 at the end; `multistep` divides by 10 at the milestones.
-        milestones: of `multistep`, as fractions of all steps (8 and 11 of 12 epochs: the 1x schedule).
-        warmup_steps: optimiser steps of linear rise from a thousandth.
+        schedule: `CosineSchedule`, `MultiStepSchedule`, any `(step, total_steps) -> factor of the rate`, or a factory
+            of one of torch's schedulers, which goes on with each optimiser step.
+        lr_mult: prefix of parameter names of the detector -> factor of the rate, as in `{backbone: 0.1}`; the longest
+            prefix counts.
+        layer_decay: factor of the rate from each layer of the backbone to the one before, as in ViTDet; for networks of
+            timm. `lr_mult` multiplies it.
+        freeze: prefix of parameter names -> for how many epochs it does not train, or None for good; see `Freezing`.
+        metrics: any metrics of torchmetrics, which are logged beside ours as `val/<class>/<key>`; see `OwnMetrics`.
+        images_per_batch: on each device, for loaders that don't tell.
         detections_per_img: most detections of an image that evaluation counts.
         grad_checkpointing: keep less of the backbone for the backward pass and compute the rest again there: fewer
             gigabytes for about a third more time.
@@ -54,47 +76,56 @@ class DetectionModule(L.LightningModule):
         compile: train with `torch.compile` on the dense parts, see `compile_parts`; checkpoints stay the same.
 
     Raises:
-        ValueError: the detector doesn't fit the classes, or its backbone can't compute its activations again.
+        ValueError: the detector doesn't fit the classes, its backbone can't compute its activations again or has no
+            layers for `layer_decay`, or a prefix names nothing.
     """
 
     def __init__(
         self,
         detector: FasterRCNN,
         class_names: Sequence[str],
-        optimizer: Literal["sgd", "adamw"] = "sgd",
+        optimizer: OptimizerFactory = partial(SGD, momentum=0.9),  # noqa: B008
         lr: float = 0.02,
-        momentum: float = 0.9,
         weight_decay: float = 1e-4,
-        schedule: Literal["cosine", "multistep"] = "cosine",
-        milestones: Sequence[float] = (8 / 12, 11 / 12),
-        warmup_steps: int = 100,
+        schedule: Schedule = CosineSchedule(),  # noqa: B008
+        lr_mult: Mapping[str, float] | None = None,
+        layer_decay: float | None = None,
+        freeze: Freeze = (),
+        metrics: Sequence[Metric] = (),
+        images_per_batch: int | None = None,
         detections_per_img: int = 100,
         grad_checkpointing: bool = False,
         compile: bool = False,
         fast: bool = True,
     ) -> None:
+        settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         if detector is None:
             raise CheckpointError(WITHOUT_RECIPE)
-        if isinstance(detector, Mapping):  # from a checkpoint, which keeps plain values only
-            detector = rebuild(detector)
+        # From a checkpoint, which keeps plain values only, come recipes.
+        detector, optimizer, schedule, metrics = (rebuild(part) for part in (detector, optimizer, schedule, metrics))
         if detector.num_classes != len(class_names) + 1:
             raise ValueError(
                 f"the detector has {detector.num_classes} classes with background, but the data has "
                 f"{len(class_names)} without: build it with num_classes={len(class_names) + 1}"
             )
-        settings = {name: value for name, value in locals().items() if name not in ("self", "detector", "__class__")}
-        settings |= {"class_names": list(class_names), "milestones": list(milestones)}
-        self.save_hyperparameters({"detector": detector.recipe, **settings})
+        settings |= {"detector": detector.recipe, "optimizer": optimizer, "schedule": schedule, "metrics": metrics}
+        self.save_hyperparameters(_plain(settings))
         self.detector = detector
         self.class_names = list(class_names)
-        self.optimizer_name, self.lr, self.momentum, self.weight_decay = optimizer, lr, momentum, weight_decay
-        self.schedule, self.milestones, self.warmup_steps = schedule, tuple(milestones), warmup_steps
+        self.optimizer, self.lr, self.weight_decay, self.schedule = optimizer, lr, weight_decay, schedule
+        self.lr_mult, self.layer_decay, self.images_per_batch = dict(lr_mult or {}), layer_decay, images_per_batch
+        check_prefixes(detector, self.lr_mult, "model.lr_mult")
+        if layer_decay is not None:
+            layer_scales(detector, layer_decay)
+        self.freezing = Freezing(detector, freeze or ())
         self.metric = MeanAP(self.class_names, detections_per_img, ("bbox", "segm") if detector.has_masks else "bbox")
+        self.own_metrics = OwnMetrics(metrics or ())
         self.compiled, self.fast = compile, fast
         if grad_checkpointing:
             checkpoint_activations(detector)
         self.step_losses: dict[str, Tensor] = {}  # of the newest training step, for those who look for what went wrong
+        self._images_seen = 0  # in evaluation, of those that bring no id of their own
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -113,8 +144,10 @@ class DetectionModule(L.LightningModule):
         """
         with readable(checkpoint_path), trusting(trust):
             check_sums(checkpoint_path)
+            saved = torch.load(checkpoint_path, map_location="cpu", weights_only=True, mmap=True)
+            older = translated(saved.get("hyper_parameters", {}))
             try:
-                return super().load_from_checkpoint(checkpoint_path, **{"weights_only": True} | options)
+                return super().load_from_checkpoint(checkpoint_path, **{"weights_only": True} | older | options)
             except TypeError as error:
                 if "'detector'" not in str(error):  # what older checkpoints lack where there was no recipe
                     raise
@@ -126,8 +159,8 @@ class DetectionModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse to learn masks from data that is read without them; compile what is to be trained."""
-        data = getattr(self.trainer, "datamodule", None)
-        if stage != "predict" and self.detector.has_masks and data is not None and not data.hparams["masks"]:
+        settings = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+        if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
         if self.fast:
             accelerate(self.detector, self.trainer.strategy.root_device)
@@ -139,8 +172,32 @@ class DetectionModule(L.LightningModule):
         if self.trainer.is_global_zero:
             announce_parts(self.detector, getattr(self.trainer, "datamodule", None))
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Check the ground truth while it is still on the CPU, where looking at values costs nothing."""
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but frozen parts keep their statistics."""
+        super().train(mode)
+        if hasattr(self, "freezing"):
+            self.freezing.hold()
+        return self
+
+    def on_train_start(self) -> None:
+        self._freeze()  # in a resumed epoch, which has begun already
+
+    def on_train_epoch_start(self) -> None:
+        self._freeze()
+
+    def _freeze(self) -> None:
+        if self.freezing.begin(self.detector, self.current_epoch):
+            share_anew(self.trainer)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        """Make a `Batch`, and check its ground truth while it is still on the CPU, where to look at values is cheap.
+
+        Images without an id are numbered, on each rank other numbers.
+        """
+        world, trains = self.trainer.world_size, bool(self.trainer.training)
+        first = self.trainer.global_rank + world * self._images_seen
+        batch = as_batch(batch, self.detector, range(first, first + world * 1_000_000, world), trains)
+        self._images_seen += len(batch)
         check_batch(batch, self.detector.num_classes)
         return batch
 
@@ -152,34 +209,47 @@ class DetectionModule(L.LightningModule):
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
         return total
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
+    def validation_step(  # type: ignore[override]
+        self, batch: Batch, batch_idx: int
+    ) -> list[dict[str, Any]]:
+        """Detections, as of `predict_step`, for callbacks."""
+        return self._evaluate(batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
+    def test_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Detections, as of `predict_step`, for callbacks."""
+        return self._evaluate(batch, "test")
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Tensor]]:
-        """Detections of each image in original pixels; masks as COCO RLE, which is a thousandth of their size."""
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Detections of each image in its original pixels, in torchvision's form: `boxes` `(D, 4)`, `labels`, `scores`.
+
+        Masks are COCO RLE, which is a thousandth of the size of torchvision's.
+        """
         return encode_detections(self.detector.run(batch, with_losses=False, with_detections=True)[1], batch)
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
-        losses, detections = self.detector.run(batch, with_losses=True, with_detections=True)
+    def _evaluate(self, batch: Batch, stage: str) -> list[dict[str, Any]]:
+        losses, found = self.detector.run(batch, with_losses=True, with_detections=True)
         losses["loss"] = torch.stack(list(losses.values())).sum()
         logged = {f"{stage}/{name}": value for name, value in losses.items()}
         self.log_dict(logged, batch_size=len(batch), on_epoch=True, sync_dist=True)
-        self.metric.update(encode_detections(detections, batch), batch.targets)
+        detections = encode_detections(found, batch)
+        self.metric.update(detections, batch.targets)
+        return detections
 
     def on_validation_epoch_start(self) -> None:
-        self.metric.reset()  # here and not at the end: callbacks show what it holds
+        self._forget()
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
 
     def on_test_epoch_start(self) -> None:
-        self.metric.reset()
+        self._forget()
 
     def on_test_epoch_end(self) -> None:
         self._report("test")
+
+    def _forget(self) -> None:
+        self.metric.reset()  # here and not at the end: callbacks show what it holds
+        self._images_seen = 0
 
     def _report(self, stage: str) -> None:
         """Log the figures of the epoch. The sanity check sees too few images for them to mean anything."""
@@ -193,35 +263,28 @@ class DetectionModule(L.LightningModule):
         for kind, prefix in zip(self.metric.iou_type, ("ap", "segm_ap"), strict=False):
             of_classes = self.metric.per_class(kind)  # type: ignore[arg-type]
             self.log_dict({f"{stage}/{prefix}/{name}": value for name, value in of_classes.items()})
+        own = self.own_metrics.compute(self.metric.results)
+        self.log_dict({f"{stage}/{name}": value for name, value in own.items()})
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
-        """The optimiser with scaled learning rate and, each step, the warm-up and the schedule."""
-        images = images_per_step(self.trainer, self.trainer.datamodule)  # type: ignore[attr-defined]
+        """The optimiser with scaled learning rates and, each step, the schedule."""
+        steps, images = self.trainer.estimated_stepping_batches, images_per_step(self.trainer, self.images_per_batch)
         lr = self.lr * images / REFERENCE_BATCH
-        steps = int(self.trainer.estimated_stepping_batches)
-        log.info("learning rate %g: %g for 16 images, scaled to %d a step; %d steps", lr, self.lr, images, steps)
-        optimizer = self._build_optimizer(lr)
-        scheduler = LambdaLR(optimizer, lambda step: self._lr_factor(step, steps))
+        log.info("learning rate %g: %g for 16 images, scaled to %d a step; %g steps", lr, self.lr, images, steps)
+        shares = self.lr_mult, self.layer_decay
+        groups = parameter_groups(self.detector, lr, self.weight_decay, *shares, self.freezing.trainable)
+        optimizer = build_optimizer(self.optimizer, groups, lr, self.weight_decay)
+        scheduler = build_scheduler(self.schedule, optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _build_optimizer(self, lr: float) -> Optimizer:
-        groups = parameter_groups(self.detector, self.weight_decay)
-        if self.optimizer_name == "adamw":
-            return AdamW(groups, lr=lr, betas=(self.momentum, 0.999), fused=True)
-        return SGD(groups, lr=lr, momentum=self.momentum, fused=True)
 
-    def _lr_factor(self, step: int, steps: int) -> float:
-        warmup = min(self.warmup_steps, max(1, steps // 2))
-        rise = min(1.0, 0.001 + 0.999 * step / warmup)
-        if self.schedule == "multistep":
-            return rise * 0.1 ** sum(step >= milestone * steps for milestone in self.milestones)
-        done = max(0, step - warmup) / max(1, steps - warmup)
-        return rise * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def images_per_step(trainer: L.Trainer, data: L.LightningDataModule) -> int:
-    """Images that one optimiser step sees, over all devices and accumulated batches."""
-    return int(data.hparams["batch_size"] * trainer.world_size * trainer.accumulate_grad_batches)
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a checkpoint keeps them; what has no plain form is named in the log and left out."""
+    plain = {name: describe(value) for name, value in settings.items()}
+    for name in [name for name, value in plain.items() if value is NotImplemented]:
+        del plain[name]
+        log.info("checkpoints can't keep model.%s, so give it to load_from_checkpoint again", name)
+    return plain
 
 
 def checkpoint_activations(detector: FasterRCNN) -> None:
@@ -264,10 +327,3 @@ def encode_detections(detections: list[dict[str, Any]], batch: Batch) -> list[di
             laid = (paste_masks(masks, boxes, (height, width)) for masks, boxes in parts)
             detection["masks"] = [mask for masks in laid for mask in encode_masks(masks)]
     return detections
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices and kernels with weight decay; biases and normalisation without."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    decayed, plain = [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -32,6 +32,7 @@ from detection.evaluation.report import draw_plots
 from detection.evaluation.results import ImageResult, spread
 from detection.parts import Hardness, Sampler
 from detection.training.callbacks import is_rehearsal
+from detection.training.loaders import image_folder
 from detection.training.loggers import Tracker
 from detection.training.module import DetectionModule
 
@@ -193,7 +194,7 @@ class Tracking(L.Callback):
             return
         figures = draw_plots(results, names, analyse(results, len(names)))
         files = {name: self._save(name, figure) for name, figure in figures.items()}
-        root = trainer.val_dataloaders.dataset.root  # type: ignore[union-attr]
+        root = image_folder(trainer)
         step = max(0, trainer.global_step - 1)  # that of the figures of the same validation
 
         def send(tracker: Tracker) -> None:
@@ -209,12 +210,14 @@ class Tracking(L.Callback):
         return path
 
     def _media(
-        self, files: Mapping[str, Path], results: Sequence[ImageResult], names: Sequence[str], root: Path
+        self, files: Mapping[str, Path], results: Sequence[ImageResult], names: Sequence[str], root: Path | None
     ) -> dict[str, Any]:
         import wandb  # takes a second to import; only where it is in use
 
         media: dict[str, Any] = {f"plots/{name}": wandb.Image(str(path)) for name, path in files.items()}
         media["val/classes"] = wandb.Table(columns=[*CLASS_COLUMNS], data=class_rows(results, names))
+        if root is None:  # loaders that are not DetectionDataModule's don't say where their images lie
+            return media
         shown = [overlays(result, names, root, self.score_thresh) for result in spread(results, self.count)]
         media["val/images"] = [wandb.Image(**image, file_type="jpg") for image in same_size(shown)]
         return media

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +13,11 @@ import numpy as np
 from lightning.pytorch.tuner import Tuner
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from torch.optim import Optimizer
 
 from detection.data.datamodule import DetectionDataModule
 from detection.errors import LOWER, RunError
-from detection.training.module import REFERENCE_BATCH, DetectionModule, images_per_step
+from detection.training.module import REFERENCE_BATCH, DetectionModule
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +56,17 @@ def find_lr(trainer: L.Trainer, module: DetectionModule, data: DetectionDataModu
     Raises:
         RunError: no step had a finite loss.
     """
-    scale = images_per_step(trainer, data) / REFERENCE_BATCH
-    found = Tuner(trainer).lr_find(
-        module, datamodule=data, min_lr=LOWEST * scale, max_lr=HIGHEST * scale, num_training=STEPS, update_attr=False
-    )
+    images = data.hparams["batch_size"] * trainer.world_size * trainer.accumulate_grad_batches
+    scale = images / REFERENCE_BATCH
+    with _own_rates(module):
+        found = Tuner(trainer).lr_find(
+            module,
+            datamodule=data,
+            min_lr=LOWEST * scale,
+            max_lr=HIGHEST * scale,
+            num_training=STEPS,
+            update_attr=False,
+        )
     assert found is not None  # only fast_dev_run has no result
     rates, losses = curve(found.results)
     rates /= scale
@@ -71,6 +80,31 @@ def find_lr(trainer: L.Trainer, module: DetectionModule, data: DetectionDataModu
         _draw(rates, losses, smooth, lr).savefig(path, dpi=120)
         log.info("suggestion: --model.lr %g (for 16 images, as the flag takes it); the curve is in %s", lr, path)
     return lr
+
+
+@contextmanager
+def _own_rates(module: DetectionModule) -> Iterator[None]:
+    """Let each group keep its share of the rate, where Lightning's finder gives all groups the same."""
+    configure = module.configure_optimizers
+
+    def configured() -> dict[str, Any]:
+        made = configure()
+        optimizer: Optimizer = made["optimizer"]
+        rates = [group["initial_lr"] for group in optimizer.param_groups]
+        shares = [rate / max(rates[0], 1e-30) for rate in rates]
+
+        def scale(optimizer: Optimizer, *_: Any) -> None:
+            for group, share in zip(optimizer.param_groups, shares, strict=True):
+                group["lr"] *= share
+
+        optimizer.register_step_pre_hook(scale)
+        return made
+
+    module.configure_optimizers = configured  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.configure_optimizers
 
 
 def curve(results: Mapping[str, Sequence[float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -15,6 +15,7 @@ import pytest
 from detection import maskrcnn_efficientnet_lite0_fpn
 from detection.data.datamodule import DetectionDataModule
 from detection.training.module import DetectionModule
+from detection.training.optimisation import CosineSchedule
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate.py"
 
@@ -52,7 +53,7 @@ def trained(tmp_path_factory):
         masks=True,
     )
     detector = maskrcnn_efficientnet_lite0_fpn(num_classes=3, weights_backbone=None, box_score_thresh=0.0)
-    module = DetectionModule(detector, data.class_names, warmup_steps=1)
+    module = DetectionModule(detector, data.class_names, schedule=CosineSchedule(warmup_steps=1))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "devices": 1}
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", num_sanity_val_steps=0, enable_checkpointing=False, **quiet)
     trainer.fit(module, data)

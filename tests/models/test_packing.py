@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from detection.models.packing import PackedBlock, PackedConv2d, PackedLinear, pack
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -13,7 +14,6 @@ from detection import (
     fasterrcnn_efficientnet_lite0_fpn,
     maskrcnn_efficientnet_lite0_fpn,
 )
-from detection.models.packing import PackedBlock, PackedConv2d, PackedLinear, pack
 
 SIZES = [(96, 128), (80, 72)]
 

@@ -1,0 +1,114 @@
+"""Batches of any loader: a `Batch`, or images and targets in torchvision's form, which become one here, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from detection.batch import Batch, Target
+from detection.evaluation.results import encode_masks
+from detection.models.transform import check_images, check_targets
+from detection.models.two_stage import FasterRCNN
+
+WANTED = "a Batch, or a list of images and a list of targets (collate_fn=lambda batch: tuple(zip(*batch)))"
+
+
+def as_batch(given: Any, detector: FasterRCNN, image_ids: Sequence[int], trains: bool) -> Batch:
+    """What a loader gives as a `Batch`, resized by the detector's own transform.
+
+    Args:
+        given: a `Batch`, which is returned; or a pair of `(3, h, w)` images, float in [0, 1] or uint8, and of targets
+            with `boxes` `(N, 4)` xyxy, `labels` `(N,)` from 1 on, and, if they like, `masks` `(N, h, w)`, `iscrowd`
+            `(N,)`, `area` `(N,)` in square pixels (else that of masks or boxes), `image_id` and `file_name`; or the
+            images alone.
+        detector: what is to train or detect.
+        image_ids: for images whose target has no `image_id`; one an image, or more.
+        trains: whether the batch is to train: then nothing of a crowd is learned, and evaluation needs nothing.
+
+    Raises:
+        ValueError: it is something else, or what `check_images` and `check_targets` refuse.
+    """
+    if isinstance(given, Batch):
+        return given
+    images, targets = _images_and_targets(given)
+    check_images(images)
+    if targets is None:
+        return detector.transform(images, None, detector.num_classes)
+    check_targets(images, targets, detector.num_classes)
+    lacking = [i for i, target in enumerate(targets) if "masks" not in target]
+    if detector.has_masks and lacking:
+        raise ValueError(f"the detector predicts masks, but the target of image {lacking[0]} has none")
+    names = ("boxes", "labels", "masks") if detector.has_masks else ("boxes", "labels")
+    learned = [{name: target[name][~_crowd(target)] for name in names} for target in targets]
+    batch = detector.transform(images, learned, detector.num_classes)
+    rows = zip(images, targets, image_ids, strict=False)
+    return replace(batch, targets=tuple(_target(*row, with_masks=detector.has_masks and not trains) for row in rows))
+
+
+def _images_and_targets(given: Any) -> tuple[list[Tensor], list[dict[str, Any]] | None]:
+    if isinstance(given, Sequence) and given and all(isinstance(image, Tensor) and image.ndim == 3 for image in given):
+        return list(given), None
+    if not isinstance(given, Sequence) or len(given) != 2 or not isinstance(given[1], Sequence):
+        raise ValueError(f"a loader has given {type(given).__name__}: a batch is {WANTED}")
+    if not all(isinstance(target, dict) for target in given[1]):
+        raise ValueError(f"a loader has given targets that are no dictionaries: a batch is {WANTED}")
+    return list(given[0]), list(given[1])
+
+
+def _crowd(target: Mapping[str, Any]) -> Tensor:
+    labels = target["labels"]
+    return torch.as_tensor(target.get("iscrowd", torch.zeros_like(labels)), device=labels.device).bool()
+
+
+def _target(image: Tensor, target: Mapping[str, Any], number: int, with_masks: bool) -> Target:
+    """What evaluation compares with, on the CPU, in the pixels of the image given."""
+    boxes, masks = target["boxes"].float().cpu(), target.get("masks")
+    areas = target.get("area")
+    if areas is None:
+        areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) if masks is None else (masks != 0).flatten(1).sum(dim=1)
+    image_id = int(target.get("image_id", number))
+    return Target(
+        image_id=image_id,
+        file_name=str(target.get("file_name", f"image {image_id}")),
+        size=(image.shape[-2], image.shape[-1]),
+        boxes=boxes,
+        labels=target["labels"].cpu(),
+        areas=torch.as_tensor(areas).float().cpu(),
+        iscrowd=_crowd(target).cpu(),
+        difficult=torch.zeros(len(boxes), dtype=torch.bool),
+        masks=encode_masks(masks) if with_masks else None,
+    )
+
+
+def images_per_step(trainer: L.Trainer, images_per_batch: int | None) -> int:
+    """Images that one optimiser step sees, over all devices and accumulated batches.
+
+    Args:
+        trainer: whose training loader knows the size of its batches, if `images_per_batch` is None.
+        images_per_batch: on each device.
+
+    Raises:
+        ValueError: the loader doesn't say.
+    """
+    trainer.fit_loop.setup_data()  # which does nothing where the loader is there
+    loader = trainer.train_dataloader
+    for holder in (loader, getattr(loader, "batch_sampler", None)):
+        images_per_batch = images_per_batch or getattr(holder, "batch_size", None)
+    if not images_per_batch:
+        raise ValueError(
+            f"the training loader ({type(loader).__name__}) doesn't say how many images a batch has, by which model.lr "
+            "is scaled: give DetectionModule(images_per_batch=...), those on each device"
+        )
+    return int(images_per_batch * trainer.world_size * trainer.accumulate_grad_batches)
+
+
+def image_folder(trainer: L.Trainer) -> Path | None:
+    """Folder of the validation images, to which `Target.file_name` is relative; None with loaders that have none."""
+    root = getattr(getattr(trainer.val_dataloaders, "dataset", None), "root", None)
+    return root if isinstance(root, Path) else None
