@@ -20,8 +20,8 @@ import yaml
 from PIL import Image
 
 import detection
-from detection.cli.check import data_of, splits_of
 from detection.cli import flags
+from detection.cli.check import data_of, splits_of
 from detection.cli.configuration import CONFIGS
 from detection.cli.fit import main
 

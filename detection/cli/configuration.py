@@ -59,7 +59,7 @@ def complete(args: Sequence[str]) -> Given:
 
     Short are the name of a packaged configuration (`bccd` for its file) and of a builder (without its module). A
     command line without `--config`, or with presets alone, uses the configuration of the run that it resumes; without
-    `--resume`, the quickstart. A run's configuration may have come with somebody's checkpoint: what it names is checked.
+    `--resume`, the quickstart. What the configuration of a run names is checked: it may be somebody else's.
 
     Raises:
         RecipeError: it names a part of a package that is not trusted, or that can't be imported.
