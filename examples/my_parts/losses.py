@@ -10,9 +10,19 @@ from torch.nn import functional as F
 from detection.parts import BoxCoderPart
 
 
-def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.1) -> Tensor:
-    """Cross-entropy that wants no class to be certain: logits `(R, K)`, labels `(R,)` -> `(R,)`."""
-    return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+class SmoothedCrossEntropy:
+    """Cross-entropy that wants no class to be certain.
+
+    Args:
+        smoothing: what is taken from the true class, and shared by all.
+    """
+
+    def __init__(self, smoothing: float = 0.1) -> None:
+        self.smoothing = smoothing
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits `(R, K)`, labels `(R,)` -> `(R,)`."""
+        return F.cross_entropy(logits, labels, label_smoothing=self.smoothing, reduction="none")
 
 
 class LogCoshLoss:

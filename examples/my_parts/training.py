@@ -32,7 +32,7 @@ class SignMomentum(Optimizer):
         return loss
 
 
-def triangle(step: int, total_steps: int, peak: float = 0.2) -> float:
-    """The factor of the rate: up to 1 until a share of all steps is done, then down to 0."""
+def triangle(step: int, total_steps: int) -> float:
+    """The factor of the rate: up to 1 during the first fifth of all steps, then down to 0."""
     done = step / max(1, total_steps)
-    return max(done / peak, 0.01) if done < peak else (1 - done) / (1 - peak)
+    return max(5 * done, 0.01) if done < 0.2 else (1 - done) / 0.8
