@@ -1,4 +1,4 @@
-"""Losses of each sampled region, see `ClassificationLoss` and `BoxLoss` in `detection.parts`."""
+"""A loss of each region's box, see `detection.parts.BoxLoss`."""
 
 from __future__ import annotations
 
@@ -8,21 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detection.parts import BoxCoderPart
-
-
-class SmoothedCrossEntropy:
-    """Cross-entropy that wants no class to be certain.
-
-    Args:
-        smoothing: what is taken from the true class, and shared by all.
-    """
-
-    def __init__(self, smoothing: float = 0.1) -> None:
-        self.smoothing = smoothing
-
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits `(R, K)`, labels `(R,)` -> `(R,)`."""
-        return F.cross_entropy(logits, labels, label_smoothing=self.smoothing, reduction="none")
 
 
 class LogCoshLoss:
