@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
+from detection.recipes import recorded
+
 MANY_BOXES = 4096  # from here on NMS on the CPU takes longer than starting threads for it
 
 
@@ -58,6 +60,7 @@ def is_large_enough(boxes: Tensor, min_size: float) -> Tensor:
     return (sides >= min_size).all(dim=-1)
 
 
+@recorded
 class BoxCoder:
     """Boxes as deltas against reference boxes (anchors or proposals), and back.
 

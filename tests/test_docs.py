@@ -21,8 +21,10 @@ import yaml
 from PIL import Image
 
 import detection
+from detection.cli import flags
 from detection.cli.check import data_of, splits_of
-from detection.cli.fit import CONFIGS, main
+from detection.cli.configuration import CONFIGS
+from detection.cli.fit import main
 from detection.data import scenes
 from tests.runs import TINY, rows, scene_flags
 
@@ -111,15 +113,15 @@ def test_command_line_is_understood(
         parse(self, *args, **kwargs)
         raise Parsed
 
-    def parse_calls(components: Any, **kwargs: Any) -> NoReturn:
+    def parse_calls(components: Any, args: list[str], **kwargs: Any) -> NoReturn:
         parser = jsonargparse.capture_parser(lambda: jsonargparse.CLI(components, **kwargs))
         parser.exit_on_error = False
-        parser.parse_args(sys.argv[1:])
+        parser.parse_args(args)
         raise Parsed
 
     parse = argparse.ArgumentParser.parse_args
-    if "auto_cli" in (ROOT / script).read_text():
-        monkeypatch.setattr(jsonargparse, "auto_cli", parse_calls)
+    if "run_command" in (ROOT / script).read_text():
+        monkeypatch.setattr(flags, "auto_cli", parse_calls)
     else:
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
     monkeypatch.setattr(sys, "argv", [script, *arguments])

@@ -9,7 +9,7 @@ from torchvision.models.detection.rpn import RPNHead as ReferenceHead
 
 from detection.anchors import AnchorGenerator
 from detection.batch import Batch, pad_objects
-from detection.models.fitting import PartError
+from detection.fitting import PartError
 from detection.models.rpn import RegionProposalNetwork, RPNHead
 from detection.parts import FeatureMaps, Proposals
 

@@ -1,4 +1,4 @@
-"""An optimiser and a schedule, see `OptimizerFactory` and `Schedule` in `detection.training.optimisation`."""
+"""An optimiser, see `OptimizerFactory` in `detection.training.optimisation`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,3 @@ class SignMomentum(Optimizer):
                 momentum.lerp_(weight.grad, 1 - group["beta"])
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * momentum.sign())
         return loss
-
-
-def triangle(step: int, total_steps: int, peak: float = 0.2) -> float:
-    """The factor of the rate: up to 1 until a share of all steps is done, then down to 0."""
-    done = step / max(1, total_steps)
-    return max(done / peak, 0.01) if done < peak else (1 - done) / (1 - peak)

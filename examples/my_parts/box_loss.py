@@ -1,4 +1,4 @@
-"""Losses of each sampled region, see `ClassificationLoss` and `BoxLoss` in `detection.parts`."""
+"""A loss of each region's box, see `detection.parts.BoxLoss`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detection.parts import BoxCoderPart
-
-
-def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.1) -> Tensor:
-    """Cross-entropy that wants no class to be certain: logits `(R, K)`, labels `(R,)` -> `(R,)`."""
-    return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
 
 
 class LogCoshLoss:
