@@ -418,7 +418,7 @@ def test_two_processes_of_which_one_sees_no_object(tmp_path: Path) -> None:
     flags += ["--data.train_split", "all.json", "--data.val_split", "all.json", "--output", "runs"]
     flags += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1"]
     flags += ["--trainer.callbacks+=watch.Watch"]
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # watch.py lies in the working directory
     command = [sys.executable, str(ROOT / "scripts" / "fit.py"), *flags, *SMALL]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
