@@ -3,7 +3,8 @@
 Faster R-CNN (Ren et al. 2015), section 3.1.1; one size a pyramid level after FPN (Lin et al. 2017), section 4.1.
 
 Shape shorthand:
-    L: pyramid levels     h, w: cells of a level     K: anchors a cell     A: anchors of all levels
+    L: pyramid levels     H, W: padded height and width     h, w: cells of a level
+    k: anchors a cell     A: anchors of all levels
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class AnchorGenerator(nn.Module):
         self._cache: dict[tuple[object, ...], list[Tensor]] = {}
 
     def num_anchors_per_location(self) -> list[int]:
-        """K of each level, as torchvision's method of that name gives it."""
+        """The number of anchors a cell of each level, k; torchvision has this method, too."""
         return [len(cell) for cell in self._cells]
 
     def forward(
@@ -73,11 +74,11 @@ class AnchorGenerator(nn.Module):
         Args:
             shapes: `(h, w)` of each level.
             strides: pixels between neighbouring cells of each level.
-            image_size: `(H, W)` of the padded batch; only looked at with `infer_strides`.
+            image_size: `(H, W)` of the padded batch; only read with `infer_strides`.
             device: where the anchors are wanted.
 
         Returns:
-            L tensors `(h * w * K, 4)` float32 xyxy in pixels of the image, row by row, then column, then anchor.
+            L tensors `(h * w * k, 4)` float32 xyxy in pixels of the image, ordered by row, then column, then anchor.
 
         Raises:
             ValueError: the number of levels is not that of the anchor sizes.
@@ -110,13 +111,13 @@ class AnchorGenerator(nn.Module):
 
 
 def default_anchors(num_levels: int, **options: Any) -> AnchorGenerator:
-    """Five sizes from 32 to 512: one a level where there are five levels (FPN, section 4.1), else all on each."""
+    """Five sizes from 32 to 512 pixels: one on each of five levels (FPN, section 4.1), else all five on each level."""
     sizes = (32, 64, 128, 256, 512)
     return AnchorGenerator([[s] for s in sizes] if num_levels == len(sizes) else [sizes] * num_levels, **options)
 
 
 def cell_anchors(sizes: Sequence[float], aspect_ratios: Sequence[float], round_anchors: bool = True) -> Tensor:
-    """The K anchors of a cell centred at the origin, `(K, 4)` float32: ratios outermost, then sizes.
+    """The anchors of a cell centred at the origin, `(k, 4)` float32, ordered by ratio, then size.
 
     A size s and a ratio r = height/width give a box of area s**2: width s / sqrt(r), height s * sqrt(r).
     """

@@ -3,6 +3,7 @@
 Shape shorthand:
     B: images in the batch     H, W: padded height and width     N: objects of one image
     G: objects an image, padded to the largest count of the batch     P: proposals an image, likewise
+    m, n: height and width of a stored mask     C: classes without background
 Boxes are `(x1, y1, x2, y2)` float32 pixels; label 0 is background and never appears in ground truth.
 """
 
@@ -56,13 +57,14 @@ class Batch:
         original_sizes: `(B, 2)` int64, `(height, width)` of the image files, to which detections are scaled back.
         targets: the un-augmented ground truth of each image, for evaluation; stays on the CPU.
         gt_masks: `(B, G, m, n)` uint8, how much of each pixel the object covers (255: all), or None without masks.
-            Every mask shows its own window of the image, so that a small square serves for an object of any size.
-        gt_mask_windows: `(B, G, 4)` float32 xyxy in the pixels of `images`: what each mask shows; beyond it is nothing.
+            Each mask shows a window of the image around its object, so that all masks can have one small size.
+        gt_mask_windows: `(B, G, 4)` float32 xyxy in the pixels of `images`: the window of each mask. Outside of its
+            window an object covers nothing.
         proposals: `(B, P, 4)` float32 xyxy in the pixels of `images`, best first, or None, for detectors that learn
             none themselves; rows that are not valid hold zeros.
         proposals_valid: `(B, P)` bool.
         objects_given, objects_dropped: how many objects went into the augmentation, and how many did not come out.
-        unreadable: what was wrong with each image that could not be read, and for which another one stands in.
+        unreadable: the error of each image that could not be read; another image has taken its place.
     """
 
     images: Tensor
@@ -148,7 +150,7 @@ def pad_masks(masks: Sequence[Tensor], windows: Sequence[Tensor], count: int) ->
         count: G of `pad_objects`.
 
     Returns:
-        gt_masks `(B, G, m, n)` uint8 and gt_mask_windows `(B, G, 4)` float32, grown by what their masks were padded by.
+        gt_masks `(B, G, m, n)` uint8, and gt_mask_windows `(B, G, 4)` float32, each larger by as much as its mask.
     """
     height, width = (max(mask.shape[d] for mask in masks) for d in (1, 2))
     gt_masks = masks[0].new_zeros((len(masks), count, height, width))

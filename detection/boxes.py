@@ -1,7 +1,7 @@
 """Box arithmetic: areas, IoU, clipping, resizing, the box coder and non-maximum suppression.
 
 Shape shorthand:
-    N, M: boxes     ...: any leading dimensions (images, classes)
+    N, M: boxes     B: images     ...: any leading dimensions (images, classes)
 Boxes are `(x1, y1, x2, y2)` pixels with x2 > x1 and y2 > y1; widths are `x2 - x1`, without the legacy "+1".
 Everything here runs in float32, whatever the precision of the network around it.
 """
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
+from detection.recipes import recorded
+
 MANY_BOXES = 4096  # from here on NMS on the CPU takes longer than starting threads for it
 
 
@@ -29,7 +31,7 @@ def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
     Leading dimensions broadcast. Two boxes without area have IoU 0 (not NaN).
     """
-    # Coordinate by coordinate, each without gaps: a trailing dimension would defeat vectorisation.
+    # Each coordinate is a contiguous tensor of its own: loops over four interleaved ones would not be vectorised.
     ax1, ay1, ax2, ay2 = boxes1.float().movedim(-1, 0).contiguous()[..., :, None]
     bx1, by1, bx2, by2 = boxes2.float().movedim(-1, 0).contiguous()[..., None, :]
     width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp_(min=0)
@@ -40,7 +42,7 @@ def pairwise_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 
 def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
-    """Clip boxes `(..., N, 4)` to images of `sizes` `(..., 2)`, (height, width) in pixels."""
+    """Clip boxes `(..., N, 4)` to images of `sizes` `(..., 2)`, (height, width) in pixels: 0 <= x <= width."""
     height, width = sizes[..., 0, None].to(boxes.dtype), sizes[..., 1, None].to(boxes.dtype)
     limit = torch.stack((width, height, width, height), dim=-1)
     return torch.minimum(boxes.clamp(min=0), limit)
@@ -58,6 +60,7 @@ def is_large_enough(boxes: Tensor, min_size: float) -> Tensor:
     return (sides >= min_size).all(dim=-1)
 
 
+@recorded
 class BoxCoder:
     """Boxes as deltas against reference boxes (anchors or proposals), and back.
 
@@ -102,22 +105,23 @@ def _centre_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
-    """Non-maximum suppression inside each group; boxes of different groups never touch each other.
+    """Non-maximum suppression inside each group: a box is compared with boxes of its own group alone.
 
-    A box goes when its IoU with a better one of its group is above (not equal to) `iou_thresh`. One call serves
-    all images, levels and classes of a batch: their number is the group's.
+    A box is dropped when its IoU with a better box of its group is above (not equal to) `iou_thresh`. A group is a
+    level (RPN) or a class (RoI heads) of one image, so that one call serves a whole batch.
 
     Args:
         boxes: `(N, 4)` float32.
         scores: `(N,)`.
-        groups: `(N,)` int64 from 0 on; -1 for rows that are no boxes, whose fate the caller does not look at.
+        groups: `(N,)` int64, the number of each box's group, from 0 on. -1 marks padding, of which the result may or
+            may not name rows: the caller leaves them out.
         iou_thresh: in [0, 1].
 
     Returns:
-        `(K,)` int64 indices of the boxes that stay, best score first.
+        `(M,)` int64 indices of the boxes that are kept, best score first.
     """
     if boxes.device.type == "cpu":
-        # The CPU kernel is quadratic in the number of boxes, so each group goes alone.
+        # The CPU kernel is quadratic in the number of boxes, so that each group by itself is faster.
         order = torch.argsort(groups, stable=True)
         counts = torch.bincount(groups + 1).tolist()
         parts = [part for part in order.split(counts)[1:] if len(part)]
@@ -136,7 +140,7 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float
 
 
 def _nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
-    """The same in one launch, better on an accelerator: groups move so far apart that they can't overlap."""
+    """The same in one kernel call, for accelerators: each group is moved so far that no two of them overlap."""
     # In float32 the boxes of the last of a thousand groups would be off by a tenth of a pixel.
     exact = torch.float32 if boxes.device.type == "mps" else torch.float64
     boxes, scores = boxes.to(exact), scores.to(exact)
@@ -145,16 +149,17 @@ def _nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float)
 
 
 def soft_nms(boxes: Tensor, scores: Tensor, groups: Tensor, sigma: float, count: int) -> tuple[Tensor, Tensor]:
-    """Soft-NMS (Bodla et al. 2017, equation 4): a box that overlaps a better one of its group loses score, not life.
+    """Soft-NMS (Bodla et al. 2017, equation 4): no box is dropped, but overlap with better boxes lowers its score.
 
-    Each in turn, the best of what is left is taken, and the others of its group are multiplied by exp(-IoU^2 / sigma).
+    Each step takes the best box that is left, and multiplies the scores of the others of its group by
+    exp(-IoU^2 / sigma).
 
     Args:
         boxes: `(B, N, 4)` float32.
-        scores: `(B, N)`, not negative; 0 for places that hold no box.
-        groups: `(B, N)` int64; boxes of different groups do not touch each other.
+        scores: `(B, N)`, not negative; 0 for padding.
+        groups: `(B, N)` int64; boxes of different groups have no effect on each other.
         sigma: above 0; 0.5 in the paper.
-        count: how many are taken.
+        count: how many boxes are taken.
 
     Returns:
         `(B, min(count, N))` int64 indices into N, best first, and their lowered scores.

@@ -4,11 +4,11 @@ Shape shorthand:
     R: sampled anchors or regions of the whole batch, some of them not valid (padding)     K: classes with background
     m: side of a mask
 Sums go over valid rows and are divided by the number of valid rows of the batch, foreground and background alike
-(Faster R-CNN, equation 2, with N_cls = N_reg and lambda = 1, as torchvision has it). Detectron2 divides the RPN's by
+(Faster R-CNN, equation 1, with N_cls = N_reg and lambda = 1, as torchvision has it). Detectron2 divides the RPN's by
 the rows asked for, `batch_size_per_image` of each image, whether there are so many or not. A batch without any
 foreground gives a box loss of exactly 0 that is still connected to the graph.
-In training on several processes "the batch" is that of all of them, so that their averaged gradient is that of one
-process with the whole batch, however the images are dealt out.
+In training on several processes the batch is that of all of them together. So the mean of their gradients is the
+gradient that one process would have on the whole batch, whichever images each process has.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class FocalLoss:
 
     Args:
         gamma: 0 is plain cross-entropy; 2 in the paper.
-        weight: factor on the loss, which gets smaller as gamma grows.
+        weight: factor on the loss. The larger gamma, the smaller is the loss; a weight above 1 makes up for it.
     """
 
     def __init__(self, gamma: float = 2.0, weight: float = 1.0) -> None:
@@ -114,10 +114,10 @@ class SmoothL1Loss:
 
 
 class OverlapLoss:
-    """A loss of how refined and true boxes overlap, to take the place of the smooth L1 of their deltas.
+    """Base of losses on the overlap of refined and true boxes, in the place of the smooth L1 of their deltas.
 
     Args:
-        weight: factor on the loss, which is smaller than smooth L1's sum over four deltas.
+        weight: factor on the loss. An overlap gives smaller losses than smooth L1, which sums over four deltas.
     """
 
     def __init__(self, weight: float = 1.0) -> None:
@@ -168,12 +168,12 @@ def _overlap(boxes: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def mean_over(loss: Tensor, counted: Tensor, valid: Tensor) -> Tensor:
-    """The sum of the losses `(R,)` of the rows that are `counted`, over the number of `valid` ones of all processes.
+    """The sum of the losses of counted rows, divided by the number of valid rows, see `count_over_ranks`: a scalar.
 
     Args:
         loss: `(R,)`; rows that are not counted may hold anything, NaN included.
-        counted: `(R,)` bool.
-        valid: bool, of any shape.
+        counted: `(R,)` bool, e.g. the foreground.
+        valid: bool, of any shape, e.g. all sampled regions.
     """
     return torch.where(counted, loss, 0.0).sum() / count_over_ranks(valid)
 
@@ -186,11 +186,14 @@ def box_loss_of_foreground(
     foreground: Tensor,
     box_coder: BoxCoderPart,
 ) -> Tensor:
-    """A `BoxLoss` of each row `(R,)`, where only foreground reads its boxes: others may hold anything.
+    """A `BoxLoss` of each row, `(R,)`. Rows that are not foreground may hold anything, and have a loss of no meaning.
 
-    Arguments are those of `parts.BoxLoss`, and foreground `(R,)` bool.
+    Args:
+        box_loss: see `parts.BoxLoss`.
+        deltas, boxes, gt_boxes, box_coder: its arguments.
+        foreground: `(R,)` bool.
     """
-    # Two equal boxes and deltas of 0: no loss, and a gradient that is finite.
+    # The others get two equal boxes and deltas of 0, whose loss and gradient are finite.
     unit = torch.zeros_like(boxes)
     unit[:, 2:] = 1.0
     pair = (torch.where(foreground[:, None], side, unit) for side in (boxes, gt_boxes))
@@ -198,9 +201,10 @@ def box_loss_of_foreground(
 
 
 def count_over_ranks(rows: Tensor) -> Tensor:
-    """How many of the bool `rows` are True in an average process's share of the batch: float32 scalar, above 0.
+    """How many of the bool `rows` are True, as a mean over the processes: a float32 scalar above 0.
 
-    Only where gradients are wanted do the processes meet: in evaluation they may have different numbers of batches.
+    The processes exchange their counts only where gradients are wanted. In evaluation they may have different numbers
+    of batches, and one would wait for ever.
     """
     count = rows.sum().float()
     if not (torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized()):

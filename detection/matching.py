@@ -28,9 +28,16 @@ class Matcher:
         best IoU >= fg_iou_thresh                    foreground: the index of that ground truth
         bg_iou_thresh <= best IoU < fg_iou_thresh    ignored: `BETWEEN_THRESHOLDS` (-2)
         best IoU < bg_iou_thresh                     background: `BELOW_LOW_THRESHOLD` (-1)
-    With `allow_low_quality_matches`, each ground truth also makes foreground of all anchors that reach its highest
-    IoU (rule (i) of the paper), if that is above 0: a box that no anchor touches takes none. Such an anchor keeps the
-    ground truth that it overlaps most itself, which may be another one.
+    With `allow_low_quality_matches` (rule (i) of the paper) the anchors with the highest IoU of each ground truth are
+    foreground too, however low that IoU is, ties included. A ground truth that no anchor overlaps has none. Each such
+    anchor is assigned the ground truth that it overlaps most itself, which may be another one.
+
+    Args:
+        fg_iou_thresh, bg_iou_thresh: see above.
+        allow_low_quality_matches: true in the RPN, false in the RoI heads.
+
+    Raises:
+        ValueError: `bg_iou_thresh` is above `fg_iou_thresh`.
     """
 
     def __init__(self, fg_iou_thresh: float, bg_iou_thresh: float, allow_low_quality_matches: bool = False) -> None:
@@ -41,7 +48,7 @@ class Matcher:
         self.allow_low_quality_matches = allow_low_quality_matches
 
     def assign(self, iou: Tensor) -> Tensor:
-        """Assignment from a matrix of IoU `(..., G, A)` -> `(..., A)` int64; rows of padding lie below 0."""
+        """Assignment from a matrix of IoU `(..., G, A)`, negative for padding of G -> `(..., A)` int64."""
         if iou.shape[-2] == 0:
             return iou.new_full((*iou.shape[:-2], iou.shape[-1]), BELOW_LOW_THRESHOLD, dtype=torch.int64)
         best_iou, best_gt = iou.max(dim=-2)
@@ -59,7 +66,7 @@ class Matcher:
         Returns:
             `(B, A)` int64: an index into G, or one of the two negative constants.
         """
-        padding = 2.0 * ~gt_valid[..., None]  # puts it below every IoU
+        padding = 2.0 * ~gt_valid[..., None]  # taken off, it leaves less than any IoU
 
         def overlap(block: Tensor) -> Tensor:
             return pairwise_iou(gt_boxes, block).sub_(padding)
@@ -80,7 +87,7 @@ class Matcher:
 
     @staticmethod
     def _is_best(iou: Tensor, peak: Tensor) -> Tensor:
-        # The largest of the differences is 0 where one of them is; booleans would not be vectorised.
+        # No difference is above 0, so the largest is 0 where an anchor reaches a peak. `any` would not be vectorised.
         reached = torch.where(peak > 0, peak, torch.inf)
         return (iou - reached[..., None]).amax(dim=-2) == 0
 
@@ -96,8 +103,12 @@ class Matcher:
 class BalancedSampler:
     """Draws a mini-batch of fixed size from each image, with at most a given share of foreground.
 
-    Faster R-CNN, section 3.1.3: up to `positive_fraction` of `batch_size_per_image` foreground, filled up with
-    background; where both are too few, the remaining places are marked as not valid.
+    Faster R-CNN, section 3.1.3. Background fills the places that foreground leaves. Where there is not enough of both,
+    the last places are marked as not valid.
+
+    Args:
+        batch_size_per_image: anchors or proposals that are drawn of each image.
+        positive_fraction: the largest share of foreground, in [0, 1].
     """
 
     def __init__(self, batch_size_per_image: int, positive_fraction: float) -> None:
@@ -130,10 +141,10 @@ class BalancedSampler:
 class HardExampleSampler:
     """Takes the regions with the largest loss, foreground or not: online hard example mining (Shrivastava et al. 2016).
 
-    Section 4.1, without the paper's suppression of neighbours, which the proposals' own has done before.
+    Section 4.1. The paper applies NMS to the regions first; here it is left out, as proposals have been through NMS.
 
     Args:
-        batch_size_per_image: how many; the paper has 128 regions of two images.
+        batch_size_per_image: regions that are taken of each image; the paper has 128 of two images together.
     """
 
     def __init__(self, batch_size_per_image: int = 64) -> None:

@@ -1,9 +1,9 @@
 """The contracts: what each part of a detector is called with, and what it gives.
 
-Any class that keeps its contract is a part, yours as well as ours: there is no base class and no registry. A part is
-given to a builder as an object, or as a factory (a class, `functools.partial`, or in YAML a `class_path` without the
-arguments in question), which the builder calls with what only it knows; `Made by` names these arguments, in order. What
-does not fit is refused when the detector is built, see `detection.fitting`.
+Any class that keeps its contract is a part, yours as well as ours: there is no base class and no registry. A builder
+takes a part as an object or as a factory. A factory is a class, a `functools.partial`, or in YAML a `class_path` that
+leaves out some arguments; the builder calls it with what only the builder knows. `Made by` names these arguments, in
+their order. A part that does not fit is refused when the detector is built, see `detection.fitting`.
 
 Shape shorthand:
     B: images     H, W: padded height and width     h, w: cells of a map     L: levels     C: channels
@@ -46,7 +46,10 @@ class FeatureMaps:
 
 @dataclass(frozen=True, slots=True)
 class Proposals:
-    """Regions of a batch, best first: boxes `(B, P, 4)` xyxy (0 if not valid), scores `(B, P)`, valid `(B, P)` bool."""
+    """Regions of a batch: boxes `(B, P, 4)` xyxy, scores `(B, P)`, valid `(B, P)` bool.
+
+    Each image has its best first. Places that are not valid hold boxes of 0 and come last.
+    """
 
     boxes: Tensor
     scores: Tensor
@@ -54,10 +57,10 @@ class Proposals:
 
 
 class BackbonePart(Protocol):
-    """Images -> named feature maps.
+    """Images -> named feature maps, all with the same number of channels.
 
-    It may declare `strides`, pixels between neighbouring cells of each map; else they are measured once, on a blank
-    image. All maps have the same number of channels.
+    It may declare `strides`, the pixels between neighbouring cells of each map, and `out_channels`. What it does not
+    declare is measured on a blank image, see `detection.measuring`.
     """
 
     def __call__(self, images: Tensor) -> Mapping[str, Tensor]:
@@ -77,7 +80,7 @@ class Proposer(Protocol):
     """Feature maps -> proposals, and the losses of what it learns. Made by (in_channels, strides)."""
 
     def __call__(self, features: FeatureMaps, batch: Batch, with_losses: bool) -> tuple[Proposals, Losses]:
-        """Proposals without a gradient, as many an image as it likes; losses by name, or none."""
+        """Proposals without a gradient, any number P of them; losses by name, which may be none."""
         ...
 
 
@@ -112,7 +115,8 @@ class Sampler(Protocol):
     def __call__(self, labels: Tensor, hardness: Hardness) -> tuple[Tensor, Tensor]:
         """Labels `(B, A)`: above 0 foreground, 0 background, below 0 never drawn -> indices `(B, S)`, valid `(B, S)`.
 
-        `hardness()` gives the present loss of each, `(B, A)`, without a gradient; it costs a pass over all of them.
+        `hardness()` gives the present loss of each row, `(B, A)`, without a gradient. In the heads a call costs a pass
+        of the box head over all proposals.
         """
         ...
 
@@ -130,7 +134,7 @@ class BoxCoderPart(Protocol):
 
 
 class ObjectnessLoss(Protocol):
-    """A loss of each sampled anchor; the RPN divides their sum by the number of sampled anchors of all processes."""
+    """A loss of each sampled anchor. The RPN divides their sum by the number of sampled anchors of the batch."""
 
     def __call__(self, logits: Tensor, is_object: Tensor) -> Tensor:
         """Logits `(R,)` float32, and 1.0 for objects and 0.0 for background `(R,)` -> `(R,)`."""
@@ -138,7 +142,7 @@ class ObjectnessLoss(Protocol):
 
 
 class ClassificationLoss(Protocol):
-    """A loss of each sampled region; the heads divide their sum by the number of sampled regions of all processes."""
+    """A loss of each sampled region. The heads divide their sum by the number of sampled regions of the batch."""
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits `(R, K)` float32 and labels `(R,)` int64 -> `(R,)`."""
@@ -146,15 +150,18 @@ class ClassificationLoss(Protocol):
 
 
 class BoxLoss(Protocol):
-    """A loss of each refined box; foreground alone counts, divided as for `ClassificationLoss`."""
+    """A loss of each refined box, in the RPN and in the heads.
+
+    Foreground alone counts, but the sum is divided by the number of all sampled anchors or regions of the batch.
+    """
 
     def __call__(self, deltas: Tensor, boxes: Tensor, gt_boxes: Tensor, box_coder: BoxCoderPart) -> Tensor:
-        """Predicted deltas `(R, 4)` of boxes `(R, 4)`, and the boxes wanted `(R, 4)`, all float32 -> `(R,)`."""
+        """Predicted deltas `(R, 4)` of boxes `(R, 4)`, and their ground truth `(R, 4)`, all float32 -> `(R,)`."""
         ...
 
 
 class MaskLoss(Protocol):
-    """A loss of each foreground region's mask; the mean over them trains."""
+    """A loss of each region's mask. The heads take the mean over the foreground regions of the batch."""
 
     def __call__(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Logits `(R, m, m)` float32 of the true class, and masks `(R, m, m)` in [0, 1] -> `(R,)`."""

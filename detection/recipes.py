@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,13 +22,10 @@ from inspect import Parameter, isclass, isfunction, signature
 from pathlib import Path
 from typing import Any, TypeVar
 
+from detection.upgrades import upgrade
+
 Made = TypeVar("Made", bound=Callable[..., Any])
 PACKAGE = __name__.partition(".")[0]
-# Whose classes the configuration in a run's folder may name: it may have come with somebody's checkpoint.
-KNOWN = (
-    *(PACKAGE, "lightning.pytorch", "lightning.fabric", "torch.nn", "torch.optim", "torchmetrics"),
-    *("torchvision.models", "torchvision.ops", "albumentations", "timm"),
-)
 # Which classes of other libraries a checkpoint may name: those defined under the first path that are subclasses of the
 # second. Other metrics of torchmetrics fetch networks; classes outside of `torch.nn.modules` start processes.
 HARMLESS = (
@@ -382,25 +378,6 @@ def _is_harmless(maker: Any) -> bool:
     )
 
 
-def name_only_known(own: Iterable[str], trust: Iterable[str] = ()) -> tuple[str, ...]:
-    """From now on configurations of this process name nothing but parts of `KNOWN` packages and what the user named.
-
-    Args:
-        own: values that the user has typed where classes are expected: the packages they name are trusted.
-        trust: further packages that the user has named.
-
-    Returns:
-        the packages trusted, for `rebuild`.
-    """
-    from jsonargparse import set_parsing_settings
-
-    words = [name for argument in own for name in re.findall(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", argument)]
-    typed = {name.partition(".")[0] for name in words} - {"jsonargparse", PACKAGE, "torch", *sys.stdlib_module_names}
-    trusted = tuple(sorted(typed | set(trusted_names(trust))))
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*KNOWN, *trusted])
-    return trusted
-
-
 class Unnamed:
     """Stands for arguments of `*args`, which a recipe can't hold."""
 
@@ -421,28 +398,3 @@ def _arguments(
         elif name != skip:
             named[name] = value
     return named
-
-
-# Where the makers of older checkpoints are now, and what their arguments are called.
-MOVED = {
-    f"{PACKAGE}.models.family.": f"{PACKAGE}.models.relatives.",
-    f"{PACKAGE}.models.fpn.": f"{PACKAGE}.models.pyramid.",
-    f"{PACKAGE}.models.proposals.GivenProposals": f"{PACKAGE}.models.precomputed.PrecomputedProposals",
-}
-
-
-def upgrade(path: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The class path and the arguments of a recipe as this version has them; those of other packages as they are."""
-    if not path.startswith(f"{PACKAGE}."):
-        return path, arguments
-    for old, new in MOVED.items():
-        path = path.replace(old, new, 1) if path.startswith(old) else path
-    for stage in ("rpn_", ""):
-        overlap = arguments.pop(f"{stage or 'box_'}overlap_loss", None)
-        beta = arguments.pop(f"{stage}box_beta", None)
-        if overlap is not None:
-            arguments[f"{stage}box_loss"] = overlap
-        elif beta is not None:
-            smooth_l1 = {"class_path": f"{PACKAGE}.losses.SmoothL1Loss", "init_args": {"beta": beta}}
-            arguments[f"{stage}box_loss"] = smooth_l1
-    return path, arguments

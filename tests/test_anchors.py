@@ -8,8 +8,7 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator as ReferenceGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from detection.anchors import AnchorGenerator, cell_anchors
-from detection.models.zoo import default_anchors
+from detection.anchors import AnchorGenerator, cell_anchors, default_anchors
 
 FPN_STRIDES = (4, 8, 16, 32, 64)
 

@@ -23,6 +23,7 @@ from detection.boxes import (
     resize_boxes,
     soft_nms,
 )
+from detection.recipes import describe, rebuild
 
 seeds = st.integers(0, 2**31)
 counts = st.integers(0, 30)
@@ -219,3 +220,8 @@ def test_soft_nms_equals_its_definition(seed: int, count: int, sigma: float) -> 
                     iou = float(ops.box_iou(boxes[image, i][None], boxes[image, index][None]).nan_to_num())
                     left[i] *= math.exp(-(iou**2) / sigma)
         assert not left
+
+
+def test_a_checkpoint_keeps_a_box_coder() -> None:
+    again = rebuild(describe(BoxCoder((2.0, 2.0, 1.0, 0.5), max_log_ratio=1.5)))
+    assert (again.weights, again.max_log_ratio) == ((2.0, 2.0, 1.0, 0.5), 1.5)

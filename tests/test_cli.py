@@ -21,7 +21,8 @@ import yaml
 from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 
-from detection.cli.fit import CONFIGS, LOGGERS, FitCLI, expand, fit_detector_to_data, main
+from detection.cli.configuration import CONFIGS, expand, fit_detector_to_data
+from detection.cli.fit import LOGGERS, FitCLI, main
 from detection.data import scenes
 from detection.data.coco import read_coco
 from detection.data.datamodule import DetectionDataModule

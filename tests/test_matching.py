@@ -14,21 +14,21 @@ from torch.utils._pytree import tree_iter
 from torchvision.models.detection._utils import Matcher as ReferenceMatcher
 
 from detection import matching
+from detection.anchors import default_anchors
 from detection.boxes import pairwise_iou
 from detection.matching import BalancedSampler, Matcher
-from detection.models.zoo import default_anchors
 
 QUALITY = torch.tensor([[0.15, 0.45, 0.2, 0.6], [0.3, 0.65, 0.05, 0.1], [0.05, 0.4, 0.25, 0.4]])
 
 
 def test_published_matches() -> None:
     """Detectron2's example: with low-quality matches labels [-1, 1, 0, 1]; without, nothing reaches 0.7."""
-    assert Matcher(0.7, 0.3, True)(QUALITY).tolist() == [-2, 1, -1, 0]
-    assert Matcher(0.7, 0.3, False)(QUALITY).tolist() == [-2, -2, -1, -2]
+    assert Matcher(0.7, 0.3, True).assign(QUALITY).tolist() == [-2, 1, -1, 0]
+    assert Matcher(0.7, 0.3, False).assign(QUALITY).tolist() == [-2, -2, -1, -2]
 
 
 def test_thresholds_are_inclusive_from_below() -> None:
-    assert Matcher(0.5, 0.25)(torch.tensor([[0.5, 0.4999, 0.25, 0.2499]])).tolist() == [0, -2, -2, -1]
+    assert Matcher(0.5, 0.25).assign(torch.tensor([[0.5, 0.4999, 0.25, 0.2499]])).tolist() == [0, -2, -2, -1]
 
 
 @pytest.mark.parametrize(("low_quality", "expected"), [(True, [0, -1, 1, -1]), (False, [0, -1, -1, -1])])
@@ -39,30 +39,30 @@ def test_published_matches_of_boxes(low_quality: bool, expected: list[int]) -> N
     iou = pairwise_iou(gt[0], priors)
     torch.testing.assert_close(iou, torch.tensor([[0.9, 0, 0.1176, 0], [0, 0, 0.1515, 0]]), atol=5e-5, rtol=0)
     matcher = Matcher(0.5, 0.5, low_quality)
-    assert matcher.match(gt, torch.ones(1, 2, dtype=torch.bool), priors).tolist() == [expected]
+    assert matcher(gt, torch.ones(1, 2, dtype=torch.bool), priors).tolist() == [expected]
 
 
 def test_an_anchor_forced_to_foreground_keeps_its_own_best() -> None:
     """Both ground truths are best at anchor 0, which stays with the first (as torchvision and Detectron2)."""
-    assert Matcher(0.7, 0.3, True)(torch.tensor([[0.9, 0.2], [0.8, 0.1]])).tolist() == [0, -1]
+    assert Matcher(0.7, 0.3, True).assign(torch.tensor([[0.9, 0.2], [0.8, 0.1]])).tolist() == [0, -1]
 
 
 def test_a_ground_truth_that_nothing_overlaps_takes_no_anchor() -> None:
     iou = torch.tensor([[0.9, 0.1, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
-    assert Matcher(0.7, 0.3, True)(iou).tolist() == [0, -1, -1, -1]
+    assert Matcher(0.7, 0.3, True).assign(iou).tolist() == [0, -1, -1, -1]
     assert ReferenceMatcher(0.7, 0.3, True)(iou).tolist() == [0, 0, 0, 0]  # what this guards against
     degenerate = torch.tensor([[[0.0, 0, 10, 10], [5, 5, 5, 5], [900, 900, 910, 910]]])
     anchors = torch.tensor([[0.0, 0, 10, 9], [20, 20, 30, 30], [40, 40, 50, 50]])
-    assert Matcher(0.7, 0.3, True).match(degenerate, torch.ones(1, 3).bool(), anchors).tolist() == [[0, -1, -1]]
+    assert Matcher(0.7, 0.3, True)(degenerate, torch.ones(1, 3).bool(), anchors).tolist() == [[0, -1, -1]]
 
 
 def test_nothing_to_match() -> None:
-    assert Matcher(0.5, 0.5, True)(torch.zeros(0, 5)).tolist() == [-1] * 5
-    assert Matcher(0.5, 0.5, True)(torch.zeros(3, 0)).shape == (0,)
-    assert Matcher(0.5, 0.5, True)(torch.zeros(2, 0, 5)).tolist() == [[-1] * 5] * 2
-    none = Matcher(0.5, 0.5, True).match(torch.zeros(2, 0, 4), torch.zeros(2, 0).bool(), torch.rand(5, 4))
+    assert Matcher(0.5, 0.5, True).assign(torch.zeros(0, 5)).tolist() == [-1] * 5
+    assert Matcher(0.5, 0.5, True).assign(torch.zeros(3, 0)).shape == (0,)
+    assert Matcher(0.5, 0.5, True).assign(torch.zeros(2, 0, 5)).tolist() == [[-1] * 5] * 2
+    none = Matcher(0.5, 0.5, True)(torch.zeros(2, 0, 4), torch.zeros(2, 0).bool(), torch.rand(5, 4))
     assert none.tolist() == [[-1] * 5] * 2
-    padding = Matcher(0.5, 0.5, True).match(torch.zeros(2, 3, 4), torch.zeros(2, 3).bool(), torch.rand(5, 4))
+    padding = Matcher(0.5, 0.5, True)(torch.zeros(2, 3, 4), torch.zeros(2, 3).bool(), torch.rand(5, 4))
     assert padding.tolist() == [[-1] * 5] * 2
 
 
@@ -99,10 +99,10 @@ def match_each_image(gt: Tensor, valid: Tensor, boxes: Tensor, matcher: Referenc
 def test_a_batch_matches_as_torchvision_matches_each_image(low_quality: bool, seed: int) -> None:
     gt, valid, anchors = scene(seed)
     expected = match_each_image(gt, valid, anchors, ReferenceMatcher(0.7, 0.3, low_quality))
-    assert torch.equal(Matcher(0.7, 0.3, low_quality).match(gt, valid, anchors), expected)
+    assert torch.equal(Matcher(0.7, 0.3, low_quality)(gt, valid, anchors), expected)
     own = torch.stack([anchors + i for i in range(len(gt))])
     expected = match_each_image(gt, valid, own, ReferenceMatcher(0.5, 0.5, low_quality))
-    assert torch.equal(Matcher(0.5, 0.5, low_quality).match(gt, valid, own), expected)
+    assert torch.equal(Matcher(0.5, 0.5, low_quality)(gt, valid, own), expected)
 
 
 @pytest.mark.parametrize("low_quality", [True, False])
@@ -111,11 +111,11 @@ def test_blocks_match_as_the_whole(monkeypatch: pytest.MonkeyPatch, low_quality:
     gt, valid, anchors = scene(5)
     assert len(anchors) == 1023
     matcher = Matcher(0.7, 0.3, low_quality)
-    whole = matcher.match(gt, valid, anchors), matcher.match(gt, valid, anchors.expand(3, -1, -1))
+    whole = matcher(gt, valid, anchors), matcher(gt, valid, anchors.expand(3, -1, -1))
     assert not low_quality or any(peaks_are_shared(gt[i][valid[i]], anchors) for i in range(3))
-    monkeypatch.setattr(matching, "MAX_CACHED_ELEMENTS", limit)
-    assert torch.equal(matcher.match(gt, valid, anchors), whole[0])
-    assert torch.equal(matcher.match(gt, valid, anchors.expand(3, -1, -1)), whole[1])
+    monkeypatch.setattr(matching, "MAX_IOU_ELEMENTS", limit)
+    assert torch.equal(matcher(gt, valid, anchors), whole[0])
+    assert torch.equal(matcher(gt, valid, anchors.expand(3, -1, -1)), whole[1])
 
 
 def peaks_are_shared(gt: Tensor, anchors: Tensor) -> bool:
@@ -138,22 +138,21 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_a_crowded_image_stays_within_the_memory_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matching, "MAX_CACHED_ELEMENTS", 2**21)
+    monkeypatch.setattr(matching, "MAX_IOU_ELEMENTS", 2**21)
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand((1, 2000, 2), generator=generator) * 600
     gt = torch.cat((corner, corner + 5 + torch.rand((1, 2000, 2), generator=generator) * 40), dim=-1)
     anchors = torch.cat(default_anchors(5)([(40, 40), (20, 20), (10, 10), (5, 5), (3, 3)], (4, 8, 16, 32, 64), (0, 0)))
     with LargestTensor() as bounded:
-        matched = Matcher(0.7, 0.3, True).match(gt, torch.ones(1, 2000).bool(), anchors)
+        matched = Matcher(0.7, 0.3, True)(gt, torch.ones(1, 2000).bool(), anchors)
     assert 2**20 < bounded.elements <= 2**21
     with LargestTensor() as whole:
-        expected = Matcher(0.7, 0.3, True)(pairwise_iou(gt, anchors))
+        expected = Matcher(0.7, 0.3, True).assign(pairwise_iou(gt, anchors))
     assert whole.elements == 2000 * len(anchors) > 2**23
     assert torch.equal(matched, expected)
 
 
 def test_the_default_bound_covers_a_crowded_image_of_full_size() -> None:
-    assert matching.MAX_CACHED_ELEMENTS < matching.MAX_IOU_ELEMENTS
     assert matching.MAX_IOU_ELEMENTS * 4 <= 2**27 < 2000 * 268_569 * 4
 
 
@@ -161,7 +160,7 @@ LABELS = torch.tensor([[0] * 6 + [1] * 3 + [-1] * 2])
 
 
 def draw(labels: Tensor, size: int, fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    return BalancedSampler(size, fraction)(labels, torch.Generator().manual_seed(seed))
+    return BalancedSampler(size, fraction)(labels, generator=torch.Generator().manual_seed(seed))
 
 
 def test_sampler_takes_the_given_share_of_foreground() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from detection.cli.fit import CONFIGS, PRESETS, expand, main
+from detection.cli.configuration import CONFIGS, PRESETS, expand
+from detection.cli.fit import main
 from detection.data import scenes
 from detection.data.datamodule import DetectionDataModule
 

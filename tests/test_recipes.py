@@ -41,8 +41,8 @@ from detection.recipes import (
     import_path,
     rebuild,
     recorded,
-    upgrade,
 )
+from detection.upgrades import upgrade
 from detection.weights import FACTS, CheckpointError
 
 SMALL = {"num_classes": 4, "min_size": 64, "max_size": 96}

@@ -42,7 +42,7 @@ def panels(figure: Figure) -> list[Axes]:
 
 def test_anchors_of_one_cell_of_each_level(detector: FasterRCNN) -> None:
     figure = teaching.plot_anchors(detector, IMAGE, point=(40.0, 40.0))
-    generator, strides = detector.rpn.anchor_generator, detector.rpn.strides
+    generator, strides = detector.rpn.anchor_generator, detector.strides
     assert len(panels(figure)) == len(strides)
     for axes, cell, stride in zip(panels(figure), generator._cells, strides, strict=True):
         corner = round(40 / stride) * stride  # anchors are centred at the corners of cells
@@ -55,7 +55,7 @@ def test_matching_draws_the_foreground_of_the_matcher(detector: FasterRCNN) -> N
     figure = teaching.plot_matching(detector, IMAGE, TARGET)
     batch, features = teaching._features(detector, IMAGE, TARGET)
     anchors = torch.cat(teaching._anchors(detector, batch, features))
-    matched = detector.rpn.matcher.match(batch.gt_boxes, batch.gt_valid, anchors)[0]
+    matched = detector.rpn.matcher(batch.gt_boxes, batch.gt_valid, anchors)[0]
     drawn = boxes_of(panels(figure)[0])
     expected = torch.cat([anchors[matched == 0], anchors[matched == 1], batch.gt_boxes[0]])
     np.testing.assert_allclose(drawn, expected, atol=1e-3)

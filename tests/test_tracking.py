@@ -346,8 +346,11 @@ def test_counting_changes_no_draw() -> None:
     labels = torch.randint(-1, 2, (3, 500), generator=torch.Generator().manual_seed(0))
     labels[0] = 0
     plain, counting = BalancedSampler(64, 0.25), CountingSampler(BalancedSampler(64, 0.25))
-    expected = plain(labels, torch.Generator().manual_seed(1))
-    drawn = counting(labels, torch.Generator().manual_seed(1))
+    results = []
+    for sampler in (plain, counting):
+        torch.manual_seed(1)
+        results.append(sampler(labels, lambda: torch.zeros(3, 500)))
+    expected, drawn = results
     assert torch.equal(drawn[0], expected[0]) and torch.equal(drawn[1], expected[1])
     assert counting.foreground is not None and float(counting.foreground) == pytest.approx((0 + 16 + 16) / 3)
 

@@ -214,10 +214,11 @@ def test_a_warning_at_the_start_names_the_parts_that_no_checkpoint_can_make_agai
     assert again.class_names == list(scenes.CLASSES)
 
 
+@pytest.mark.slow
 def test_a_configuration_of_a_run_can_not_bring_code(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Fault: the config.yaml beside somebody's checkpoint names a module of theirs, in each form that the parser knows |
+    """Fault: the config.yaml beside somebody's checkpoint names a module of theirs, in each form that is parsed |
     injected: such files, and the module | promise: one sentence; the module is not imported, and the parts of ours
     that open files are not trusted with it either."""
     (tmp_path / "evil_parts.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\ndef make(): ...\n")

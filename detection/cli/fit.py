@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from importlib import import_module
-from inspect import isclass, signature
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import lightning as L
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
@@ -26,30 +23,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.logging import RichHandler
 
-from detection.cli.flags import take_trust
+from detection.cli.configuration import CONFIGS, PRESETS, complete, fit_detector_to_data, plain
+from detection.cli.parser import Parser
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
 from detection.errors import RunError, explain
-from detection.models import relatives, zoo
-from detection.recipes import (
-    A_RUN,
-    EVERYTHING,
-    RecipeError,
-    advice,
-    find,
-    import_from_working_directory,
-    name_only_known,
-    named_in,
-    packages_of,
-    rebuild,
-    trusted_names,
-)
+from detection.recipes import RecipeError, import_from_working_directory, packages_of, rebuild
 from detection.training import tuning
 from detection.training.callbacks import Bar, PredictionPictures, Results, Throughput
 from detection.training.checkpoints import RUN_FOLDER, KeepBest, WholeFiles, start
 from detection.training.loggers import MetricsFile, Tracker, WandbMode
 from detection.training.module import DetectionModule
-from detection.training.optimisation import COSINE, MOVED, SGD_MOMENTUM, state_per_parameter
+from detection.training.optimisation import COSINE, SGD_MOMENTUM, state_per_parameter
 from detection.training.resume import INTERRUPTED, Interrupted, KeepLast
 from detection.training.safety import Guard, check_start, end_other_ranks, end_with_parent
 from detection.training.tracking import ProposalRecall, SampledForeground, Tracking
@@ -58,65 +43,12 @@ from detection.training.tuning import Find
 log = logging.getLogger(__name__)
 
 set_parsing_settings(import_path_denylist=[])  # jsonargparse's own, such as `os`, is an error and no warning
-CONFIGS = Path(__file__).parents[1] / "configs"
-PRESETS = CONFIGS / "presets"  # go behind another configuration
-QUICKSTART = "quickstart"
 DESCRIPTION = """Train a detector. Without arguments: the quickstart, on scenes that are drawn on the spot.
 
 --config takes a YAML file, or the name of one of this package's: {configs}. Any other flag overrides it.
 Presets go behind it as a second --config: {presets}.
 --trust NAME ... goes with --resume: the run's configuration and checkpoint may use the code of these packages.
 """
-
-
-class Parser(LightningArgumentParser):
-    """Fails on an unknown flag or key with the nearest right one."""
-
-    resumed: Path | None = None  # the configuration of the run that goes on
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one line and exit with code 2; for a part inside, raise, as it may fit another type of its hint."""
-        if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):
-            super().error(message, ex)
-        if denied := re.search(r"Importing '([\w.]+)' is not allowed", message):
-            how = advice(denied[1].partition(".")[0])
-            message = f"{self.resumed or 'the configuration'}: it names {denied[1]}: {how}"
-        else:
-            message += self._suggest(message)
-        sys.stderr.write(f"error: {' '.join(message.split())}\n")
-        raise SystemExit(2)
-
-    def _suggest(self, message: str) -> str:
-        if twice := re.search(r"Option '(lr|weight_decay)' is not accepted", message):
-            return f" (it is --model.{twice[1]})"
-        for old, new in MOVED.items():
-            if re.search(rf"\bmodel\.{old}\b|\bstring: {old}\b|\bmodel\.(optimizer|schedule).*\b{old}\b", message):
-                return f" (optimiser and schedule are parts now: instead of {old} write {new})"
-        arguments = {f"model.detector.{name}" for name in _detector_arguments()}
-        options = {option.lstrip("-") for option in self._option_string_actions if option.startswith("--")}
-        options.add("trust")
-        known = options | arguments if "model.lr" in options else arguments  # a builder has a parser of its own
-        for word in re.findall(r"--([\w.+-]+)", message) + re.findall(r"['\"]([\w.+-]+)['\"]", message):
-            if word not in known and (name := _nearest(word, known)):
-                return f" (did you mean --{name}?)"
-        builder = difflib.get_close_matches(message.split()[-1], {**vars(zoo), **vars(relatives)}, 1, 0.75)
-        return f" (did you mean {builder[0]}?)" if builder else ""
-
-
-def _nearest(word: str, known: Iterable[str]) -> str | None:
-    """The option most like the word; or, where none is, the one whose last part is most like the word's."""
-    whole = difflib.get_close_matches(word, known, 1, 0.75)
-    if whole:
-        return whole[0]
-    by_last_part = {name.rpartition(".")[2]: name for name in sorted(known)}
-    last = difflib.get_close_matches(word.rpartition(".")[2], by_last_part, 1, 0.7)
-    return by_last_part[last[0]] if last else None
-
-
-def _detector_arguments() -> list[str]:
-    """Arguments that the builders share, which a parser knows only once a builder is chosen."""
-    shared = signature(zoo.fasterrcnn_resnet50_fpn).parameters | signature(zoo.faster_rcnn).parameters
-    return [name for name in shared if name not in ("backbone", "kwargs")]
 
 
 class FitCLI(LightningCLI):
@@ -288,130 +220,6 @@ Detect with it:  python scripts/predict.py --ckpt {folder}/best.ckpt --source IM
     detector = Detector.from_checkpoint("{folder}/best.ckpt"{trust})
     detections = detector("photo.jpg")  # its boxes, class names and scores, in its pixels
 """
-
-
-class Given(NamedTuple):
-    """A completed command line.
-
-    Attributes:
-        args: for the parser.
-        resumed: the configuration in the folder of the run that goes on, if it is used.
-        trust: in whose parts, see `rebuild`: everybody's, but in the configuration of a run those that are named.
-    """
-
-    args: list[str]
-    resumed: Path | None = None
-    trust: tuple[str, ...] = (EVERYTHING,)
-
-
-def expand(args: Sequence[str]) -> list[str]:
-    """The arguments that `complete` gives."""
-    return complete(args).args
-
-
-def complete(args: Sequence[str]) -> Given:
-    """Complete what may be written short: the name of a packaged configuration, that of a builder, no configuration.
-
-    None, or presets alone, means that of the run to go on with, else the quickstart. The configuration of a run may
-    have come with somebody's checkpoint, so what it names is checked.
-
-    Raises:
-        RecipeError: it names a part of a package that is not trusted, or that can't be imported.
-    """
-    args, trust = take_trust(args)
-    trust = list(trusted_names(trust))
-    expanded, own, previous, default = list[str](), list[str](), "", CONFIGS / f"{QUICKSTART}.yaml"
-    configs: list[Path] = []
-    for arg in args:
-        flag, equals, value = arg.partition("=") if arg.startswith("-") else (previous, "", arg)
-        if flag in ("-c", "--config") and value:
-            packaged = (folder / f"{value}.yaml" for folder in (CONFIGS, PRESETS) if not Path(value).is_file())
-            value = str(next((path for path in packaged if path.is_file()), value))
-            configs.append(Path(value))
-        home = next((module for module in (zoo, relatives) if value in vars(module)), None)
-        if flag in ("--model.detector", "--model.detector.class_path") and home is not None:
-            value = f"{home.__name__}.{value}"
-        expanded.append(f"{flag}{equals}{value}" if arg.startswith("-") else value)
-        if flag.startswith(("--trainer.", "--model.", "--data.proposals", "--data.reader", "--data.augmentations")):
-            own.append(value)
-        previous = arg
-        if flag == "--resume" and value != "auto":
-            resumed = Path(value) if Path(value).is_dir() else Path(value).parent
-            default = resumed / "config.yaml" if (resumed / "config.yaml").is_file() else default
-    if not all(path.parent == PRESETS for path in configs):
-        return Given(expanded, None, (EVERYTHING, *trust))
-    expanded = ["--config", str(default), *expanded]
-    if default.parent == CONFIGS:
-        return Given(expanded, None, (EVERYTHING, *trust))
-    trusted = name_only_known(own, trust)
-    check_parts(default, (A_RUN, *trusted))
-    return Given(expanded, default, (A_RUN, *trusted))
-
-
-def check_parts(config: Path, trust: Sequence[str]) -> None:
-    """Refuse a configuration whose model or data name what may not be named or is not there: a RecipeError.
-
-    A configuration that can't be read is left to the parser.
-    """
-    try:
-        content = yaml.safe_load(config.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return
-    sections = content if isinstance(content, dict) else {}
-    try:
-        for path in named_in([sections.get("model"), sections.get("data")]):
-            find(path, trust)
-    except RecipeError as error:
-        raise RecipeError(f"{config}: {error}") from error
-
-
-def plain(value: Any, trust: Sequence[str] = (EVERYTHING,)) -> Any:
-    """What jsonargparse has parsed, as a recipe: a dictionary or list, and text for a path, as a checkpoint keeps them.
-
-    Args:
-        value: of an argument.
-        trust: in whom, see `rebuild`.
-    """
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, list | tuple):
-        return [plain(item, trust) for item in value]
-    if not isinstance(value, Namespace | dict):
-        return value
-    items = (vars(value) if isinstance(value, Namespace) else value).items()
-    entries = {name: plain(item, trust) for name, item in items}
-    if "class_path" not in entries:
-        return entries
-    path, given = entries["class_path"], entries.get("init_args") or {}
-    given |= entries.get("dict_kwargs") or {}
-    # Where a hint says nothing, jsonargparse gives None for arguments that are left to the builder.
-    wanted = {name for name, p in signature(find(path, trust)).parameters.items() if p.default is p.empty}
-    return {"class_path": path, "init_args": {k: v for k, v in given.items() if v is not None or k not in wanted}}
-
-
-def fit_detector_to_data(detector: Namespace, data: DetectionDataModule) -> None:
-    """Fill in the arguments of a detector that follow from the data, where they have the builder's own defaults."""
-    sizes = data.hparams["min_size"]
-    follow = {
-        "num_classes": len(data.class_names) + 1,
-        "min_size": sizes if isinstance(sizes, int) else sorted(sizes),
-        "max_size": data.hparams["max_size"],
-    }
-    if any(detector.init_args.get(name) for name in ("weights", "path")):
-        follow["class_names"] = data.class_names  # to keep what the weights know of classes of the same name
-    defaults = _defaults(detector.class_path)
-    for name, value in follow.items():
-        if name in detector.init_args and detector.init_args[name] == defaults.get(name):
-            detector.init_args[name] = value
-
-
-def _defaults(class_path: str) -> Namespace:
-    module, _, name = class_path.rpartition(".")
-    maker = getattr(import_module(module), name)
-    parser = ArgumentParser(exit_on_error=False)
-    add = parser.add_class_arguments if isclass(maker) else parser.add_function_arguments
-    add(maker, fail_untyped=False)
-    return parser.get_defaults()
 
 
 def _rank() -> int:

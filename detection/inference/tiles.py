@@ -82,7 +82,22 @@ def _merge(
     size: tuple[int, int],
     iou_thresh: float,
 ) -> dict[str, Any]:
-    """Boxes `(D, 4)`, labels, scores and masks of which none is another's view; `seen` `(D, 4)`: their windows."""
+    """The detections of an image, each object once, from those of its windows, in which it may occur several times.
+
+    Two detections of one class in different windows are one object where they agree, see `_agreement`. Detections that
+    no window cuts are taken first, and stay as they are. Two that are cut are united.
+
+    Args:
+        boxes: `(D, 4)` in pixels of the image.
+        labels, scores: `(D,)`.
+        seen: `(D, 4)`, the window of each.
+        masks: of each, over the whole image, or None.
+        size: (height, width) of the image.
+        iou_thresh: IoU from which two agree.
+
+    Returns:
+        The fields of `Detections`.
+    """
     edge = np.array([0, 0, size[1], size[0]], np.float32)
     cut = ((np.abs(boxes - seen) <= NEAR) & (np.abs(seen - edge) > 0)).any(axis=1)
     boxes, scores, seen = boxes.copy(), scores.copy(), seen.copy()

@@ -16,7 +16,9 @@ from detection.weights import Weights
 
 
 class Res5Head(nn.Module):
-    """The stage, of stride 2, and the average of its output; it goes with `resnet_c4` and 14x14 pooled features.
+    """A ResNet's fourth stage, of stride 2, and the average of its output over the cells.
+
+    It goes with the backbone `resnet_c4` and pooled features of 14x14.
 
     Args:
         layer4: the stage.
@@ -34,15 +36,15 @@ class Res5Head(nn.Module):
 
 
 class Res5Maps(nn.Module):
-    """The same stage without the average, as head of the mask branch: the stage itself belongs to the box head.
+    """The head of the mask branch: the stage of a box head without the average, and with the same weights.
 
     Args:
-        head: of the boxes, with which this one shares all its weights.
+        head: the box head, which owns the weights.
     """
 
     def __init__(self, head: Res5Head) -> None:
         super().__init__()
-        self._shared = [head]  # in a list, so that its tensors stand in the state_dict once
+        self._shared = [head]  # in a list, so that the state_dict has its tensors once
         self.out_channels = head.out_channels
 
     def forward(self, pooled: Tensor) -> Tensor:

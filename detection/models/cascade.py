@@ -3,7 +3,8 @@
 Cascade R-CNN (Cai and Vasconcelos 2018), section 4; with masks section 4 of the journal version (2019).
 
 Shape shorthand:
-    B: images     P: proposals an image     K: classes with background
+    B: images     P: proposals an image     S: sampled regions an image     R: regions of all images
+    K: classes with background
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from detection.recipes import recorded
 class CascadeRoIHeads(MaskBranch):
     """RoI heads of several stages.
 
-    In training, the regions that the first stage samples go through all stages: each moves them by its (class-agnostic)
-    deltas, and the next matches them to the ground truth anew, at its own IoU. A region is not drawn again, so every
-    stage sees as many as the first. In evaluation, class probabilities are the mean over the stages, each on its own
-    boxes, and the boxes are the last stage's.
+    In training, the first stage samples regions, and these go through all stages. Each stage moves them by its
+    class-agnostic deltas; the next one matches the moved regions to the ground truth anew, at its own IoU. No stage
+    samples again. In evaluation, the class probabilities are the mean over the stages, each on the boxes that it was
+    given, and the boxes are those of the last stage.
 
     Args:
         stages: heads whose predictors give deltas `(R, 4)`, class-agnostic; IoU thresholds rise from one to the next.
@@ -71,7 +72,7 @@ class CascadeRoIHeads(MaskBranch):
         for i, stage in enumerate(self._heads):
             if i:
                 sample = self._rematch(stage, sample, batch)
-            # The stages share the features, which would otherwise learn three times as fast as with one.
+            # The stages share the features, whose gradient would otherwise be three times that of one stage.
             logits, deltas = stage.predict(features, sample.boxes, gradient_share=1 / len(self.stages))
             stage_losses = stage.box_losses(logits, deltas, sample, batch)
             found |= {f"{name}_stage{i}": loss for name, loss in stage_losses.items()}
@@ -80,7 +81,10 @@ class CascadeRoIHeads(MaskBranch):
 
     @torch.no_grad()
     def _rematch(self, stage: RoIHeads, sample: RoISample, batch: Batch) -> RoISample:
-        """The same regions, moved, with the labels of the next stage; those that shrank to nothing no longer count."""
+        """The moved regions of a sample with their labels at a stage's IoU.
+
+        Regions that have shrunk below `min_size`, or lie between the thresholds, are no longer valid.
+        """
         labels, matched_idxs = stage.match(sample.boxes, batch)
         valid = sample.valid & is_large_enough(sample.boxes, stage.min_size) & (labels >= 0)
         return RoISample(sample.boxes, torch.where(valid, labels, 0), matched_idxs.clamp(min=0), valid)
@@ -105,7 +109,7 @@ class CascadeRoIHeads(MaskBranch):
         return self.add_masks(features, last.postprocess(scores, deltas, proposals, image_sizes))
 
     def check(self, features: FeatureMaps) -> None:
-        """As `RoIHeads.check`; and that no stage has deltas of each class.
+        """As `RoIHeads.check`, for each stage; and refuse predictors with deltas of each class.
 
         Raises:
             PartError: see above.

@@ -102,8 +102,8 @@ def faster_rcnn(
         rpn_objectness_loss, rpn_box_loss, class_loss, box_loss, mask_loss: in the place of binary cross-entropy, smooth
             L1, cross-entropy, smooth L1, and binary cross-entropy.
         mask_roi_pool, mask_head, mask_predictor: the mask branch, see `mask_rcnn`; None for boxes alone.
-        rpn: another proposer, for which no other `rpn_` argument has a meaning.
-        roi_heads: other RoI heads, for which no `box_` or `mask_` argument has a meaning.
+        rpn: another `Proposer`; the other `rpn_` arguments then have no effect.
+        roi_heads: other RoI heads; the `box_` and `mask_` arguments then have no effect.
 
     Raises:
         PartError: a part does not keep its contract, see `detection.parts`.
@@ -161,7 +161,7 @@ def faster_rcnn(
 
 
 def channels_last(model: TwoStageDetector) -> TwoStageDetector:
-    """The model with its weights so laid out: convolutions are quicker so on CPUs and GPUs alike."""
+    """The model with its weights in channels-last layout, in which convolutions are faster on CPUs and GPUs alike."""
     from torch import channels_last as layout
 
     return model.to(memory_format=layout)  # type: ignore[call-overload, no-any-return]
@@ -221,7 +221,7 @@ def cascade_rcnn(
         box_head, box_predictor: factories, as each stage has its own; predictors are class-agnostic.
         mask_roi_pool, mask_head, mask_predictor: see `mask_rcnn`.
         **kwargs: see `faster_rcnn`; `box_fg_iou_thresh`, `box_bg_iou_thresh`, `box_matcher`, `bbox_reg_weights` and
-            `box_coder` have no say here.
+            `box_coder` have no effect, as each stage has its own.
 
     Raises:
         ValueError: as many IoU thresholds as coder weights are needed.
@@ -287,7 +287,7 @@ def fast_rcnn(
 ) -> TwoStageDetector:
     """Fast R-CNN (Girshick 2015) on a backbone: Faster R-CNN without its region proposal network.
 
-    Background is all that overlaps less than `box_bg_iou_thresh`; the paper left out what overlaps less than 0.1.
+    Background is every proposal with IoU < `box_bg_iou_thresh`. The paper also wants IoU >= 0.1 (section 2.3).
 
     Args:
         backbone: images -> feature maps.
@@ -295,12 +295,12 @@ def fast_rcnn(
         proposals_train, proposals_test: how many of the best proposals of an image are used.
         proposal_source: proposes for images that come without; default: `SelectiveSearch()`.
         box_roi_pool: default: RoI max pooling 7x7 on all levels but the last.
-        **kwargs: see `faster_rcnn`; those of the RPN have no meaning.
+        **kwargs: see `faster_rcnn`; those of the RPN have no effect.
     """
     proposer = precomputed(proposals_train, proposals_test, proposal_source)
     return faster_rcnn(backbone, num_classes, rpn=proposer, box_roi_pool=box_roi_pool or RoIPool(), **kwargs)
 
 
 def precomputed(training: int, testing: int, source: SelectiveSearch | None) -> PrecomputedProposals:
-    """The proposer of `fast_rcnn`."""
+    """The proposer of `fast_rcnn`; arguments as there."""
     return PrecomputedProposals({"training": training, "testing": testing}, source or SelectiveSearch())

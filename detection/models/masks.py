@@ -5,7 +5,8 @@ Mask R-CNN (He et al. 2017), section 3.
 Shape shorthand:
     B: images     S: sampled regions an image     M: those of them that the branch sees     R = B * M
     D: detections an image     K: classes with background     G: ground truth objects an image
-    m: side of a predicted mask (28)     H, W: an image's height and width
+    C: channels     o: side of pooled features     m: side of a predicted mask (28)
+    h, w: height and width of a stored mask     H, W: an image's height and width
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class MaskPredictor(nn.Module):
 
 
 class MaskBranch(nn.Module):
-    """The mask branch of RoI heads, which inherit it, so that its `state_dict` keys stand beside theirs.
+    """The mask branch of RoI heads. They inherit it, so that the `state_dict` has its keys beside theirs.
 
     Args:
         mask_roi_pool, mask_head, mask_predictor: see `detection.parts`; all None for heads that find boxes alone.
@@ -85,7 +86,7 @@ class MaskBranch(nn.Module):
 
     @property
     def has_masks(self) -> bool:
-        """Whether there is a branch."""
+        """Whether detections get masks."""
         return self.mask_predictor is not None
 
     def mask_logits(self, features: FeatureMaps, boxes: Tensor, labels: Tensor) -> Tensor:
@@ -99,15 +100,14 @@ class MaskBranch(nn.Module):
     def mask_losses(
         self, features: FeatureMaps, boxes: Tensor, labels: Tensor, matched_idxs: Tensor, batch: Batch
     ) -> Losses:
-        """`loss_mask`: the mean loss of the true class's mask over all foreground regions (section 3).
+        """`loss_mask`: the mean, over the foreground regions of the batch, of the loss of the true class's mask.
+
+        Section 3: masks of other classes have no loss. Without a branch there is no loss.
 
         Args:
             features: as for the box head.
             boxes, labels, matched_idxs: `(B, M, ...)` of a `RoISample`, foreground first. Label 0 doesn't count.
             batch: for its masks.
-
-        Returns:
-            Nothing without a branch.
 
         Raises:
             ValueError: the batch has no masks.
@@ -126,7 +126,10 @@ class MaskBranch(nn.Module):
         return {"loss_mask": losses.mean_over(loss, foreground.flatten(), foreground)}
 
     def add_masks(self, features: FeatureMaps, detections: Detections) -> Detections:
-        """Detections in pixels of the batch, with a branch also `masks` `(D, m, m)`: probabilities inside the box."""
+        """Detections, whose boxes are in pixels of the batch, with `masks` `(D, m, m)`: probabilities inside the box.
+
+        Without a branch they come back as they are.
+        """
         if not self.has_masks:
             return detections
         counts = [len(detection["labels"]) for detection in detections]
@@ -139,13 +142,13 @@ class MaskBranch(nn.Module):
 
 
 def project_masks(gt_masks: Tensor, windows: Tensor, index: Tensor, boxes: Tensor, side: int) -> Tensor:
-    """What each region should predict: its object's mask, sampled by RoI Align inside the region's box.
+    """What each region should predict: the mask of its object, sampled by RoI Align inside the region's box.
 
     Args:
         gt_masks: `(B, G, h, w)` uint8, 255 inside.
-        windows: `(B, G, 4)`, see `Batch`.
-        index: `(B, M)` each region's object, its row among `B * G`; -1 for none.
-        boxes: `(B, M, 4)`.
+        windows: `(B, G, 4)`, the part of the image that each mask shows, see `Batch`.
+        index: `(B, M)` int64, the object of each region as its row among all `B * G`; -1 for none.
+        boxes: `(B, M, 4)` of the regions, in pixels of the batch.
         side: m.
 
     Returns:
@@ -155,8 +158,8 @@ def project_masks(gt_masks: Tensor, windows: Tensor, index: Tensor, boxes: Tenso
     window = windows.flatten(0, 1)[rows]  # (B, M, 4)
     cells = torch.tensor([masks.shape[-1], masks.shape[-2]] * 2, dtype=torch.float32, device=boxes.device)
     scale = cells / (window[..., 2:] - window[..., :2]).repeat(1, 1, 2)
-    # Pixel i of a mask is its value at i, as torchvision has it for masks of the image's size (RoI Align without
-    # `aligned`): the half pixel between that and the middle of the pixel is one of the image, not of the mask.
+    # torchvision takes the value of pixel i to lie at i, not at i + 0.5 (RoI Align without `aligned`), in masks of the
+    # image's size. To give the same, the shift is half a pixel of the image, and not of the smaller mask.
     shift = (0.5 - window[..., :2].repeat(1, 1, 2)) * scale - 0.5
     placed = torch.where(index[..., None] >= 0, boxes * scale + shift, 0.0)
     rois = torch.cat((rows[..., None].to(placed), placed), dim=-1).flatten(0, 1)
@@ -166,8 +169,8 @@ def project_masks(gt_masks: Tensor, windows: Tensor, index: Tensor, boxes: Tenso
 def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Lay predicted masks on the image, as torchvision does, pixel for pixel.
 
-    A mask gets a border of one empty cell, its box the width of that border, and the box's corners are cut to whole
-    pixels; inside, the mask is interpolated bilinearly.
+    A mask gets a border of one empty cell, and its box grows by that border. The corners of the box are cut down to
+    whole pixels, and the mask is resized to the box bilinearly.
 
     Args:
         probabilities: `(D, m, m)`.

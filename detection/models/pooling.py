@@ -1,11 +1,11 @@
-"""RoI Align and RoI Pool over a feature pyramid: a fixed grid of features from each region, wherever its level is.
+"""RoI Align and RoI Pool over a feature pyramid: a grid of o x o features from each region, whatever its size.
 
 Fast R-CNN (Girshick 2015), section 2.1 (RoI max pooling); Mask R-CNN (He et al. 2017), section 3 (RoIAlign);
 FPN (Lin et al. 2017), equation 1 (the level of a region).
 
 Shape shorthand:
     B: images     P: RoIs an image     R = B * P     L: levels     C: channels
-    o: output side     s: samples a bin and side
+    h, w: cells of a level     o: output side, in bins     s: samples along a side of a bin
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ CANONICAL_LEVEL = 4
 def assign_levels(boxes: Tensor, min_level: int, max_level: int) -> Tensor:
     """The pyramid level of boxes `(..., 4)`: floor(4 + log2(sqrt(area) / 224)) clamped, int64 `(...)` (equation 1)."""
     side = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])).clamp(min=0).sqrt()
-    # The small term lets 112 and 224 pixels, whose logarithm may round down, reach the level that they should.
+    # The logarithm of 112 or 224 pixels may be rounded down, to the level below; the small term prevents it.
     level = torch.floor(CANONICAL_LEVEL + torch.log2(side / CANONICAL_SIZE) + 1e-6)
     return level.nan_to_num(nan=min_level).clamp(min_level, max_level).long()
 
 
 def level_indices(boxes: Tensor, strides: Sequence[int]) -> Tensor:
-    """Which of the maps with these strides, finest first, each of the boxes `(..., 4)` is pooled from, `(...)`."""
+    """The map that each of the boxes `(..., 4)` is pooled from, as an index into the strides, `(...)` int64."""
     min_level, max_level = (int(math.log2(s)) for s in (strides[0], strides[-1]))
     return (assign_levels(boxes, min_level, max_level) - min_level).clamp(max=len(strides) - 1)
 
@@ -44,10 +44,10 @@ class RoIPooler(nn.Module):
 
     Args:
         output_size: o.
-        sampling_ratio: s; 0 takes as many samples as a bin has pixels.
+        sampling_ratio: s; 0 takes as many samples as a bin has cells.
         aligned: shift by half a pixel, so that pixel centres lie at .5 (Detectron2); False is torchvision's default.
-        num_levels: how many of the finest maps are pooled from; None for all but the last of several, which FPN adds
-            for the RPN alone.
+        num_levels: how many of the finest maps are pooled from. None is one if there is one, else all but the last,
+            which FPN adds for the RPN alone (section 4.1, footnote 2).
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class RoIPooler(nn.Module):
     def forward(self, features: FeatureMaps, boxes: Tensor) -> Tensor:
         """Pool the maps at boxes `(B, P, 4)` in image pixels -> `(B * P, C, o, o)`."""
         maps, strides = finest(features, self.num_levels)
-        boxes = boxes.float().nan_to_num(0.0, 0.0, 0.0)  # `roi_align` reads anywhere in memory for others
+        boxes = boxes.float().nan_to_num(0.0, 0.0, 0.0)  # with infinite ones `roi_align` reads outside of its input
         return self.pool(maps, strides, boxes, level_indices(boxes, strides))
 
     def pool(self, maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, levels: Tensor) -> Tensor:
-        """The same, with the level `(B, P)` of each box."""
+        """As `forward`, where the maps are chosen, the boxes finite, and `levels` `(B, P)` names the map of each."""
 
         def align(feature: Tensor, rois: Tensor, stride: int) -> Tensor:
             # In float32, as autocast has it: half precision would move the regions by whole cells.
@@ -77,8 +77,8 @@ class RoIPooler(nn.Module):
 class RoIPool(nn.Module):
     """RoI max pooling of every region on the level that fits its size, as Fast R-CNN had it (section 2.1).
 
-    A region is rounded to whole cells, both its last cells included, and cut into o x o bins, each of which gives the
-    largest value under it; a bin beyond the edge of the map gives 0.
+    A region is rounded to whole cells, first and last included, and divided into o x o bins. Each bin gives the largest
+    value of its cells, and 0 if it lies beyond the edge of the map.
 
     Args:
         output_size: o.
@@ -101,7 +101,7 @@ class RoIPool(nn.Module):
 
 
 def finest(features: FeatureMaps, num_levels: int | None) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The finest maps and their strides; None leaves out the last of several."""
+    """The `num_levels` finest maps and their strides; None is one if there is one, else all but the last."""
     count = max(1, len(features.maps) - 1) if num_levels is None else num_levels
     return features.maps[:count], features.strides[:count]
 

@@ -29,8 +29,9 @@ class PrecomputedProposals(nn.Module):
 
     Args:
         top_n: how many of the best are taken of each image, `{"training": n, "testing": n}`.
-        source: proposes for images that come without, as those of `model(images)` do. That takes a second an image, on
-            the CPU: training computes them once, see `detection.data.proposals`. None makes such images an error.
+        source: proposes for images that come without proposals, as those of `model(images)` do. It takes a second an
+            image, on the CPU, so for training they are computed beforehand, see `detection.data.proposals`. None makes
+            such images an error.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class PrecomputedProposals(nn.Module):
         self.top_n, self.source = dict(top_n), source
 
     def forward(self, features: FeatureMaps, batch: Batch, with_losses: bool) -> tuple[Proposals, Losses]:
-        """Proposals of the batch, whose images are not normalised yet, and no losses. All valid ones score 1.
+        """The proposals of the batch, each valid one with a score of 1, and no losses.
 
         Raises:
             ValueError: the batch has no proposals, and there is no `source`.

@@ -1,4 +1,8 @@
-"""Feature pyramid network (Lin et al. 2017, section 3): strong semantics at every resolution."""
+"""Feature pyramid network (Lin et al. 2017, section 3): strong semantics at every resolution.
+
+Shape shorthand:
+    B: images     C_i, h_i, w_i: channels, height and width of map i
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,9 @@ from detection.recipes import recorded
 class FeaturePyramidNetwork(nn.Module):
     """Top-down pathway with lateral connections.
 
-    Every map gets a 1x1 convolution to `out_channels`; from the coarsest on, each is added, upsampled by nearest
-    neighbour, to the one below; a 3x3 convolution smooths each sum. One more level, `pool`, is the coarsest output
-    subsampled by 2 (section 4.1, footnote 2), for the RPN's largest anchors.
+    A 1x1 convolution brings each map to `out_channels`. From the coarsest on, each map is upsampled by nearest
+    neighbour and added to the next finer one. A 3x3 convolution smooths each sum. One more level, `pool`, is the
+    coarsest output subsampled by 2 (section 4.1, footnote 2), for the RPN's largest anchors.
 
     Args:
         in_channels: channels of the maps, finest first.

@@ -48,9 +48,9 @@ def whole_image() -> Backbone:
 class RegionWarp(nn.Module):
     """Cuts each region from the image and warps it to a square, with some of its surroundings (appendix A).
 
-    The region is widened so that, once warped, it has p pixels of context on every side. What lies outside the image is
-    filled with its mean, 0 after normalisation, of which the padding of a batch consists too. A region that shrinks is
-    averaged over all its pixels.
+    The region is widened so that after warping there are p pixels of context on every side. Outside of the image the
+    value is 0, which is the mean colour after normalisation, as in the padding of a batch. A region that gets smaller
+    is averaged over all its pixels.
 
     Args:
         output_size: o.
@@ -82,8 +82,8 @@ class RegionWarp(nn.Module):
 class CNNHead(nn.Module):
     """A classification network's layers up to its last map, and two fully connected ones on that map.
 
-    The paper's network has this form (its pool5, fc6 and fc7). Averaging the map, as newer networks do, would lose
-    where in the region the object lies, which the boxes are refined from.
+    The paper's network has this form (its pool5, fc6 and fc7). Newer networks average the map. That would lose where in
+    the region the object is, which the box deltas depend on.
 
     Args:
         body: warped regions `(R, 3, o, o)` -> named maps, of which the last counts.
@@ -92,7 +92,7 @@ class CNNHead(nn.Module):
         out_channels: F.
     """
 
-    chunk = 256  # regions at a time where no gradient is wanted: thousands would need gigabytes
+    chunk = 256  # regions at a time where no gradient is wanted: thousands at once would need gigabytes
 
     def __init__(self, body: nn.Module, in_channels: int, map_size: int, out_channels: int = 1024) -> None:
         super().__init__()

@@ -24,10 +24,10 @@ from detection.models.compose import COCO_CATEGORIES, fast_rcnn, faster_rcnn, pr
 from detection.models.pooling import RoIPool, RoIPooler
 from detection.models.rcnn import CONTEXT, CNNHead, RegionWarp, efficientnet_lite0_head, resnet_head, whole_image
 from detection.models.two_stage import TwoStageDetector
-from detection.models.zoo import HALF, fasterrcnn_efficientnet_lite0_fpn, fasterrcnn_resnet_fpn
+from detection.models.zoo import HALF, fasterrcnn_efficientnet_lite0_fpn, fasterrcnn_resnet_fpn, load_weights
 from detection.recipes import rebuildable, recorded
 from detection.selective_search import SelectiveSearch
-from detection.weights import Weights, is_given
+from detection.weights import Weights
 
 
 def rcnn(box_head: CNNHead, crop_size: int, num_classes: int = COCO_CATEGORIES, **kwargs: Any) -> TwoStageDetector:
@@ -104,7 +104,7 @@ def rcnn_resnet(
     head = resnet_head(crop_size, backbone_name, weights_backbone, trainable_backbone_layers, norm)
     classes = num_classes or COCO_CATEGORIES
     model = rcnn(head, crop_size, classes, box_batch_size_per_image=box_batch_size_per_image, **kwargs)
-    return _finish(model, weights_backbone)
+    return load_weights(model, weights_backbone)
 
 
 @recorded
@@ -138,7 +138,7 @@ def rcnn_efficientnet_lite0(
         box_batch_size_per_image=box_batch_size_per_image,
         **kwargs,
     )
-    return _finish(model, weights_backbone)
+    return load_weights(model, weights_backbone)
 
 
 @recorded
@@ -172,7 +172,7 @@ def fasterrcnn_resnet_c4(
         rpn_pre_nms_top_n_test=rpn_pre_nms_top_n_test,
         **kwargs,
     )
-    return _finish(model, weights_backbone)
+    return load_weights(model, weights_backbone)
 
 
 @recorded
@@ -198,11 +198,4 @@ def fasterrcnn_resnet_dc5(
         rpn_pre_nms_top_n_test=rpn_pre_nms_top_n_test,
         **kwargs,
     )
-    return _finish(model, weights_backbone)
-
-
-def _finish(model: TwoStageDetector, weights_backbone: Weights) -> TwoStageDetector:
-    """Note what having weights decided, for the recipe."""
-    if is_given(weights_backbone):
-        model.resolved = {"norm": "frozen", "trainable_backbone_layers": 3}
-    return model
+    return load_weights(model, weights_backbone)

@@ -4,7 +4,8 @@ Fast R-CNN (Girshick 2015), section 2; Faster R-CNN (Ren et al. 2015), section 3
 
 Shape shorthand:
     B: images     P: proposals an image     G: ground truth boxes an image     S: sampled regions an image
-    R: regions of all images     K: classes with background     D: detections of an image
+    M: of those the places that can be foreground     R: regions of all images     K: classes with background
+    C: channels of the maps     o: side of pooled features     F: features of a region     D: detections of an image
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from detection.models.pooling import RoIPooler
 from detection.parts import Detections, Factory, Factory2, FeatureMaps, Losses, Proposals
 from detection.recipes import recorded
 
-SOFT_NMS_CANDIDATES = 1000  # best detections of an image that go into Soft-NMS, which takes a step for each result
+SOFT_NMS_CANDIDATES = 1000  # detections of an image, the best, among which Soft-NMS looks for the next at every step
 
 
 @recorded
@@ -74,12 +75,12 @@ class ConvFCHead(nn.Sequential):
 
 @recorded
 class FastRCNNPredictor(nn.Module):
-    """Class logits and one box refinement a class (Fast R-CNN, section 2.1): `(R, F)` -> `(R, K)`, `(R, K * 4)`.
+    """Class logits and the box deltas of each class (Fast R-CNN, section 2.1): `(R, F)` -> `(R, K)`, `(R, K * 4)`.
 
     Args:
         in_channels: F.
         num_classes: K, with background.
-        class_agnostic: one refinement for all classes, `(R, 4)`, as Cascade R-CNN has it.
+        class_agnostic: the same deltas for all classes, `(R, 4)`, as Cascade R-CNN has them.
     """
 
     def __init__(self, in_channels: int, num_classes: int, class_agnostic: bool = False) -> None:
@@ -115,11 +116,11 @@ class RoIHeads(MaskBranch):
         box_roi_pool: default: `RoIPooler()`.
         box_head: default: `TwoFCHead`.
         box_predictor: default: `FastRCNNPredictor`.
-        fg_iou_thresh, bg_iou_thresh: proposals with IoU >= fg are foreground, < bg background, between them ignored.
+        fg_iou_thresh, bg_iou_thresh: a proposal with IoU >= fg is foreground, < bg background, else ignored.
         batch_size_per_image, positive_fraction: the sample that the losses see (Fast R-CNN, section 2.3).
         bbox_reg_weights: see `BoxCoder`.
-        score_thresh: detections score above this.
-        nms_thresh: IoU above which the worse of two boxes of a class goes.
+        score_thresh: detections have a score > this.
+        nms_thresh: IoU above which NMS drops the worse of two boxes of a class.
         detections_per_img: most detections of an image.
         soft_nms_sigma: Soft-NMS with this sigma (0.5 in the paper) in place of `nms_thresh`; None for plain NMS.
         matcher, sampler, box_coder: in the place of those that the numbers above describe.
@@ -127,7 +128,7 @@ class RoIHeads(MaskBranch):
         mask_roi_pool, mask_head, mask_predictor, mask_loss: see `MaskBranch`.
     """
 
-    min_size = 1e-2  # pixels: sides that a detection must have
+    min_size = 1e-2  # pixels: detections have sides >= this
 
     def __init__(
         self,
@@ -187,7 +188,7 @@ class RoIHeads(MaskBranch):
         Args:
             features: of the backbone.
             boxes: in pixels of the batch.
-            gradient_share: how much of the gradient goes on to the features.
+            gradient_share: factor on the gradient that reaches the features; Cascade R-CNN's stages share them.
         """
         pooled = self.box_roi_pool(features, boxes)
         if gradient_share != 1.0:
@@ -198,9 +199,10 @@ class RoIHeads(MaskBranch):
 
     @torch.no_grad()
     def sample(self, features: FeatureMaps, proposals: Proposals, batch: Batch) -> RoISample:
-        """Match proposals and ground truth itself to the ground truth, and draw the regions to train on.
+        """Match the proposals to the ground truth, and draw the regions that train.
 
-        Ground truth joins the proposals (at their end) so that there is foreground before the RPN has learned any.
+        The ground truth boxes are appended to the proposals, P + G in all, so that there is foreground before the RPN
+        has learned to find any.
         """
         boxes = torch.cat((proposals.boxes, batch.gt_boxes), dim=1)
         exists = torch.cat((proposals.valid, batch.gt_valid), dim=1)
@@ -216,14 +218,17 @@ class RoIHeads(MaskBranch):
 
     @torch.no_grad()
     def match(self, boxes: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Labels `(B, P)` (0 background, -1 ignored) of boxes `(B, P, 4)` and the ground truth they match, `(B, P)`."""
+        """Labels of boxes `(B, P, 4)`, and the ground truth that they match: both `(B, P)`.
+
+        Labels are 0 for background and -1 for what is ignored; matches are those of `Matcher`.
+        """
         matched_idxs = self.matcher(batch.gt_boxes, batch.gt_valid, boxes)
         labels = batch.gt_labels.gather(1, matched_idxs.clamp(min=0))
         return torch.where(matched_idxs >= 0, labels, torch.where(matched_idxs == -1, 0, -1)), matched_idxs
 
     @torch.no_grad()
     def _hardness(self, features: FeatureMaps, regions: RoISample, batch: Batch) -> Tensor:
-        """The loss of each region, `(B, P)`."""
+        """The sum of the class and box losses of each region, `(B, P)`."""
         classes, boxes, _ = self._row_losses(*self.predict(features, regions.boxes), regions, batch)
         return (classes + boxes).view_as(regions.labels)
 
@@ -234,12 +239,20 @@ class RoIHeads(MaskBranch):
         return boxes | self.mask_losses(features, *self.foreground_part(sample), batch)
 
     def foreground_part(self, sample: RoISample) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes, labels and matched_idxs `(B, M, ...)` of the places that foreground can take: the first ones."""
+        """Boxes, labels and matched_idxs `(B, M, ...)` of the first `max_positive` places, where all foreground is."""
         part = slice(0, self.sampler.max_positive)
         return sample.boxes[:, part], sample.labels[:, part], sample.matched_idxs[:, part]
 
     def box_losses(self, logits: Tensor, deltas: Tensor, sample: RoISample, batch: Batch) -> Losses:
-        """`loss_classifier` and `loss_box_reg` of what `predict` gave for the sampled regions."""
+        """`loss_classifier` and `loss_box_reg` of sampled regions (Fast R-CNN, section 2.3, equation 1).
+
+        Both sums are divided by the number of sampled regions of the batch, background included.
+
+        Args:
+            logits, deltas: `(B, S, K)` and `(B, S, K or 1, 4)`, what `predict` gave for the sample.
+            sample: of the proposals.
+            batch: for its ground truth.
+        """
         classes, boxes, foreground = self._row_losses(logits, deltas, sample, batch)
         return {
             "loss_classifier": losses.mean_over(classes, sample.valid.flatten(), sample.valid),
@@ -249,10 +262,10 @@ class RoIHeads(MaskBranch):
     def _row_losses(
         self, logits: Tensor, deltas: Tensor, sample: RoISample, batch: Batch
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Class losses, box losses (0 for background) and which are foreground, each `(R,)`."""
+        """Class losses, box losses (0 for background) and which regions are foreground, each `(R,)`, R = B * S."""
         labels, foreground = sample.labels.flatten(), ((sample.labels > 0) & sample.valid).flatten()
         gt_boxes = batch.gt_boxes.gather(1, sample.matched_idxs[..., None].expand(-1, -1, 4)).flatten(0, 1)
-        # The refinement of the true class alone is trained.
+        # Only the deltas of the true class have a loss.
         column = sample.labels if deltas.shape[2] > 1 else torch.zeros_like(sample.labels)
         own = deltas.gather(2, column[..., None, None].expand(-1, -1, 1, 4)).flatten(0, 2)
         boxes = losses.box_loss_of_foreground(
@@ -280,11 +293,12 @@ class RoIHeads(MaskBranch):
         return self.nms_per_class(boxes, scores, usable)
 
     def nms_per_class(self, boxes: Tensor, scores: Tensor, usable: Tensor) -> Detections:
-        """Per-class NMS and the best `detections_per_img` of each image.
+        """NMS in each class of each image, and the best `detections_per_img` of what is left.
 
         Args:
             boxes: `(B, P, K - 1, 4)`.
-            scores, usable: `(B, P, K - 1)`.
+            scores: `(B, P, K - 1)`.
+            usable: `(B, P, K - 1)` bool; the others are no candidates.
         """
         if self.soft_nms_sigma is not None:
             return self._soft_nms_per_class(boxes, scores, usable, self.soft_nms_sigma)

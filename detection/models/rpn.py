@@ -3,8 +3,9 @@
 Faster R-CNN (Ren et al. 2015), section 3.1.
 
 Shape shorthand:
-    B: images     L: levels     k: anchors a cell     A: anchors of all levels
-    T: anchors kept before NMS     P: proposals kept after it     S: anchors sampled for the loss     R = B * S
+    B: images     L: levels     C: channels     h, w: cells of a level     k: anchors a cell
+    A: anchors of all levels     T: anchors kept before NMS     P: proposals kept after it
+    G: ground truth boxes an image     S: anchors sampled for the loss     R = B * S
 """
 
 from __future__ import annotations
@@ -82,13 +83,13 @@ class RegionProposalNetwork(nn.Module):
         pre_nms_top_n: anchors of each level that go into NMS, `{"training": n, "testing": n}`.
         post_nms_top_n: proposals of each image that come out, likewise.
         nms_thresh: IoU above which NMS drops the worse box; levels do not suppress each other.
-        score_thresh: least objectness of a proposal, in [0, 1].
+        score_thresh: proposals have an objectness >= this, in [0, 1].
         matcher, sampler: in the place of those that the thresholds and numbers above describe.
         box_coder: default: `BoxCoder()`.
         objectness_loss, box_loss: default: `losses.objectness_loss`, `SmoothL1Loss()`.
     """
 
-    min_size = 1e-3  # pixels: sides that a proposal must have
+    min_size = 1e-3  # pixels: proposals have sides >= this
 
     def __init__(
         self,
@@ -156,7 +157,14 @@ class RegionProposalNetwork(nn.Module):
     def propose(
         self, objectness: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], image_sizes: Tensor
     ) -> Proposals:
-        """The best anchors of each level, moved by their deltas, clipped, and thinned by NMS."""
+        """The best anchors of each level, moved by their deltas and clipped, then the best of them after NMS.
+
+        Args:
+            objectness: logits `(B, h * w * k)` of each level.
+            deltas: `(B, h * w * k, 4)` of each level.
+            anchors: `(h * w * k, 4)` of each level.
+            image_sizes: `(B, 2)` as (height, width).
+        """
         mode = "training" if self.training else "testing"
         boxes, logits, levels = [], [], []
         for level, (score, delta, anchor) in enumerate(zip(objectness, deltas, anchors, strict=True)):
@@ -166,7 +174,7 @@ class RegionProposalNetwork(nn.Module):
             levels.append(torch.full_like(top, level))
         candidates = clip_boxes(torch.cat(boxes, dim=1), image_sizes)  # (B, T, 4)
         scores = torch.cat(logits, dim=1).sigmoid()
-        # Boxes that are not finite (from diverged weights) fail the comparison too, and so never reach NMS.
+        # Boxes that are not finite, from diverged weights, fail the comparison too. NMS would be wrong with them.
         usable = is_large_enough(candidates, self.min_size) & (scores >= self.score_thresh)
         kept = self.suppress(candidates, scores, torch.cat(levels, dim=1), usable)
         ranked = torch.where(kept, scores, -1.0)
@@ -176,10 +184,16 @@ class RegionProposalNetwork(nn.Module):
         return Proposals(torch.where(valid[..., None], proposals, 0.0), best, valid)
 
     def suppress(self, boxes: Tensor, scores: Tensor, levels: Tensor, usable: Tensor) -> Tensor:
-        """Which of the candidates `(B, T)` survive NMS among those of their image and level, bool `(B, T)`."""
+        """NMS among the candidates of each image and level: which are kept, bool `(B, T)`.
+
+        Args:
+            boxes: `(B, T, 4)`.
+            scores, levels: `(B, T)`.
+            usable: `(B, T)` bool; the others are dropped.
+        """
         num_levels = len(self.anchor_generator.num_anchors_per_location())
         images = torch.arange(len(boxes), device=boxes.device)[:, None]
-        # Candidates that are not usable become points of no group, so that all shapes stay fixed.
+        # Candidates that are not usable are padding to NMS, so that all shapes are fixed.
         groups = torch.where(usable, images * num_levels + levels, -1)
         points = torch.where(usable[..., None], boxes, 0.0)
         keep = grouped_nms(points.flatten(0, 1), scores.flatten(), groups.flatten(), self.nms_thresh)
@@ -189,7 +203,9 @@ class RegionProposalNetwork(nn.Module):
     def losses(
         self, features: FeatureMaps, objectness: Tensor, deltas: Tensor, anchors: Tensor, batch: Batch
     ) -> Losses:
-        """`loss_objectness` and `loss_rpn_box_reg` over a sample of the anchors.
+        """`loss_objectness` and `loss_rpn_box_reg` over a sample of the anchors (section 3.1.2, equation 1).
+
+        Both sums are divided by the number of sampled anchors of the batch, background included.
 
         Args:
             features: of the backbone.
@@ -215,7 +231,13 @@ class RegionProposalNetwork(nn.Module):
         }
 
     def take(self, features: FeatureMaps, objectness: Tensor, deltas: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `(B, S)` and deltas `(B, S, 4)` of the sampled anchors, `(B, S)` into A, with their gradients."""
+        """Logits `(B, S)` and deltas `(B, S, 4)` of the sampled anchors, with their gradients.
+
+        Args:
+            features: of the backbone, for those who compute anew.
+            objectness, deltas: of all anchors, `(B, A)` and `(B, A, 4)`.
+            sampled: `(B, S)` int64 into A.
+        """
         return objectness.gather(1, sampled), deltas.gather(1, sampled[..., None].expand(-1, -1, 4))
 
     @torch.no_grad()

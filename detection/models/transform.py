@@ -24,9 +24,9 @@ class ImageTransform(nn.Module):
     """Resizes, normalises and pads.
 
     Args:
-        min_size: the shorter side that images are resized to; of several, one is drawn for each image in training and
-            the last is taken in evaluation.
-        max_size: the longer side's limit, which wins over `min_size`.
+        min_size: pixels of the shorter side after resizing. Of several, training draws one for each image and
+            evaluation takes the last.
+        max_size: most pixels of the longer side; where both can't be had, the shorter side is smaller than `min_size`.
         image_mean, image_std: of RGB in [0, 1].
         size_divisible: padded sides are multiples of this.
     """
@@ -100,7 +100,7 @@ class ImageTransform(nn.Module):
 
 
 def _resize_masks(masks: Tensor, image: Tensor) -> Tensor:
-    """Masks `(N, h, w)` to the size of the resized image, each pixel the nearest: uint8, 255 where the object is."""
+    """Masks `(N, h, w)` in the size of the resized image, by nearest neighbour: uint8, 255 where the object is."""
     resized = F.interpolate(masks[:, None].float(), size=image.shape[-2:])[:, 0]
     return (resized != 0).to(torch.uint8) * 255
 

@@ -1,4 +1,9 @@
-"""The two-stage detector itself: images -> features -> proposals -> losses or detections."""
+"""The two-stage detector itself: images -> features -> proposals -> losses or detections.
+
+Shape shorthand:
+    B: images     H, W: padded height and width     h, w: one image's own     C: channels     P: proposals an image
+    N: objects of one image     D: detections of one image     m: side of a predicted mask
+"""
 
 from __future__ import annotations
 
@@ -78,9 +83,15 @@ class TwoStageDetector(nn.Module):
         return losses if self.training else _lay_masks(detections, images)  # type: ignore[arg-type]
 
     def run(self, batch: Batch, with_losses: bool, with_detections: bool) -> tuple[Losses, Detections]:
-        """One pass over the features for losses, detections in original pixels, or both (validation wants both).
+        """Losses, detections in original pixels, or both (validation wants both), from one pass over the features.
 
-        Masks are still small here: `(D, m, m)` probabilities inside each box, which `paste_masks` lays on the image.
+        Args:
+            batch: images not normalised yet, with ground truth where losses are wanted.
+            with_losses, with_detections: what is wanted; what is not comes back empty.
+
+        Returns:
+            Losses by name, scalars; and of each image `boxes` `(D, 4)`, `labels` and `scores` `(D,)`. Masks are still
+            small: `(D, m, m)` probabilities inside each box, which `paste_masks` lays on the image.
         """
         features = self.extract(batch)
         proposals, losses = self.rpn(features, batch, with_losses)
@@ -94,18 +105,18 @@ class TwoStageDetector(nn.Module):
         return losses, detections
 
     def extract(self, batch: Batch) -> FeatureMaps:
-        """The feature maps of a batch."""
+        """The backbone's maps of a batch, `(B, C, h, w)` each, with their strides."""
         maps = self.backbone(self.transform.normalise(batch.images, batch.image_sizes))
         return FeatureMaps(tuple(maps.values()), self.strides)
 
     def check(self) -> None:
-        """Run each part once on a blank image; called when the detector is built, and useful after a change.
+        """Run each part once on a blank image. Builders call this; call it again when you have exchanged a part.
 
         Raises:
             PartError: one does not keep its contract.
         """
         batch = _blank_batch(next(self.parameters(), torch.empty(())).device)
-        if batch.images.is_meta:  # where nothing can be chosen, as tensors have no values
+        if batch.images.is_meta:  # tensors without values, by which no box could be chosen
             return
         with trial(self):
             maps = run("backbone", self.backbone, "__call__", self.transform.normalise(batch.images, batch.image_sizes))
@@ -124,9 +135,7 @@ class TwoStageDetector(nn.Module):
             )
 
     def for_inference(self, device: torch.device | str | None = None) -> TwoStageDetector:
-        """A copy in evaluation mode that can no longer be trained: faster, with the same detections.
-
-        See `detection.models.fast`.
+        """A faster copy for detection alone, see `detection.models.fast.for_inference`.
 
         Args:
             device: where the copy lies and runs; None for where this detector is.
@@ -157,7 +166,7 @@ def strides_of(backbone: nn.Module) -> tuple[int, ...]:
 
 
 def channels_of(backbone: nn.Module) -> int:
-    """Channels of a backbone's maps, likewise."""
+    """Channels of each of a backbone's maps: declared, or measured on a blank image."""
     declared: Any = getattr(backbone, "out_channels", None)
     return measure(backbone)[1] if declared is None else int(declared)
 

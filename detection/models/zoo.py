@@ -3,9 +3,10 @@
 `num_classes` counts the background, as torchvision's does. Unlike torchvision, no builder downloads anything:
 `weights_backbone` is None unless said otherwise.
 
-A builder that only fixes arguments of another one is `rebuildable`: the recipe is the other one's. Where a builder's
-default is not that of the function behind it, the argument stands in its own signature: the command line hands over
-every argument that it finds, and would put the other default in place of any that hid in `**kwargs`.
+A builder that only fixes arguments of another one is `rebuildable`: the recipe is the other one's. An argument whose
+default differs from that of the function behind a builder is in the builder's own signature. The command line passes
+every argument that it finds, with its default; it would find that of the function behind, if the argument was in
+`**kwargs`.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def fasterrcnn_resnet_fpn(
     norms: Any = {"norm": _norm(norm, weights), "fpn_norm": fpn_norm}
     backbone = resnet_fpn(backbone_name, weights_backbone, trainable_backbone_layers, **norms, pyramid=pyramid)
     model = faster_rcnn(backbone, _count(num_classes, class_names), **kwargs)
-    return _finish(model, weights_backbone, weights, published, class_names)
+    return load_weights(model, weights_backbone, weights, published, class_names)
 
 
 @rebuildable
@@ -189,7 +190,7 @@ def cascadercnn_resnet_fpn(
     layers, norm = trainable_backbone_layers, _norm(norm, weights)
     backbone = resnet_fpn(backbone_name, weights_backbone, layers, norm, pyramid=pyramid)
     model = cascade_rcnn(backbone, _count(num_classes, class_names), **kwargs)
-    return _finish(model, weights_backbone, weights, class_names=class_names)
+    return load_weights(model, weights_backbone, weights, class_names=class_names)
 
 
 @rebuildable
@@ -218,7 +219,7 @@ def fasterrcnn_mobilenet_v3_large_fpn(
     """
     backbone = mobilenet_v3_large_fpn(weights_backbone, trainable_backbone_layers, _norm(norm, weights), pyramid)
     model = faster_rcnn(backbone, _count(num_classes, class_names), rpn_score_thresh=rpn_score_thresh, **kwargs)
-    return _finish(model, weights_backbone, weights, published, class_names)
+    return load_weights(model, weights_backbone, weights, published, class_names)
 
 
 @rebuildable
@@ -275,7 +276,7 @@ def fasterrcnn_efficientnet_lite0_fpn(
         weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers, pyramid
     )
     model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, image_mean=image_mean, image_std=image_std, **kwargs)
-    return _finish(model, weights_backbone)
+    return load_weights(model, weights_backbone)
 
 
 @rebuildable
@@ -319,7 +320,7 @@ def cascadercnn_efficientnet_lite0_fpn(
         weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers, pyramid
     )
     model = cascade_rcnn(backbone, num_classes or COCO_CATEGORIES, image_mean=image_mean, image_std=image_std, **kwargs)
-    return _finish(model, weights_backbone)
+    return load_weights(model, weights_backbone)
 
 
 @recorded
@@ -348,7 +349,7 @@ def fasterrcnn_timm_fpn(
     """
     layers, parts = trainable_backbone_layers, (pyramid, window_size)
     backbone = timm_fpn(backbone_name, weights_backbone, layers, norm, fpn_norm, fpn_channels, None, *parts)
-    model = _finish(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone)
+    model = load_weights(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone)
     if backbone.resolved:
         model.resolved["trainable_backbone_layers"] = backbone.resolved["trainable_layers"]
     return model
@@ -379,7 +380,7 @@ def _count(num_classes: int | None, class_names: Sequence[str] | None) -> int:
     return num_classes or (len(class_names) + 1 if class_names else COCO_CATEGORIES)
 
 
-def _finish(
+def load_weights(
     model: TwoStageDetector,
     backbone: Weights,
     weights: Weights = None,
@@ -391,8 +392,8 @@ def _finish(
         names: Any = getattr(reference, published) if published else None
         state = find_weights(weights, names)
         if published in WITHOUT_EPSILON and weights in (names.COCO_V1, "COCO_V1", "DEFAULT"):
-            # torchvision trained these without the epsilon of the frozen normalisation, and evaluates them so: taking
-            # it off the variance gives the same numbers without a setting that a checkpoint would have to carry.
+            # torchvision trained these without the epsilon of the frozen normalisation, and evaluates them so. Taking
+            # it off the variance gives the same numbers, and needs no setting that every checkpoint would carry.
             state = fold_epsilon(state)
         old_names = find_class_names(weights, names) if class_names else None
         if class_names and old_names:

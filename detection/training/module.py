@@ -109,7 +109,7 @@ class DetectionModule(L.LightningModule):
                 f"the detector has {detector.num_classes} classes with background, but the data has "
                 f"{len(class_names)} without: build it with num_classes={len(class_names) + 1}"
             )
-        settings |= {"detector": detector, "optimizer": optimizer, "schedule": schedule, "metrics": metrics}
+        settings |= {"detector": detector.recipe, "optimizer": optimizer, "schedule": schedule, "metrics": metrics}
         self.save_hyperparameters(_plain(settings))
         self.detector = detector
         self.class_names = list(class_names)

@@ -14,7 +14,7 @@ from detection.models.cascade import CascadeRoIHeads
 from detection.models.compose import cascade_rcnn
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import FastRCNNPredictor, RoIHeads, TwoFCHead
-from detection.models.rpn import Proposals
+from detection.parts import FeatureMaps, Proposals
 
 SIZE, STRIDES, CLASSES = (64, 96), (4, 8), 4
 IOUS, WEIGHTS = (0.5, 0.6, 0.7), ((10.0, 10, 5, 5), (20.0, 20, 10, 10), (30.0, 30, 15, 15))
@@ -24,7 +24,7 @@ def make_stage(iou: float, weights: tuple[float, ...], pool: RoIPooler) -> RoIHe
     predictor = FastRCNNPredictor(16, CLASSES, class_agnostic=True)
     predictor.bbox_pred.weight.data.mul_(20)  # so that boxes move
     predictor.cls_score.weight.data.mul_(5)
-    return RoIHeads(pool, TwoFCHead(8, 3, 16), predictor, STRIDES, iou, iou, 100, 0.25, weights)
+    return RoIHeads(8, CLASSES, pool, TwoFCHead(8, 3, 16), predictor, iou, iou, 100, 0.25, weights)
 
 
 def make_heads(stages: int = 3) -> CascadeRoIHeads:
@@ -33,9 +33,10 @@ def make_heads(stages: int = 3) -> CascadeRoIHeads:
     return CascadeRoIHeads([make_stage(i, w, pool) for i, w in zip(IOUS[:stages], WEIGHTS[:stages], strict=True)])
 
 
-def make_features() -> list[Tensor]:
+def make_features() -> FeatureMaps:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn((1, 8, SIZE[0] // s, SIZE[1] // s), generator=generator) for s in STRIDES]
+    maps = (torch.randn((1, 8, SIZE[0] // s, SIZE[1] // s), generator=generator) for s in STRIDES)
+    return FeatureMaps(tuple(maps), STRIDES)
 
 
 def make_proposals(count: int = 40) -> Proposals:
@@ -56,7 +57,7 @@ def make_batch() -> Batch:
 
 def by_hand(heads: CascadeRoIHeads, boxes: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For each stage the boxes `(P, 4)` that it sees, its logits and its deltas, with torchvision's parts."""
-    pool, features = MultiScaleRoIAlign(["0", "1"], 3, 2), dict(zip("01", make_features(), strict=True))
+    pool, features = MultiScaleRoIAlign(["0", "1"], 3, 2), dict(zip("01", make_features().maps, strict=True))
     seen = []
     for stage, weights in zip(heads.stages, WEIGHTS, strict=False):
         logits, deltas = stage.box_predictor(stage.box_head(pool(features, [boxes], [SIZE])))  # type: ignore[operator]
@@ -84,7 +85,7 @@ def test_each_stage_learns_from_the_boxes_of_the_one_before_at_its_own_iou() -> 
     heads, batch = make_heads(), make_batch()
     losses = heads.losses(make_features(), make_proposals(), batch)
     # All 46 regions are sampled (at most a quarter as foreground), in the sampler's order, which the losses don't see.
-    sample = heads.stages[0].sample(make_proposals(), batch)  # type: ignore[operator]
+    sample = heads.stages[0].sample(make_features(), make_proposals(), batch)  # type: ignore[operator]
     chosen = sample.boxes[0][sample.valid[0]]
     for i, (boxes, logits, deltas) in enumerate(by_hand(heads, chosen)[:3]):
         iou, matched = box_iou(batch.gt_boxes[0], boxes).max(dim=0)
@@ -102,9 +103,10 @@ def test_the_stages_share_one_gradient_to_the_features() -> None:
     """Of each a third, as if there were one head; with one stage all of it."""
 
     def gradient(heads: CascadeRoIHeads, name: str) -> Tensor:
-        features = [f.requires_grad_() for f in make_features()]
+        features = make_features()
+        features.maps[0].requires_grad_()
         losses = heads.losses(features, make_proposals(), make_batch())
-        return torch.autograd.grad(losses[name], features[0])[0]
+        return torch.autograd.grad(losses[name], features.maps[0])[0]
 
     whole = gradient(make_heads(1), "loss_classifier_stage0")
     torch.testing.assert_close(gradient(make_heads(3), "loss_classifier_stage0"), whole / 3)

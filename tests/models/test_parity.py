@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -20,9 +21,10 @@ from torchvision.models import detection as reference
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from detection.anchors import AnchorGenerator
+from detection.anchors import AnchorGenerator, default_anchors
 from detection.boxes import BoxCoder
 from detection.models import zoo
+from detection.models.fast import accelerate
 from detection.models.two_stage import FasterRCNN
 
 Sample = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -77,13 +79,12 @@ def trace(model: nn.Module, sample: Sample) -> Trace:
         [torch.cat(level) for level in zip(*maps, strict=True)] for maps in zip(*seen["head"], strict=True)
     )
     proposals, anchors = seen["proposals"][0][0], seen["anchors"][0]
+    objectness = [by_anchor(level, 1)[..., 0] for level in objectness]
+    deltas = [by_anchor(level, 4) for level in deltas]
     if isinstance(model, FasterRCNN):
         found = [p for p, _ in seen["proposals"]]
         proposals = [boxes[valid] for p in found for boxes, valid in zip(p.boxes, p.valid, strict=True)]
         anchors = [torch.cat(anchors)]
-    else:
-        objectness = [by_anchor(level, 1)[..., 0] for level in objectness]
-        deltas = [by_anchor(level, 4) for level in deltas]
     features = [torch.cat(level) for level in zip(*(maps.values() for maps in seen["features"]), strict=True)]
     return Trace(features, objectness, deltas, anchors[0], proposals, detections, losses)
 
@@ -161,16 +162,26 @@ TWINS: dict[str, tuple[Callable[..., nn.Module], Callable[..., FasterRCNN], int,
 }
 
 
+# What users have: as built, as trained on a CPU or an accelerator (run on the CPU here), and made ready for inference.
+FORMS: dict[str, Callable[[FasterRCNN], FasterRCNN]] = {
+    "plain": lambda model: model,
+    "accelerated for a CPU": lambda model: accelerate(deepcopy(model), "cpu"),
+    "accelerated for an accelerator": lambda model: accelerate(deepcopy(model), "cuda"),
+    "for inference": lambda model: model.for_inference(),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TWINS)
 def test_twins_agree(name: str, calibrated: Calibrated, real_samples: Sample) -> None:
     build_theirs, build_ours, levels, size = TWINS[name]
     theirs = calibrated(partial(build_theirs, **OPTIONS, **size))
-    ours = build_ours(rpn_anchor_generator=zoo.default_anchors(levels, infer_strides=True), **OPTIONS, **size)
+    ours = build_ours(rpn_anchor_generator=default_anchors(levels, infer_strides=True), **OPTIONS, **size)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     expected = trace(theirs, real_samples)
-    assert_same(trace(ours, real_samples), expected)
     assert_worth_comparing(expected)
+    for form in FORMS.values():
+        assert_same(trace(form(ours), real_samples), expected)
     with torch.inference_mode():
         assert_same_detections(ours.for_inference()(real_samples[0]), expected.detections)
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -192,7 +203,7 @@ def frozen_twin(calibrated: Calibrated, real_samples: Sample) -> tuple[FasterRCN
     theirs = tv_resnet("resnet18", FrozenBatchNorm2d, 3, **options)
     theirs.load_state_dict(live.state_dict())
     ours = zoo.fasterrcnn_resnet_fpn(
-        norm="frozen", rpn_anchor_generator=zoo.default_anchors(5, infer_strides=True), **options
+        norm="frozen", rpn_anchor_generator=default_anchors(5, infer_strides=True), **options
     )
     ours.load_state_dict(theirs.state_dict(), strict=True)
     for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
@@ -202,13 +213,14 @@ def frozen_twin(calibrated: Calibrated, real_samples: Sample) -> tuple[FasterRCN
     return ours, found
 
 
-def test_frozen_twins_agree(frozen_twin: tuple[FasterRCNN, Trace], real_samples: Sample) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_frozen_twins_agree(form: str, frozen_twin: tuple[FasterRCNN, Trace], real_samples: Sample) -> None:
     ours, expected = frozen_twin
-    assert_same(trace(ours, real_samples), expected)
+    assert_same(trace(FORMS[form](ours), real_samples), expected)
 
 
 def anchors(**options: Any) -> AnchorGenerator:
-    return zoo.default_anchors(5, **{"infer_strides": True, **options})
+    return default_anchors(5, **{"infer_strides": True, **options})
 
 
 # One constant at a time: where it is, what it becomes, and the stage that has to notice.
@@ -235,10 +247,10 @@ CHANGES: dict[str, tuple[str, str, Any, str]] = {
     "foreground IoU of anchors": ("rpn.matcher", "fg_iou_thresh", 0.6, "loss_objectness"),
     "background IoU of anchors": ("rpn.matcher", "bg_iou_thresh", 0.25, "loss_objectness"),
     "sample of anchors": ("rpn.sampler", "batch_size_per_image", 4096, "loss_objectness"),
-    "beta of the proposals": ("rpn", "box_beta", 1 / 8, "loss_rpn_box_reg"),
+    "beta of the proposals": ("rpn.box_loss", "beta", 1 / 8, "loss_rpn_box_reg"),
     "foreground IoU of proposals": ("roi_heads.matcher", "fg_iou_thresh", 0.7, "loss_classifier"),
     "sample of proposals": ("roi_heads.sampler", "batch_size_per_image", 50, "loss_classifier"),
-    "beta of the detections": ("roi_heads", "box_beta", 1 / 8, "loss_box_reg"),
+    "beta of the detections": ("roi_heads.box_loss", "beta", 1 / 8, "loss_box_reg"),
 }
 
 

@@ -1,9 +1,8 @@
-"""Both ways of pooling against torchvision's, in values and gradients."""
+"""Pooling, plain and in its quicker forms, against torchvision's, in values and gradients."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,19 +13,20 @@ from torch.nn import functional as F
 from torchvision.ops import MultiScaleRoIAlign, roi_align, roi_pool
 from torchvision.ops.poolers import LevelMapper
 
-from detection.models import pooling
-from detection.models.pooling import RoIPool, RoIPooler, assign_levels, build_canvas
+from detection.models.fast.fast_pooling import CanvasPooler, GatherPooler
+from detection.models.pooling import RoIPool, RoIPooler, assign_levels
+from detection.parts import FeatureMaps
 
 STRIDES = (4, 8, 16, 32)
 HEIGHT, WIDTH = 256, 320
 
 
-def pool(pooler: RoIPooler, path: str, features: list[Tensor], boxes: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Pool on the path of the CPU (`gather`) or on that of an accelerator (`align`)."""
-    with pytest.MonkeyPatch.context() as patch:
-        if path == "align":
-            patch.setattr(pooler, "_gather", pooler._align)
-        return pooler(features, boxes, strides)
+KINDS = [RoIPooler, CanvasPooler, GatherPooler]
+Kind = type[RoIPooler]
+
+
+def pool(pooler: RoIPooler | RoIPool, features: list[Tensor], boxes: Tensor, strides: tuple[int, ...]) -> Tensor:
+    return pooler(FeatureMaps(tuple(features), strides), boxes)
 
 
 def make_features(channels: int = 3, seed: int = 0, images: int = 2) -> list[Tensor]:
@@ -80,17 +80,15 @@ def reference(features: list[Tensor], boxes: Tensor, sampling: int, aligned: boo
     return pooled
 
 
-PATHS = [("gather", 1), ("gather", 2), ("gather", 3), ("align", 0), ("align", 1), ("align", 2), ("align", 3)]
-
-
 @pytest.mark.parametrize("aligned", [False, True])
-@pytest.mark.parametrize(("path", "sampling"), PATHS)
-def test_values_and_gradients_equal_torchvision(path: str, sampling: int, aligned: bool) -> None:
+@pytest.mark.parametrize("sampling", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients_equal_torchvision(kind: Kind, sampling: int, aligned: bool) -> None:
     boxes = torch.cat((special_boxes(), random_boxes(0)), dim=1)
     ours, theirs = make_features(), make_features()
     for feature in (*ours, *theirs):
         feature.requires_grad_()
-    pooled = pool(RoIPooler(7, sampling, aligned), path, ours, boxes, STRIDES)
+    pooled = pool(kind(7, sampling, aligned, 4), ours, boxes, STRIDES)
     expected = reference(theirs, boxes, sampling, aligned)
     torch.testing.assert_close(pooled, expected, atol=2e-4, rtol=1e-4)
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
@@ -100,53 +98,55 @@ def test_values_and_gradients_equal_torchvision(path: str, sampling: int, aligne
         torch.testing.assert_close(a.grad, b.grad, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("path", "sampling"), [("gather", 2), ("align", 2), ("align", 0)])
+@pytest.mark.parametrize(
+    ("kind", "sampling"), [(GatherPooler, 2), (CanvasPooler, 2), (CanvasPooler, 0), (RoIPooler, 2), (RoIPooler, 0)]
+)
 @pytest.mark.parametrize("aligned", [False, True])
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**31))
-def test_random_boxes_equal_torchvision(path: str, sampling: int, aligned: bool, seed: int) -> None:
+def test_random_boxes_equal_torchvision(kind: Kind, sampling: int, aligned: bool, seed: int) -> None:
     features, boxes = make_features(seed=1), random_boxes(seed)
-    pooled = pool(RoIPooler(3, sampling, aligned), path, features, boxes, STRIDES)
+    pooled = pool(kind(3, sampling, aligned, 4), features, boxes, STRIDES)
     torch.testing.assert_close(pooled, reference(features, boxes, sampling, aligned, 3), atol=5e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("path", ["gather", "align"])
-def test_equals_multi_scale_roi_align(path: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_multi_scale_roi_align(kind: Kind) -> None:
     features, boxes = make_features(), torch.cat((special_boxes(), random_boxes(3)), dim=1)
     theirs = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
     maps = OrderedDict((str(i), feature) for i, feature in enumerate(features))
     expected = theirs(maps, list(boxes), [(HEIGHT, WIDTH)] * 2)
-    ours = pool(RoIPooler(), path, [*features, torch.zeros(2, 3, 4, 5)], boxes, (*STRIDES, 64))
+    ours = pool(kind(), [*features, torch.zeros(2, 3, 4, 5)], boxes, (*STRIDES, 64))
     torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("path", ["gather", "align"])
-def test_two_maps_of_one_stride_pool_from_the_first(path: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_maps_of_one_stride_pool_from_the_first(kind: Kind) -> None:
     """As MobileNet's: torchvision maps all regions to the first of them."""
     generator = torch.Generator().manual_seed(0)
     features = [torch.randn((2, 3, 8, 10), generator=generator) for _ in range(2)]
     boxes = random_boxes(4)
     theirs = MultiScaleRoIAlign(["0", "1"], 7, 2)
     expected = theirs({str(i): f for i, f in enumerate(features)}, list(boxes), [(HEIGHT, WIDTH)] * 2)
-    ours = pool(RoIPooler(num_levels=2), path, features, boxes, (32, 32))
+    ours = pool(kind(num_levels=2), features, boxes, (32, 32))
     torch.testing.assert_close(ours, expected, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("path", ["gather", "align"])
-def test_a_single_level(path: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_level(kind: Kind) -> None:
     features, boxes = make_features()[2:3], random_boxes(5)
     rois = torch.cat((torch.arange(2.0).repeat_interleave(12)[:, None], boxes.flatten(0, 1)), dim=1)
-    ours = pool(RoIPooler(5, num_levels=1), path, features, boxes, (16,))
+    ours = pool(kind(5, num_levels=1), features, boxes, (16,))
     torch.testing.assert_close(ours, roi_align(features[0], rois, 5, 1 / 16, 2), atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("path", ["gather", "align"])
-def test_half_precision_features_keep_the_places_of_boxes(path: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_features_keep_the_places_of_boxes(kind: Kind) -> None:
     """Rounded to bfloat16, the corners of boxes would be off by cells; only features may lose digits."""
     boxes = torch.cat((special_boxes(), random_boxes(6, 40)), dim=1)
     exact = make_features(seed=2)
     halved = [feature.bfloat16() for feature in exact]
-    ours = pool(RoIPooler(), path, halved, boxes, STRIDES)
+    ours = pool(kind(num_levels=4), halved, boxes, STRIDES)
     assert ours.dtype == torch.bfloat16
     expected = reference([feature.float() for feature in halved], boxes, 2, False)
     torch.testing.assert_close(ours.float(), expected, atol=0.05, rtol=0.02)
@@ -159,16 +159,17 @@ KNOWN_ROWS = {
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-@pytest.mark.parametrize(("path", "sampling"), [("gather", 1), ("gather", 2), ("align", 0), ("align", 2)])
-def test_published_values(path: str, sampling: int, aligned: bool) -> None:
+@pytest.mark.parametrize("sampling", [0, 1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_published_values(kind: Kind, sampling: int, aligned: bool) -> None:
     feature = torch.arange(25.0).view(1, 1, 5, 5)
-    pooled = pool(RoIPooler(4, sampling, aligned, 1), path, [feature], torch.tensor([[[1.0, 1, 3, 3]]]), (1,))
+    pooled = pool(kind(4, sampling, aligned, 1), [feature], torch.tensor([[[1.0, 1, 3, 3]]]), (1,))
     assert pooled[0, 0].tolist() == KNOWN_ROWS[aligned]
 
 
 @pytest.mark.parametrize("sampling", [1, 2, 3])
-@pytest.mark.parametrize("path", ["gather", "align"])
-def test_equals_grid_sample(path: str, sampling: int) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_grid_sample(kind: Kind, sampling: int) -> None:
     """Aligned pooling inside the map is bilinear sampling at the bins' sub-centres, averaged."""
     feature = torch.randn((1, 2, 20, 24), generator=torch.Generator().manual_seed(0))
     x1, y1, x2, y2 = 2.3, 3.1, 17.7, 15.2
@@ -177,45 +178,45 @@ def test_equals_grid_sample(path: str, sampling: int) -> None:
     grid = torch.stack(torch.meshgrid(x / 12 - 1, y / 10 - 1, indexing="xy"), dim=-1)[None]
     expected = F.avg_pool2d(F.grid_sample(feature, grid, align_corners=False), sampling)
     boxes = torch.tensor([[[x1, y1, x2, y2]]])
-    pooled = pool(RoIPooler(5, sampling, aligned=True, num_levels=1), path, [feature], boxes, (1,))
+    pooled = pool(kind(5, sampling, aligned=True, num_levels=1), [feature], boxes, (1,))
     torch.testing.assert_close(pooled, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("path", ["gather", "align"])
-def test_half_the_resolution_gives_the_same_values(path: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_the_resolution_gives_the_same_values(kind: Kind) -> None:
     """On a linear map, aligned pooling of the halved map at half the scale changes nothing."""
     y, x = torch.meshgrid(torch.arange(40.0) + 0.5, torch.arange(60.0) + 0.5, indexing="ij")
     feature = (0.01 * x + 0.02 * y)[None, None]
     boxes = torch.tensor([[[10.2, 8.4, 44.4, 30.6]]])
-    pooler = RoIPooler(7, 2, aligned=True, num_levels=1)
-    full = pool(pooler, path, [feature], boxes, (1,))
-    half = pool(pooler, path, [F.interpolate(feature, scale_factor=0.5, mode="bilinear")], boxes, (2,))
+    pooler = kind(7, 2, aligned=True, num_levels=1)
+    full = pool(pooler, [feature], boxes, (1,))
+    half = pool(pooler, [F.interpolate(feature, scale_factor=0.5, mode="bilinear")], boxes, (2,))
     torch.testing.assert_close(full, half, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("path", ["gather", "align"])
-def test_a_box_without_size_reads_nothing_when_aligned_between_pixels(path: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_box_without_size_reads_nothing_when_aligned_between_pixels(kind: Kind) -> None:
     """An aligned box of no size is a single point; one outside the map gives zeros and passes no gradient."""
     feature = torch.ones((1, 1, 5, 5), requires_grad=True)
     boxes = torch.tensor([[[50.0, 50, 50, 50]]])
-    pooled = pool(RoIPooler(2, 2, aligned=True, num_levels=1), path, [feature], boxes, (1,))
+    pooled = pool(kind(2, 2, aligned=True, num_levels=1), [feature], boxes, (1,))
     pooled.sum().backward()
     assert not pooled.any() and feature.grad is not None and not feature.grad.any()
 
 
-@pytest.mark.parametrize("path", ["gather", "align"])
-def test_no_boxes(path: str) -> None:
-    pooled = pool(RoIPooler(), path, make_features(), torch.zeros(2, 0, 4), STRIDES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_boxes(kind: Kind) -> None:
+    pooled = pool(kind(num_levels=4), make_features(), torch.zeros(2, 0, 4), STRIDES)
     assert pooled.shape == (0, 3, 7, 7)
 
 
-@pytest.mark.parametrize("path", ["gather", "align"])
-def test_boxes_that_are_not_finite_do_no_harm(path: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_boxes_that_are_not_finite_do_no_harm(kind: Kind) -> None:
     """What a diverged network proposes is marked as not valid further on, but it is pooled like the rest."""
     boxes = random_boxes(7)
-    expected = pool(RoIPooler(), path, make_features(), boxes, STRIDES).unflatten(0, (2, -1))
+    expected = pool(kind(num_levels=4), make_features(), boxes, STRIDES).unflatten(0, (2, -1))
     boxes = torch.cat((boxes, torch.full((2, 1, 4), torch.nan), torch.full((2, 1, 4), torch.inf)), dim=1)
-    pooled = pool(RoIPooler(), path, make_features(), boxes, STRIDES).unflatten(0, (2, -1))
+    pooled = pool(kind(num_levels=4), make_features(), boxes, STRIDES).unflatten(0, (2, -1))
     assert torch.equal(pooled[:, :-2], expected)
 
 
@@ -233,31 +234,6 @@ def test_levels_equal_torchvision() -> None:
 def test_levels_of_boxes_without_size_or_sense() -> None:
     boxes = torch.tensor([[0.0, 0, 0, 0], [5, 5, 5, 50], [torch.nan] * 4, [9, 9, 1, 20]])
     assert assign_levels(boxes, 2, 5).tolist() == [2, 2, 2, 2]
-
-
-def test_the_canvas_holds_every_level_with_its_edges_repeated() -> None:
-    features = make_features()
-    canvas, origins = build_canvas(features)
-    for feature, (x, y) in zip(features, origins, strict=True):
-        h, w = feature.shape[-2:]
-        y, x = int(y), int(x)
-        padded = F.pad(feature, (1, 1, 1, 1), mode="replicate")
-        assert torch.equal(canvas[:, :, y - 1 : y + h + 1, x - 1 : x + w + 1], padded)
-
-
-def test_the_paths_are_chosen_by_device_and_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[str] = []
-
-    def note(name: str) -> Callable[..., Tensor]:
-        return lambda *_: taken.append(name) or torch.zeros(0)
-
-    for name in ("_gather", "_align"):
-        monkeypatch.setattr(pooling.RoIPooler, name, note(name))
-    RoIPooler()(make_features(), random_boxes(0), STRIDES)
-    RoIPooler(sampling_ratio=0)(make_features(), random_boxes(0), STRIDES)
-    meta = [feature.to("meta") for feature in make_features()]
-    RoIPooler()(meta, random_boxes(0).to("meta"), STRIDES)
-    assert taken == ["_gather", "_align", "_align"]
 
 
 def max_pooled(features: list[Tensor], boxes: Tensor, output_size: int) -> Tensor:
@@ -279,7 +255,7 @@ def test_max_pooling_equals_torchvision(output_size: int) -> None:
     for feature in (*ours, *theirs):
         feature.requires_grad_()
     unused = torch.zeros(2, 3, 4, 5)
-    pooled = RoIPool(output_size)([*ours, unused], boxes, (*STRIDES, 64))
+    pooled = pool(RoIPool(output_size), [*ours, unused], boxes, (*STRIDES, 64))
     expected = max_pooled(theirs, boxes, output_size)
     assert torch.equal(pooled, expected)
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
@@ -303,15 +279,15 @@ def test_max_pooling_equals_torchvision(output_size: int) -> None:
 )
 def test_max_pooling_by_hand(box: tuple[float, ...], expected: list[list[float]], stride: int) -> None:
     feature = torch.arange(16.0).view(1, 1, 4, 4)
-    pooled = RoIPool(2, num_levels=1)([feature], torch.tensor([[box]]) * stride, (stride,))
+    pooled = pool(RoIPool(2, num_levels=1), [feature], torch.tensor([[box]]) * stride, (stride,))
     assert pooled[0, 0].tolist() == expected
 
 
 def test_max_pooling_of_nothing_and_of_what_is_not_finite() -> None:
-    assert RoIPool()(make_features(), torch.zeros(2, 0, 4), STRIDES).shape == (0, 3, 7, 7)
+    assert pool(RoIPool(), make_features(), torch.zeros(2, 0, 4), STRIDES).shape == (0, 3, 7, 7)
     boxes = torch.cat((random_boxes(7), torch.full((2, 1, 4), torch.nan), torch.full((2, 1, 4), torch.inf)), dim=1)
-    pooled = RoIPool()(make_features(), boxes, STRIDES).unflatten(0, (2, -1))
+    pooled = pool(RoIPool(), make_features(), boxes, STRIDES).unflatten(0, (2, -1))
     assert torch.equal(pooled[:, :-2].flatten(0, 1), max_pooled(make_features(), random_boxes(7), 7))
-    halved = RoIPool()([feature.bfloat16() for feature in make_features()], random_boxes(7), STRIDES)
+    halved = pool(RoIPool(), [feature.bfloat16() for feature in make_features()], random_boxes(7), STRIDES)
     assert halved.dtype == torch.bfloat16
     torch.testing.assert_close(halved.float(), pooled[:, :-2].flatten(0, 1), atol=0.02, rtol=0.01)

@@ -15,10 +15,15 @@ from detection.models.rcnn import (
     resnet_head,
     whole_image,
 )
+from detection.parts import FeatureMaps
+
+
+def warp_all(pool: RegionWarp, images: Tensor, boxes: Tensor) -> Tensor:
+    return pool(FeatureMaps((images,), (1,)), boxes)
 
 
 def warp(image: Tensor, box: tuple[float, ...], size: int, context: int) -> Tensor:
-    return RegionWarp(size, context)([image[None]], torch.tensor([[box]]), (1,))[0]
+    return warp_all(RegionWarp(size, context), image[None], torch.tensor([[box]]))[0]
 
 
 def noise(height: int, width: int, seed: int = 0) -> Tensor:
@@ -68,15 +73,15 @@ def test_context_of_the_paper_is_sixteen_pixels_of_its_input() -> None:
 def test_images_of_a_batch_and_gradients() -> None:
     images = torch.stack((noise(30, 30, 1), noise(30, 30, 2))).requires_grad_()
     boxes = torch.tensor([[[2.0, 3, 20, 25], [5, 5, 12, 9]], [[1, 1, 4, 4], [0, 0, 0, 0]]])
-    both = RegionWarp(12, 2)([images], boxes, (1,))
+    both = warp_all(RegionWarp(12, 2), images, boxes)
     assert both.shape == (4, 3, 12, 12)
     for i, (image, own) in enumerate(zip(images, boxes, strict=True)):
         for j, box in enumerate(own.tolist()):
             torch.testing.assert_close(both[2 * i + j], warp(image, tuple(box), 12, 2))
     both[0].sum().backward()
     assert images.grad is not None and images.grad[0].any() and not images.grad[1].any()
-    assert RegionWarp(12, 2)([images.bfloat16()], boxes, (1,)).dtype == torch.bfloat16
-    assert RegionWarp(12, 2)([images], torch.full((2, 1, 4), torch.nan), (1,)).isfinite().all()
+    assert warp_all(RegionWarp(12, 2), images.bfloat16(), boxes).dtype == torch.bfloat16
+    assert warp_all(RegionWarp(12, 2), images, torch.full((2, 1, 4), torch.nan)).isfinite().all()
 
 
 def test_context_must_leave_room() -> None:

@@ -38,6 +38,7 @@ from detection.models.relatives import (
     rcnn_resnet,
 )
 from detection.models.two_stage import FasterRCNN
+from detection.parts import FeatureMaps
 from detection.recipes import rebuild
 from detection.selective_search import SelectiveSearch
 from detection.training.module import DetectionModule
@@ -157,8 +158,17 @@ def test_parts_are_those_of_the_papers() -> None:
     assert fast.transform.mean.flatten().tolist() == [0.5, 0.5, 0.5]
     warp = rcnn_resnet(crop_size=64).roi_heads.box_roi_pool
     assert isinstance(warp, RegionWarp) and (warp.output_size, warp.context) == (64, 5)
-    single = Backbone(nn.Identity(), [8], (16,), out_channels=None)
-    assert fast_rcnn(single).roi_heads.box_roi_pool.num_levels == 1
+
+    class One(nn.Module):
+        """A single map, which is pooled from: there is no coarser one for an RPN."""
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return {"0": nn.functional.avg_pool2d(images, 16)}
+
+    pool = fast_rcnn(Backbone(One(), [3], (16,), out_channels=None)).roi_heads.box_roi_pool
+    assert isinstance(pool, RoIPool) and pool.num_levels is None
+    feature = torch.rand(1, 3, 4, 6)
+    assert pool(FeatureMaps((feature,), (16,)), torch.tensor([[[0.0, 0, 95, 63]]])).max() == feature.max()
 
 
 @pytest.mark.parametrize("name", TINY)

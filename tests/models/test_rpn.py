@@ -9,9 +9,11 @@ from torchvision.models.detection.rpn import RPNHead as ReferenceHead
 
 from detection.anchors import AnchorGenerator
 from detection.batch import Batch, pad_objects
-from detection.models.rpn import Proposals, RegionProposalNetwork, RPNHead
+from detection.fitting import PartError
+from detection.models.rpn import RegionProposalNetwork, RPNHead
+from detection.parts import FeatureMaps, Proposals
 
-SIZE = (64, 96)
+SIZE, STRIDES = (64, 96), (8, 16)
 
 
 def make_batch(boxes: list[list[list[float]]], size: tuple[int, int] = SIZE) -> Batch:
@@ -26,68 +28,38 @@ def make_rpn(**options: object) -> RegionProposalNetwork:
     head = RPNHead(8, 3)
     with torch.no_grad():
         head.cls_logits.weight.mul_(100), head.bbox_pred.weight.mul_(100)
-    return RegionProposalNetwork(AnchorGenerator([[16], [32]]), head, (8, 16), **options)  # type: ignore[arg-type]
+    anchors = AnchorGenerator([[16], [32]])
+    return RegionProposalNetwork(8, STRIDES, anchors, head, **options)  # type: ignore[arg-type]
 
 
-def make_features(images: int = 2, size: tuple[int, int] = SIZE) -> list[Tensor]:
+def make_maps(images: int = 2, size: tuple[int, int] = SIZE) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn((images, 8, size[0] // s, size[1] // s), generator=generator) for s in (8, 16)]
+    return [torch.randn((images, 8, size[0] // s, size[1] // s), generator=generator) for s in STRIDES]
+
+
+def make_features(images: int = 2, size: tuple[int, int] = SIZE) -> FeatureMaps:
+    return FeatureMaps(tuple(make_maps(images, size)), STRIDES)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_head_equals_torchvision(depth: int) -> None:
     ours, theirs = RPNHead(8, 3, depth), ReferenceHead(8, 3, depth)
     ours.load_state_dict(theirs.state_dict(), strict=True)
-    objectness, deltas = ours(make_features())
-    expected = theirs(make_features())
+    found, expected = ours(make_maps()), theirs(make_maps())
     for level in range(2):
-        logits = expected[0][level].permute(0, 2, 3, 1).flatten(1)
-        torch.testing.assert_close(objectness[level], logits)
-        moves = expected[1][level].unflatten(1, (3, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)
-        torch.testing.assert_close(deltas[level], moves)
+        torch.testing.assert_close(found[0][level], expected[0][level])
+        torch.testing.assert_close(found[1][level], expected[1][level])
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3])
-@pytest.mark.parametrize("softmax", [False, True])
-def test_head_at_some_anchors_equals_the_head_on_all(depth: int, softmax: bool) -> None:
-    torch.manual_seed(0)
-    head = RPNHead(8, 3, depth, softmax).double()
-    features = [f.double().requires_grad_() for f in make_features()]
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.copy_(torch.randn_like(parameter) / 4)
-    objectness, deltas = (torch.cat(levels, dim=1) for levels in head(features))
-    # All anchors of the first image, corners and edges among them, and some of the second in any order, some twice.
-    count = objectness.shape[1]
-    anchors = torch.stack((torch.arange(count), torch.randint(count, (count,))))
-    expected = objectness.gather(1, anchors), deltas.gather(1, anchors[..., None].expand(-1, -1, 4))
-    found = head.at(features, anchors)
-    shares = [torch.randn_like(values) for values in expected]
-    inputs = [*features, *head.parameters()]
-    gradients = [torch.autograd.grad(values, inputs, shares) for values in (expected, found)]
-    for wanted, given in zip((*expected, *gradients[0]), (*found, *gradients[1]), strict=True):
-        assert wanted.abs().max() > 0.1
-        torch.testing.assert_close(given, wanted)
-
-
-def test_training_learns_from_the_sampled_anchors_alone() -> None:
-    rpn = make_rpn(batch_size_per_image=4)
-    seen: list[int] = []
-    rpn.head.cls_logits.register_forward_hook(lambda _, inputs, output: seen.append(int(output.requires_grad)))
-    features = [f.requires_grad_() for f in make_features()]
-    _, losses = rpn(features, make_batch([[[10, 10, 40, 40]], []]), with_losses=True)
-    assert seen == [0, 0, 1]  # both levels in full without gradients, the sample with
-    torch.stack(list(losses.values())).sum().backward()
-    touched = [int((f.grad != 0).any(dim=1).sum()) for f in features]
-    assert 0 < sum(touched) <= 2 * 4 * 9
-
-
-def test_on_the_cpu_places_that_no_image_fills_are_left_out() -> None:
-    valid = torch.tensor([[True, True, False, False], [True, True, True, False]])
-    boxes, scores = torch.rand(2, 4, 4), torch.rand(2, 4)
-    trimmed = Proposals(boxes, scores, valid).trimmed()
-    assert torch.equal(trimmed.boxes, boxes[:, :3]) and torch.equal(trimmed.valid, valid[:, :3])
-    assert Proposals(boxes, scores, valid & False).trimmed().boxes.shape == (2, 1, 4)
+def test_outputs_are_read_in_the_order_of_the_anchors() -> None:
+    """Cell by cell, and in each cell anchor by anchor, as torchvision's RPN reads its head."""
+    rpn = make_rpn()
+    logits, moves = rpn.head(make_maps())
+    objectness, deltas = rpn.predict(make_features(), with_losses=True)
+    for level in range(2):
+        torch.testing.assert_close(objectness[level], logits[level].permute(0, 2, 3, 1).flatten(1))
+        expected = moves[level].unflatten(1, (3, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3)
+        torch.testing.assert_close(deltas[level], expected)
 
 
 def test_two_logits_are_a_softmax_over_background_and_object() -> None:
@@ -95,9 +67,9 @@ def test_two_logits_are_a_softmax_over_background_and_object() -> None:
     head = RPNHead(8, 3, softmax_objectness=True)
     with torch.no_grad():
         head.cls_logits.weight.mul_(100)
-    features = make_features()
-    objectness, _ = head(features)
-    for level, feature in enumerate(features):
+    maps = make_maps()
+    objectness = [level.permute(0, 2, 3, 1).flatten(1) for level in head(maps)[0]]
+    for level, feature in enumerate(maps):
         pairs = head.cls_logits(head.conv(feature)).permute(0, 2, 3, 1).reshape(2, -1, 2)  # (background, object)
         expected = pairs.softmax(dim=-1)[..., 1]
         assert expected.std() > 0.02
@@ -108,7 +80,7 @@ def test_two_logits_are_a_softmax_over_background_and_object() -> None:
         torch.testing.assert_close(one, two)
 
 
-def propose(rpn: RegionProposalNetwork, features: list[Tensor] | None = None) -> Proposals:
+def propose(rpn: RegionProposalNetwork, features: FeatureMaps | None = None) -> Proposals:
     return rpn(features or make_features(), make_batch([[], []]), with_losses=False)[0]
 
 
@@ -131,9 +103,9 @@ def test_proposals_are_clipped_sorted_thinned_and_of_fixed_number(training: bool
 def test_levels_do_not_suppress_each_other() -> None:
     """Two levels with the same anchors: every box comes twice."""
     torch.manual_seed(0)
-    rpn = RegionProposalNetwork(AnchorGenerator([[16], [16]]), RPNHead(8, 3), (8, 8)).eval()
-    feature = make_features()[0]
-    found = propose(rpn, [feature, feature])
+    rpn = RegionProposalNetwork(8, (8, 8), AnchorGenerator([[16], [16]]), RPNHead(8, 3)).eval()
+    feature = make_maps()[0]
+    found = propose(rpn, FeatureMaps((feature, feature), (8, 8)))
     for boxes, valid in zip(found.boxes, found.valid, strict=True):
         distinct, counts = boxes[valid].unique(dim=0, return_counts=True)
         assert len(distinct) > 5 and (counts == 2).all()
@@ -148,13 +120,13 @@ def test_a_proposal_needs_the_least_score() -> None:
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("everywhere", [True, False])
 def test_features_that_are_not_finite_give_no_proposals_from_there(bad: float, everywhere: bool) -> None:
-    features = make_features()
+    maps = make_maps()
     if everywhere:
-        features = [torch.full_like(feature, bad) for feature in features]
+        maps = [torch.full_like(feature, bad) for feature in maps]
     else:
-        features[0][0, :, 2, 3] = bad
+        maps[0][0, :, 2, 3] = bad
     for mode in (True, False):
-        found = propose(make_rpn().train(mode), features)
+        found = propose(make_rpn().train(mode), FeatureMaps(tuple(maps), STRIDES))
         assert found.boxes.isfinite().all()
         assert not (everywhere and found.valid.any())
         assert everywhere or (found.valid[1].any() and found.scores[found.valid].isfinite().all())
@@ -207,5 +179,8 @@ def test_padding_of_ground_truth_changes_nothing() -> None:
 
 
 def test_levels_and_anchors_must_agree() -> None:
+    one = FeatureMaps(make_features().maps[:1], STRIDES[:1])
     with pytest.raises(ValueError, match="anchors are defined for 2 levels, but the backbone gives 1"):
-        propose(make_rpn(), make_features()[:1])
+        propose(make_rpn(), one)
+    with pytest.raises(PartError, match=r"lays \[3, 3\] anchors a cell on 2 levels, but the backbone gives 1 feature"):
+        make_rpn().check(one)

@@ -63,7 +63,10 @@ def test_defaults_are_torchvisions() -> None:
     theirs = inspect.signature(reference.FasterRCNN.__init__).parameters
     ours = inspect.signature(zoo.faster_rcnn).parameters
     assert set(theirs) - set(ours) == {"self", "kwargs"}
-    own = {"soft_nms_sigma", "rpn_box_beta", "box_beta", "rpn_overlap_loss", "box_overlap_loss"}
+    own = {"soft_nms_sigma", "rpn", "roi_heads", "class_loss", "rpn_objectness_loss", "mask_loss"}
+    own |= {f"{stage}{part}" for stage in ("", "rpn_") for part in ("box_coder", "box_loss")}
+    own |= {f"{stage}_{part}" for stage in ("box", "rpn") for part in ("matcher", "sampler")}
+    own |= {"mask_roi_pool", "mask_head", "mask_predictor"}  # those of torchvision's `MaskRCNN`
     assert set(ours) - set(theirs) == own
     theirs_values = {name: theirs[name].default for name in set(ours) - own if name != "backbone"}
     for name, value in theirs_values.items():
@@ -291,11 +294,11 @@ def test_create_faster_rcnn_from_coco_has_a_fresh_predictor(coco_cache: Path) ->
 def test_overlap_losses_train_both_stages_and_come_back_from_a_checkpoint(loss: OverlapLoss) -> None:
     torch.manual_seed(0)
     model = zoo.fasterrcnn_efficientnet_lite0_fpn(
-        num_classes=3, weights_backbone=None, min_size=64, max_size=96, rpn_overlap_loss=loss, box_overlap_loss=loss
+        num_classes=3, weights_backbone=None, min_size=64, max_size=96, rpn_box_loss=loss, box_loss=loss
     )
     target = {"boxes": torch.tensor([[10.0, 10, 50, 60]]), "labels": torch.tensor([1])}
     losses = model.train()([torch.rand(3, 64, 80)], [target])
     torch.stack(list(losses.values())).sum().backward()
     assert 0 < losses["loss_box_reg"] < 2 * loss.weight and 0 < losses["loss_rpn_box_reg"] < 2 * loss.weight
     again = rebuild(model.recipe or {})
-    assert type(again.rpn.overlap_loss) is type(loss) and again.roi_heads.overlap_loss.weight == loss.weight
+    assert type(again.rpn.box_loss) is type(loss) and again.roi_heads.box_loss.weight == loss.weight

@@ -1,7 +1,8 @@
-"""Quicker forms of the parts in `detection.models`, which are their definition: the same results, sooner.
+"""Quick forms of the plain parts in `detection.models`: the same results in less time.
 
-Here, and nowhere else, is chosen which of them run: `accelerate` for training, `for_inference` for detection. Each twin
-takes the place of exactly one plain class, so that a part of your own, or a subclass, stays as it is.
+The plain form defines what a part does, and the tests compare the quick one with it. Which of them run is chosen here
+and nowhere else: by `accelerate` for training, by `for_inference` for detection. Without either the plain ones run.
+A quick form takes the place of exactly one plain class, so that a part of your own, or a subclass, stays as it is.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ ON_ACCELERATOR: Twins = {RoIPooler: CanvasPooler}
 
 
 def accelerate(detector: TwoStageDetector, device: torch.device | str) -> TwoStageDetector:
-    """Put the quicker forms for a device in the place of plain parts, in the detector itself.
+    """Replace plain parts of a detector by the quick forms for a device.
 
-    Parameters, buffers and their names stay the same ones. To do it again changes nothing.
+    Parameters and buffers, and their names, stay the same. Doing it again changes nothing.
 
     Args:
         detector: changed in place.
@@ -42,7 +43,7 @@ def accelerate(detector: TwoStageDetector, device: torch.device | str) -> TwoSta
     """
     _fold(detector)
     twins = ON_CPU if torch.device(device).type == "cpu" else ON_ACCELERATOR
-    made: dict[int, nn.Module] = {}  # a part that several hold stays one
+    made: dict[int, nn.Module] = {}  # a part that several others hold stays one object
     for parent in list(detector.modules()):
         for name, child in list(parent.named_children()):
             kind = SparseRPN if _has_plain_head(child) else twins.get(type(child))
@@ -54,14 +55,14 @@ def accelerate(detector: TwoStageDetector, device: torch.device | str) -> TwoSta
 def for_inference(detector: TwoStageDetector, device: torch.device | str | None = None) -> TwoStageDetector:
     """A copy in evaluation mode that can no longer be trained: faster, with the same detections.
 
-    The backbone's normalisation is folded into its convolutions for good. On a CPU weights are cast and laid out once,
-    on the first call in each precision, and batches go image by image.
+    The backbone's normalisation is folded into its convolutions. On a CPU, the first call in each precision casts the
+    weights and orders them for the kernels, and a batch is detected image by image.
     """
     copied = deepcopy(detector).eval().requires_grad_(False)
     if device is not None:
         copied.to(device)
     device = next((p.device for p in copied.parameters()), torch.device("cpu"))
-    copied.backbone = freeze_norms(copied.backbone)  # statistics that were live are frozen now, and so can be folded
+    copied.backbone = freeze_norms(copied.backbone)  # in evaluation live statistics are constant, so they fold too
     accelerate(copied, device)
     fold_for_good(copied)
     if device.type != "cpu":
@@ -82,7 +83,7 @@ def _has_plain_head(part: nn.Module) -> bool:
 
 
 def _fold(detector: TwoStageDetector) -> None:
-    """Fold frozen normalisation in the backbone, and in heads that are parts of a network."""
+    """Fold frozen normalisation in the backbone and in box heads, such as the fourth stage of a ResNet."""
     parameter = next(detector.parameters(), torch.empty(()))
     image = torch.zeros((1, 3, 64, 64), device=parameter.device)
     fold_frozen_norms(detector.backbone, image)

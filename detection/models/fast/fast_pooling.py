@@ -1,8 +1,9 @@
-"""RoI Align over a feature pyramid in one go: on one canvas on an accelerator, as weighted sums of rows on a CPU.
+"""RoI Align of all levels in one call: on an accelerator over one canvas, on a CPU as weighted sums of cells.
 
 Shape shorthand:
-    B: images     P: RoIs an image     R = B * P     L: levels     C: channels
-    o: output side     s: samples a bin and side     q = o * s: samples a side
+    B: images     P: RoIs an image     R = B * P     L: levels     C: channels     H, W: sides of the canvas
+    T: cells of all images and levels     o: output side, in bins     s: samples along a side of a bin
+    q = o * s: samples along a side of a region     Q = R * o * o: bins     j = 4 * s * s: cells that a bin reads
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from detection.models.pooling import RoIPooler
 
 
 class CanvasPooler(RoIPooler):
-    """All levels lie side by side on one canvas, so that one `roi_align` call serves all regions."""
+    """Lays all levels side by side on one canvas, so that one call of `roi_align` pools all regions.
+
+    Boxes must lie inside the image, as those of a detector and of a `Batch` do: beyond a map there is another one.
+    """
 
     def pool(self, maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, levels: Tensor) -> Tensor:
         """As `RoIPooler.pool`."""
@@ -28,8 +32,9 @@ class CanvasPooler(RoIPooler):
         shapes = torch.tensor([(f.shape[-1], f.shape[-2]) for f in maps], device=boxes.device)
         boxes, length = boxes.flatten(0, 1), shapes[levels.flatten()]  # (R, 4), (R, 2) as (width, height)
         (_, inside_x), (_, inside_y) = (sample_axis(self, boxes[:, i], boxes[:, i + 2], length[:, i]) for i in (0, 1))
-        # A region narrower than a cell at the far edge is widened past it. There `roi_align` reads zeros, but the
-        # canvas has a neighbour, so it is moved inside, where all it can read is the last cell, and weighted.
+        # `roi_align` widens a narrow region to one cell, at the far edge of a level beyond that edge. On the level
+        # alone samples there are 0, but the canvas has another level there. So the region is moved inside, where its
+        # samples read the last cell, and each bin is multiplied by the share of its samples that lie on the level.
         size = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0.0 if self.aligned else 1.0)
         start = torch.minimum(boxes[:, :2], length - size) if not self.aligned else boxes[:, :2]
         start = start + torch.tensor(origins, dtype=torch.float32, device=boxes.device)[levels.flatten()]
@@ -42,9 +47,9 @@ class CanvasPooler(RoIPooler):
 
 
 class GatherPooler(RoIPooler):
-    """The bilinear sums of RoI Align as one weighted `embedding_bag` over the rows of all levels.
+    """Adds up the cells that each bin reads, times their bilinear weights, by one `embedding_bag` over all levels.
 
-    On a CPU, where `roi_align` runs on one thread.
+    For CPUs, where `roi_align` runs on one thread.
     """
 
     def pool(self, maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, levels: Tensor) -> Tensor:
@@ -52,7 +57,7 @@ class GatherPooler(RoIPooler):
         if self.sampling_ratio == 0 or boxes.device.type != "cpu":  # it may have been moved since
             return super().pool(maps, strides, boxes, levels)
         boxes = in_cells(boxes, strides, levels)
-        rows = torch.cat([f.permute(0, 2, 3, 1).flatten(0, 2) for f in maps])  # (sum of B * h * w, C)
+        rows = torch.cat([f.permute(0, 2, 3, 1).flatten(0, 2) for f in maps])  # (T, C)
         shapes = torch.tensor([f.shape[-2:] for f in maps])
         first_row = torch.tensor([0] + [f.shape[0] * f.shape[2] * f.shape[3] for f in maps]).cumsum(0)[levels]
         height, width = shapes[levels].unbind(-1)  # (B, P) each
@@ -68,14 +73,14 @@ class GatherPooler(RoIPooler):
         return pooled.view(-1, o, o, rows.shape[1]).permute(0, 3, 1, 2)
 
     def _neighbours(self, start: Tensor, end: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """The cells that each bin reads along one axis, and their weights.
+        """The cells that each bin reads along one axis, and their weights. A sample lies between two cells.
 
         Args:
             start, end: `(R,)` edges of the regions in cells.
             length: `(R,)` cells of the axis.
 
         Returns:
-            cells `(R, o, 2s)` int64 and weights `(R, o, 2s)` float32: each of the s samples of a bin lies between two.
+            cells `(R, o, 2s)` int64 and weights `(R, o, 2s)` float32.
         """
         position, inside = sample_axis(self, start, end, length)
         last = (length - 1)[:, None]
@@ -91,23 +96,25 @@ class GatherPooler(RoIPooler):
 
 
 class _WeightedSum(torch.autograd.Function):
-    """`embedding_bag` whose gradient is one too, over the bins that read each row; it takes half the time of PyTorch's.
+    """`embedding_bag` with another backward pass, which takes half the time of PyTorch's.
 
-    PyTorch's backward adds bin by bin to the rows, in the rows' precision; here each row is summed once, in float32.
+    The gradient of a row is the weighted sum over the bins that read it, and so an `embedding_bag` too. It adds up in
+    float32, where PyTorch's backward pass adds bin by bin in the precision of the rows.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        """Sums `(n, C)` of the rows `(r, C)` that `index` `(n, q)` names, times `weight` `(n, q)`."""
+        """Sums `(Q, C)` of the rows `(T, C)` that `index` `(Q, j)` names, each times its `weight` `(Q, j)`."""
         ctx.save_for_backward(index, weight)
         ctx.count = len(rows)
         return F.embedding_bag(index, rows, mode="sum", per_sample_weights=weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        """Gradient of the rows; neither the places nor the weights of the samples learn."""
+        """The gradient `(T, C)` of the rows; index and weight have none, as regions are detached."""
         index, weight = ctx.saved_tensors
-        # Half the bits take half the time. Stable, so that a row's sum is the same bits whatever else is in the batch.
+        # As int32 sorting takes half the time. It is stable, so that the bits of a row's sum do not depend on the rest
+        # of the batch.
         row, order = index.int().flatten().sort(stable=True)
         offsets = torch.searchsorted(row, torch.arange(ctx.count, dtype=torch.int32))
         weights = weight.flatten()[order].to(grad.dtype)
@@ -136,10 +143,10 @@ def sample_axis(pooler: RoIPooler, start: Tensor, end: Tensor, length: Tensor) -
 
 
 def build_canvas(features: Sequence[Tensor]) -> tuple[Tensor, list[tuple[float, float]]]:
-    """All levels on one map: the finest at the left, the others below each other at its right.
+    """All levels on one map: the finest on the left, the others on its right, one below the other.
 
-    Each keeps a border of one cell on every side that repeats its edge: samples between the last cell and the edge of
-    the map read what `roi_align` reads on the level alone.
+    Each level has a border of one cell that repeats its edge. So a sample between the last cell and the edge of the
+    level reads what `roi_align` reads on the level alone.
 
     Returns:
         canvas `(B, C, H, W)` and the (x, y) of each level's first cell on it.

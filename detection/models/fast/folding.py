@@ -1,6 +1,11 @@
-"""Frozen normalisation folded into the convolution before it: one pass over its output less.
+"""Frozen normalisation folded into the convolution before it.
 
-Training folds anew in each step, as the weights change; inference folds for good.
+Frozen normalisation is a factor and a shift for each channel. A convolution whose weight is multiplied by the factor
+and whose bias is the shift gives the same, without a pass over its output. Training computes that weight in each step,
+as the convolution's own weight changes (`FoldedConv2d`); inference computes it once (`fold_for_good`).
+
+Shape shorthand:
+    B: images     C: channels     h, w: cells of a map
 """
 
 from __future__ import annotations
@@ -19,15 +24,15 @@ from detection.fitting import trial
 
 
 class FoldedConv2d(nn.Conv2d):
-    """A convolution with the scale and the shift of the frozen normalisation behind it in its weight and bias.
+    """A convolution that also carries out the frozen normalisation behind it.
 
-    Scaling the weight costs far less than two passes over its output, and under autocast the output stays in half
-    precision, where float32 statistics would raise it. Both are scaled anew in each step: the weight may train, and
-    the `state_dict` has the two modules apart, as everybody else's.
+    It computes the folded weight in each step, as the weight may train, and as the `state_dict` keeps the tensors of
+    both modules apart, like torchvision's. That costs far less than two passes over the output. Under autocast the
+    output stays in half precision, which float32 statistics would raise to float32.
 
     Args:
         conv: without bias; its weight is shared.
-        norm: the normalisation, which must not act any more by itself (`FoldedNorm`).
+        norm: the normalisation, which does nothing more by itself.
     """
 
     def __init__(self, conv: nn.Conv2d, norm: FoldedNorm) -> None:
@@ -35,29 +40,31 @@ class FoldedConv2d(nn.Conv2d):
         super().__init__(conv.in_channels, conv.out_channels, *geometry, bias=False, device="meta")  # type: ignore[arg-type]
         self.weight = conv.weight
         self.pads_same = isinstance(conv, Conv2dSame)  # TensorFlow's padding, which depends on the input's size
-        self.norm = (norm,)  # in a tuple, so that it is registered under its own name alone
+        self.norm = (norm,)  # in a tuple, so that the state_dict has it under its own name alone
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the convolution that does both."""
+        """Weight `(C', C, n, n)` and bias `(C',)` of the one convolution that does both."""
         norm = self.norm[0]
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         return self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolved and normalised."""
+        """`(B, C, h, w)` -> `(B, C', h', w')`, convolved and normalised."""
         if self.pads_same:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
         geometry: Any = self.stride, self.padding, self.dilation, self.groups
         slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.groups == self.in_channels
         if slow and torch.is_grad_enabled():
-            # There the gradients of depthwise convolutions take 2 to 50 times as long in bfloat16 as in float32.
+            # On a CPU the gradient of a depthwise convolution takes 2 to 50 times as long in bfloat16 as in float32.
             with torch.autocast("cpu", enabled=False):
                 return F.conv2d(x.float(), *self.folded(), *geometry).to(x.dtype)
         return F.conv2d(x, *self.folded(), *geometry)
 
 
 class FoldedNorm(FrozenBatchNorm2d):  # type: ignore[misc]
-    """A frozen normalisation that the convolution before it carries out; what timm joins to it, an activation, stays.
+    """A frozen normalisation that the convolution before it carries out; it keeps the buffers for the `state_dict`.
+
+    timm has normalisation and activation in one module. The activation stays here, as `after`.
 
     Args:
         norm: whose buffers are shared.
@@ -70,16 +77,19 @@ class FoldedNorm(FrozenBatchNorm2d):  # type: ignore[misc]
         self.after = nn.Sequential(norm.drop, norm.act) if isinstance(norm, FrozenBatchNormAct2d) else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """What comes after the normalisation."""
+        """The input, which is normalised already, after the activation if there is one."""
         return self.after(x)
 
 
 def fold_frozen_norms(network: nn.Module, example: Tensor) -> None:
-    """Fold each frozen normalisation of a network into the convolution whose output it reads.
+    """Fold each frozen normalisation of a network into the convolution before it.
+
+    Which convolution that is shows in a run: the one whose output is the input of the normalisation. A pair is folded
+    where the convolution has no bias, runs once, and does not give one of the network's own outputs.
 
     Args:
         network: changed in place; its `state_dict` stays the same.
-        example: an input, which shows on its way through the network which convolution that is.
+        example: an input for that run, e.g. a blank image `(1, 3, H, W)`.
     """
     outputs: list[tuple[nn.Conv2d, Tensor]] = []
     pairs: list[tuple[nn.Conv2d, FrozenBatchNorm2d | FrozenBatchNormAct2d]] = []
@@ -114,9 +124,10 @@ def fold_frozen_norms(network: nn.Module, example: Tensor) -> None:
 
 
 def fold_for_good(network: nn.Module) -> None:
-    """Make plain convolutions of the folded ones, for inference: their weights can no longer train or be exchanged.
+    """Replace the folded convolutions by plain ones with the folded weight and a bias, for inference.
 
-    What timm joins to the normalisation, an activation, moves right behind the convolution.
+    The `state_dict` changes: weights can no longer be trained or loaded. The activation in timm's normalisation moves
+    right behind the convolution.
     """
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):

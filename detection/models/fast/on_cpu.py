@@ -1,4 +1,4 @@
-"""What a CPU need not compute, since it can look at values without stopping a queue.
+"""Forms for CPUs, which can read a number from a tensor at once. An accelerator would have to finish its queue first.
 
 Shape shorthand:
     B: images     P: proposals an image     M: regions of an image that the mask branch sees
@@ -17,21 +17,25 @@ from detection.parts import Detections, FeatureMaps, Losses, Proposals
 
 
 class _Trimmed(MaskBranch):
-    """Leaves out the places at the end that no image fills, each of which costs as much as a region."""
+    """RoI heads that leave out padding.
+
+    Regions are padded to the same number in each image, at the end, and padding costs as much as a region. Here tensors
+    are cut to the largest number of an image of the batch.
+    """
 
     def detect(self, features: FeatureMaps, proposals: Proposals, image_sizes: Tensor) -> Detections:
         """As the plain heads."""
-        places = max(1, int(proposals.valid.sum(dim=1).max()))
-        filled = (side[:, :places] for side in (proposals.boxes, proposals.scores, proposals.valid))
-        found: Detections = super().detect(features, Proposals(*filled), image_sizes)  # type: ignore[misc]
+        count = max(1, int(proposals.valid.sum(dim=1).max()))
+        cut = (rows[:, :count] for rows in (proposals.boxes, proposals.scores, proposals.valid))
+        found: Detections = super().detect(features, Proposals(*cut), image_sizes)  # type: ignore[misc]
         return found
 
     def mask_losses(
         self, features: FeatureMaps, boxes: Tensor, labels: Tensor, matched_idxs: Tensor, batch: Batch
     ) -> Losses:
         """As the plain heads."""
-        places = max(1, int((labels > 0).sum(dim=1).max()))
-        boxes, labels, matched_idxs = (side[:, :places] for side in (boxes, labels, matched_idxs))
+        count = max(1, int((labels > 0).sum(dim=1).max()))
+        boxes, labels, matched_idxs = (rows[:, :count] for rows in (boxes, labels, matched_idxs))
         return super().mask_losses(features, boxes, labels, matched_idxs, batch)
 
 
@@ -46,7 +50,7 @@ class TrimmedCascade(_Trimmed, CascadeRoIHeads):
 class ImageByImage(TwoStageDetector):
     """Detects in one image at a time.
 
-    Images share nothing but the memory, and maps that outgrow the cache cost more than they spare.
+    On a CPU a batch saves no time by itself, and the maps of several images no longer fit into the cache.
     """
 
     def run(self, batch: Batch, with_losses: bool, with_detections: bool) -> tuple[Losses, Detections]:

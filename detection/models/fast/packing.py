@@ -1,8 +1,14 @@
-"""Convolutions and matrix products for inference on a CPU: their weights are cast and laid out for the kernel once.
+"""Convolutions and linear layers for inference on a CPU, whose weights are packed once.
 
-PyTorch does both in every call. With one small image that takes longer than the arithmetic of the last stages, and in
-bfloat16, which autocast makes from float32 each time, than most of the network's. The kernel of a convolution also
-carries out the activation behind it and, in a residual block, the sum, each of which is a pass over memory otherwise.
+To pack a weight is to cast it to the precision of the call, and to order it in memory as oneDNN's kernel reads it.
+PyTorch does both in every call. For one small image that takes longer than the arithmetic of the last stages; in
+bfloat16, to which autocast casts from float32 each time, longer than that of most of the network.
+
+The kernel of a convolution can also carry out the activation behind it and the sum of a residual block, which saves a
+pass over memory each.
+
+Shape shorthand:
+    B: images     C, C': channels of input and output     h, w: cells of a map
 """
 
 from __future__ import annotations
@@ -27,7 +33,10 @@ ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
 
 
 def pack(network: nn.Module) -> None:
-    """Replace the plain convolutions and linear layers of a network, whose weights must not change any more."""
+    """Replace the plain convolutions and linear layers of a network by packed ones, in place.
+
+    Its weights must not change afterwards.
+    """
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Conv2d) and type(child) in PLAIN and child.padding_mode == "zeros":
@@ -43,7 +52,7 @@ def pack(network: nn.Module) -> None:
 
 
 def _join_activations(layers: nn.Module) -> None:
-    """Let the convolutions among layers that run one after the other carry out the activations behind them."""
+    """Let convolutions carry out the activations behind them, in layers that run one after the other."""
     conv: PackedConv2d | None = None
     for name, layer in list(layers.named_children()):
         if isinstance(layer, PackedConv2d):
@@ -60,31 +69,31 @@ def _does_nothing(layer: nn.Module) -> bool:
 
 
 def _only_convolves(block: nn.Module) -> bool:
-    """Whether the normalisation of a residual block is folded into its convolutions."""
+    """Whether all normalisation of a residual block is folded into its convolutions."""
     norms = (layer for name, layer in block.named_children() if name.startswith("bn"))
     return all(map(_does_nothing, norms))
 
 
 class Packing:
-    """The weights of a layer as the kernel of each precision wants them, beside those that it has.
+    """A layer that keeps its weight and bias packed, a copy for each precision that it was called in.
 
-    On another device, in another precision, where gradients are wanted, or where PyTorch comes without oneDNN, the
-    layer is computed as ever.
+    The plain layer computes where there is no such kernel: on another device, in another precision, where gradients are
+    wanted, or in a PyTorch without oneDNN.
     """
 
     weight: Tensor
     bias: Any
 
     def take(self, layer: nn.Conv2d | nn.Linear) -> None:
-        """Share the weights of a layer."""
+        """Share the weight and the bias of a plain layer."""
         self.weight, self.bias = layer.weight, layer.bias
         self.packed: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"packed": {}}  # the kernels' layouts can neither be copied nor saved
+        return self.__dict__ | {"packed": {}}  # packed tensors can neither be copied nor saved
 
     def cast(self, x: Tensor) -> Tensor | None:
-        """The input in the precision of this call, if there is a kernel for it."""
+        """The input in the precision of this call, or None if there is no kernel for it."""
         if x.device.type != "cpu" or torch.is_grad_enabled() or not torch.backends.mkldnn.is_available():
             return None
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
@@ -92,21 +101,21 @@ class Packing:
         return x.to(dtype) if known and x.numel() else None
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight in the kernel's layout, and bias, both in the precision of x, whose size the layout is chosen for."""
+        """Packed weight and bias in the precision of x. oneDNN chooses the order for the size of the first x."""
         if x.dtype not in self.packed:
-            # Tensors made in inference mode may be used in it alone; these outlive it.
+            # Tensors made in inference mode can't be used outside of it, and these outlive it.
             with torch.inference_mode(False):
                 bias = None if self.bias is None else self.bias.detach().to(x.dtype)
                 self.packed[x.dtype] = self.lay_out(self.weight.detach().to(x.dtype), list(x.shape)), bias
         return self.packed[x.dtype]
 
     def lay_out(self, weight: Tensor, shape: list[int]) -> Tensor:
-        """The weight in the layout that suits inputs of a shape."""
+        """The weight in the kernel's order for inputs of this shape."""
         raise NotImplementedError
 
 
 class PackedConv2d(Packing, nn.Conv2d):
-    """`nn.Conv2d` for inference, and the activation behind it."""
+    """`nn.Conv2d` for inference, with the activation behind it."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         geometry: dict[str, Any] = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups")}
@@ -117,7 +126,7 @@ class PackedConv2d(Packing, nn.Conv2d):
         self.take(conv)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """`(B, C, h, w)` -> `(B, C', h', w')`, activated once `other` is added."""
+        """`(B, C, h, w)` -> `(B, C', h', w')`, to which `other` `(B, C', h', w')` is added, then the activation."""
         if self.pads_same:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
         cast = self.cast(x)
@@ -129,7 +138,7 @@ class PackedConv2d(Packing, nn.Conv2d):
         convolve = torch.ops.mkldnn._convolution_pointwise
         if other is None:
             return convolve(cast, *self.weights(cast), *geometry, name, values, "")
-        rectifies = name == "relu"  # no other activation comes with the sum
+        rectifies = name == "relu"  # the one activation that the kernel carries out after a sum
         after: Any = ("add", 1.0, "relu" if rectifies else None, [], None)
         y = convolve.binary(cast, other.to(cast.dtype), *self.weights(cast), *geometry, *after)
         return y if rectifies else self.activation(y)
@@ -140,10 +149,10 @@ class PackedConv2d(Packing, nn.Conv2d):
 
 
 class PackedBlock(nn.Module):
-    """A residual block of torchvision's ResNets for inference, whose packed convolutions do all but the shortcut.
+    """A residual block of torchvision's ResNets for inference: packed convolutions with their activations and the sum.
 
     Args:
-        block: with its normalisation folded into its convolutions.
+        block: whose convolutions are packed, with their normalisation folded.
     """
 
     def __init__(self, block: BasicBlock | Bottleneck) -> None:

@@ -1,11 +1,12 @@
-"""The RPN that gives gradients to the sampled anchors alone, as no other has any.
+"""The RPN whose head has a backward pass over the sampled anchors alone.
 
-In training the head's backward pass over all cells is a sixth of the whole step's arithmetic. Here the head runs over
-all cells without a gradient, to propose, and once more on the surroundings of the sampled ones, with the same results.
+Only sampled anchors have a loss, so the gradient of all others is 0. Yet the backward pass of the plain head goes over
+all cells, a sixth of the arithmetic of a training step. Here the head runs over all cells without a gradient, for the
+proposals, and then, with a gradient, over a patch around the cell of each sampled anchor. The results are the same.
 
 Shape shorthand:
-    B: images     C: channels     k: anchors a cell     A: anchors of all levels     S: sampled anchors     R = B * S
-    n: side of a patch
+    B: images     C: channels     h, w: cells of a level     k: anchors a cell     A: anchors of all levels
+    S: sampled anchors of an image     R = B * S     n: side of a patch, in cells
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class SparseRPN(RegionProposalNetwork):
     head: RPNHead
 
     def predict(self, features: FeatureMaps, with_losses: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """As the plain network; in training without a gradient, as proposals have none."""
+        """As the plain network, but without a gradient where `take` will give it."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not with_losses):
             return super().predict(features, with_losses)
 
@@ -37,7 +38,13 @@ class SparseRPN(RegionProposalNetwork):
 
 
 def head_at(head: RPNHead, maps: Sequence[Tensor], anchors: Tensor) -> tuple[Tensor, Tensor]:
-    """What the head gives for some of the anchors, `(B, S)` int64 into A: logits `(B, S)` and deltas `(B, S, 4)`."""
+    """What the head gives for some of the anchors: logits `(B, S)` and deltas `(B, S, 4)`.
+
+    Args:
+        head: of the RPN.
+        maps: `(B, C, h, w)` of each level.
+        anchors: `(B, S)` int64 into A.
+    """
     per_cell = head.bbox_pred.out_channels // 4
     shapes = [(feature.shape[-2], feature.shape[-1]) for feature in maps]
     level, row, column = _cells(anchors // per_cell, shapes)
@@ -45,7 +52,7 @@ def head_at(head: RPNHead, maps: Sequence[Tensor], anchors: Tensor) -> tuple[Ten
     hidden, exists = _patches(maps, shapes, level, row, column, reach)
     for layer in head.conv:
         conv: Any = layer[0]  # type: ignore[index]
-        # Beyond the edge of a map each convolution reads zeros, not what the one before would give there.
+        # Beyond the edge of a map a convolution reads zeros. The one before it gave something else there: its bias.
         hidden, exists = F.relu(F.conv2d(hidden, conv.weight, conv.bias)), exists[..., 1:-1, 1:-1]
         hidden = hidden * exists
     logits, deltas = head.read(hidden)  # (R, k, 1, 1) and (R, k * 4, 1, 1)
@@ -58,7 +65,14 @@ def head_at(head: RPNHead, maps: Sequence[Tensor], anchors: Tensor) -> tuple[Ten
 def _patches(
     maps: Sequence[Tensor], shapes: Sequence[tuple[int, int]], level: Tensor, row: Tensor, column: Tensor, reach: int
 ) -> tuple[Tensor, Tensor]:
-    """The surroundings `(R, C, n, n)` of cells `(B, S)`, and which of them lie on the map, bool `(R, 1, n, n)`."""
+    """A patch around each of the cells, `(R, C, n, n)`, and which of its cells lie on the map, bool `(R, 1, n, n)`.
+
+    Args:
+        maps: `(B, C, h, w)` of each level.
+        shapes: `(h, w)` of each level.
+        level, row, column: `(B, S)` int64 of each cell.
+        reach: cells to each side, n = 2 * reach + 1.
+    """
     steps = torch.arange(-reach, reach + 1, device=row.device)
     rows, columns = row[..., None] + steps, column[..., None] + steps  # (B, S, n)
     patches, exists = maps[0].new_zeros(()), torch.zeros(1, dtype=torch.bool, device=row.device)
@@ -74,7 +88,7 @@ def _patches(
 
 
 def _cells(cells: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Level, row and column of cells that are counted through all levels, finest first."""
+    """Level, row and column, each `(B, S)`, of cells `(B, S)` that are numbered through all levels, finest first."""
     counts = [height * width for height, width in shapes]
     starts = torch.tensor([0, *counts], device=cells.device).cumsum(0)
     level = torch.bucketize(cells, starts[1:-1], right=True)

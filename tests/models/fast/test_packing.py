@@ -13,7 +13,7 @@ from detection import (
     fasterrcnn_efficientnet_lite0_fpn,
     maskrcnn_efficientnet_lite0_fpn,
 )
-from detection.models.packing import PackedBlock, PackedConv2d, PackedLinear, pack
+from detection.models.fast.packing import PackedBlock, PackedConv2d, PackedLinear, pack
 
 SIZES = [(96, 128), (80, 72)]
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet50
 from torchvision.ops import FrozenBatchNorm2d
 
-from detection.models import norms
-from detection.models.norms import FoldedConv2d, FoldedNorm, fold_for_good, fold_frozen_norms
+from detection.models.fast.folding import FoldedConv2d, FoldedNorm, fold_for_good, fold_frozen_norms
+from detection.models.norms import group_norm
 
 IMAGES = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
 
@@ -49,7 +49,7 @@ def test_folding_changes_neither_numbers_nor_names(name: str) -> None:
     with torch.no_grad():
         expected = outputs(network)
         state = copy.deepcopy(network.state_dict())
-        fold_frozen_norms(network)
+        fold_frozen_norms(network, IMAGES)
         folded = [m for m in network.modules() if isinstance(m, FoldedConv2d)]
         assert len(folded) > 30
         assert list(network.state_dict()) == list(state)
@@ -65,7 +65,7 @@ def test_folding_changes_neither_numbers_nor_names(name: str) -> None:
 
 def test_a_copy_has_statistics_of_its_own() -> None:
     network = frozen("torchvision")
-    fold_frozen_norms(network)
+    fold_frozen_norms(network, IMAGES)
     twin = copy.deepcopy(network)
     with torch.no_grad():
         twin.bn1.running_mean.add_(5)
@@ -89,7 +89,7 @@ def test_the_gradients_are_those_of_the_two_modules() -> None:
 
 def test_under_autocast_the_output_stays_in_half_precision() -> None:
     network = nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), FrozenBatchNorm2d(5))
-    fold_frozen_norms(network)
+    fold_frozen_norms(network, IMAGES)
     with torch.autocast("cpu", torch.bfloat16):
         assert network(IMAGES).dtype == torch.bfloat16
 
@@ -97,7 +97,7 @@ def test_under_autocast_the_output_stays_in_half_precision() -> None:
 def test_statistics_of_a_live_network_can_be_loaded() -> None:
     live = stir(resnet50())
     network = frozen("torchvision")
-    fold_frozen_norms(network)
+    fold_frozen_norms(network, IMAGES)
     network.load_state_dict(live.state_dict())  # its counters of batches are left aside, as torchvision does
     with torch.no_grad():
         torch.testing.assert_close(network(IMAGES), live.eval()(IMAGES), rtol=1e-4, atol=1e-4)
@@ -105,15 +105,15 @@ def test_statistics_of_a_live_network_can_be_loaded() -> None:
 
 def test_a_network_without_frozen_norms_is_left_alone() -> None:
     network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))
-    fold_frozen_norms(network)
+    fold_frozen_norms(network, IMAGES)
     assert [type(m) for m in network] == [nn.Conv2d, nn.BatchNorm2d]
-    assert norms.group_norm(48).num_groups == 16
+    assert group_norm(48).num_groups == 16
 
 
 def test_the_gradients_of_depthwise_convolutions_are_exact_under_autocast() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 5, 2, 2, groups=8, bias=False), FrozenBatchNorm2d(8))
-    fold_frozen_norms(network)
+    fold_frozen_norms(network, IMAGES)
     folded = network[1]
     assert isinstance(folded, FoldedConv2d)
     x = torch.randn(2, 8, 15, 17).bfloat16().requires_grad_()

@@ -1,0 +1,178 @@
+"""From the command line and its YAML to the arguments of model and data: completed, checked, fitted to the data."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from inspect import isclass, signature
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from detection.cli.flags import take_trust
+from detection.data.datamodule import DetectionDataModule
+from detection.models import relatives, zoo
+from detection.recipes import (
+    A_RUN,
+    EVERYTHING,
+    RecipeError,
+    find,
+    import_path,
+    named_in,
+    trusted_names,
+)
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PRESETS = CONFIGS / "presets"  # go behind another configuration
+QUICKSTART = "quickstart"
+# Whose classes the configuration in a run's folder may name: it may have come with somebody's checkpoint.
+KNOWN = (
+    *("detection", "lightning.pytorch", "lightning.fabric", "torch.nn", "torch.optim", "torchmetrics"),
+    *("torchvision.models", "torchvision.ops", "albumentations", "timm"),
+)
+
+
+class Given(NamedTuple):
+    """A completed command line.
+
+    Attributes:
+        args: for the parser.
+        resumed: the configuration in the folder of the run that goes on, if it is used.
+        trust: in whose parts, see `rebuild`: everybody's, but in the configuration of a run those that are named.
+    """
+
+    args: list[str]
+    resumed: Path | None = None
+    trust: tuple[str, ...] = (EVERYTHING,)
+
+
+def expand(args: Sequence[str]) -> list[str]:
+    """The arguments that `complete` gives."""
+    return complete(args).args
+
+
+def complete(args: Sequence[str]) -> Given:
+    """Write out in full what may be short, and choose a configuration where none is given.
+
+    Short are the name of a packaged configuration (`bccd` for its file) and of a builder (without its module). A
+    command line without `--config`, or with presets alone, uses the configuration of the run that it resumes; without
+    `--resume`, the quickstart. What the configuration of a run names is checked: it may be somebody else's.
+
+    Raises:
+        RecipeError: it names a part of a package that is not trusted, or that can't be imported.
+    """
+    args, trust = take_trust(args)
+    trust = list(trusted_names(trust))
+    expanded, own, previous, default = list[str](), list[str](), "", CONFIGS / f"{QUICKSTART}.yaml"
+    configs: list[Path] = []
+    for arg in args:
+        flag, equals, value = arg.partition("=") if arg.startswith("-") else (previous, "", arg)
+        if flag in ("-c", "--config") and value:
+            packaged = (folder / f"{value}.yaml" for folder in (CONFIGS, PRESETS) if not Path(value).is_file())
+            value = str(next((path for path in packaged if path.is_file()), value))
+            configs.append(Path(value))
+        home = next((module for module in (zoo, relatives) if value in vars(module)), None)
+        if flag in ("--model.detector", "--model.detector.class_path") and home is not None:
+            value = f"{home.__name__}.{value}"
+        expanded.append(f"{flag}{equals}{value}" if arg.startswith("-") else value)
+        if flag.startswith(("--trainer.", "--model.", "--data.proposals", "--data.reader", "--data.augmentations")):
+            own.append(value)
+        previous = arg
+        if flag == "--resume" and value != "auto":
+            resumed = Path(value) if Path(value).is_dir() else Path(value).parent
+            default = resumed / "config.yaml" if (resumed / "config.yaml").is_file() else default
+    if not all(path.parent == PRESETS for path in configs):
+        return Given(expanded, None, (EVERYTHING, *trust))
+    expanded = ["--config", str(default), *expanded]
+    if default.parent == CONFIGS:
+        return Given(expanded, None, (EVERYTHING, *trust))
+    trusted = name_only_known(own, trust)
+    check_parts(default, (A_RUN, *trusted))
+    return Given(expanded, default, (A_RUN, *trusted))
+
+
+def name_only_known(own: Iterable[str], trust: Iterable[str] = ()) -> tuple[str, ...]:
+    """From now on configurations of this process name nothing but parts of `KNOWN` packages and what the user named.
+
+    Args:
+        own: values that the user has typed where classes are expected: the packages they name are trusted.
+        trust: further packages that the user has named.
+
+    Returns:
+        the packages trusted, for `rebuild`.
+    """
+    words = [name for argument in own for name in re.findall(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", argument)]
+    typed = {name.partition(".")[0] for name in words} - {"jsonargparse", "detection", "torch"}
+    typed -= sys.stdlib_module_names
+    trusted = tuple(sorted(typed | set(trusted_names(trust))))
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*KNOWN, *trusted])
+    return trusted
+
+
+def check_parts(config: Path, trust: Sequence[str]) -> None:
+    """Refuse a configuration whose model or data name what may not be named or is not there: a RecipeError.
+
+    A configuration that can't be read is left to the parser.
+    """
+    try:
+        content = yaml.safe_load(config.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return
+    sections = content if isinstance(content, dict) else {}
+    try:
+        for path in named_in([sections.get("model"), sections.get("data")]):
+            find(path, trust)
+    except RecipeError as error:
+        raise RecipeError(f"{config}: {error}") from error
+
+
+def plain(value: Any, trust: Sequence[str] = (EVERYTHING,)) -> Any:
+    """What jsonargparse has parsed, as a recipe: a dictionary or list, and text for a path, as a checkpoint keeps them.
+
+    Args:
+        value: of an argument.
+        trust: in whom, see `rebuild`.
+    """
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return [plain(item, trust) for item in value]
+    if not isinstance(value, Namespace | dict):
+        return value
+    items = (vars(value) if isinstance(value, Namespace) else value).items()
+    entries = {name: plain(item, trust) for name, item in items}
+    if "class_path" not in entries:
+        return entries
+    path, given = entries["class_path"], entries.get("init_args") or {}
+    given |= entries.get("dict_kwargs") or {}
+    # Where a hint says nothing, jsonargparse gives None for arguments that are left to the builder.
+    wanted = {name for name, p in signature(find(path, trust)).parameters.items() if p.default is p.empty}
+    return {"class_path": path, "init_args": {k: v for k, v in given.items() if v is not None or k not in wanted}}
+
+
+def fit_detector_to_data(detector: Namespace, data: DetectionDataModule) -> None:
+    """Fill in the arguments of a detector that follow from the data, where they have the builder's own defaults."""
+    sizes = data.hparams["min_size"]
+    follow = {
+        "num_classes": len(data.class_names) + 1,
+        "min_size": sizes if isinstance(sizes, int) else sorted(sizes),
+        "max_size": data.hparams["max_size"],
+    }
+    if any(detector.init_args.get(name) for name in ("weights", "path")):
+        follow["class_names"] = data.class_names  # to keep what the weights know of classes of the same name
+    known = defaults(detector.class_path)
+    for name, value in follow.items():
+        if name in detector.init_args and detector.init_args[name] == known.get(name):
+            detector.init_args[name] = value
+
+
+def defaults(class_path: str) -> Namespace:
+    """The arguments of a class or a builder, those that it hands on included, and their defaults."""
+    maker = import_path(class_path)
+    parser = ArgumentParser(exit_on_error=False)
+    add = parser.add_class_arguments if isclass(maker) else parser.add_function_arguments
+    add(maker, fail_untyped=False)
+    return parser.get_defaults()

@@ -1,0 +1,87 @@
+"""The parser of `scripts/fit.py`: what is wrong with a flag or a key in one line, with the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from detection.cli.configuration import defaults
+from detection.models import relatives, zoo
+from detection.recipes import advice
+from detection.training.optimisation import MOVED
+
+TYPICAL = "detection.models.zoo.fasterrcnn_resnet_fpn"  # has the arguments that most builders share
+
+
+class Parser(LightningArgumentParser):
+    """Fails on an unknown flag or key with the nearest right one."""
+
+    resumed: Path | None = None  # the configuration of the run that goes on
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one line and exit with code 2; for a part inside, raise, as it may fit another type of its hint."""
+        if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):
+            super().error(message, ex)
+        message = " ".join(message.split())
+        if denied := re.search(r"Importing '([\w.]+)' is not allowed", message):
+            said = f"{self.resumed or 'the configuration'}: it names {denied[1]}: "
+            said += advice(denied[1].partition(".")[0])
+        else:
+            said = shorten(message) + self._suggest(message)
+        sys.stderr.write(f"error: {said}\n")
+        raise SystemExit(2)
+
+    def _suggest(self, message: str) -> str:
+        twice = re.search(r"Option '(lr|weight_decay)' is not accepted", message)
+        if twice and "model.optimizer" in message:
+            return f" (it is --model.{twice[1]})"
+        for old, new in MOVED.items():
+            if re.search(rf"\bmodel\.{old}\b|\bstring: {old}\b|\bmodel\.(optimizer|schedule).*\b{old}\b", message):
+                return f" (optimiser and schedule are parts now: instead of {old} write {new})"
+        if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+            near = difflib.get_close_matches(missing[2], dir(sys.modules.get(missing[1])), 1, 0.6)
+            return f" (did you mean {missing[1]}.{near[0]}?)" if near else ""
+        if "No module named" in message:
+            return f" (neither installed nor in {os.getcwd()})"
+        if part := re.search(r"given class_path '([\w.]+)': Option '([\w.]+)' is not accepted", message):
+            near = difflib.get_close_matches(part[2], list(vars(defaults(part[1]))), 1, 0.6)
+            return f" (did you mean --{'.'.join([*_keys(message), *near])}?)" if near else ""
+        options = {option.lstrip("-") for option in self._option_string_actions if option.startswith("--")}
+        known = options | {"trust"} | {f"model.detector.{name}" for name in vars(defaults(TYPICAL))}
+        quoted = [] if "Given value" in message else re.findall(r"['\"]([\w.+-]+)['\"]", message)
+        for word in re.findall(r"--([\w.+-]+)", message) + quoted:
+            if word not in known and (name := _nearest(word, known)):
+                return f" (did you mean --{name}?)"
+        builder = difflib.get_close_matches(message.split()[-1], {**vars(zoo), **vars(relatives)}, 1, 0.75)
+        return f" (did you mean {builder[0]}?)" if builder else ""
+
+
+def shorten(message: str) -> str:
+    """What is wrong with a part, out of jsonargparse's list of all types that it is not."""
+    causes = message.rpartition("Errors: - ")[2].split(" - ")
+    named = [cause for cause in causes if "given class_path" in cause]
+    if "Errors: - " not in message or not named:
+        return message
+    inner = named[0].replace("Problem with given class_path ", "").partition(" Got value")[0]
+    return f"--{'.'.join(_keys(message))}: {inner}"
+
+
+def _keys(message: str) -> list[str]:
+    return re.findall(r'Parser key "([\w.]+)"', message)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str | None:
+    """The option most like the word; or, where none is, the one whose last part is most like the word's."""
+    whole = difflib.get_close_matches(word, known, 1, 0.75)
+    if whole:
+        return whole[0]
+    by_last_part = {name.rpartition(".")[2]: name for name in sorted(known)}
+    last = difflib.get_close_matches(word.rpartition(".")[2], by_last_part, 1, 0.7)
+    return by_last_part[last[0]] if last else None

@@ -1,0 +1,30 @@
+"""Recipes in checkpoints of older versions, as this one has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PACKAGE = __name__.partition(".")[0]
+# Where the makers of older checkpoints are now, and what their arguments are called.
+MOVED = {
+    f"{PACKAGE}.models.family.": f"{PACKAGE}.models.relatives.",
+    f"{PACKAGE}.models.fpn.": f"{PACKAGE}.models.pyramid.",
+    f"{PACKAGE}.models.proposals.GivenProposals": f"{PACKAGE}.models.precomputed.PrecomputedProposals",
+}
+
+
+def upgrade(path: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The class path and the arguments of a recipe as this version has them; those of other packages as they are."""
+    if not path.startswith(f"{PACKAGE}."):
+        return path, arguments
+    for old, new in MOVED.items():
+        path = path.replace(old, new, 1) if path.startswith(old) else path
+    for stage in ("rpn_", ""):
+        overlap = arguments.pop(f"{stage or 'box_'}overlap_loss", None)
+        beta = arguments.pop(f"{stage}box_beta", None)
+        if overlap is not None:
+            arguments[f"{stage}box_loss"] = overlap
+        elif beta is not None:
+            smooth_l1 = {"class_path": f"{PACKAGE}.losses.SmoothL1Loss", "init_args": {"beta": beta}}
+            arguments[f"{stage}box_loss"] = smooth_l1
+    return path, arguments

@@ -1,0 +1,66 @@
+"""Quicker pooling is the plain pooling: values and gradients, wherever boxes lie and whatever size they have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from detection.models.fast.fast_pooling import CanvasPooler, GatherPooler, build_canvas
+from detection.models.pooling import RoIPooler
+from tests.models.test_pooling import HEIGHT, STRIDES, WIDTH, make_features, pool, random_boxes, special_boxes
+
+KINDS = [CanvasPooler, GatherPooler]
+
+
+def boxes_beyond() -> Tensor:
+    """Boxes that reach over each edge, lie wholly outside, or are far too large; `(2, P, 4)`."""
+    w, h = float(WIDTH), float(HEIGHT)
+    boxes = [
+        [-20, -20, 30, 30],
+        [w - 30, h - 30, w + 20, h + 20],
+        [-3, 40, 2, 200],
+        [w - 2, 40, w + 60, 90],
+        [40, h - 1, 200, h + 1],
+        [-50, -50, -10, -10],
+        [w + 5, h + 5, w + 90, h + 90],
+        [-100, -100, w + 100, h + 100],
+        [-2000, -2000, 2000, 2000],
+        [-0.3, -0.3, 0.3, 0.3],
+    ]
+    return torch.stack((torch.tensor(boxes), torch.tensor(boxes) + 1.7))
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("sampling", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("kind", "boxes"),
+    [
+        *((kind, boxes) for kind in KINDS for boxes in (special_boxes(), random_boxes(11, 40))),
+        (GatherPooler, boxes_beyond()),  # on the canvas lies another level there
+    ],
+)
+def test_values_and_gradients_are_the_plain_ones(
+    kind: type[RoIPooler], boxes: Tensor, sampling: int, aligned: bool
+) -> None:
+    found: list[list[Tensor]] = []
+    for each in (RoIPooler, kind):
+        features = [f.requires_grad_() for f in make_features(channels=4, seed=3)]
+        pooled = pool(each(7, sampling, aligned, 4), features, boxes, STRIDES)
+        share = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(2))
+        found.append([pooled, *torch.autograd.grad(pooled, features, share)])
+    assert found[0][0].abs().max() > 1
+    torch.testing.assert_close(found[1][0], found[0][0], atol=2e-4, rtol=1e-4)
+    for given, wanted in zip(found[1][1:], found[0][1:], strict=True):
+        torch.testing.assert_close(given, wanted, atol=1e-3, rtol=1e-4)
+
+
+def test_the_canvas_holds_every_level_with_its_edges_repeated() -> None:
+    features = make_features()
+    canvas, origins = build_canvas(features)
+    for feature, (x, y) in zip(features, origins, strict=True):
+        h, w = feature.shape[-2:]
+        y, x = int(y), int(x)
+        padded = F.pad(feature, (1, 1, 1, 1), mode="replicate")
+        assert torch.equal(canvas[:, :, y - 1 : y + h + 1, x - 1 : x + w + 1], padded)
