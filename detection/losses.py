@@ -21,11 +21,12 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from detection.parts import BoxCoderPart
-from detection.recipes import recorded
+from detection.recipes import rebuildable, recorded
 
 EPSILON = 1e-7  # torchvision's, in the denominators of overlaps
 
 
+@rebuildable
 def objectness_loss(logits: Tensor, is_object: Tensor) -> Tensor:
     """Binary cross-entropy of logits `(R,)` against 1.0 for objects, 0.0 for background `(R,)` -> `(R,)`.
 
@@ -34,6 +35,7 @@ def objectness_loss(logits: Tensor, is_object: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, is_object, reduction="none")
 
 
+@rebuildable
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Softmax cross-entropy of logits `(R, K)` against labels `(R,)`, 0 for background -> `(R,)`.
 
@@ -42,6 +44,7 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
+@rebuildable
 def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """Mean binary cross-entropy over the pixels of logits `(R, m, m)` against masks `(R, m, m)` in [0, 1] -> `(R,)`.
 

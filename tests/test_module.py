@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,7 +84,8 @@ def test_compiled_parts_give_the_same_from_a_handful_of_graphs() -> None:
 
 def test_only_training_compiles_and_the_checkpoint_is_plain(tmp_path: Path) -> None:
     module = make_module(compile=True)
-    module.trainer = type("Trainer", (), {"datamodule": None})()  # type: ignore[assignment]
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    module.trainer = SimpleNamespace(datamodule=None, strategy=strategy)  # type: ignore[assignment]
     for stage, compiles in (("validate", False), ("test", False), ("fit", True)):
         module.setup(stage)
         assert (module.detector.backbone._compiled_call_impl is not None) == compiles, stage

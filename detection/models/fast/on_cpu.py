@@ -6,6 +6,7 @@ Shape shorthand:
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from detection.batch import Batch
@@ -25,7 +26,8 @@ class _Trimmed(MaskBranch):
 
     def detect(self, features: FeatureMaps, proposals: Proposals, image_sizes: Tensor) -> Detections:
         """As the plain heads."""
-        count = max(1, int(proposals.valid.sum(dim=1).max()))
+        places = torch.arange(1, proposals.valid.shape[1] + 1)
+        count = max(1, int((places * proposals.valid.any(dim=0)).amax())) if len(places) else 0
         cut = (rows[:, :count] for rows in (proposals.boxes, proposals.scores, proposals.valid))
         found: Detections = super().detect(features, Proposals(*cut), image_sizes)  # type: ignore[misc]
         return found
