@@ -6,9 +6,12 @@ import argparse
 import ast
 import importlib
 import math
+import os
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -26,10 +29,12 @@ from detection.cli.check import data_of, splits_of
 from detection.cli.configuration import CONFIGS
 from detection.cli.fit import main
 from detection.data import scenes
+from detection.recipes import RecipeError, rebuild
 from tests.runs import TINY, rows, scene_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+EXAMPLES = ROOT / "examples"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r"^( *)```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^\1```", re.M | re.S)
 STANDS_FOR = re.compile(r"<[^<>\n]+>")  # <time>
@@ -86,10 +91,14 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         if block.title:
             (tmp_path / block.title).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / block.title).write_text(block.text)
+    for path in [*EXAMPLES.glob("*.yaml"), *EXAMPLES.glob("my_parts/*.py")]:
+        (tmp_path / path.relative_to(EXAMPLES)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(EXAMPLES))
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    for block in blocks("python"):
-        sys.modules.pop(block.title.removesuffix(".py"), None)
+    titles = {block.title.removesuffix(".py") for block in blocks("python")} | {"my_parts"}
+    for name in [name for name in sys.modules if name.partition(".")[0] in titles]:
+        del sys.modules[name]
 
 
 def test_there_is_something_to_test() -> None:
@@ -257,6 +266,48 @@ def test_the_reader_of_the_tutorial_reads(beside: Path) -> None:
     data.hparams["num_workers"] = 0
     data.setup("fit")
     assert int(next(iter(data.val_dataloader())).gt_valid.sum()) == 3
+
+
+OWN_PART = (DOCS / "tutorials" / "your-own-part.md").read_text()
+
+
+def test_the_contract_of_the_tutorial_is_the_one_that_holds() -> None:
+    (contract,) = [block.text for block in blocks("python") if block.text.startswith("class RPNHeadPart")]
+    assert contract in (ROOT / "detection" / "parts.py").read_text()
+    for name in re.findall(r"^\|.*\| `(\w+)` \|", OWN_PART, re.M):
+        assert f"class {name}(Protocol)" in (ROOT / "detection" / "parts.py").read_text(), name
+
+
+def test_the_tutorial_names_every_own_part() -> None:
+    """Each file of the example is in the table, and what the table names is there."""
+    named = re.findall(r"`(my_parts\.(\w+)\.(\w+))` \|$", OWN_PART, re.M)
+    assert {module for _, module, _ in named} == {path.stem for path in EXAMPLES.glob("my_parts/[!_]*.py")}
+    for _, module, name in named:
+        assert re.search(rf"^(class|def) {name}\b", (EXAMPLES / "my_parts" / f"{module}.py").read_text(), re.M), name
+
+
+def test_the_error_of_the_tutorial_is_the_one_that_comes(beside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The head without its factor of four, at the place where the tutorial puts it."""
+    path = beside / "my_parts" / "rpn_head.py"
+    path.write_text(path.read_text().replace("4 * num_anchors", "num_anchors"))
+    part = "my_parts.rpn_head.DepthwiseHead"
+    data = scene_flags(scenes.draw(beside, train=2, val=1))
+    builder = ["--model.detector", "fasterrcnn_efficientnet_lite0_fpn", "--model.detector.rpn_head", part]
+    assert main([*builder, *data, "--output", "runs", "--wandb", "off"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] in OWN_PART
+    with pytest.raises(RecipeError) as caught:
+        rebuild({"class_path": "my_parts.backbone.SmallNet", "init_args": {}})
+    assert f"error: best.ckpt: {caught.value}\n" in OWN_PART
+
+
+@pytest.mark.slow
+def test_the_tests_of_the_example_pass(beside: Path) -> None:
+    shutil.copy(EXAMPLES / "test_parts.py", beside)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_parts.py"]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
 
 
 def test_reference_has_every_public_name_and_module() -> None:

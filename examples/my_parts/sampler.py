@@ -25,6 +25,6 @@ class HardBackground:
         lot = torch.where(labels > 0, torch.rand(labels.shape, device=labels.device), -1.0)
         drawn, foreground = lot.topk(min(self.max_positive, count))
         rank = torch.where(labels == 0, hardness().float(), -1.0)  # losses are not below 0
-        rank = rank.scatter(1, foreground, torch.where(drawn >= 0, torch.inf, -1.0))
+        rank = rank.scatter(1, foreground, torch.where(drawn >= 0, torch.inf, rank.gather(1, foreground)))
         value, indices = rank.topk(min(self.size, count))
         return indices, value >= 0
