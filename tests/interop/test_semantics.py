@@ -15,6 +15,7 @@ from detection.interop import files, load_detector, save_detector
 from detection.interop.detectron2 import from_detectron2
 from detection.interop.rows import Style
 from detection.models.two_stage import FasterRCNN
+from detection.parts import FeatureMaps
 
 TOLERANCE = 1e-4
 FAR = 1e-2  # what a wrong variant differs by at least, relative to the size of the features
@@ -78,9 +79,10 @@ def test_a_converted_detector_computes_what_its_library_does(
     for ours, wanted in zip(features, expected, strict=True):
         assert wanted.std() > 0.05 and relative(ours, wanted) < TOLERANCE
 
-    logits, deltas = model.rpn.head(features)
+    maps = FeatureMaps(tuple(features), model.strides)
+    logits, deltas = model.rpn.predict(maps, with_losses=False)
     shapes = [(f.shape[-2], f.shape[-1]) for f in features]
-    anchors = model.rpn.anchor_generator(shapes, model.rpn.strides, tuple(photograph.shape[-2:]))
+    anchors = model.rpn.anchor_generator(shapes, model.strides, tuple(photograph.shape[-2:]))
     for logit, delta, anchor, (wanted_logits, wanted_boxes) in zip(
         logits, deltas, anchors, reference.rpn(expected), strict=True
     ):
@@ -93,7 +95,7 @@ def test_a_converted_detector_computes_what_its_library_does(
 
     proposals = reference.proposals(expected, pre_nms=1000 if kind.features == "fpn" else 6000)
     some = proposals[:: max(1, len(proposals) // 24)]
-    logits, deltas = model.roi_heads.predict(features, some[None])
+    logits, deltas = model.roi_heads.predict(maps, some[None])
     wanted_logits, wanted_deltas = reference.head(expected, some)
     assert wanted_logits.std() > 0.3
     torch.testing.assert_close(logits[0], wanted_logits.roll(1, dims=1), atol=TOLERANCE, rtol=TOLERANCE)
@@ -105,7 +107,9 @@ def test_a_converted_detector_computes_what_its_library_does(
 
 def assert_same_masks(model: Any, reference: Any, features: list[Tensor], boxes: Tensor) -> None:
     labels = torch.arange(len(boxes)) % 5
-    masks = model.roi_heads.mask_logits(features, boxes[None], labels[None] + 1)[0].sigmoid()
+    masks = model.roi_heads.mask_logits(FeatureMaps(tuple(features), model.strides), boxes[None], labels[None] + 1)[
+        0
+    ].sigmoid()
     wanted = reference.masks(features, boxes, labels)
     assert wanted.std() > 0.05
     torch.testing.assert_close(masks, wanted, atol=TOLERANCE, rtol=0)
@@ -194,8 +198,10 @@ def test_torchvisions_semantics_are_others(theirs: SimpleNamespace, photograph: 
     boxes = reference.proposals(expected)[:20]
     wanted, _ = reference.head(expected, boxes)
 
+    maps = FeatureMaps(tuple(expected), model.strides)
+
     def difference() -> float:
-        return float((model.roi_heads.predict(expected, boxes[None])[0][0].roll(-1, 1) - wanted).abs().max())
+        return float((model.roi_heads.predict(maps, boxes[None])[0][0].roll(-1, 1) - wanted).abs().max())
 
     assert difference() < TOLERANCE
     model.roi_heads.box_roi_pool.aligned = False
