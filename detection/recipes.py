@@ -47,6 +47,7 @@ WEIGHTS = ("weights", "weights_backbone")  # arguments of builders that name a f
 EVERYTHING = "*"  # trust in whatever is named: for a configuration that the user wrote
 A_RUN = "*run"  # trust in a run's configuration: it may name files of weights, and builders that open one
 DEEPEST, MOST = 50, 100_000  # of a recipe's values: a file of some bytes can describe more than memory holds
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # a recipe may import it, and it asks the network then
 _trusted: ContextVar[tuple[str, ...]] = ContextVar("trusted", default=())
 
 
@@ -322,7 +323,6 @@ def find(path: str, trust: Iterable[str]) -> Any:
         missing = f"which this version of {PACKAGE} does not have" if package == PACKAGE else f"but {error}"
         raise RecipeError(f"the recipe names {path}, {missing}") from error
     if not callable(maker) or not (free or _is_part(maker, package, A_RUN in trust)):
-        # others could do anything, such as writing files
         raise RecipeError(f"the recipe names {path}, which is not a part of a detector")
     return maker
 

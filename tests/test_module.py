@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from detection.batch import Batch, pad_objects
+from detection.benchmarks.peers import TorchvisionDetector
+from detection.inference.tta import TestTimeAugmentation
 from detection.models.backbones import Backbone, resnet_fpn
 from detection.models.compose import mask_rcnn
+from detection.models.fast.sparse_rpn import SparseRPN
 from detection.models.rcnn import whole_image
 from detection.models.roi_heads import TwoFCHead
 from detection.training.module import DetectionModule, checkpoint_activations, compile_parts
@@ -90,6 +93,24 @@ def test_only_training_compiles_and_the_checkpoint_is_plain(tmp_path: Path) -> N
         module.setup(stage)
         assert (module.detector.backbone._compiled_call_impl is not None) == compiles, stage
     assert list(module.state_dict()) == list(make_module().state_dict())
+
+
+def test_setup_takes_the_quick_forms_wherever_the_detector_is() -> None:
+    """Inside another, and not in others' detectors, which have parts of their own."""
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    for fast in (True, False):
+        module = make_module(fast=fast)
+        inner = module.detector
+        module.detector = TestTimeAugmentation(inner)  # type: ignore[assignment]
+        module.trainer = SimpleNamespace(datamodule=None, strategy=strategy)  # type: ignore[assignment]
+        module.setup("test")
+        assert (type(inner.rpn) is SparseRPN) == fast
+    peer = TorchvisionDetector(resnet_fpn("resnet18", out_channels=16), 3)
+    module = DetectionModule(peer, ["a", "b"])  # type: ignore[arg-type]
+    module.trainer = SimpleNamespace(datamodule=None, strategy=strategy)  # type: ignore[assignment]
+    kinds = [type(m) for m in peer.modules()]
+    module.setup("fit")
+    assert [type(m) for m in peer.modules()] == kinds
 
 
 def test_checkpointing_keeps_losses_and_gradients() -> None:

@@ -28,8 +28,9 @@ from detection.losses import GIoULoss
 from detection.models import zoo
 from detection.models.backbones import resnet_fpn
 from detection.models.compose import cascade_rcnn, fast_rcnn, faster_rcnn, mask_rcnn
-from detection.models.roi_heads import TwoFCHead
-from detection.models.rpn import RPNHead
+from detection.models.roi_heads import RoIHeads, TwoFCHead
+from detection.models.rpn import RegionProposalNetwork, RPNHead
+from detection.models.transform import ImageTransform
 from detection.models.two_stage import FasterRCNN
 from detection.recipes import (
     A_RUN,
@@ -360,6 +361,23 @@ def test_a_recipe_reads_no_file_of_weights() -> None:
         rebuild(recipe)
     with pytest.raises(FileNotFoundError, match=r"/x\.pth"):
         rebuild(recipe, trust=[A_RUN])
+
+
+@pytest.mark.parametrize("name", ["hf-hub:somebody/network", "hf_hub:somebody/network", "local-dir:/somewhere"])
+def test_a_recipe_fetches_no_network(name: str) -> None:
+    recipe = {"class_path": "detection.models.zoo.fasterrcnn_timm_fpn", "init_args": {"backbone_name": name}}
+    with pytest.raises(RecipeError, match=f"{name} is no network of timm's own"):
+        rebuild(recipe)
+
+
+def test_a_detector_of_ones_own_parts_has_a_recipe() -> None:
+    backbone = resnet_fpn("resnet18")
+    parts = (RegionProposalNetwork(256, backbone.strides), RoIHeads(256, 4), ImageTransform(64, 96))
+    model = FasterRCNN(backbone, *parts)
+    with torch.device("meta"):
+        again = rebuild(json.loads(json.dumps(model.recipe)))
+    assert_same_parameters(model, again)
+    assert (again.transform.min_size, again.transform.max_size) == (model.transform.min_size, 96)
 
 
 def test_no_recipe_is_larger_than_memory() -> None:

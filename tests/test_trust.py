@@ -202,7 +202,8 @@ def test_a_warning_at_the_start_names_the_parts_that_no_checkpoint_can_make_agai
         module = DetectionModule(detector, scenes.CLASSES)
         trainer = L.Trainer(**quiet)
         trainer.fit(module, datamodule=loaders)
-        said = [r.getMessage() for r in caplog.records if "no recipe describes" in r.getMessage()]
+        records = {id(r): r.getMessage() for r in caplog.records}.values()  # a record may pass two handlers
+        said = [message for message in records if "no recipe describes" in message]
         assert len(said) == count and all("box_head: " in m and "OwnHead" in m for m in said)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
     trainer.strategy.connect(DetectionModule(own, scenes.CLASSES))

@@ -1,14 +1,15 @@
-"""Time of a training step and of inference, ours against torchvision's with the same weights on the same images."""
+"""Time of a training step and of inference of ours, quick and plain, and torchvision's, with the same weights."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
+from functools import partial
 from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,10 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from detection.batch import Batch, pad_objects
 from detection.benchmarks.peers import TorchvisionDetector
-from detection.models import norms, zoo
+from detection.models import zoo
 from detection.models.backbones import efficientnet_lite0_fpn
 from detection.models.compose import COCO_CATEGORIES
+from detection.models.fast import accelerate
 from detection.models.two_stage import TwoStageDetector
 
 Network = Literal["resnet50", "efficientnet_lite0"]
@@ -37,12 +39,12 @@ def measure_speed(
     rounds: int = 7,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Medians of both detectors, taking turns in one process, and their ratio (below 1: ours is faster).
+    """Medians of the detectors, taking turns in one process, and ours over torchvision's (below 1: ours is faster).
 
     Each gets what it would in use: torchvision a list of float images; ours a uint8 `Batch`, with channels_last
-    weights, the fused optimiser in training, and its normalisation folded for good in inference. Weights are the
-    same; random, with scores spread so that inference has detections to suppress. In bf16 only ours changes its
-    precision.
+    weights, and in its quick form, as `DetectionModule` trains it and `for_inference` makes it ready; `plain` is ours
+    as it was built. Ours train with the fused optimiser. Weights are the same; random, with scores spread so that
+    inference has detections to suppress. In bf16 only ours change their precision.
 
     Args:
         mode: a whole training step with SGD, or inference.
@@ -53,7 +55,8 @@ def measure_speed(
         rounds: timed steps of each; two more are thrown away.
         device: where.
     """
-    times = _take_turns(contenders(mode, network, size, batch_size, bf16, device), rounds, device)
+    steps = contenders(mode, network, size, batch_size, bf16, device, plain=True)
+    times = _take_turns(steps, rounds, device)
     row: dict[str, Any] = {"mode": mode, "network": network, "size": size, "batch": batch_size, "bf16": bf16}
     for name, values in times.items():
         row[f"{name}_ms"] = 1000 * median(values)
@@ -88,15 +91,18 @@ def contenders(
     device: str,
     objects: int = OBJECTS,
     classes: int = COCO_CATEGORIES,
+    plain: bool = False,
 ) -> dict[str, Callable[[], Any]]:
     """A step of each detector on the same images, ready to be called; other arguments as for `measure_speed`.
 
     Args:
         objects: ground truth boxes an image.
         classes: with background.
+        plain: ours in its plain form too.
     """
     torch.manual_seed(0)
-    theirs, ours = (model.to(device) for model in _build(network, size, classes))
+    theirs, ours = _build(network, size, classes)
+    theirs.to(device), ours.to(device)
     images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, device=device)
     boxes, labels = _objects(batch_size, size, device, objects, classes)
     sizes = torch.tensor([[size, size]] * batch_size, device=device)
@@ -105,25 +111,20 @@ def contenders(
     targets = [{"boxes": b, "labels": n} for b, n in zip(boxes, labels, strict=True)]
     precision = torch.autocast(device, torch.bfloat16) if bf16 else nullcontext()
 
-    def our_losses() -> dict[str, Tensor]:
+    def run(model: Any) -> Any:
         with precision:
-            return ours.run(batch, with_losses=True, with_detections=False)[0]  # type: ignore[operator]
+            losses, detections = model.run(batch, with_losses=mode == "train", with_detections=mode == "infer")
+        return losses if mode == "train" else detections
 
-    def our_detections() -> Any:
-        with precision:
-            return ours.run(batch, with_losses=False, with_detections=True)[1]  # type: ignore[operator]
-
+    forms = {"plain": deepcopy(ours)} if plain else {}
     if mode == "train":
-        return {
-            "torchvision": _step(theirs, lambda: theirs(floats, targets), fused=False),
-            "ours": _step(ours, our_losses, fused=True),
-        }
-    theirs.eval()
-    ours = ours.for_inference()  # type: ignore[operator]
-    return {
-        "torchvision": torch.inference_mode()(lambda: theirs(floats)),
-        "ours": torch.inference_mode()(our_detections),
-    }
+        forms = {"ours": accelerate(ours, device), **forms}
+        steps = {name: _step(form, partial(run, form), fused=True) for name, form in forms.items()}
+        return {"torchvision": _step(theirs, lambda: theirs(floats, targets), fused=False), **steps}
+    forms = {"ours": ours.for_inference(), **forms}
+    runs: dict[str, Callable[[], Any]] = {name: partial(run, form.eval()) for name, form in forms.items()}
+    runs = {"torchvision": partial(theirs.eval(), floats), **runs}
+    return {name: torch.inference_mode()(detect) for name, detect in runs.items()}
 
 
 def _build(network: Network, size: int, classes: int) -> tuple[nn.Module, TwoStageDetector]:
@@ -137,8 +138,7 @@ def _build(network: Network, size: int, classes: int) -> tuple[nn.Module, TwoSta
     else:
         ours = zoo.fasterrcnn_efficientnet_lite0_fpn(num_classes=classes)
         options = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, **sizes}
-        with patch.object(norms, "fold_frozen_norms"):  # its users have the network as timm makes it
-            trunk = efficientnet_lite0_fpn(fpn_norm="batch")
+        trunk = efficientnet_lite0_fpn(fpn_norm="batch")
         theirs = TorchvisionDetector(trunk, classes, **options).model
     with torch.no_grad():
         for parameter in ours.roi_heads.get_submodule("box_predictor").parameters():

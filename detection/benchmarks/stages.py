@@ -18,10 +18,11 @@ from detection.anchors import AnchorGenerator
 from detection.benchmarks.speed import Mode, Network, contenders, wait
 from detection.matching import BalancedSampler, Matcher
 from detection.models import roi_heads, rpn
-from detection.models.backbones import Backbone
+from detection.models.fast import sparse_rpn
 from detection.models.pooling import RoIPooler
 from detection.models.pyramid import FeaturePyramidNetwork
 from detection.models.transform import ImageTransform
+from detection.models.trunks import Backbone
 
 # What runs inside another stage counts for itself alone: NMS is no part of the proposals' time.
 STAGES: dict[str, list[tuple[Any, str]]] = {
@@ -29,14 +30,14 @@ STAGES: dict[str, list[tuple[Any, str]]] = {
     "backbone": [(Backbone, "forward")],
     "FPN": [(FeaturePyramidNetwork, "forward")],
     "anchors": [(AnchorGenerator, "__call__")],
-    "RPN head": [(rpn.RPNHead, "forward"), (rpn.RPNHead, "at")],
+    "RPN head": [(rpn.RPNHead, "forward"), (sparse_rpn, "head_at")],
     "proposals": [(rpn.RegionProposalNetwork, "propose")],
     "NMS": [(rpn, "grouped_nms"), (roi_heads, "grouped_nms")],
-    "assignment": [(Matcher, "match"), (BalancedSampler, "__call__"), (roi_heads.RoIHeads, "sample")],
+    "assignment": [(Matcher, "__call__"), (BalancedSampler, "__call__"), (roi_heads.RoIHeads, "sample")],
     "RoI pool": [(RoIPooler, "forward")],
     "box head": [(roi_heads.TwoFCHead, "forward"), (roi_heads.FastRCNNPredictor, "forward")],
     "losses": [(rpn.RegionProposalNetwork, "losses"), (roi_heads.RoIHeads, "box_losses")],
-    "detections": [(roi_heads.RoIHeads, "decide")],
+    "detections": [(roi_heads.RoIHeads, "postprocess")],
     "backward": [(torch.Tensor, "backward")],
     "optimiser": [(torch.optim.SGD, "step")],
 }
@@ -98,7 +99,7 @@ def _peak_since_asked(device: str) -> float:
 def measure_stages(
     mode: Mode, network: Network, size: int, batch_size: int, bf16: bool, rounds: int, device: str
 ) -> list[dict[str, Any]]:
-    """Median milliseconds of each stage of our detector, its share, and the most memory in use during it in MiB.
+    """Median milliseconds of each stage of our detector in its quick form, its share, and its most memory in MiB.
 
     Arguments as for `speed.measure_speed`.
     """
@@ -111,8 +112,7 @@ def measure_stages(
         with ExitStack() as stack:
             for name, places in STAGES.items():
                 for owner, attribute in places:
-                    if hasattr(owner, attribute):
-                        stack.enter_context(patch.object(owner, attribute, watch.wrap(name, getattr(owner, attribute))))
+                    stack.enter_context(patch.object(owner, attribute, watch.wrap(name, getattr(owner, attribute))))
             with watch.stage("between"):
                 run()
         turns.append(watch.seconds)

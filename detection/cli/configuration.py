@@ -58,8 +58,9 @@ def complete(args: Sequence[str]) -> Given:
     """Write out in full what may be short, and choose a configuration where none is given.
 
     Short are the name of a packaged configuration (`bccd` for its file) and of a builder (without its module). A
-    command line without `--config`, or with presets alone, uses the configuration of the run that it resumes; without
-    `--resume`, the quickstart. What the configuration of a run names is checked: it may be somebody else's.
+    command line without `--config`, or with presets alone, uses the configuration of the run that it resumes. Without
+    `--resume` it uses the quickstart, but not its detector where it names another. What the configuration of a run
+    names is checked, as it may be somebody else's.
 
     Raises:
         RecipeError: it names a part of a package that is not trusted, or that can't be imported.
@@ -67,7 +68,7 @@ def complete(args: Sequence[str]) -> Given:
     args, trust = take_trust(args)
     trust = list(trusted_names(trust))
     expanded, own, previous, default = list[str](), list[str](), "", CONFIGS / f"{QUICKSTART}.yaml"
-    configs: list[Path] = []
+    configs, chosen = list[Path](), False
     for arg in args:
         flag, equals, value = arg.partition("=") if arg.startswith("-") else (previous, "", arg)
         if flag in ("-c", "--config") and value:
@@ -75,8 +76,9 @@ def complete(args: Sequence[str]) -> Given:
             value = str(next((path for path in packaged if path.is_file()), value))
             configs.append(Path(value))
         home = next((module for module in (zoo, relatives) if value in vars(module)), None)
-        if flag in ("--model.detector", "--model.detector.class_path") and home is not None:
-            value = f"{home.__name__}.{value}"
+        if flag in ("--model.detector", "--model.detector.class_path"):
+            chosen = chosen or bool(value)
+            value = f"{home.__name__}.{value}" if home is not None else value
         expanded.append(f"{flag}{equals}{value}" if arg.startswith("-") else value)
         if flag.startswith(("--trainer.", "--model.", "--data.proposals", "--data.reader", "--data.augmentations")):
             own.append(value)
@@ -86,9 +88,10 @@ def complete(args: Sequence[str]) -> Given:
             default = resumed / "config.yaml" if (resumed / "config.yaml").is_file() else default
     if not all(path.parent == PRESETS for path in configs):
         return Given(expanded, None, (EVERYTHING, *trust))
-    expanded = ["--config", str(default), *expanded]
     if default.parent == CONFIGS:
-        return Given(expanded, None, (EVERYTHING, *trust))
+        config = _without_detector(default) if chosen else str(default)
+        return Given(["--config", config, *expanded], None, (EVERYTHING, *trust))
+    expanded = ["--config", str(default), *expanded]
     trusted = name_only_known(own, trust)
     check_parts(default, (A_RUN, *trusted))
     return Given(expanded, default, (A_RUN, *trusted))
@@ -110,6 +113,13 @@ def name_only_known(own: Iterable[str], trust: Iterable[str] = ()) -> tuple[str,
     trusted = tuple(sorted(typed | set(trusted_names(trust))))
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*KNOWN, *trusted])
     return trusted
+
+
+def _without_detector(config: Path) -> str:
+    """The text of the quickstart for another detector, whose defaults are better than settings for the quickstart's."""
+    content = yaml.safe_load(config.read_text())
+    del content["model"]["detector"]
+    return yaml.safe_dump(content, default_flow_style=True, width=10**6)
 
 
 def check_parts(config: Path, trust: Sequence[str]) -> None:

@@ -155,7 +155,13 @@ def efficientnet_lite0_fpn(
 
 
 def _create(name: str) -> nn.Module:
-    """A network of timm without weights, for images of any size if it can take them."""
+    """A network of timm without weights, for images of any size if it can take them.
+
+    Raises:
+        ValueError: the name is that of a hub (`hf-hub:`) or a folder, which timm would fetch or open.
+    """
+    if ":" in name:
+        raise ValueError(f"{name} is no network of timm's own: others would be fetched, and nothing is unasked")
     for arguments in ANY_SIZE:
         try:
             return timm.create_model(name, pretrained=False, **arguments)

@@ -15,11 +15,13 @@ from torch.nn import functional as F
 
 from detection.batch import Batch, check_images, check_targets, pad_images, pad_masks, pad_objects
 from detection.boxes import resize_boxes
+from detection.recipes import recorded
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+@recorded
 class ImageTransform(nn.Module):
     """Resizes, normalises and pads.
 

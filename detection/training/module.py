@@ -162,8 +162,9 @@ class DetectionModule(L.LightningModule):
         settings = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
         if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
-        if self.fast:
-            accelerate(self.detector, self.trainer.strategy.root_device)
+        for part in list(self.detector.modules()):  # the detector itself, or one inside another, as in test time's
+            if self.fast and isinstance(part, FasterRCNN):
+                accelerate(part, self.trainer.strategy.root_device)
         if self.compiled and stage == "fit":
             compile_parts(self.detector)
 

@@ -6,6 +6,7 @@ not of 64, where the strides that torchvision infers are wrong, so ours are told
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable
 from copy import deepcopy
@@ -19,6 +20,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import detection as reference
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor as ReferencePredictor
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.rpn import RPNHead as ReferenceHead
 from torchvision.ops import FrozenBatchNorm2d
 
 from detection.anchors import AnchorGenerator, default_anchors
@@ -26,6 +30,7 @@ from detection.boxes import BoxCoder
 from detection.models import zoo
 from detection.models.fast import accelerate
 from detection.models.two_stage import FasterRCNN
+from detection.recipes import rebuild
 
 Sample = tuple[list[Tensor], list[dict[str, Tensor]]]
 Calibrated = Callable[[Callable[[], nn.Module]], nn.Module]
@@ -217,6 +222,37 @@ def frozen_twin(calibrated: Calibrated, real_samples: Sample) -> tuple[FasterRCN
 def test_frozen_twins_agree(form: str, frozen_twin: tuple[FasterRCNN, Trace], real_samples: Sample) -> None:
     ours, expected = frozen_twin
     assert_same(trace(FORMS[form](ours), real_samples), expected)
+
+
+TV = "torchvision.models.detection"
+# Given as objects, and as factories, which the builder calls with channels and numbers of anchors or classes. The
+# reference's box head wants the length of the flattened features, which no builder knows.
+OBJECTS = (ReferenceHead(256, 3), TwoMLPHead(256 * 7**2, 1024), ReferencePredictor(1024, NUM_CLASSES))
+FACTORIES = (
+    partial(ReferenceHead, conv_depth=1),
+    {"class_path": f"{TV}.faster_rcnn.TwoMLPHead", "init_args": {"in_channels": 12544, "representation_size": 1024}},
+    ReferencePredictor,
+)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("parts", [OBJECTS, FACTORIES], ids=["objects", "factories"])
+def test_parts_of_torchvision_are_parts(
+    form: str, parts: tuple[Any, ...], frozen_twin: tuple[FasterRCNN, Trace], real_samples: Sample
+) -> None:
+    ours, expected = frozen_twin
+    names = ("rpn_head", "box_head", "box_predictor")
+    given = {name: rebuild(part) if isinstance(part, dict) else part for name, part in zip(names, parts, strict=True)}
+    model = zoo.fasterrcnn_resnet_fpn(norm="frozen", rpn_anchor_generator=anchors(), **given, **OPTIONS, **SMALL)
+    kinds = (ReferenceHead, TwoMLPHead, ReferencePredictor)
+    own = (model.rpn.head, model.roi_heads.box_head, model.roi_heads.box_predictor)
+    assert tuple(map(type, own)) == kinds
+    model.load_state_dict(ours.state_dict(), strict=True)
+    assert_same(trace(FORMS[form](model), real_samples), expected)
+    if parts is FACTORIES:
+        again = rebuild(json.loads(json.dumps(model.recipe)))
+        assert (type(again.rpn.head), type(again.roi_heads.box_head), type(again.roi_heads.box_predictor)) == kinds
+        again.load_state_dict(model.state_dict(), strict=True)
 
 
 def anchors(**options: Any) -> AnchorGenerator:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from detection.batch import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, check_images, check_targets
+from detection.batch import check_images, check_targets
+from detection.models.transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 
 sides = st.integers(20, 700)
 

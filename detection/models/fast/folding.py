@@ -101,10 +101,11 @@ def fold_frozen_norms(network: nn.Module, example: Tensor) -> None:
         pairs.extend((conv, norm) for conv, output in outputs if output is inputs[0])  # type: ignore[misc]
 
     modules = list(network.modules())
-    if not any(isinstance(m, FrozenBatchNorm2d | FrozenBatchNormAct2d) for m in modules):
+    frozen = [m for m in modules if isinstance(m, FrozenBatchNorm2d | FrozenBatchNormAct2d)]
+    frozen = [m for m in frozen if not isinstance(m, FoldedNorm)]  # it has been folded before, and does nothing
+    if not frozen:
         return
     hooks = [m.register_forward_hook(note_output) for m in modules if isinstance(m, nn.Conv2d)]
-    frozen = (m for m in modules if isinstance(m, FrozenBatchNorm2d | FrozenBatchNormAct2d))
     hooks += [m.register_forward_pre_hook(note_input) for m in frozen]
     with trial(network):
         results = tree_leaves(network(example))

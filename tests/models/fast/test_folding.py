@@ -63,6 +63,19 @@ def test_folding_changes_neither_numbers_nor_names(name: str) -> None:
             torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("name", ["torchvision", "tf_efficientnet_lite0"])
+def test_folding_again_changes_nothing(name: str) -> None:
+    """Each `setup` of a run folds, and timm's activations and TensorFlow's padding have to outlast the second."""
+    network = frozen(name)
+    fold_frozen_norms(network, IMAGES)
+    modules = dict(network.named_modules())
+    with torch.no_grad():
+        expected = outputs(network)
+        fold_frozen_norms(network, IMAGES)
+        assert dict(network.named_modules()) == modules
+        assert all(map(torch.equal, outputs(network), expected))
+
+
 def test_a_copy_has_statistics_of_its_own() -> None:
     network = frozen("torchvision")
     fold_frozen_norms(network, IMAGES)
