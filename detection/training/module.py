@@ -162,7 +162,7 @@ class DetectionModule(L.LightningModule):
         settings = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
         if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
-        for part in list(self.detector.modules()):  # the detector itself, or one inside another, as in test time's
+        for part in list(self.detector.modules()):  # itself, or one inside it, as in test-time augmentation
             if self.fast and isinstance(part, FasterRCNN):
                 accelerate(part, self.trainer.strategy.root_device)
         if self.compiled and stage == "fit":
