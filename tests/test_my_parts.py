@@ -278,10 +278,8 @@ def test_own_proposer_goes_to_onnx(my_parts: Path, tmp_path: Path) -> None:
 
 def test_own_part_that_does_not_fit_is_named(my_parts: Path) -> None:
     """A box head in the place of an RPN head: both take two numbers."""
-    with pytest.raises(
-        PartError, match=r"rpn_head: MeanHead\(\[\(1, 16, 16, 16\), .*\) failed: AttributeError: 'list'"
-    ):
-        build({"rpn_head": {"class_path": "my_parts.box_head.MeanHead"}}, {}, {})
+    with pytest.raises(PartError, match=r"rpn_head: SqueezeHead\(\[\(1, 16, 16, 16\), .*\) failed: TypeError: conv2d"):
+        build({"rpn_head": {"class_path": "my_parts.box_head.SqueezeHead"}}, {}, {})
 
 
 def test_parts_are_short_and_repeat_no_number() -> None:

@@ -22,7 +22,7 @@ from detection.models.precomputed import PrecomputedProposals
 from detection.models.roi_heads import FastRCNNPredictor, RoIHeads, TwoFCHead
 from detection.models.rpn import RegionProposalNetwork
 from detection.models.transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
-from detection.models.two_stage import TwoStageDetector, channels_of, strides_of
+from detection.models.two_stage import TwoStageDetector, layout_of
 from detection.parts import Factory, Factory2, ProposerFactory
 from detection.recipes import recorded
 from detection.selective_search import SelectiveSearch
@@ -108,7 +108,7 @@ def faster_rcnn(
     Raises:
         PartError: a part does not keep its contract, see `detection.parts`.
     """
-    channels, strides = channels_of(backbone), strides_of(backbone)
+    strides, channels = layout_of(backbone)
     proposer = rpn or partial(
         RegionProposalNetwork,
         anchor_generator=rpn_anchor_generator,
@@ -188,11 +188,17 @@ def mask_rcnn(
     return faster_rcnn(
         backbone,
         num_classes,
-        mask_roi_pool=mask_roi_pool or RoIPooler(output_size=14),
-        mask_head=mask_head or MaskHead,
-        mask_predictor=mask_predictor or MaskPredictor,
+        **mask_branch(mask_roi_pool, mask_head, mask_predictor),
         **kwargs,
     )
+
+
+def mask_branch(
+    roi_pool: nn.Module | None, head: nn.Module | Factory | None, predictor: nn.Module | Factory2 | None
+) -> dict[str, Any]:
+    """The arguments of `faster_rcnn` for a mask branch, with the defaults of `mask_rcnn`."""
+    parts = (roi_pool or RoIPooler(14), head or MaskHead, predictor or MaskPredictor)
+    return dict(zip(("mask_roi_pool", "mask_head", "mask_predictor"), parts, strict=True))
 
 
 @recorded
@@ -244,15 +250,13 @@ def cascade_rcnn(
         num_classes,
         box_head=head,
         box_predictor=predictor,
-        mask_roi_pool=(mask_roi_pool or RoIPooler(output_size=14)) if masks else None,
-        mask_head=mask_head or MaskHead,
-        mask_predictor=mask_predictor or MaskPredictor,
+        **(mask_branch(mask_roi_pool, mask_head, mask_predictor) if masks else {}),
         **kwargs,
     )
     first: RoIHeads = model.roi_heads
     stages = [
         RoIHeads(
-            channels_of(backbone),
+            layout_of(backbone)[1],
             num_classes,
             first.box_roi_pool,
             head,

@@ -47,7 +47,7 @@ class TwoStageDetector(nn.Module):
         self.backbone: Any = backbone
         self.rpn: Any = rpn
         self.roi_heads: Any = roi_heads
-        self.strides = strides_of(backbone)
+        self.strides = layout_of(backbone)[0]
         self.recipe: dict[str, Any] | None = None  # how a builder made this model; see `detection.recipes`
         self.resolved: dict[str, Any] = {}
         self.check()
@@ -120,7 +120,7 @@ class TwoStageDetector(nn.Module):
             return
         with trial(self):
             maps = run("backbone", self.backbone, "__call__", self.transform.normalise(batch.images, batch.image_sizes))
-            check_maps(self.backbone, maps, self.strides, channels_of(self.backbone))
+            check_maps(self.backbone, maps, *layout_of(self.backbone))
             features = FeatureMaps(tuple(maps.values()), self.strides)
             for part in (self.rpn, self.roi_heads):
                 if hasattr(part, "check"):
@@ -159,16 +159,14 @@ class TwoStageDetector(nn.Module):
 FasterRCNN = TwoStageDetector  # as torchvision's users know it
 
 
-def strides_of(backbone: nn.Module) -> tuple[int, ...]:
-    """Pixels between neighbouring cells of each of a backbone's maps: declared, or measured on a blank image."""
-    declared: Any = getattr(backbone, "strides", None)
-    return measure(backbone)[0] if declared is None else tuple(declared)
+def layout_of(backbone: nn.Module) -> tuple[tuple[int, ...], int]:
+    """Pixels between neighbouring cells of each of a backbone's maps, and their channels.
 
-
-def channels_of(backbone: nn.Module) -> int:
-    """Channels of each of a backbone's maps: declared, or measured on a blank image."""
-    declared: Any = getattr(backbone, "out_channels", None)
-    return measure(backbone)[1] if declared is None else int(declared)
+    Both as the backbone declares them, or measured on a blank image.
+    """
+    strides, channels = (getattr(backbone, name, None) for name in ("strides", "out_channels"))
+    measured: Any = measure(backbone) if strides is None or channels is None else (strides, channels)
+    return tuple(measured[0] if strides is None else strides), int(measured[1] if channels is None else channels)
 
 
 def _blank_batch(device: torch.device) -> Batch:

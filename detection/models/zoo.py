@@ -26,9 +26,8 @@ from detection.models.backbones import (
     resnet_fpn,
     timm_fpn,
 )
-from detection.models.compose import COCO_CATEGORIES, cascade_rcnn, faster_rcnn
+from detection.models.compose import COCO_CATEGORIES, cascade_rcnn, faster_rcnn, mask_branch
 from detection.models.masks import MaskHead, MaskPredictor
-from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor
 from detection.models.rpn import RPNHead
 from detection.models.trunks import AnyPyramid
@@ -142,9 +141,7 @@ def maskrcnn_resnet50_fpn(
     return fasterrcnn_resnet_fpn(
         backbone_name="resnet50",
         published="MaskRCNN_ResNet50_FPN_Weights",
-        mask_roi_pool=mask_roi_pool or RoIPooler(14),
-        mask_head=mask_head or MaskHead,
-        mask_predictor=mask_predictor or MaskPredictor,
+        **mask_branch(mask_roi_pool, mask_head, mask_predictor),
         **kwargs,
     )
 
@@ -163,9 +160,7 @@ def maskrcnn_resnet50_fpn_v2(
     """
     return fasterrcnn_resnet50_fpn_v2(
         published="MaskRCNN_ResNet50_FPN_V2_Weights",
-        mask_roi_pool=mask_roi_pool or RoIPooler(14),
-        mask_head=mask_head or partial(MaskHead, batch_norm=True),
-        mask_predictor=mask_predictor or MaskPredictor,
+        **mask_branch(mask_roi_pool, mask_head or partial(MaskHead, batch_norm=True), mask_predictor),
         **kwargs,
     )
 
@@ -294,9 +289,11 @@ def maskrcnn_efficientnet_lite0_fpn(
     """
     return fasterrcnn_efficientnet_lite0_fpn(
         fpn_channels=fpn_channels,
-        mask_roi_pool=mask_roi_pool or RoIPooler(14),
-        mask_head=mask_head or partial(MaskHead, layers=[fpn_channels] * 4),
-        mask_predictor=mask_predictor or partial(MaskPredictor, hidden_channels=fpn_channels),
+        **mask_branch(
+            mask_roi_pool,
+            mask_head or partial(MaskHead, layers=[fpn_channels] * 4),
+            mask_predictor or partial(MaskPredictor, hidden_channels=fpn_channels),
+        ),
         **kwargs,
     )
 
