@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from detection.cli.configuration import defaults
 from detection.models import relatives, zoo
-from detection.recipes import advice
+from detection.recipes import NEVER, advice
 from detection.training.optimisation import MOVED
 
 TYPICAL = "detection.models.zoo.fasterrcnn_resnet_fpn"  # has the arguments that most builders share
@@ -31,8 +31,9 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         message = " ".join(message.split())
         if denied := re.search(r"Importing '([\w.]+)' is not allowed", message):
-            said = f"{self.resumed or 'the configuration'}: it names {denied[1]}: "
-            said += advice(denied[1].partition(".")[0])
+            package = denied[1].partition(".")[0]
+            how = ", which is no part of a run" if package in NEVER else f": {advice(package)}"
+            said = f"{self.resumed or 'the configuration'}: it names {denied[1]}{how}"
         else:
             said = shorten(message) + self._suggest(message)
         sys.stderr.write(f"error: {said}\n")

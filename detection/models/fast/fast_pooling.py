@@ -27,6 +27,8 @@ class CanvasPooler(RoIPooler):
 
     def pool(self, maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, levels: Tensor) -> Tensor:
         """As `RoIPooler.pool`."""
+        if self.sampling_ratio == 0:  # each region has its own number of samples, and so of those beyond the map
+            return super().pool(maps, strides, boxes, levels)
         canvas, origins = build_canvas(maps)
         boxes = in_cells(boxes, strides, levels)
         shapes = torch.tensor([(f.shape[-1], f.shape[-2]) for f in maps], device=boxes.device)
