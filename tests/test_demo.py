@@ -39,7 +39,7 @@ FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-back
 
 def tiny(builder: Any = maskrcnn_efficientnet_lite0_fpn, **arguments: Any) -> FasterRCNN:
     """A detector of random heads whose best scores lie around one half."""
-    torch.manual_seed(1)
+    torch.manual_seed(8)
     options = {"min_size": 96, "max_size": 160, "box_score_thresh": 0.1, "box_detections_per_img": 150} | arguments
     model = builder(num_classes=len(NAMES) + 1, **options).eval()
     with torch.no_grad():
