@@ -12,6 +12,13 @@ MOVED = {
     f"{PACKAGE}.models.proposals.GivenProposals": f"{PACKAGE}.models.precomputed.PrecomputedProposals",
 }
 
+ARGUMENTS = {  # of builders: what they were called -> what takes their place
+    "box_beta": "box_loss",
+    "box_overlap_loss": "box_loss",
+    "rpn_box_beta": "rpn_box_loss",
+    "rpn_overlap_loss": "rpn_box_loss",
+}
+
 
 def upgrade(path: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The class path and the arguments of a recipe as this version has them; those of other packages as they are."""

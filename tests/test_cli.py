@@ -217,6 +217,17 @@ def test_misspelt_flag_fails_with_the_nearest(
     assert message.count("\n") == 1
 
 
+@pytest.mark.parametrize(("old", "new"), [("box_beta", "box_loss"), ("rpn_overlap_loss", "rpn_box_loss")])
+def test_an_argument_of_older_builders_says_what_took_its_place(
+    old: str, new: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detector = {"class_path": "detection.fasterrcnn_resnet_fpn", "init_args": {old: 1.0}}
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump({"model": {"detector": detector}}))
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", str(tmp_path / "old.yaml")])
+    assert stop.value.code == 2 and f"instead of {old} give {new}" in capsys.readouterr().err
+
+
 def test_misspelt_key_in_a_file_fails_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
     config["data"]["batchsize"] = 2

@@ -16,6 +16,7 @@ from detection.cli.configuration import defaults
 from detection.models import relatives, zoo
 from detection.recipes import NEVER, advice
 from detection.training.optimisation import MOVED
+from detection.upgrades import ARGUMENTS
 
 TYPICAL = "detection.models.zoo.fasterrcnn_resnet_fpn"  # has the arguments that most builders share
 
@@ -52,6 +53,8 @@ class Parser(LightningArgumentParser):
         if "No module named" in message:
             return f" (neither installed nor in {os.getcwd()})"
         if part := re.search(r"given class_path '([\w.]+)': Option '([\w.]+)' is not accepted", message):
+            if part[2] in ARGUMENTS:
+                return f" (a loss is a part now: instead of {part[2]} give {ARGUMENTS[part[2]]})"
             near = difflib.get_close_matches(part[2], list(vars(defaults(part[1]))), 1, 0.6)
             return f" (did you mean --{'.'.join([*_keys(message), *near])}?)" if near else ""
         options = {option.lstrip("-") for option in self._option_string_actions if option.startswith("--")}
