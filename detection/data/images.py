@@ -27,7 +27,7 @@ from PIL import Image, features
 from detection.data import jpeg
 from detection.data.records import DataError
 
-# What is read, in order of preference, and the decoders of it, by Pillow's names. Others, such as EPS, may run programs.
+# What is read, in order of preference, and its decoders by Pillow's names. Others may run programs, as that of EPS.
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".avif", ".jp2", ".j2k", ".j2c"),
     *(".jpx", ".jpf", ".mpo", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".apng", ".dib", ".tga"),
@@ -79,7 +79,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None, huge: bool = Fal
     Args:
         path: the file.
         size: `(height, width)` in pixels that the annotation states, which settles the orientation.
-        huge: read more than `LARGEST` pixels too. Their file is decoded whole: 3 bytes a pixel from JPEG, 7 from others.
+        huge: read more than `LARGEST` pixels too, decoded whole: 3 bytes a pixel from JPEG, 7 from other kinds.
 
     Returns:
         `(H, W, 3)` uint8 RGB, contiguous; `(H, W)` equals `size` where it is given.
@@ -164,10 +164,10 @@ def remarks(path: Path) -> list[tuple[str, str]]:
         DataError: as `image_size`.
     """
     found = []
-    frames = _header(path, count=True).frames
-    if frames > 1:
-        found.append((f"only the first of {frames} frames is read", "save the others as files of their own"))
-    if _header(path).kind == "JPEG" and jpeg.lacks_end(path.read_bytes()):
+    header = _header(path, count=True)
+    if header.frames > 1:
+        found.append((f"only the first of {header.frames} frames is read", "save the others as files of their own"))
+    if header.kind == "JPEG" and jpeg.lacks_end(path.read_bytes()):
         found.append(("the JPEG has no end marker", "all of it is there and read; save it again"))
     return found
 
@@ -194,7 +194,7 @@ def _header(path: Path, data: bytes | None = None, count: bool = False) -> _Head
                 width, height = image.size
                 kind = "JPEG" if image.format == "MPO" else str(image.format)
                 # the second picture of a JPEG is a preview or a map of depth or brightness
-                frames = int(getattr(image, "n_frames", 1)) if count and kind != "JPEG" else 1
+                frames = _frames(image) if count and kind != "JPEG" else 1
                 return _Header((height, width), _orientation(image), kind, image.mode, frames)
     except FileNotFoundError as error:
         raise DataError(f"{path}: the image is missing; restore the file or delete its annotation") from error
@@ -245,6 +245,13 @@ def _unread(path: Path, data: bytes | None) -> str | None:
     return f"{suffix[1:].upper()} is not read; {UNREAD[suffix]}" if suffix in UNREAD else None
 
 
+def _frames(image: Image.Image) -> int:
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception:  # a damaged later frame does not concern the first
+        return 1
+
+
 def _orientation(image: Image.Image) -> int:
     block = image.info.get("exif")
     # a TIFF's orientation is a tag of the format itself, which the decoder has already applied to the size
@@ -260,7 +267,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _decode_jpeg(path: Path, data: bytes, mode: str) -> NDArray[np.uint8]:
-    whole, pixels = jpeg.with_end(data), None
+    whole = jpeg.with_end(data)
+    pixels: NDArray[Any] | None = None
     if whole is not None and mode not in ("RGB", "L"):
         pixels = _decode(path, whole)
     elif whole is not None:
@@ -305,7 +313,7 @@ def _to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
     pixels = np.empty((rgb.height, rgb.width, 3), np.uint8)
     for top in range(0, rgb.height, BAND):  # a large picture is not held twice
         bottom = min(top + BAND, rgb.height)
-        pixels[top:bottom] = rgb.crop((0, top, rgb.width, bottom))
+        pixels[top:bottom] = np.asarray(rgb.crop((0, top, rgb.width, bottom)))
     return pixels
 
 
