@@ -15,6 +15,8 @@ import io
 import re
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +57,7 @@ OPTIONAL = {
 }
 HEIF = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
 LARGEST = 178_956_970  # pixels, beyond which Pillow speaks of a decompression bomb: half a gigabyte of RGB
-BAND = 1024  # rows of a picture that are copied at once
+BAND = 2**24  # pixels of a picture that are copied at once
 ORIENTATION = 0x0112
 # A damaged header may promise 170 million pixels, half a minute of decoding. Deflate packs up to 8256 pixels a byte.
 PLENTY, DENSEST = 10_000_000, 10_000
@@ -70,7 +72,7 @@ UPRIGHT = {
     7: (True, True, True),
     8: (True, True, False),
 }
-_LIMIT = threading.Lock()  # of Pillow's limit, which holds for all threads
+_LIMIT = threading.Lock()
 
 
 def read_image(path: Path, size: tuple[int, int] | None = None, huge: bool = False) -> NDArray[np.uint8]:
@@ -214,13 +216,20 @@ def _formats() -> tuple[str, ...]:
 def _open(source: Path | io.BytesIO) -> Image.Image:
     try:
         return Image.open(source, formats=_formats())
-    except Image.DecompressionBombError:  # whose size is looked at here
-        with _LIMIT:
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                return Image.open(source, formats=_formats())
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
+    except Image.DecompressionBombError:  # how many pixels are too many is asked here
+        with _unlimited():
+            return Image.open(source, formats=_formats())
+
+
+@contextmanager
+def _unlimited() -> Iterator[None]:
+    """Lifts Pillow's limit of pixels, which is one for all threads."""
+    with _LIMIT:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _refuse_huge(path: Path, shape: tuple[int, int]) -> None:
@@ -287,7 +296,8 @@ def _decode(path: Path, data: bytes) -> NDArray[np.uint8]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with _open(io.BytesIO(data)) as image:
-                image.load()
+                with _unlimited() if image.width * image.height > LARGEST else nullcontext():
+                    image.load()
                 return _to_rgb(image, str(path))
     except (DataError, MemoryError):
         raise
@@ -311,8 +321,9 @@ def _to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
     except ValueError as error:
         raise DataError(f"{name}: pixels of mode {image.mode} can't be converted; save the image as RGB") from error
     pixels = np.empty((rgb.height, rgb.width, 3), np.uint8)
-    for top in range(0, rgb.height, BAND):  # a large picture is not held twice
-        bottom = min(top + BAND, rgb.height)
+    rows = max(1, BAND // rgb.width)
+    for top in range(0, rgb.height, rows):  # a large picture is not held twice
+        bottom = min(top + rows, rgb.height)
         pixels[top:bottom] = np.asarray(rgb.crop((0, top, rgb.width, bottom)))
     return pixels
 

@@ -40,7 +40,10 @@ def lacks_end(data: bytes) -> bool:
 
 
 def is_grey_at_end(pixels: NDArray[np.uint8]) -> bool:
-    """Whether the last pixels of `(H, W, 3)` are the grey of missing blocks, which an end marker may hide."""
+    """Whether the last pixels of `(H, W, 3)` are the grey of missing blocks, which an end marker may hide.
+
+    Where less than the last block is missing, it is no more than that which looks wrong, and is not seen.
+    """
     return bool((pixels[-1, -8:] == 128).all())
 
 

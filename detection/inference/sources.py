@@ -86,7 +86,7 @@ class Video:
         else:
             url = urlsplit(source)
             self.name = Path(url.path).name or url.hostname or "stream"
-            what = f"{url.scheme}://{url.hostname}{url.path}: no stream answers there"
+            what = f"{url.scheme}://{url.hostname}{url.path}: there is no film or stream"
         self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
         if not self._capture.isOpened():
             raise DataError(f"{what}; OpenCV can't open it")
