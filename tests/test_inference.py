@@ -292,7 +292,7 @@ def test_huge_pictures_are_looked_at_in_tiles(photos, tmp_path, monkeypatch):
 
     rectangles = [(0, 70, 30, 95, 60), (2, 120, 90, 150, 120)]
     Image.fromarray(scene(150, 200, *rectangles)).save(photos / "aerial.tif")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 14_000)
     for module in ("data.images", "inference.run"):
         monkeypatch.setattr(f"detection.{module}.LARGEST", 20_000)
     monkeypatch.setattr("detection.inference.run.DRAWN", 120)
@@ -303,7 +303,7 @@ def test_huge_pictures_are_looked_at_in_tiles(photos, tmp_path, monkeypatch):
     assert note.startswith("aerial.tif: 150 x 200 pixels (height x width), looked at in tiles of 100")
     assert Image.open(tmp_path / "out" / "annotated" / "aerial.tif").size == (120, 90)
     document = json.loads((tmp_path / "out" / "predictions.json").read_text())
-    assert sorted(entry["bbox"] for entry in document["annotations"])[2:4] == [[70, 30, 25, 30], [120, 90, 30, 30]]
+    assert sorted(entry["bbox"] for entry in document["annotations"])[3:] == [[70, 30, 25, 30], [120, 90, 30, 30]]
     with pytest.raises(DataError, match=r"aerial.tif: 150x200 pixels .* too many"):
         Detector.predict(Near(), [photos / "aerial.tif"])
 

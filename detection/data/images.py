@@ -15,6 +15,7 @@ import io
 import re
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -58,7 +59,7 @@ OPTIONAL = {
 HEIF = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
 LARGEST = 178_956_970  # pixels, beyond which Pillow speaks of a decompression bomb: half a gigabyte of RGB
 BAND = 2**24  # pixels of a picture that are copied at once
-ORIENTATION = 0x0112
+ORIENTATION, TAIL = 0x0112, 2**16  # tag of EXIF; bytes at the end of a PNG among which a late block is looked for
 # A damaged header may promise 170 million pixels, half a minute of decoding. Deflate packs up to 8256 pixels a byte.
 PLENTY, DENSEST = 10_000_000, 10_000
 # EXIF 2.32, section 4.6.4: from stored rows and columns to the upright picture, (transpose, flip rows, flip columns)
@@ -137,7 +138,8 @@ def orientation_of(path: Path) -> int:
 
 def from_pil(image: Image.Image) -> NDArray[np.uint8]:
     """The pixels `(H, W, 3)` uint8 RGB of an image of Pillow, which are those of its file; errors as `read_image`."""
-    return _upright(_to_rgb(image, "the image"), _orientation(image))
+    pixels = _to_rgb(image, "the image")
+    return _upright(pixels, _orientation(image, image.info.get("exif")))
 
 
 def from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
@@ -197,7 +199,8 @@ def _header(path: Path, data: bytes | None = None, count: bool = False) -> _Head
                 kind = "JPEG" if image.format == "MPO" else str(image.format)
                 # the second picture of a JPEG is a preview or a map of depth or brightness
                 frames = _frames(image) if count and kind != "JPEG" else 1
-                return _Header((height, width), _orientation(image), kind, image.mode, frames)
+                block = image.info.get("exif") or (_late_exif(path, data) if kind == "PNG" else None)
+                return _Header((height, width), _orientation(image, block), kind, image.mode, frames)
     except FileNotFoundError as error:
         raise DataError(f"{path}: the image is missing; restore the file or delete its annotation") from error
     except Exception as error:  # damaged files make Pillow raise a dozen types, among them SyntaxError
@@ -261,8 +264,19 @@ def _frames(image: Image.Image) -> int:
         return 1
 
 
-def _orientation(image: Image.Image) -> int:
-    block = image.info.get("exif")
+def _late_exif(path: Path, data: bytes | None) -> bytes | None:
+    """The EXIF block behind the pixels of a PNG (PNG 3, 11.3.4.4), which Pillow sees when it has decoded them."""
+    if data is None:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL))
+            data = file.read()
+    at = data.rfind(b"eXIf", max(0, len(data) - TAIL))
+    end = at + 4 + int.from_bytes(data[max(0, at - 4) : at])
+    is_chunk = at >= 4 and zlib.crc32(data[at:end]) == int.from_bytes(data[end : end + 4])
+    return data[at + 4 : end] if is_chunk else None
+
+
+def _orientation(image: Image.Image, block: bytes | None) -> int:
     # a TIFF's orientation is a tag of the format itself, which the decoder has already applied to the size
     if image.format == "TIFF" or not block:
         return 1

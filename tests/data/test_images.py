@@ -136,6 +136,20 @@ def test_square_image_is_turned_whatever_the_annotation_says(tmp_path: Path) -> 
     np.testing.assert_array_equal(read_image(path, (24, 24)), np.rot90(noise(24, 24), -1))
 
 
+def test_exif_behind_the_pixels_of_a_png_counts(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", noise(), orientation=6)
+    data = path.read_bytes()
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4])
+    path.write_bytes(data[:start] + data[end:-12] + data[start:end] + data[-12:])  # before the last chunk
+    upright = np.rot90(noise(), -1)
+    with Image.open(path) as image:
+        assert "exif" not in image.info
+        np.testing.assert_array_equal(ImageOps.exif_transpose(image), upright)
+    np.testing.assert_array_equal(read_image(path), upright)
+    assert image_size(path) == (40, 24) and orientation_of(path) == 6
+
+
 def test_wrong_size_names_both(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", noise())
     with pytest.raises(DataError, match=r"a\.png: the image is 24x40 .* says 25x40"):
