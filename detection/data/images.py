@@ -82,7 +82,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None, huge: bool = Fal
     Args:
         path: the file.
         size: `(height, width)` in pixels that the annotation states, which settles the orientation.
-        huge: read more than `LARGEST` pixels too, decoded whole: 3 bytes a pixel from JPEG, 7 from other kinds.
+        huge: read more than `LARGEST` pixels too, decoded whole in 6 (JPEG) to 8 bytes of memory a pixel.
 
     Returns:
         `(H, W, 3)` uint8 RGB, contiguous; `(H, W)` equals `size` where it is given.
