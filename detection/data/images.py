@@ -26,6 +26,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
+from PIL.ImageFile import ImageFile
 
 from detection.data import jpeg
 from detection.data.records import DataError
@@ -59,7 +60,7 @@ OPTIONAL = {
 HEIF = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
 LARGEST = 178_956_970  # pixels, beyond which Pillow speaks of a decompression bomb: half a gigabyte of RGB
 BAND = 2**24  # pixels of a picture that are copied at once
-ORIENTATION, TAIL = 0x0112, 2**16  # tag of EXIF; bytes at the end of a PNG among which a late block is looked for
+ORIENTATION, TAIL = 0x0112, 2**14  # tag of EXIF; bytes at the end of a PNG among which a late block is looked for
 # A damaged header may promise 170 million pixels, half a minute of decoding. Deflate packs up to 8256 pixels a byte.
 PLENTY, DENSEST = 10_000_000, 10_000
 # EXIF 2.32, section 4.6.4: from stored rows and columns to the upright picture, (transpose, flip rows, flip columns)
@@ -199,7 +200,7 @@ def _header(path: Path, data: bytes | None = None, count: bool = False) -> _Head
                 kind = "JPEG" if image.format == "MPO" else str(image.format)
                 # the second picture of a JPEG is a preview or a map of depth or brightness
                 frames = _frames(image) if count and kind != "JPEG" else 1
-                block = image.info.get("exif") or (_late_exif(path, data) if kind == "PNG" else None)
+                block = image.info.get("exif") or (_late_exif(image) if kind == "PNG" else None)
                 return _Header((height, width), _orientation(image, block), kind, image.mode, frames)
     except FileNotFoundError as error:
         raise DataError(f"{path}: the image is missing; restore the file or delete its annotation") from error
@@ -216,7 +217,7 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _open(source: Path | io.BytesIO) -> Image.Image:
+def _open(source: Path | io.BytesIO) -> ImageFile:
     try:
         return Image.open(source, formats=_formats())
     except Image.DecompressionBombError:  # how many pixels are too many is asked here
@@ -264,13 +265,12 @@ def _frames(image: Image.Image) -> int:
         return 1
 
 
-def _late_exif(path: Path, data: bytes | None) -> bytes | None:
+def _late_exif(image: ImageFile) -> bytes | None:
     """The EXIF block behind the pixels of a PNG (PNG 3, 11.3.4.4), which Pillow sees when it has decoded them."""
-    if data is None:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL))
-            data = file.read()
-    at = data.rfind(b"eXIf", max(0, len(data) - TAIL))
+    assert image.fp is not None  # until it is decoded
+    image.fp.seek(max(0, image.fp.seek(0, io.SEEK_END) - TAIL))
+    data = image.fp.read()
+    at = data.rfind(b"eXIf")
     end = at + 4 + int.from_bytes(data[max(0, at - 4) : at])
     is_chunk = at >= 4 and zlib.crc32(data[at:end]) == int.from_bytes(data[end : end + 4])
     return data[at + 4 : end] if is_chunk else None
@@ -334,6 +334,8 @@ def _to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
         rgb = image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:
         raise DataError(f"{name}: pixels of mode {image.mode} can't be converted; save the image as RGB") from error
+    if rgb.width * rgb.height <= BAND:
+        return np.array(rgb)
     pixels = np.empty((rgb.height, rgb.width, 3), np.uint8)
     rows = max(1, BAND // rgb.width)
     for top in range(0, rgb.height, rows):  # a large picture is not held twice

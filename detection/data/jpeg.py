@@ -79,9 +79,9 @@ def _has_all_scans(data: bytes) -> bool:
     given: set[tuple[int, int]] = set()
     for marker, at in _segments(data):
         body = data[at + 4 : at + 2 + int.from_bytes(data[at + 2 : at + 4])]
-        if marker[1] in FRAMES and len(body) >= 6 + 3 * body[5]:
+        if marker[1] in FRAMES and len(body) > 5 and len(body) >= 6 + 3 * body[5]:
             wanted |= {(body[6 + 3 * i], k) for i in range(body[5]) for k in range(64)}
-        if marker[1] == SCAN and len(body) >= 4 + 2 * body[0]:
+        if marker[1] == SCAN and body and len(body) >= 4 + 2 * body[0]:
             first, last, bits = body[-3:]
             if bits & 15 == 0:  # no lower bits are left for later scans
                 given |= {(body[1 + 2 * i], k) for i in range(body[0]) for k in range(first, last + 1)}

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import contextlib
 import io
+import tempfile
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 
 from detection.data import images, jpeg
@@ -252,6 +256,20 @@ def test_progressive_jpeg_without_its_last_scans_is_refused(tmp_path: Path) -> N
         (tmp_path / "a.jpg").write_bytes(data[:at])
         with pytest.raises(DataError, match="the JPEG is truncated"):
             read_image(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes(data[: (starts[0] + starts[1]) // 2] + jpeg.END)  # half of the first scan
+    with pytest.raises(DataError, match="the JPEG is truncated"):
+        read_image(tmp_path / "a.jpg")
+
+
+@given(st.lists(st.tuples(st.integers(2, 700), st.integers(0, 255)), max_size=6), st.integers(0, 900))
+def test_damaged_jpegs_are_read_or_refused(changes: list[tuple[int, int]], missing: int) -> None:
+    data = bytearray(photo(40, 60))
+    for at, value in changes:
+        data[at] = value
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(DataError):
+        path = Path(folder) / "a.jpg"
+        path.write_bytes(data[: len(data) - missing])
+        assert read_image(path).shape == (*image_size(path), 3)
 
 
 def test_what_is_grey_in_truth_is_read(tmp_path: Path) -> None:
