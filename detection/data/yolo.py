@@ -68,7 +68,8 @@ class _Reader:
     def judge_numbers(self) -> None:
         """Report numbers that count from 1: all but the last class would be taken for the one behind it."""
         count = len(self.labels)
-        if 0 in self.labels and 0 not in self.seen and count in self.seen and max(self.seen) == count:
+        one_more = 0 not in self.seen and count in self.seen and max(self.seen) == count
+        if 0 in self.labels and one_more and 2 * len(self.seen) > count:
             problem = (
                 f"the class numbers in the label files run from {min(self.seen)} to {count}, but names count from 0"
             )
