@@ -1,0 +1,351 @@
+"""A validation split where a data set has none: stratified by class, and what belongs together on one side.
+
+Images of one clip, copies that a tool has augmented, and pictures that look alike would let a detector be examined on
+what it has learned by heart; such a group is never divided. Groups are given away class by class, the rarest first
+(iterative stratification, Sechidis et al. 2011, figure 1). Nothing is drawn: what random numbers would decide, a digest
+of the names and the seed does, so that the same names are divided the same everywhere, in whatever order they come.
+
+Shape shorthand:
+    N: images     G: groups     P: parts     C: classes, then two columns more: images with an object, and all images
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from numpy.typing import NDArray
+
+from detection.data.duplicates import gradients_of, near_duplicates
+from detection.data.records import DataError, Defect, Index, Record
+
+ROBOFLOW = re.compile(r"(?P<name>.+?)(_(jpe?g|png|bmp|tiff?|webp))?\.rf\.\w{8,}", re.IGNORECASE)  # of augmented copies
+FRAME = re.compile(r"(?P<clip>.*?)(?P<number>\d+)")
+SHORTEST = 3  # frames of a clip
+REGULAR = 0.9  # share of a clip's neighbouring frames that are equally far apart
+MANY = 5000  # images: to compare them takes long enough to say so
+REPAIRS = 500  # groups that are moved, at most, to bring a class to both sides
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A division of a data set.
+
+    Attributes:
+        train, val: file names, as in the records of an index.
+        note: how the division was made, for the log.
+    """
+
+    train: list[str]
+    val: list[str]
+    note: str = ""
+
+    def to_plain(self) -> dict[str, Any]:
+        """A dictionary of plain lists, for YAML, JSON and checkpoints."""
+        return asdict(self)
+
+    @classmethod
+    def of_plain(cls, plain: Mapping[str, Any]) -> Split:
+        """What `to_plain` gave."""
+        return cls(list(plain["train"]), list(plain["val"]), str(plain.get("note", "")))
+
+    def apply(self, index: Index) -> tuple[Index, Index]:
+        """The images to train on and those to validate on, each in the order of the index.
+
+        Images in neither list, which came later, train, and the report of the first index has a note on them.
+
+        Raises:
+            DataError: an image that is listed is no longer there.
+        """
+        there = {record.file_name for record in index.records}
+        if gone := [name for name in [*self.val, *self.train] if name not in there]:
+            raise DataError(
+                f"{index.root}: {len(gone)} images of the split that the run began with are gone: {_shown(gone)}; "
+                "restore them with their annotations, or begin a new run"
+            )
+        aside, defects = set(self.val), list(index.defects)
+        if new := sorted(there - aside - set(self.train)):
+            problem = f"{len(new)} images came after the split was made: {_shown(new)}"
+            defects.append(Defect("split", "images", problem, "they train; a new run divides all anew", "note"))
+        train = [record for record in index.records if record.file_name not in aside]
+        val = [record for record in index.records if record.file_name in aside]
+        return replace(index, records=train, defects=defects), replace(index, records=val)
+
+
+def divide(index: Index, fraction: float = 0.2, seed: int = 0) -> Split:
+    """Set a share of the images aside for validation.
+
+    A class that two groups or more have is on both sides, unless other classes make that impossible; a class that one
+    group has trains. Objects that evaluation leaves out, crowds and difficult ones, do not count.
+
+    Args:
+        index: the training split.
+        fraction: of the images, in (0, 1); groups that stay together may make it a little more or less.
+        seed: another one sets others aside.
+
+    Raises:
+        DataError: fewer than two images have an object.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"the fraction of images to validate on is {fraction}: it must lie between 0 and 1")
+    return _split(index, [1 - fraction, fraction], 1, seed, "were set aside", trains=0)
+
+
+def fold(index: Index, part: int, parts: int, seed: int = 0) -> Split:
+    """Validate on one part of several, as in cross-validation; each image is in one part.
+
+    Args:
+        index: the training split.
+        part: from 1 to `parts`.
+        parts: how many.
+        seed: see `divide`.
+
+    Raises:
+        DataError: there are fewer groups of images with objects than parts.
+    """
+    if not 1 <= part <= parts or parts < 2:
+        raise ValueError(f"fold {part}/{parts}: the part must be one of 1 to {parts}, of two parts or more")
+    return _split(index, [1 / parts] * parts, part - 1, seed, f"are part {part} of {parts}")
+
+
+def parse_fold(text: str) -> tuple[int, int]:
+    """`(2, 5)` of `"2/5"`; a ValueError says how a fold is written."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    part, parts = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= part <= parts or parts < 2:
+        raise ValueError(f"fold '{text}' is not understood: write 2/5 to validate on the second part of five")
+    return part, parts
+
+
+def _split(
+    index: Index, shares: Sequence[float], chosen: int, seed: int, how: str, trains: int | None = None
+) -> Split:
+    """Divide into parts of these shares, and validate on the chosen one; `trains` is a part that every class needs."""
+    by_name: dict[str, list[Record]] = {}
+    for record in index.records:
+        by_name.setdefault(record.file_name, []).append(record)
+    names = sorted(by_name)
+    records = [by_name[name][0] for name in names]
+    shows = np.array([_shows(by_name[name], len(index.classes)) for name in names])
+    groups, kept = _groups(index, records, shows, shares)
+    firsts, group = np.unique(groups, return_inverse=True)
+    images = np.zeros((len(firsts), shows.shape[1]))
+    np.add.at(images, group, shows)
+    order = np.array(sorted(range(len(firsts)), key=lambda g: _digest(names[firsts[g]], seed)))
+    parts = np.zeros(len(firsts), np.intp)
+    parts[order] = _distribute(images[order], np.array(shares), trains)
+    inside = parts[group] == chosen
+    train, val = ([name for name, aside in zip(names, inside, strict=True) if aside == side] for side in (False, True))
+    size = f"{100 * len(val) / len(names):.0f} % of the images ({len(val)} of {len(names)}) {how}, stratified by class"
+    sides = {"training": shows[~inside].any(axis=0), "validation": shows[inside].any(axis=0)}
+    missing = {where: _shown(np.array(index.classes)[~has[:-2] & shows.any(axis=0)[:-2]]) for where, has in sides.items()}
+    lost = [f"{where} has no object of {classes}" for where, classes in missing.items() if classes]
+    return Split(train, val, "; ".join([size, *kept, *lost]))
+
+
+def _digest(name: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}:{name}".encode(errors="surrogatepass")).digest()
+
+
+def _shows(records: Sequence[Record], classes: int) -> NDArray[np.bool_]:
+    """`(C,)`: which classes an image shows, whether it shows any, and that it is one."""
+    counted = [record.labels[~(record.iscrowd | record.difficult)] for record in records]
+    shown = np.isin(np.arange(1, classes + 1), np.concatenate(counted))
+    return np.append(shown, [shown.any(), True])
+
+
+def _groups(
+    index: Index, records: Sequence[Record], shows: NDArray[np.bool_], shares: Sequence[float]
+) -> tuple[NDArray[np.intp], list[str]]:
+    """`(N,)`: of each image the first one of its group; and what to say about the groups.
+
+    What binds images is tried from the surest to the least sure. It is left out where it would bind so many that no
+    division of these shares is left: the pictures of one fixed camera all look alike.
+
+    Raises:
+        DataError: there are fewer images with objects than parts.
+    """
+    count, originals = len(records), [_original(record.file_name) for record in records]
+    if (useful := int(shows[:, -2].sum())) < len(shares):
+        raise DataError(
+            f"{index.root}: {useful} of {count} images have objects, too few to divide into {len(shares)} parts, "
+            "training and validation each with one: annotate more"
+        )
+    copies: dict[str, list[int]] = {}
+    for i, name in enumerate(originals):
+        copies.setdefault(name, []).append(i)
+    if count > MANY:
+        rank_zero_info(f"looking for images that look alike among {count}; each is read, and decoded small")
+    hashes = gradients_of(index.root, records)
+    seen = [i for i, found in enumerate(hashes) if found is not None]
+    alike = ((seen[i], *(seen[j] for j in earlier)) for i, earlier in
+             near_duplicates([found for found in hashes if found is not None]))  # fmt: skip
+    bonds: dict[str, Iterable[Sequence[int]]] = {
+        "augmented copies": [found for found in copies.values() if len(found) > 1],
+        "frames of clips": clips(originals, shows),
+        "images that look alike": alike,
+    }
+    groups, said = _Groups(count), list[str]()
+    for what, sets in bonds.items():
+        bound = groups.bound(sets)
+        members = bound.of_each()
+        sizes = np.bincount(members, minlength=count)
+        usable = len(np.unique(members[shows[:, -2]])) >= len(shares) and sizes.max() <= (1 - min(shares)) * count
+        if len(bound.changed) and usable:
+            groups = bound
+            said.append(f"{len(bound.changed)} {what} stay together")
+        elif len(bound.changed):
+            said.append(f"{len(bound.changed)} {what} are divided all the same, for they are nearly all there is")
+    return groups.of_each(), said
+
+
+@dataclass(slots=True)
+class _Groups:
+    """Union-find: which images belong together. The first image of a group stands for it."""
+
+    count: int
+    parent: list[int] = field(default_factory=list)
+    changed: set[int] = field(default_factory=set)  # images that the last sets have named
+
+    def __post_init__(self) -> None:
+        self.parent = self.parent or list(range(self.count))
+
+    def find(self, image: int) -> int:
+        while self.parent[image] != image:
+            self.parent[image] = self.parent[self.parent[image]]
+            image = self.parent[image]
+        return image
+
+    def bound(self, sets: Iterable[Sequence[int]]) -> _Groups:
+        """Other groups, in which each of these sets is in one."""
+        new = _Groups(self.count, list(self.parent))
+        for members in sets:
+            roots = {new.find(image) for image in members}
+            first = min(roots)
+            for root in roots:
+                new.parent[root] = first
+            new.changed.update(members)
+        return new
+
+    def of_each(self) -> NDArray[np.intp]:
+        return np.array([self.find(image) for image in range(self.count)], np.intp)
+
+
+def _original(file_name: str) -> str:
+    """The name without its extension, and without what Roboflow adds to the augmented copies of an image."""
+    path = PurePosixPath(file_name)
+    copy = ROBOFLOW.fullmatch(path.stem)
+    return str(path.with_name(copy["name"] if copy else path.stem))
+
+
+def clips(names: Sequence[str], shows: NDArray[np.bool_]) -> list[list[int]]:
+    """The frames of each film among images, by position.
+
+    A clip is all images of a folder whose names are equal but for a number at the end, if there are three or more, and
+    nine of ten neighbouring numbers are equally far apart. A set whose images are all numbered alike is no clip, so
+    there must be two of them. Nor is one that alone, and on each image, has a certain class: its name is that of the
+    class.
+
+    Args:
+        names: N paths without extension.
+        shows: `(N, C)`: whether an image has objects of a class.
+    """
+    numbered: dict[str, dict[int, list[int]]] = {}
+    for position, name in enumerate(names):
+        if found := FRAME.fullmatch(name):
+            numbered.setdefault(found["clip"], {}).setdefault(int(found["number"]), []).append(position)
+    films = []
+    for frames in numbered.values():
+        steps = np.diff(sorted(frames))
+        if len(frames) >= SHORTEST and (steps == np.median(steps)).mean() >= REGULAR:
+            films.append(sorted(position for positions in frames.values() for position in positions))
+    if len(films) < 2:
+        return []
+    classes, busy = shows[:, :-2], shows[:, -2]
+    return [
+        film
+        for film in films
+        if not any(
+            classes[film, c][busy[film]].all() and classes[film, c].sum() == classes[:, c].sum()
+            for c in np.flatnonzero(classes[film].any(axis=0))
+        )
+    ]
+
+
+def _distribute(images: NDArray[np.float64], shares: NDArray[np.float64], trains: int | None) -> NDArray[np.intp]:
+    """`(G,)`: the part of each group.
+
+    Always next is the class of which the fewest groups are left that its parts may be chosen for freely. Of it goes
+    the largest group, to the part that still wants most of its images; where no more groups are left than parts
+    without the class, to one of those.
+
+    Args:
+        images: `(G, C)` images of each group with an object of each class, groups in the order of their digests.
+        shares: `(P,)` of each part, in sum 1.
+        trains: the part for a class of one group, if there is such a part.
+    """
+    has = images > 0
+    wanted = shares[:, None] * images.sum(axis=0)  # (P, C) images that each part still gets
+    left = has.sum(axis=0)
+    without = np.repeat((left > 1)[None], len(shares), axis=0)  # (P, C): parts that need the class and lack it
+    if trains is not None:
+        without[trains] = True
+    queues = [sorted(np.flatnonzero(column), key=lambda g: images[g, -1]) for column in has.T]
+    parts = np.full(len(images), -1)
+    while left.any():
+        spare = left - without.sum(axis=0)
+        c = np.lexsort((left, spare, left == 0))[0]
+        while parts[g := queues[c].pop()] >= 0:
+            pass
+        free = np.flatnonzero(without[:, c]) if spare[c] <= 0 and without[:, c].any() else range(len(shares))
+        part = max(free, key=lambda p: (wanted[p, c], wanted[p, -1], -p))
+        parts[g] = part
+        wanted[part] -= images[g]
+        left -= has[g]
+        without[part] &= ~has[g]
+    return _mended(has, parts, len(shares), trains)
+
+
+def _mended(has: NDArray[np.bool_], parts: NDArray[np.intp], count: int, trains: int | None) -> NDArray[np.intp]:
+    """The parts with groups moved until each class is in as many as it can be, or until that is given up.
+
+    A search with a memory (tabu): the classes that fall short take turns, and each moves the group that leaves the
+    least short; of several that which has rested longest.
+    """
+    shown = np.array([has[parts == p].sum(axis=0) for p in range(count)])  # (P, C) groups
+    needed = np.minimum(has.sum(axis=0), count)
+
+    def short(shown: NDArray[np.intp]) -> NDArray[np.intp]:
+        missing = np.zeros(len(needed), np.intp) if trains is None else (shown[trains] == 0) & (needed > 0)
+        return needed - (shown > 0).sum(axis=0) + len(needed) * missing  # (C,); not to train is the worst
+
+    parts, rested, turn = parts.copy(), np.zeros(len(parts), int), np.zeros(len(needed), int)
+    best, least = parts.copy(), short(shown).sum()
+    for step in range(1, REPAIRS):
+        if not (lacking := np.flatnonzero(short(shown))).size:
+            break
+        c = min(lacking, key=lambda c: (turn[c], needed[c], c))
+        moves = []
+        for g in np.flatnonzero(has[:, c]):
+            for p in np.flatnonzero(shown[:, c] == 0):
+                after = shown.copy()
+                after[parts[g]] -= has[g]
+                after[p] += has[g]
+                moves.append((short(after).sum(), rested[g], g, p))
+        _, _, g, p = min(moves)
+        shown[parts[g]] -= has[g]
+        shown[p] += has[g]
+        parts[g], rested[g], turn[c] = p, step, step
+        if short(shown).sum() < least:
+            best, least = parts.copy(), short(shown).sum()
+    return best
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
