@@ -28,7 +28,7 @@ ROOM = 3 * HASH
 
 
 def gradients(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """`(G,)` of 1 and -1: whether brightness grows to the right, on a small copy of an `(H, W, 3)` or `(H, W)` image."""
+    """`(G,)` of 1 and -1: whether brightness grows to the right, on a small copy of `(H, W, 3)` or grey pixels."""
     grey = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (HASH + 1, HASH), interpolation=cv2.INTER_AREA).astype(np.int16)
     return np.where(np.diff(small, axis=1) > 0, 1, -1).astype(np.float32).ravel()

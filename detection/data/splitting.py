@@ -1,12 +1,11 @@
 """A validation split where a data set has none: stratified by class, and what belongs together on one side.
 
 Images of one clip, copies that a tool has augmented, and pictures that look alike would let a detector be examined on
-what it has learned by heart; such a group is never divided. Groups are given away class by class, the rarest first
-(iterative stratification, Sechidis et al. 2011, figure 1). Nothing is drawn: what random numbers would decide, a digest
-of the names and the seed does, so that the same names are divided the same everywhere, in whatever order they come.
+what it has learned by heart; such a group is never divided. Nothing is drawn: what random numbers would decide, a
+digest of the names and the seed does, so that the same names are divided the same everywhere, in whatever order.
 
 Shape shorthand:
-    N: images     G: groups     P: parts     C: classes, then two columns more: images with an object, and all images
+    N: images     C: classes, then two columns more: whether an image shows an object, and that it is one
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 
 from detection.data.duplicates import gradients_of, near_duplicates
 from detection.data.records import DataError, Defect, Index, Record
+from detection.data.stratifying import distribute
 
 ROBOFLOW = re.compile(r"(?P<name>.+?)(_(jpe?g|png|bmp|tiff?|webp))?\.rf\.\w{8,}", re.IGNORECASE)  # of augmented copies
 FRAME = re.compile(r"(?P<clip>.*?)(?P<number>\d+)")
 SHORTEST = 3  # frames of a clip
 REGULAR = 0.9  # share of a clip's neighbouring frames that are equally far apart
 MANY = 5000  # images: to compare them takes long enough to say so
-REPAIRS = 500  # groups that are moved, at most, to bring a class to both sides
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +113,42 @@ def fold(index: Index, part: int, parts: int, seed: int = 0) -> Split:
     return _split(index, [1 / parts] * parts, part - 1, seed, f"are part {part} of {parts}")
 
 
+def split_of(index: Index, settings: Mapping[str, Any]) -> Split:
+    """The division that the settings of the data ask for, `fold` or else `val_fraction`; the log says what it is.
+
+    Its seed is always 0: runs that differ in the seed of their training are compared on the same images.
+    """
+    if settings["fold"] is not None:
+        why, made = f"fold {settings['fold']}", fold(index, *parse_fold(settings["fold"]))
+    else:
+        why, made = "no validation split", divide(index, settings["val_fraction"])
+    rank_zero_info(f"{why}: {made.note}")
+    return made
+
+
+def keep(split: Split, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint keeps of a split, in plain values."""
+    return {"split": split.to_plain(), "asked": {name: settings[name] for name in ("val_fraction", "fold")}}
+
+
+def kept(state: Mapping[str, Any], settings: Mapping[str, Any]) -> Split:
+    """The split that a checkpoint has kept; where the settings now ask for another, a warning says that it stays."""
+    if any(settings[name] != value for name, value in state["asked"].items()):
+        before, now = (", ".join(f"{name} {s[name]}" for name in state["asked"]) for s in (state["asked"], settings))
+        rank_zero_warn(f"The run goes on with its own split, of {before}; for one of {now} begin a new run.")
+    return Split.of_plain(state["split"])
+
+
+def check_division(fraction: float, part: str | None, val_split: str | None) -> None:
+    """Refuse settings of the data that no division can follow: a ValueError."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"val_fraction {fraction} must lie between 0 and 1")
+    if part is not None:
+        parse_fold(part)
+        if val_split is not None:
+            raise ValueError(f"fold {part} validates on images of train_split: leave val_split '{val_split}' out")
+
+
 def parse_fold(text: str) -> tuple[int, int]:
     """`(2, 5)` of `"2/5"`; a ValueError says how a fold is written."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -123,9 +158,7 @@ def parse_fold(text: str) -> tuple[int, int]:
     return part, parts
 
 
-def _split(
-    index: Index, shares: Sequence[float], chosen: int, seed: int, how: str, trains: int | None = None
-) -> Split:
+def _split(index: Index, shares: Sequence[float], chosen: int, seed: int, how: str, trains: int | None = None) -> Split:
     """Divide into parts of these shares, and validate on the chosen one; `trains` is a part that every class needs."""
     by_name: dict[str, list[Record]] = {}
     for record in index.records:
@@ -139,13 +172,15 @@ def _split(
     np.add.at(images, group, shows)
     order = np.array(sorted(range(len(firsts)), key=lambda g: _digest(names[firsts[g]], seed)))
     parts = np.zeros(len(firsts), np.intp)
-    parts[order] = _distribute(images[order], np.array(shares), trains)
+    parts[order] = distribute(images[order], np.array(shares), trains)
     inside = parts[group] == chosen
     train, val = ([name for name, aside in zip(names, inside, strict=True) if aside == side] for side in (False, True))
     size = f"{100 * len(val) / len(names):.0f} % of the images ({len(val)} of {len(names)}) {how}, stratified by class"
-    sides = {"training": shows[~inside].any(axis=0), "validation": shows[inside].any(axis=0)}
-    missing = {where: _shown(np.array(index.classes)[~has[:-2] & shows.any(axis=0)[:-2]]) for where, has in sides.items()}
-    lost = [f"{where} has no object of {classes}" for where, classes in missing.items() if classes]
+    known = shows[:, :-2].any(axis=0)
+    lost = []
+    for where, side in {"training": ~inside, "validation": inside}.items():
+        if absent := np.flatnonzero(known & ~shows[side, :-2].any(axis=0)).tolist():
+            lost.append(f"{where} has no object of {_shown([index.classes[c] for c in absent])}")
     return Split(train, val, "; ".join([size, *kept, *lost]))
 
 
@@ -276,75 +311,6 @@ def clips(names: Sequence[str], shows: NDArray[np.bool_]) -> list[list[int]]:
             for c in np.flatnonzero(classes[film].any(axis=0))
         )
     ]
-
-
-def _distribute(images: NDArray[np.float64], shares: NDArray[np.float64], trains: int | None) -> NDArray[np.intp]:
-    """`(G,)`: the part of each group.
-
-    Always next is the class of which the fewest groups are left that its parts may be chosen for freely. Of it goes
-    the largest group, to the part that still wants most of its images; where no more groups are left than parts
-    without the class, to one of those.
-
-    Args:
-        images: `(G, C)` images of each group with an object of each class, groups in the order of their digests.
-        shares: `(P,)` of each part, in sum 1.
-        trains: the part for a class of one group, if there is such a part.
-    """
-    has = images > 0
-    wanted = shares[:, None] * images.sum(axis=0)  # (P, C) images that each part still gets
-    left = has.sum(axis=0)
-    without = np.repeat((left > 1)[None], len(shares), axis=0)  # (P, C): parts that need the class and lack it
-    if trains is not None:
-        without[trains] = True
-    queues = [sorted(np.flatnonzero(column), key=lambda g: images[g, -1]) for column in has.T]
-    parts = np.full(len(images), -1)
-    while left.any():
-        spare = left - without.sum(axis=0)
-        c = np.lexsort((left, spare, left == 0))[0]
-        while parts[g := queues[c].pop()] >= 0:
-            pass
-        free = np.flatnonzero(without[:, c]) if spare[c] <= 0 and without[:, c].any() else range(len(shares))
-        part = max(free, key=lambda p: (wanted[p, c], wanted[p, -1], -p))
-        parts[g] = part
-        wanted[part] -= images[g]
-        left -= has[g]
-        without[part] &= ~has[g]
-    return _mended(has, parts, len(shares), trains)
-
-
-def _mended(has: NDArray[np.bool_], parts: NDArray[np.intp], count: int, trains: int | None) -> NDArray[np.intp]:
-    """The parts with groups moved until each class is in as many as it can be, or until that is given up.
-
-    A search with a memory (tabu): the classes that fall short take turns, and each moves the group that leaves the
-    least short; of several that which has rested longest.
-    """
-    shown = np.array([has[parts == p].sum(axis=0) for p in range(count)])  # (P, C) groups
-    needed = np.minimum(has.sum(axis=0), count)
-
-    def short(shown: NDArray[np.intp]) -> NDArray[np.intp]:
-        missing = np.zeros(len(needed), np.intp) if trains is None else (shown[trains] == 0) & (needed > 0)
-        return needed - (shown > 0).sum(axis=0) + len(needed) * missing  # (C,); not to train is the worst
-
-    parts, rested, turn = parts.copy(), np.zeros(len(parts), int), np.zeros(len(needed), int)
-    best, least = parts.copy(), short(shown).sum()
-    for step in range(1, REPAIRS):
-        if not (lacking := np.flatnonzero(short(shown))).size:
-            break
-        c = min(lacking, key=lambda c: (turn[c], needed[c], c))
-        moves = []
-        for g in np.flatnonzero(has[:, c]):
-            for p in np.flatnonzero(shown[:, c] == 0):
-                after = shown.copy()
-                after[parts[g]] -= has[g]
-                after[p] += has[g]
-                moves.append((short(after).sum(), rested[g], g, p))
-        _, _, g, p = min(moves)
-        shown[parts[g]] -= has[g]
-        shown[p] += has[g]
-        parts[g], rested[g], turn[c] = p, step, step
-        if short(shown).sum() < least:
-            best, least = parts.copy(), short(shown).sum()
-    return best
 
 
 def _shown(names: Sequence[str]) -> str:
