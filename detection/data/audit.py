@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detection.data import coco, voc, yolo
-from detection.data.anchor_fit import AREAS, Boxes, Grid, covers, propose, recall
+from detection.data.anchor_fit import AREAS, Boxes, Grid, fitted, recall
 from detection.data.duplicates import gradients, near_duplicates
 from detection.data.images import EXTENSIONS, UPRIGHT, image_size, orientation_of, read_image
 from detection.data.records import DataError, Defect, Index, Record
@@ -203,10 +203,9 @@ def _fit(index: Index, grid: Grid) -> dict[str, Any]:
     boxes = Boxes.of(index)
     if not len(boxes.xyxy):
         return {}
-    figures = recall(boxes, grid)
-    fit: dict[str, Any] = {"grid": asdict(grid), "recall": figures}
-    if not covers(figures):
-        better = propose(boxes, grid)
+    fit: dict[str, Any] = {"grid": asdict(grid), "recall": recall(boxes, grid)}
+    better = fitted(boxes, grid)
+    if better != grid:
         fit |= {"proposal": asdict(better), "proposal_recall": recall(boxes, better)}
     return fit
 

@@ -57,7 +57,7 @@ class Split:
     def apply(self, index: Index) -> tuple[Index, Index]:
         """The images to train on and those to validate on, each in the order of the index.
 
-        Images in neither list, which came later, train, and the report of the first index has a note on them.
+        Images in neither list, which came later, train. The first index keeps the report, with a note on them.
 
         Raises:
             DataError: an image that is listed is no longer there.
@@ -74,7 +74,7 @@ class Split:
             defects.append(Defect("split", "images", problem, "they train; a new run divides all anew", "note"))
         train = [record for record in index.records if record.file_name not in aside]
         val = [record for record in index.records if record.file_name in aside]
-        return replace(index, records=train, defects=defects), replace(index, records=val)
+        return replace(index, records=train, defects=defects), replace(index, records=val, defects=[])
 
 
 def divide(index: Index, fraction: float = 0.2, seed: int = 0) -> Split:
