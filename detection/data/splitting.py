@@ -28,7 +28,7 @@ from detection.data.stratifying import distribute
 ROBOFLOW = re.compile(r"(?P<name>.+?)(_(jpe?g|png|bmp|tiff?|webp))?\.rf\.\w{8,}", re.IGNORECASE)  # of augmented copies
 FRAME = re.compile(r"(?P<clip>.*?)(?P<number>\d+)")
 SHORTEST = 3  # frames of a clip
-REGULAR = 0.9  # share of a clip's neighbouring frames that are equally far apart
+REGULAR = 0.8  # share of a clip's neighbouring frames that are equally far apart
 MANY = 5000  # images: to compare them takes long enough to say so
 
 
@@ -283,7 +283,7 @@ def clips(names: Sequence[str], shows: NDArray[np.bool_]) -> list[list[int]]:
     """The frames of each film among images, by position.
 
     A clip is all images of a folder whose names are equal but for a number at the end, if there are three or more, and
-    nine of ten neighbouring numbers are equally far apart. A set whose images are all numbered alike is no clip, so
+    four of five neighbouring numbers are equally far apart. A set whose images are all numbered alike is no clip, so
     there must be two of them. Nor is one that alone, and on each image, has a certain class: its name is that of the
     class.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-REPAIRS = 500  # groups that are moved, at most, to bring classes to all parts
+REPAIRS = 200  # groups that are moved, at most, to bring classes to all parts
 
 
 def distribute(images: NDArray[np.float64], shares: NDArray[np.float64], trains: int | None) -> NDArray[np.intp]:
@@ -58,10 +58,12 @@ def _mended(has: NDArray[np.bool_], parts: NDArray[np.intp], count: int, trains:
     """
     shown = np.array([has[parts == p].sum(axis=0) for p in range(count)])  # (P, C) groups
     needed = np.minimum(has.sum(axis=0), count)
+    weight = np.ones(len(needed), np.intp)
+    weight[-2] = 4 * len(needed) ** 2  # a part without any object is the worst, a class that does not train is next
 
     def short(shown: NDArray[np.intp]) -> NDArray[np.intp]:
         missing = np.zeros(len(needed), np.intp) if trains is None else (shown[trains] == 0) & (needed > 0)
-        return needed - (shown > 0).sum(axis=0) + len(needed) * missing  # (C,); not to train is the worst
+        return weight * (needed - (shown > 0).sum(axis=0)) + len(needed) * count * missing  # (C,)
 
     parts, rested, turn = parts.copy(), np.zeros(len(parts), int), np.zeros(len(needed), int)
     best, least = parts.copy(), short(shown).sum()
