@@ -47,8 +47,9 @@ class Tree:
         self.outside: list[str] = []
         self.files = sorted(self._walk("", set()))
         self._files = set(self.files)
-        self._folders = {""} | {str(parent) for name in self.files for parent in PurePosixPath(name).parents}
-        self._folders = {"" if folder == "." else folder for folder in self._folders}
+        holding = {os.path.dirname(name) for name in self.files}
+        parents = {str(parent) for folder in holding for parent in PurePosixPath(folder).parents if folder}
+        self._folders = {""} | holding | {"" if folder == "." else folder for folder in parents}
 
     def _walk(self, folder: str, seen: set[str]) -> Iterator[str]:
         real = os.path.realpath(self.root / folder)
