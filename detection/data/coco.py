@@ -18,6 +18,7 @@ import numpy as np
 
 from detection.data import rle
 from detection.data.checks import Folder, Objects, checked_size, choose_classes, finish_index, short
+from detection.data.federated import frequencies, image_name, mark
 from detection.data.records import DataError, Defect, Index, Record
 
 
@@ -26,7 +27,8 @@ def read_coco(
 ) -> Index:
     """Read one COCO file.
 
-    Every object left out and every value repaired is a defect of the index. Images without objects are kept.
+    Every object left out and every value repaired is a defect of the index. Images without objects are kept. An
+    annotation with `"ignore": 1` is a region like a crowd. LVIS files are read too, see `detection.data.federated`.
 
     Args:
         root: folder of the data set, which no image may leave.
@@ -47,13 +49,20 @@ def read_coco(
     content = _load(root / annotations)
     reader = _Reader(folder, str(annotations), images, masks)
     labels, index = reader.categories(content["categories"], classes)
+
+    def label_of(category: Any) -> int | None:
+        key = _key(category)
+        return None if key is None else labels.get(key)
+
+    entries = {label_of(item.get("id")): item for item in content["categories"] if isinstance(item, dict)}
+    index.frequencies = frequencies(entries[label] for label in range(1, len(index.classes) + 1))
     by_image = reader.group(content["annotations"])
     known: set[int | str] = set()
     names: dict[str, str] = {}
     for position, image in enumerate(content["images"]):
         record = reader.image(position, image, by_image, labels, known, names)
         if record is not None:
-            index.records.append(record)
+            index.records.append(mark(record, image, label_of, len(index.classes), reader.report))
     for key in by_image.keys() - known:
         fix = "its annotations are left out; correct image_id or add the image"
         reader.report(f"image {key}", f"{len(by_image[key])} annotations name an image that is not listed", fix)
@@ -137,7 +146,7 @@ class _Reader:
     ) -> Record | None:
         """The record of one entry of `images`, or None where it can't be used."""
         item = item if isinstance(item, dict) else {}
-        key, name = _key(item.get("id")), item.get("file_name")
+        key, name = _key(item.get("id")), image_name(item)
         where = f"image at {position}" if key is None else f"image {key}"
         if key is None or key in known:
             problem = "it has no id" if key is None else f"the id is used twice, now for {str(name)[:80]!r}"
@@ -198,11 +207,12 @@ class _Reader:
             area = _area(segment) if segment is not None else None
             if item.get("area") is not None:
                 objects.report(what, "area is not a positive number", "it is computed anew; correct it")
-        crowd = item.get("iscrowd", 0)
-        if crowd not in (0, 1, None):
-            objects.report(what, f"iscrowd is {str(crowd)[:20]!r}", "it counts as no crowd; use 0 or 1")
+        for name in ("iscrowd", "ignore"):
+            if item.get(name) not in (0, 1, None):
+                objects.report(what, f"{name} is {str(item[name])[:20]!r}", "it counts as 0; use 0 or 1")
         number = key if isinstance(key, int) else position
-        objects.add(what, bbox, labels[category], number, area, crowd == 1, segment=segment)
+        ignored = item.get("iscrowd") == 1 or item.get("ignore") == 1
+        objects.add(what, bbox, labels[category], number, area, ignored, segment=segment)
 
     def segment(self, objects: Objects, what: str, value: Any) -> Any:
         """Polygons or a compressed RLE, or None (reported where masks are wanted) where neither can be had."""
@@ -270,7 +280,7 @@ def find_files(root: Path) -> list[str]:
 def find_images(root: Path, annotations: str) -> str | None:
     """The folder, relative to the root, in which the first image of a COCO file lies; None where none does."""
     images = _load(root / annotations)["images"]
-    name = images[0].get("file_name") if images and isinstance(images[0], dict) else None
+    name = image_name(images[0]) if images and isinstance(images[0], dict) else None
     if not isinstance(name, str) or ".." in name or "\0" in name or len(name) > 200:
         return None
     for folder, folders, _ in os.walk(root):

@@ -28,9 +28,11 @@ class Record:
         boxes: `(N, 4)` float32 xyxy in original pixels, 0-based, positive width and height, inside the image.
         labels: `(N,)` int64 in `[1, C]`.
         areas: `(N,)` float32 annotation area in original pixels.
-        iscrowd, difficult: `(N,)` bool.
+        iscrowd, difficult: `(N,)` bool; crowds and ignore regions are the same thing.
         annotation_ids: `(N,)` int64, the annotation's id (COCO) or its position in the file, for messages.
         segments: without masks None; else per object COCO polygons (list of flat lists), an RLE dictionary, or None.
+        checked: `(C,)` bool, the classes that were looked for in the image, or None for all.
+        partial: `(C,)` bool, the classes of which some objects may not be annotated, or None for none.
     """
 
     image_id: int
@@ -44,6 +46,8 @@ class Record:
     difficult: NDArray[np.bool_]
     annotation_ids: NDArray[np.int64]
     segments: list[Any] | None = None
+    checked: NDArray[np.bool_] | None = None
+    partial: NDArray[np.bool_] | None = None
 
     @classmethod
     def of(
@@ -110,6 +114,7 @@ class Index:
         category_ids: the data set's own id of each class, to export detections with.
         records: one `Record` an image, images without objects included.
         defects: what was repaired, skipped or noted while reading.
+        frequencies: LVIS's group of each class, `"r"`, `"c"` or `"f"`, or None where the data names none.
     """
 
     root: Path
@@ -117,16 +122,19 @@ class Index:
     category_ids: tuple[int, ...]
     records: list[Record]
     defects: list[Defect] = field(default_factory=list)
+    frequencies: tuple[str, ...] | None = None
 
 
 def relabel(index: Index, classes: Sequence[str], category_ids: Sequence[int]) -> Index:
     """The same images with labels that point into `classes`, which another split has named.
 
-    Objects of other classes are left out and counted in a defect; a class that this split lacks has no object.
+    Objects of other classes are left out and counted in a defect; a class that this split lacks has no object. In
+    images that say which classes were looked for, that class was not.
     """
     labels = np.array([0, *(classes.index(name) + 1 if name in classes else 0 for name in index.classes)])
     dropped: dict[str, int] = {}
     records = []
+    places = [index.classes.index(name) if name in index.classes else -1 for name in classes]
     for record in index.records:
         new = labels[record.labels]
         kept = new > 0
@@ -137,13 +145,17 @@ def relabel(index: Index, classes: Sequence[str], category_ids: Sequence[int]) -
         filtered: dict[str, Any] = {name: getattr(record, name)[kept] for name in arrays}
         if record.segments is not None:
             filtered["segments"] = [segment for segment, keep in zip(record.segments, kept, strict=True) if keep]
+        for name in ("checked", "partial"):
+            flags = getattr(record, name)
+            filtered[name] = None if flags is None else np.append(flags, False)[places]
         records.append(replace(record, labels=new[kept], **filtered))
     fix = "they are left out; name the class among `classes` to train and evaluate it"
     left_out = [
         Defect("annotations", f"class '{name}'", f"{count} objects of a class that is not trained", fix, "note")
         for name, count in dropped.items()
     ]
-    return Index(index.root, tuple(classes), tuple(category_ids), records, [*index.defects, *left_out])
+    groups = None if index.frequencies is None else tuple((*index.frequencies, "")[place] for place in places)
+    return Index(index.root, tuple(classes), tuple(category_ids), records, [*index.defects, *left_out], groups)
 
 
 def merge(root: Path, parts: Mapping[str, Index], classes: Sequence[str] | None = None) -> Index:
