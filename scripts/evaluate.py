@@ -42,7 +42,8 @@ def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None
     data.prepare_data()
     data.setup("validate" if split == "val" else "test")
     loader: Any = data.val_dataloader() if split == "val" else data.test_dataloader()
-    metric = MeanAP(module.class_names, module.hparams["detections_per_img"], module.metric.iou_type)
+    metric = MeanAP(module.class_names, module.hparams["detections_per_img"], module.metric.iou_type,
+                    data.frequencies)  # fmt: skip
     settings: dict[str, Any] = {"logger": False, "callbacks": [CollectDetections(metric)], "precision": precision}
     L.Trainer(accelerator=accelerator, devices=1, **settings).predict(module, loader, return_predictions=False)
     folder, home = output or ckpt.parent / f"evaluation_{split}", loader.dataset.root

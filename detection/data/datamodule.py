@@ -125,6 +125,8 @@ class DetectionDataModule(L.LightningDataModule):
         with_difficult: train on objects marked difficult too.
         keep_empty: train on images without objects too. Evaluation always has them.
         masks: read instance masks.
+        labelled: a YAML file, relative to `root`, that says which classes were labelled in which images, see
+            `detection.data.federated.label_by_file`; None for all classes in all images, or as the annotations say.
         proposals: give each image the proposals of this source, for detectors that learn none (Fast R-CNN, R-CNN).
         max_unreadable: training images, on each device, that may become unreadable during a run and are replaced by
             others, with a warning; one more is an error. In evaluation the first is.
@@ -167,6 +169,7 @@ class DetectionDataModule(L.LightningDataModule):
         seed: int = 0,
         timeout: int = 50,
         reader: Reader | None = None,
+        labelled: str | None = None,
     ) -> None:
         super().__init__()
         if root is None and (format != "scenes" or reader is not None):
@@ -199,6 +202,7 @@ class DetectionDataModule(L.LightningDataModule):
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
         self._known: Known | None = None
+        self._frequencies: tuple[str, ...] | None = None
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -230,6 +234,12 @@ class DetectionDataModule(L.LightningDataModule):
         """The data set's own id of each class."""
         return list(self._classes()[1])
 
+    @property
+    def frequencies(self) -> tuple[str, ...] | None:
+        """LVIS's group of each class, `"r"`, `"c"` or `"f"`, or None where the training annotations have none."""
+        self._classes()
+        return self._frequencies
+
     def _classes(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
         if self._known is None:
             if self._draws_scenes:
@@ -237,6 +247,7 @@ class DetectionDataModule(L.LightningDataModule):
             else:
                 self._train_index = self.read("train")
                 self._known = self._train_index.classes, self._train_index.category_ids
+                self._frequencies = self._train_index.frequencies
         return self._known
 
     def prepare_data(self) -> None:

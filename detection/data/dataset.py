@@ -74,7 +74,9 @@ class RecordStore:
         self.iscrowd = joined("iscrowd", np.zeros(0, np.bool_))
         self.difficult = joined("difficult", np.zeros(0, np.bool_))
         self.annotation_ids = joined("annotation_ids", np.zeros(0, np.int64))
-        self._classes = max((len(flags) for r in records for flags in (r.checked, r.partial) if flags is not None), default=0)
+        self._classes = max(
+            (len(flags) for r in records for flags in (r.checked, r.partial) if flags is not None), default=0
+        )
         self.checked = self._packed([r.checked for r in records], True)
         self.partial = self._packed([r.partial for r in records], False)
         self._names = _Strings(r.file_name.encode() for r in records)

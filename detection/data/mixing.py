@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from detection.data.augment import ScaleJitter, View
 from detection.data.pipeline import boxes_around
 
-
 IGNORED = 0  # in the place of a label: an ignore region
 
 

@@ -12,6 +12,7 @@ import torch
 
 from detection.data import scenes
 from detection.data.coco import read_coco
+from detection.data.federated import images_not_checked, label_by_file
 from detection.data.records import DataError, Index, Record, merge, relabel
 from detection.data.voc import read_voc
 from detection.data.yolo import read_yolo
@@ -24,7 +25,7 @@ Known: TypeAlias = tuple[tuple[str, ...], tuple[int, ...]]  # the names of the c
 def read_split(
     settings: Mapping[str, Any], root: Path, split: Stage, known: Known | None = None, reader: Reader | None = None
 ) -> Index:
-    """The records of a split.
+    """The records of a split, with what `data.labelled` says of which classes were labelled in which image.
 
     Args:
         settings: of the data, as `DetectionDataModule` takes them.
@@ -33,6 +34,13 @@ def read_split(
         known: the classes of the training split, which the labels will point into; None takes those that are read.
         reader: the user's own; None reads the format of the settings.
     """
+    index = _read(settings, root, split, known, reader)
+    labelled = settings.get("labelled")
+    return index if labelled is None else label_by_file(index, root / labelled, settings["classes"] is None)
+
+
+def _read(settings: Mapping[str, Any], root: Path, split: Stage, known: Known | None, reader: Reader | None) -> Index:
+    """The records of a split, as its reader gives them."""
     classes, masks = settings["classes"] if known is None else list(known[0]), settings["masks"]
     name, images = settings[f"{split}_split"], settings[f"{split}_images"]
     if name is None:
@@ -110,6 +118,11 @@ def check_index(index: Any, reader: Any) -> Index:
             if not isinstance(value, np.ndarray) or value.shape != wanted or value.dtype != kind:
                 found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
                 raise DataError(f"{where}: {field} is {found}, not an array of {kind} {wanted}; see Record.of")
+        for field in ("checked", "partial"):
+            flags = getattr(record, field)
+            if flags is not None and (flags.shape != (len(index.classes),) or flags.dtype != bool):
+                found = f"{flags.dtype} {flags.shape}"
+                raise DataError(f"{where}: {field} is {found}, not an array of bool ({len(index.classes)},), or None")
         if record.segments is not None and len(record.segments) != len(record.labels):
             raise DataError(f"{where}: {len(record.segments)} segments for {len(record.labels)} objects")
     return index
@@ -149,6 +162,8 @@ def describe(index: Index, split: str) -> str:
     empty = sum(not len(record.labels) for record in index.records)
     classes = ", ".join(f"{name} {n}" for name, n in zip(index.classes, counts[1:].tolist(), strict=True))
     lines = [f"{split}: {len(index.records)} images ({empty} without objects), {int(counts.sum())} objects: {classes}"]
+    if partly := images_not_checked(index):
+        lines.append(f"{split}: in {partly} images not every class is labelled; background is not taught of those")
     repaired = [defect for defect in index.defects if defect.severity != "note"]
     if repaired:
         lines += [f"{split}: {len(repaired)} records repaired or left out, the first of them:"]

@@ -159,7 +159,8 @@ class DetectionModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse to learn masks from data that is read without them; compile what is to be trained."""
-        settings = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+        data = getattr(self.trainer, "datamodule", None)
+        settings, self.metric.frequencies = getattr(data, "hparams", {}), getattr(data, "frequencies", None)
         if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
         for part in list(self.detector.modules()):  # itself, or one inside it, as in test-time augmentation
