@@ -181,7 +181,7 @@ def test_unmatched_detections_of_a_class_not_annotated_in_full_are_no_mistakes(t
     assert free.sum() > 10 and (judged.kind[free] == IGNORED).all()
     assert not (judged.kind[judged.dt.excused] == BACKGROUND).any() and (judged.kind == BACKGROUND).any()
     names = metric.class_names
-    without = voc_ap([r for r in metric.results], names)
+    without = voc_ap(list(metric.results), names)
     for result in metric.results:
         object.__setattr__(result, "excused", None)
     counted = voc_ap(metric.results, names)
