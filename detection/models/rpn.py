@@ -234,6 +234,17 @@ class RegionProposalNetwork(nn.Module):
         }
 
     def spare_unlabelled(self, labels: Tensor, objectness: Tensor, labelled: Tensor) -> Tensor:
+        """The labels `(B, A)` without background that may be an object of a class that nobody looked for: -1.
+
+        Which background that is, the RPN says itself: in images where not every class is labelled, anchors with an
+        objectness >= 0.5 are no background. It learns from the others, and from the foreground of all images. To draw
+        no background at all of such images would leave none in LVIS, where every image is one.
+
+        Args:
+            labels: 1 for foreground, 0 for background, -1 for neither.
+            objectness: logits `(B, A)`.
+            labelled: `(B, C)` bool, see `Batch`.
+        """
         likely = ~labelled.all(dim=1, keepdim=True) & (objectness.detach() >= 0)
         return torch.where(likely & (labels == 0), -1, labels)
 
