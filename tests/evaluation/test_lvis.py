@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from pycocotools import mask as mask_api
 
+from detection import fasterrcnn_efficientnet_lite0_fpn
 from detection.data.coco import read_coco
+from detection.data.datamodule import DetectionDataModule
 from detection.data.dataset import RecordStore, make_target
 from detection.evaluation.analysis import BACKGROUND, IGNORED, analyse
 from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.voc_ap import voc_ap
+from detection.training.module import DetectionModule
 
 WIDTH, HEIGHT = 220, 180
 KEYS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
@@ -186,3 +190,24 @@ def test_unmatched_detections_of_a_class_not_annotated_in_full_are_no_mistakes(t
         object.__setattr__(result, "excused", None)
     counted = voc_ap(metric.results, names)
     assert all(without[name] >= counted[name] for name in names) and without != counted
+
+
+@pytest.mark.slow
+def test_a_run_logs_the_figures_of_lvis(tmp_path):
+    federated_set(tmp_path, images=6)
+    data = DetectionDataModule(
+        str(tmp_path), "coco", "lvis.json", "lvis.json", batch_size=3, num_workers=0, min_size=64
+    )
+    detector = fasterrcnn_efficientnet_lite0_fpn(
+        num_classes=10, weights_backbone=None, box_score_thresh=0.0, box_detections_per_img=300
+    )
+    module = DetectionModule(detector, data.class_names, detections_per_img=300)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "devices": 1}
+    trainer = L.Trainer(max_steps=2, accelerator="cpu", num_sanity_val_steps=0, enable_checkpointing=False, **quiet)
+    trainer.fit(module, data)
+    logged = trainer.callback_metrics
+    assert {f"val/{name}" for name in GROUPS} <= logged.keys() and "val/mar_300" in logged
+    checked = {record.image_id: record for record in read_coco(tmp_path, "lvis.json").records}
+    assert module.metric.results
+    for result in module.metric.results:
+        assert len(result.labels) and checked[result.image_id].checked[result.labels - 1].all()
