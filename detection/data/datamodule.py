@@ -16,14 +16,25 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from detection.batch import Batch
 from detection.data import scenes
-from detection.data.augment import eval_transform, train_transform
+from detection.data.augment import transform_of
 from detection.data.dataset import DetectionDataset, Sample, collate
+from detection.data.finding import Layout, Stage, find
 from detection.data.pipeline import Step, check_steps, moving, recipe_of
 from detection.data.proposals import ProposalCache, ProposalSource
-from detection.data.reading import Known, Stage, check_split, describe, read_split, recipe_of_reader, splits_of
+from detection.data.reading import (
+    Known,
+    check_settings,
+    check_split,
+    describe,
+    draws_scenes,
+    has_split,
+    read_split,
+    recipe_of_reader,
+    splits_of,
+)
 from detection.data.records import DataError, Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
-from detection.data.splitting import Split, check_division, keep, kept, split_of
+from detection.data.splitting import Split, keep, kept, split_of
 from detection.data.workers import check_shared_memory, init_worker
 from detection.parts import Reader
 from detection.recipes import RecipeError, rebuild, trusting
@@ -99,8 +110,8 @@ class DetectionDataModule(L.LightningDataModule):
         reader: what reads annotations of another kind, see `detection.parts.Reader`.
         train_split, val_split, test_split: VOC, YOLO and a reader: the split's name; for VOC also of several folders in
             `root`, as in `VOC2007:trainval+VOC2012:trainval`. COCO: the annotation file, relative to `root`.
-            `test_split` None is the validation split.
-            `val_split` None: images of the training split are set aside, see `detection.data.splitting`.
+            `test_split` None is the validation split. Where none to validate on is there, images of the training split
+            are set aside, see `detection.data.splitting`.
         train_images, val_images, test_images: COCO only: folder of the split's images, relative to `root`.
         val_fraction: share of the images that is set aside where there is no validation split.
         fold: "2/5" validates on the second of five parts of the training split, and trains on the others; without
@@ -136,9 +147,9 @@ class DetectionDataModule(L.LightningDataModule):
     def __init__(
         self,
         root: str | None = None,
-        format: Literal["scenes", "coco", "voc", "yolo"] = "scenes",
-        train_split: str = "train",
-        val_split: str | None = "val",
+        format: Literal["scenes", "coco", "voc", "yolo"] | None = None,
+        train_split: str | None = None,
+        val_split: str | None = None,
         test_split: str | None = None,
         train_images: str = "",
         val_images: str = "",
@@ -171,22 +182,8 @@ class DetectionDataModule(L.LightningDataModule):
         val_fraction: float = 0.2,
         fold: str | None = None,
     ) -> None:
+        check_settings(locals())
         super().__init__()
-        if root is None and (format != "scenes" or reader is not None):
-            kind = f"format '{format}'" if reader is None else "a reader"
-            raise ValueError(f"{kind} needs root, the folder of the data set")
-        if reader is not None and format != "scenes":
-            raise ValueError(f"data.reader reads in place of data.format: leave format '{format}' out")
-        sizes = [min_size] if isinstance(min_size, int) else min_size
-        if batch_size < 1 or max_size < 1 or not sizes or min(sizes) < 1:
-            raise ValueError(f"batch_size {batch_size}, min_size {min_size} and max_size {max_size} must be positive")
-        if size_divisible < 32 or size_divisible % 32:
-            raise ValueError(f"size_divisible {size_divisible} must be a multiple of 32, the coarsest stride")
-        if proposals and (mosaic or masks):
-            raise ValueError("proposals go with neither mosaics nor masks: leave `mosaic` and `masks` out")
-        if not 0 <= min_visibility <= 1:
-            raise ValueError(f"min_visibility {min_visibility} must be a share, from 0 to 1")
-        check_division(val_fraction, fold, val_split)
         # Plain values, as a checkpoint and the command line have them, stand in for the part itself.
         self.proposals: ProposalSource | None = rebuild(proposals) if isinstance(proposals, Mapping) else proposals
         proposals = getattr(proposals, "recipe", proposals)
@@ -203,7 +200,9 @@ class DetectionDataModule(L.LightningDataModule):
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
         self._split: Split | None = None
+        self._divided: bool | None = None
         self._known: Known | None = None
+        self._layout: Layout | None = None
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -247,6 +246,8 @@ class DetectionDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Draw the embedded scenes and compute proposals, whichever do not lie in their cache; make the split."""
         if self._draws_scenes:
+            if self.hparams["root"] is not None:
+                scenes.check_folder(self._root())
             scenes.draw(self._root())
         self.made_split()
         if self.proposals is not None and self.trainer is not None:
@@ -273,7 +274,7 @@ class DetectionDataModule(L.LightningDataModule):
 
     @property
     def _draws_scenes(self) -> bool:
-        return self.hparams["format"] == "scenes" and self.reader is None
+        return self.reader is None and draws_scenes(self.hparams)
 
     def _root(self) -> Path:
         root = self.hparams["root"]
@@ -281,22 +282,27 @@ class DetectionDataModule(L.LightningDataModule):
 
     def read(self, split: Stage) -> Index:
         """The records of a split; labels point into the classes of the training split, once that is read."""
-        own = not self._divides or (split == "test" and self.hparams["test_split"] is not None)
-        if own and split != "train":
-            return read_split(self.hparams, self._root(), split, self._known, self.reader)
+        if split != "train" and (not self._divides or (split == "test" and self._has("test"))):
+            return read_split(self.hparams, self._root(), split, self._known, self.reader, self.layout)
         index, made = self._train_list(), self.made_split()
         return index if made is None else made.apply(index)[split != "train"]
 
     def _train_list(self) -> Index:
         """The training split before images are set aside; kept until `setup` is done."""
         if self._train_index is None:
-            self._train_index = read_split(self.hparams, self._root(), "train", self._known, self.reader)
+            self._train_index = read_split(self.hparams, self._root(), "train", self._known, self.reader, self.layout)
         return self._train_index
 
     @property
     def _divides(self) -> bool:
-        """Whether images of the training split are set aside."""
-        return self.hparams["fold"] is not None or (self.hparams["val_split"] is None and not self._draws_scenes)
+        """Whether images of the training split are set aside; what a checkpoint says of it stays."""
+        if self._divided is None:
+            self._divided = self.hparams["fold"] is not None or not self._has("val")
+        return self._divided
+
+    def _has(self, split: Stage) -> bool:
+        finds = self.reader is None and not self._draws_scenes
+        return has_split(self.hparams, split, self.layout if finds else None)
 
     def made_split(self) -> Split | None:
         """Which images train and which validate, where that was not given but made; at first it takes its time."""
@@ -304,19 +310,27 @@ class DetectionDataModule(L.LightningDataModule):
             index = self._train_list()
             check_split(index, "train")
             self._split = split_of(index, self.hparams)
-        return self._split if self._divides else None
+        return self._split
 
     def state_dict(self) -> dict[str, Any]:
-        """The split that was made, which a resumed run and an evaluation need again."""
-        return keep(self._split, self.hparams) if self._split and self._divides else {}
+        """The split that was made, or that none was, which a resumed run and an evaluation need again."""
+        return {} if self._divided is None else keep(self._split, self.hparams)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the split of a checkpoint, whatever images have come since."""
-        if "split" not in state_dict or not self._divides:
+        if not state_dict:
             return
         before, self._split = self._split, kept(state_dict, self.hparams)
+        self._divided = self._split is not None
         if before != self._split:
             self._datasets = {split: self._dataset(split) for split in self._datasets}
+
+    def layout(self) -> Layout:
+        """The data set below the root, found and said at the first call; raises `DataError` where there is none."""
+        if self._layout is None:
+            self._layout = find(self._root(), self.hparams["format"])
+            rank_zero_info(self._layout.said())
+        return self._layout
 
     def _dataset(self, split: Stage) -> DetectionDataset:
         hp = self.hparams
@@ -325,17 +339,9 @@ class DetectionDataModule(L.LightningDataModule):
         check_split(index, split)
         if split == "train" and not hp["keep_empty"]:
             index = replace(index, records=[record for record in index.records if len(record.labels)])
-        sizes = [hp["min_size"]] if isinstance(hp["min_size"], int) else list(hp["min_size"])
-        if split == "train" and not self._overfits:
-            jitter, square = hp["scale_jitter"], hp["scale_jitter_size"]
-            longest = square if jitter and square else hp["max_size"]
-            chances = (hp["hflip"], hp["vflip"], hp["photometric"])
-            extra = (self.augmentations, hp["min_visibility"])
-            transform = train_transform(sizes, longest, *chances, jitter, *extra)
-        else:
-            transform = eval_transform(max(sizes), hp["max_size"])
+        transform = transform_of(hp, self.augmentations, split == "train" and not self._overfits)
         rank_zero_info(describe(index, split))
-        check_shared_memory(hp, max(sizes))
+        check_shared_memory(hp)
         proposals, names = self._prepare_proposals(index, split), ("mosaic", "copy_paste", "max_unreadable")
         training = {name: hp[name] for name in names if split == "train" and not self._overfits}
         return DetectionDataset(index, transform, hp["with_difficult"], proposals=proposals, **training)

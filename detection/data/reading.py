@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import isclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from detection.data import scenes
 from detection.data.coco import read_coco
+from detection.data.finding import Layout, Split, Stage, find
 from detection.data.records import DataError, Index, Record, merge, relabel
+from detection.data.splitting import check_division
+from detection.data.tree import role_of
 from detection.data.voc import read_voc
-from detection.data.yolo import read_yolo
 from detection.parts import Reader
 from detection.recipes import describe as plain
 
-Stage: TypeAlias = Literal["train", "val", "test"]
 Known: TypeAlias = tuple[tuple[str, ...], tuple[int, ...]]  # the names of the classes, and the data set's ids of them
 
 
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of the data that are out of range or go against each other: a ValueError; none reads the data."""
+    format, reader, proposals = settings["format"], settings["reader"], settings["proposals"]
+    if settings["root"] is None and (format not in (None, "scenes") or reader is not None):
+        kind = f"format '{format}'" if reader is None else "a reader"
+        raise ValueError(f"{kind} needs root, the folder of the data set")
+    if reader is not None and format not in (None, "scenes"):
+        raise ValueError(f"data.reader reads in place of data.format: leave format '{format}' out")
+    batch_size, min_size, max_size = settings["batch_size"], settings["min_size"], settings["max_size"]
+    sizes = [min_size] if isinstance(min_size, int) else min_size
+    if batch_size < 1 or max_size < 1 or not sizes or min(sizes) < 1:
+        raise ValueError(f"batch_size {batch_size}, min_size {min_size} and max_size {max_size} must be positive")
+    if (divisor := settings["size_divisible"]) < 32 or divisor % 32:
+        raise ValueError(f"size_divisible {divisor} must be a multiple of 32, the coarsest stride")
+    if proposals and (settings["mosaic"] or settings["masks"]):
+        raise ValueError("proposals go with neither mosaics nor masks: leave `mosaic` and `masks` out")
+    if not 0 <= settings["min_visibility"] <= 1:
+        raise ValueError(f"min_visibility {settings['min_visibility']} must be a share, from 0 to 1")
+    check_division(settings["val_fraction"], settings["fold"], settings["val_split"])
+
+
 def read_split(
-    settings: Mapping[str, Any], root: Path, split: Stage, known: Known | None = None, reader: Reader | None = None
+    settings: Mapping[str, Any],
+    root: Path,
+    split: Stage,
+    known: Known | None = None,
+    reader: Reader | None = None,
+    layout: Callable[[], Layout] | None = None,
 ) -> Index:
     """The records of a split.
 
@@ -34,26 +61,60 @@ def read_split(
         split: `"test"` is the validation split where the settings name none.
         known: the classes of the training split, which the labels will point into; None takes those that are read.
         reader: the user's own; None reads the format of the settings.
+        layout: gives the data set that was found below the root; None finds it.
+
+    Raises:
+        DataError: nothing is found, or a split that the stage needs is not there.
     """
     classes, masks = settings["classes"] if known is None else list(known[0]), settings["masks"]
     name, images = settings[f"{split}_split"], settings[f"{split}_images"]
-    if name is None:
+    if name is None and split == "test":
         name, images = settings["val_split"], settings["val_images"]
-    form = settings["format"]
     if reader is not None:
+        name = name or ("train" if split == "train" else "val")
         return _of_classes(_without_masks(check_index(reader(root, name), reader), masks), classes, known)
-    if form == "voc" and split != "train" and known is not None:
-        return relabel(_read_voc(root, name, None, masks), *known)  # it may lack a rare class
-    if form == "voc":
-        return _read_voc(root, name, classes, masks)
-    if form == "yolo":
-        return read_yolo(root, name, classes)
-    if form == "scenes":
+    wanted = classes if split == "train" or known is None else None  # an evaluated split may lack a class
+    if draws_scenes(settings):
         root, name, images = scenes.location(root), *scenes.SPLITS["train" if split == "train" else "val"]
-    if split == "train" or known is None:
-        return read_coco(root, name, images, classes, masks)
+    if name is not None and settings["format"] == "voc" and ":" in name:
+        index = _read_folders(root, name, wanted, masks)
+    elif name is not None and settings["format"] != "yolo" and name.endswith(".json"):
+        index = read_coco(root, name, images, wanted, masks)
+    else:
+        found = layout() if layout is not None else find(root, settings["format"])
+        index = _named(found, name, split).read(wanted, masks)
     # An evaluation file may list fewer categories than the training file, or number them otherwise.
-    return relabel(read_coco(root, name, images, None, masks), *known)
+    return index if split == "train" or known is None else relabel(index, *known)
+
+
+def draws_scenes(settings: Mapping[str, Any]) -> bool:
+    """Whether the data are the scenes that this package draws."""
+    return settings["format"] == "scenes" or (settings["format"] is None and settings["root"] is None)
+
+
+def has_split(settings: Mapping[str, Any], stage: Stage, layout: Callable[[], Layout] | None) -> bool:
+    """Whether a split to evaluate on is named, or found and no part of the training split.
+
+    Args:
+        settings, layout: see `read_split`; None for scenes and readers, which have one to validate on.
+        stage: `"val"` or `"test"`.
+    """
+    train = settings["train_split"]
+    if settings[f"{stage}_split"] is not None or layout is None:
+        return settings[f"{stage}_split"] is not None or stage == "val"
+    if stage == "val" and train is not None and (":" in train or role_of(train) in ("trainval", "val")):
+        return False
+    found = layout().stage(stage)
+    return found is not None and role_of(found.name) == stage
+
+
+def _named(layout: Layout, name: str | None, stage: Stage) -> Split:
+    split = layout.split(name) if name is not None else layout.stage(stage)
+    if split is None:
+        there = ", ".join(f"'{key}'" for key in layout.splits if key) or "none that says so"
+        kind = "training" if stage == "train" else "validation"
+        raise DataError(f"{layout.root}: there is no {kind} split; of {there}, name one with data.{stage}_split")
+    return split
 
 
 def _of_classes(index: Index, classes: list[str] | None, known: Known | None) -> Index:
@@ -76,10 +137,8 @@ def _without_masks(index: Index, wanted: bool) -> Index:
     return index
 
 
-def _read_voc(root: Path, name: str, classes: list[str] | None, masks: bool) -> Index:
-    """A split of one VOC folder, or of those that `folder:split+folder:split` names."""
-    if ":" not in name:
-        return read_voc(root, name, classes, masks)
+def _read_folders(root: Path, name: str, classes: list[str] | None, masks: bool) -> Index:
+    """The splits of VOC folders that `folder:split+folder:split` names, as one."""
     parts: dict[str, Index] = {}
     for part in name.split("+"):
         folder, _, split = part.partition(":")
