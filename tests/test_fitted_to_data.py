@@ -194,7 +194,7 @@ def test_anchors_follow_the_data_and_need_none_afterwards(folder: Path, caplog: 
     shutil.rmtree(folder / "JPEGImages")
     detector = DetectionModule.load_from_checkpoint(cli.folder / "last.ckpt").detector
     assert detector.rpn.anchor_generator.recipe == wanted.recipe
-    assert Detector.from_checkpoint(cli.folder / "last.ckpt").class_names == data.class_names
+    assert list(Detector.from_checkpoint(cli.folder / "last.ckpt").class_names) == data.class_names
 
 
 @pytest.mark.slow
