@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 from detection import Detector, fasterrcnn_resnet_fpn
 from detection.anchors import AnchorGenerator, default_anchors
 from detection.batch import Batch
+from detection.cli.check import main as check_data
 from detection.cli.configuration import strides_of
 from detection.cli.fit import LOGGERS, FitCLI
 from detection.data import scenes
@@ -213,6 +215,20 @@ def test_a_run_goes_on_with_its_own_anchors(folder: Path) -> None:
     assert generator_for(again.datamodule.read("train"), min_size=64, max_size=96).recipe != before
     again.fit()
     assert again.trainer.global_step == 3
+
+
+@pytest.mark.slow
+def test_the_command_that_the_check_ends_with_trains(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["check_data.py", "--root", str(folder), "--min-size", "64", "--max-size", "96"])
+    assert check_data() < 2
+    python, script, *args = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("Next: "))
+    assert (python, script) == ("python", "scripts/fit.py") and "auto" in args
+    small = ["--data.num_workers", "0", "--output", str(folder.parent / "runs"), "--trainer.max_steps", "1"]
+    cli = FitCLI([*args, *TINY[4:], *small, "--trainer.limit_val_batches", "1"])
+    cli.fit()
+    assert cli.trainer.global_step == 1 and (cli.folder / "split.json").is_file()
 
 
 def test_auto_without_data_says_what_to_do() -> None:

@@ -32,10 +32,8 @@ Exit code 0: clean; 1: the loader repairs or leaves out some records; 2: somethi
 def main() -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", type=Path, help="configuration whose data and anchors to check; with --root its anchors"
-    )
-    parser.add_argument("--root", type=Path, help="folder of the data set")
+    parser.add_argument("--config", type=Path, help="configuration to check, its data and anchors")
+    parser.add_argument("--root", type=Path, help="folder of the data set; with --config in place of its data")
     parser.add_argument("--format", choices=("coco", "voc", "yolo"), help="of the annotations (default: found)")
     parser.add_argument("--split", help="the only split to check (default: all)")
     parser.add_argument("--annotations", help="COCO file or VOC folder, relative to the root (default: found)")
@@ -43,9 +41,9 @@ def main() -> int:
     parser.add_argument(
         "--min-size",
         type=int,
-        help="shorter side after resizing (default: that of the configuration, or of --data.root)",
+        help="shorter side after resizing (default: that of training)",
     )
-    parser.add_argument("--max-size", type=int, help="limit of the longer side (default: likewise)")
+    parser.add_argument("--max-size", type=int, help="limit of the longer side (default: that of training)")
     parser.add_argument("--anchor-sizes", type=float, nargs="+", help="one a level (default: the configuration's)")
     parser.add_argument("--anchor-ratios", type=float, nargs="+", help="height / width")
     parser.add_argument("--strides", type=int, nargs="+", help="one a level (default: the detector's)")
