@@ -10,9 +10,9 @@ size is chosen, and `collate` resizes straight into the batch.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -278,20 +278,3 @@ def train_transform(
     if scale_jitter:
         framing = ScaleJitter(max_size, scale_jitter)
     return Transform(framing, steps, (hflip, vflip), min_visibility=min_visibility)
-
-
-def transform_of(settings: Mapping[str, Any], augmentations: Sequence[Step], training: bool) -> Transform:
-    """The pipeline that settings of the data describe; evaluation is at the largest size.
-
-    Args:
-        settings: as `DetectionDataModule` takes them.
-        augmentations: theirs, made.
-        training: that of training, else that of evaluation.
-    """
-    sizes = [settings["min_size"]] if isinstance(settings["min_size"], int) else list(settings["min_size"])
-    if not training:
-        return eval_transform(max(sizes), settings["max_size"])
-    jitter, square = settings["scale_jitter"], settings["scale_jitter_size"]
-    longest = square if jitter and square else settings["max_size"]
-    chances = (settings["hflip"], settings["vflip"], settings["photometric"])
-    return train_transform(sizes, longest, *chances, jitter, augmentations, settings["min_visibility"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,30 +11,21 @@ from typing import Any, Literal, Self
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from detection.batch import Batch
 from detection.data import scenes
-from detection.data.augment import transform_of
+from detection.data.augment import eval_transform, train_transform
 from detection.data.dataset import DetectionDataset, Sample, collate
 from detection.data.finding import Layout, Stage, find
 from detection.data.pipeline import Step, check_steps, moving, recipe_of
 from detection.data.proposals import ProposalCache, ProposalSource
-from detection.data.reading import (
-    Known,
-    check_settings,
-    check_split,
-    describe,
-    draws_scenes,
-    has_split,
-    read_split,
-    recipe_of_reader,
-    splits_of,
-)
-from detection.data.records import DataError, Index
+from detection.data.reading import Known, check_split, describe, draws_scenes, read_split, recipe_of_reader, splits_of
+from detection.data.records import Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
-from detection.data.splitting import Split, keep, kept, split_of
+from detection.data.splitting import Split, check_division, keep, kept, split_of
+from detection.data.train_loader import TrainLoader
+from detection.data.tree import role_of
 from detection.data.workers import check_shared_memory, init_worker
 from detection.parts import Reader
 from detection.recipes import RecipeError, rebuild, trusting
@@ -42,77 +33,18 @@ from detection.recipes import RecipeError, rebuild, trusting
 log = logging.getLogger(__name__)
 
 
-class TrainLoader(DataLoader[Sample]):
-    """A DataLoader that Lightning can save and resume in the middle of an epoch.
-
-    Its state counts the batches handed out, not those that workers have fetched ahead. A resumed run sees exactly the
-    batches, and the augmentations, that an unbroken run would have seen. Between two batches, when all of the first
-    one's step is done, `between_steps` is called.
-
-    Images that can't be read, in whose place the data set drew others, are named in a warning, each once. When they
-    are more than `dataset.max_unreadable`, counted on each rank for itself, that is a DataError.
-    """
-
-    batch_sampler: TrainBatchSampler
-
-    def __init__(self, dataset: DetectionDataset, batch_sampler: TrainBatchSampler, **options: Any) -> None:
-        super().__init__(dataset, batch_sampler=batch_sampler, **options)
-        self.between_steps: Callable[[], None] = lambda: None
-        self._epoch, self._handed_out = 0, 0
-        self._unreadable: dict[str, None] = {}
-        self._most_unreadable = dataset.max_unreadable
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        self._epoch, self._handed_out = self.batch_sampler.epoch, self.batch_sampler.start_batch
-        for batch in super().__iter__():
-            self._handed_out += 1
-            self._report(batch.unreadable)
-            yield batch
-            self.between_steps()
-
-    def _report(self, unreadable: tuple[str, ...]) -> None:
-        for problem in unreadable:
-            if problem not in self._unreadable:
-                self._unreadable[problem] = None
-                log.warning("%s. Another image is trained on in its place", problem)
-        if len(self._unreadable) > self._most_unreadable:
-            raise DataError(
-                f"{len(self._unreadable)} images can't be read, more than max_unreadable allows "
-                f"({self._most_unreadable}); restore them: {' | '.join(self._unreadable)}"
-            )
-
-    def state_dict(self) -> dict[str, int]:
-        """Epoch and batch that come next, and the number of processes that share the epoch."""
-        state = self.batch_sampler.state_dict()
-        if self._epoch == self.batch_sampler.epoch:
-            done = self._handed_out >= len(self)
-            state = {"epoch": self._epoch + done, "start_batch": 0 if done else self._handed_out}
-        return state | {"world": rank_and_world()[1]}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        start = state["start_batch"]
-        if start and state["world"] != rank_and_world()[1]:
-            rank_zero_warn(
-                f"The run was stopped at batch {start} of an epoch shared by {state['world']} processes, now there are "
-                f"{rank_and_world()[1]}: images of that epoch may be seen twice or not at all."
-            )
-            start = min(start * state["world"] // rank_and_world()[1], len(self))
-        self.batch_sampler.load_state_dict({"epoch": state["epoch"], "start_batch": start})
-        self._epoch, self._handed_out = state["epoch"], start
-
-
 class DetectionDataModule(L.LightningDataModule):
     """Train, validation and test loaders of a data set on disk, or of the scenes that this package draws itself.
 
     Args:
-        root: folder of the data set. With `format: scenes`, where to draw them; None for a folder in the user's cache.
-        format: how the annotations are written, where there is no `reader`.
-        reader: what reads annotations of another kind, see `detection.parts.Reader`.
-        train_split, val_split, test_split: VOC, YOLO and a reader: the split's name; for VOC also of several folders in
-            `root`, as in `VOC2007:trainval+VOC2012:trainval`. COCO: the annotation file, relative to `root`.
-            `test_split` None is the validation split. Where none to validate on is there, images of the training split
-            are set aside, see `detection.data.splitting`.
-        train_images, val_images, test_images: COCO only: folder of the split's images, relative to `root`.
+        root: folder of the data set; None takes the scenes, in the user's cache.
+        format: how the annotations are written, where there is no `reader`; None finds out. `scenes` draws them into
+            `root`.
+        train_split, val_split, test_split: name of the split, or for COCO its annotation file, relative to `root`; for
+            VOC also several folders in `root`, as in `VOC2007:trainval+VOC2012:trainval`. None finds it. Where there is
+            no validation split, images of the training split are set aside, see `detection.data.splitting`; without
+            `test` the validation split is the test.
+        train_images, val_images, test_images: COCO only: folder of the split's images, relative to `root`; "" finds it.
         val_fraction: share of the images that is set aside where there is no validation split.
         fold: "2/5" validates on the second of five parts of the training split, and trains on the others; without
             `val_split`.
@@ -182,8 +114,22 @@ class DetectionDataModule(L.LightningDataModule):
         val_fraction: float = 0.2,
         fold: str | None = None,
     ) -> None:
-        check_settings(locals())
         super().__init__()
+        if root is None and (format not in (None, "scenes") or reader is not None):
+            kind = f"format '{format}'" if reader is None else "a reader"
+            raise ValueError(f"{kind} needs root, the folder of the data set")
+        if reader is not None and format not in (None, "scenes"):
+            raise ValueError(f"data.reader reads in place of data.format: leave format '{format}' out")
+        sizes = [min_size] if isinstance(min_size, int) else min_size
+        if batch_size < 1 or max_size < 1 or not sizes or min(sizes) < 1:
+            raise ValueError(f"batch_size {batch_size}, min_size {min_size} and max_size {max_size} must be positive")
+        if size_divisible < 32 or size_divisible % 32:
+            raise ValueError(f"size_divisible {size_divisible} must be a multiple of 32, the coarsest stride")
+        if proposals and (mosaic or masks):
+            raise ValueError("proposals go with neither mosaics nor masks: leave `mosaic` and `masks` out")
+        if not 0 <= min_visibility <= 1:
+            raise ValueError(f"min_visibility {min_visibility} must be a share, from 0 to 1")
+        check_division(val_fraction, fold, val_split)
         # Plain values, as a checkpoint and the command line have them, stand in for the part itself.
         self.proposals: ProposalSource | None = rebuild(proposals) if isinstance(proposals, Mapping) else proposals
         proposals = getattr(proposals, "recipe", proposals)
@@ -282,27 +228,50 @@ class DetectionDataModule(L.LightningDataModule):
 
     def read(self, split: Stage) -> Index:
         """The records of a split; labels point into the classes of the training split, once that is read."""
-        if split != "train" and (not self._divides or (split == "test" and self._has("test"))):
-            return read_split(self.hparams, self._root(), split, self._known, self.reader, self.layout)
+        if split != "train" and (self._has(split) if split == "test" else not self._divides):
+            return self._read(split)
         index, made = self._train_list(), self.made_split()
         return index if made is None else made.apply(index)[split != "train"]
+
+    def _read(self, split: Stage) -> Index:
+        return read_split(self.hparams, self._root(), split, self._known, self.reader, self.layout)
+
+    def layout(self) -> Layout:
+        """The data set below the root, found and said at the first call; raises `DataError` where there is none."""
+        if self._layout is None:
+            self._layout = find(self._root(), self.hparams["format"])
+            rank_zero_info(f"{self._layout.root}: {self._layout}")
+            for other in self._layout.others:
+                rank_zero_info(f"  also there, not read: {other}; data.format or another root chooses it")
+        return self._layout
 
     def _train_list(self) -> Index:
         """The training split before images are set aside; kept until `setup` is done."""
         if self._train_index is None:
-            self._train_index = read_split(self.hparams, self._root(), "train", self._known, self.reader, self.layout)
+            self._train_index = self._read("train")
         return self._train_index
+
+    def _has(self, split: Stage) -> bool:
+        """Whether the data set has images for validation, or for the test, that are not among those to train on."""
+        hp, train = self.hparams, self.hparams["train_split"] or ""
+        if split == "test" and hp["test_split"] is not None:
+            return True
+        if hp["fold"] is not None and split == "val":
+            return False
+        if hp["val_split"] is not None or self._draws_scenes or self.reader is not None:
+            return True
+        if ":" in train:  # of several folders, each with its lists
+            return False
+        found = self.layout().stage(split)
+        trains = role_of(train) in ("trainval", "val") and found is not None and role_of(found.name) == "val"
+        return found is not None and not trains
 
     @property
     def _divides(self) -> bool:
         """Whether images of the training split are set aside; what a checkpoint says of it stays."""
         if self._divided is None:
-            self._divided = self.hparams["fold"] is not None or not self._has("val")
+            self._divided = not self._has("val")
         return self._divided
-
-    def _has(self, split: Stage) -> bool:
-        finds = self.reader is None and not self._draws_scenes
-        return has_split(self.hparams, split, self.layout if finds else None)
 
     def made_split(self) -> Split | None:
         """Which images train and which validate, where that was not given but made; at first it takes its time."""
@@ -313,7 +282,7 @@ class DetectionDataModule(L.LightningDataModule):
         return self._split
 
     def state_dict(self) -> dict[str, Any]:
-        """The split that was made, or that none was, which a resumed run and an evaluation need again."""
+        """The split that was made, or that none was, which a resumed run and an evaluation have to know."""
         return {} if self._divided is None else keep(self._split, self.hparams)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -325,13 +294,6 @@ class DetectionDataModule(L.LightningDataModule):
         if before != self._split:
             self._datasets = {split: self._dataset(split) for split in self._datasets}
 
-    def layout(self) -> Layout:
-        """The data set below the root, found and said at the first call; raises `DataError` where there is none."""
-        if self._layout is None:
-            self._layout = find(self._root(), self.hparams["format"])
-            rank_zero_info(self._layout.said())
-        return self._layout
-
     def _dataset(self, split: Stage) -> DetectionDataset:
         hp = self.hparams
         self._classes()  # the training split names the classes of all splits
@@ -339,9 +301,17 @@ class DetectionDataModule(L.LightningDataModule):
         check_split(index, split)
         if split == "train" and not hp["keep_empty"]:
             index = replace(index, records=[record for record in index.records if len(record.labels)])
-        transform = transform_of(hp, self.augmentations, split == "train" and not self._overfits)
+        sizes = [hp["min_size"]] if isinstance(hp["min_size"], int) else list(hp["min_size"])
+        if split == "train" and not self._overfits:
+            jitter, square = hp["scale_jitter"], hp["scale_jitter_size"]
+            longest = square if jitter and square else hp["max_size"]
+            chances = (hp["hflip"], hp["vflip"], hp["photometric"])
+            extra = (self.augmentations, hp["min_visibility"])
+            transform = train_transform(sizes, longest, *chances, jitter, *extra)
+        else:
+            transform = eval_transform(max(sizes), hp["max_size"])
         rank_zero_info(describe(index, split))
-        check_shared_memory(hp)
+        check_shared_memory(hp, max(sizes))
         proposals, names = self._prepare_proposals(index, split), ("mosaic", "copy_paste", "max_unreadable")
         training = {name: hp[name] for name in names if split == "train" and not self._overfits}
         return DetectionDataset(index, transform, hp["with_difficult"], proposals=proposals, **training)

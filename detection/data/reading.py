@@ -15,34 +15,11 @@ from detection.data import scenes
 from detection.data.coco import read_coco
 from detection.data.finding import Layout, Split, Stage, find
 from detection.data.records import DataError, Index, Record, merge, relabel
-from detection.data.splitting import check_division
-from detection.data.tree import role_of
 from detection.data.voc import read_voc
 from detection.parts import Reader
 from detection.recipes import describe as plain
 
 Known: TypeAlias = tuple[tuple[str, ...], tuple[int, ...]]  # the names of the classes, and the data set's ids of them
-
-
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse settings of the data that are out of range or go against each other: a ValueError; none reads the data."""
-    format, reader, proposals = settings["format"], settings["reader"], settings["proposals"]
-    if settings["root"] is None and (format not in (None, "scenes") or reader is not None):
-        kind = f"format '{format}'" if reader is None else "a reader"
-        raise ValueError(f"{kind} needs root, the folder of the data set")
-    if reader is not None and format not in (None, "scenes"):
-        raise ValueError(f"data.reader reads in place of data.format: leave format '{format}' out")
-    batch_size, min_size, max_size = settings["batch_size"], settings["min_size"], settings["max_size"]
-    sizes = [min_size] if isinstance(min_size, int) else min_size
-    if batch_size < 1 or max_size < 1 or not sizes or min(sizes) < 1:
-        raise ValueError(f"batch_size {batch_size}, min_size {min_size} and max_size {max_size} must be positive")
-    if (divisor := settings["size_divisible"]) < 32 or divisor % 32:
-        raise ValueError(f"size_divisible {divisor} must be a multiple of 32, the coarsest stride")
-    if proposals and (settings["mosaic"] or settings["masks"]):
-        raise ValueError("proposals go with neither mosaics nor masks: leave `mosaic` and `masks` out")
-    if not 0 <= settings["min_visibility"] <= 1:
-        raise ValueError(f"min_visibility {settings['min_visibility']} must be a share, from 0 to 1")
-    check_division(settings["val_fraction"], settings["fold"], settings["val_split"])
 
 
 def read_split(
@@ -90,22 +67,6 @@ def read_split(
 def draws_scenes(settings: Mapping[str, Any]) -> bool:
     """Whether the data are the scenes that this package draws."""
     return settings["format"] == "scenes" or (settings["format"] is None and settings["root"] is None)
-
-
-def has_split(settings: Mapping[str, Any], stage: Stage, layout: Callable[[], Layout] | None) -> bool:
-    """Whether a split to evaluate on is named, or found and no part of the training split.
-
-    Args:
-        settings, layout: see `read_split`; None for scenes and readers, which have one to validate on.
-        stage: `"val"` or `"test"`.
-    """
-    train = settings["train_split"]
-    if settings[f"{stage}_split"] is not None or layout is None:
-        return settings[f"{stage}_split"] is not None or stage == "val"
-    if stage == "val" and train is not None and (":" in train or role_of(train) in ("trainval", "val")):
-        return False
-    found = layout().stage(stage)
-    return found is not None and role_of(found.name) == stage
 
 
 def _named(layout: Layout, name: str | None, stage: Stage) -> Split:

@@ -45,23 +45,23 @@ def _leave_signals_to_parent() -> None:
     threading.Thread(target=wait, daemon=True, name="sigterm-of-parent").start()
 
 
-def check_shared_memory(settings: Mapping[str, Any], folder: str = "/dev/shm") -> None:
+def check_shared_memory(settings: Mapping[str, Any], min_size: int, folder: str = "/dev/shm") -> None:
     """Warn where the batches that workers keep ready may not fit: a container's 64 MiB end in a bus error.
 
     Args:
         settings: of the data, as `DetectionDataModule` takes them.
+        min_size: the largest short side in pixels.
         folder: where shared memory lies.
 
     Raises:
         DataError: not one batch fits, or there is no such folder.
     """
-    workers, longest, short = settings["num_workers"], settings["max_size"], settings["min_size"]
+    workers, longest = settings["num_workers"], settings["max_size"]
     if not workers or sys.platform != "linux":
         return
     if not Path(folder).is_dir():
         raise DataError(f"{folder} is missing, through which workers send batches: set data.num_workers to 0")
-    short = short if isinstance(short, int) else max(short)
-    batch = 3 * min(short, longest) * longest * settings["batch_size"]
+    batch = 3 * min(min_size, longest) * longest * settings["batch_size"]
     # each has two batches ready or in work, and one that it gave away is not free yet
     need, free = 3 * batch * workers >> 20, shutil.disk_usage(folder).free >> 20
     if batch >> 20 > free:

@@ -58,8 +58,9 @@ class YoloLayout:
             names = _numbered(self.config["names"], self.config.get("nc"), tree.root / self.source)
         elif suffix(self.source) == ".data":
             self.config = self._darknet(self.source)
-        self.base = os.path.dirname(base_of(f"{self.source}/x") if self.source else "")
         self.base = base_of(self.source) if self.source else ""
+        if not any(name.startswith(f"{self.base}/") for name in tree.pictures):  # `configs/data.yaml` beside `images`
+            self.base = ""
         if names is None:
             names = self._listed_names()
         self.pairs = self._pair()
@@ -68,6 +69,10 @@ class YoloLayout:
             if count > 1:
                 where = tree.root / self.source
                 raise DataError(f"{where}: the class name '{name}' is listed {count} times; name each class once")
+        stated = self.config.get("nc")
+        if type(stated) is int and stated != len(self.names):
+            problem = f"nc is {stated}, but {len(self.names)} classes have names"
+            self.defects.append(Defect(self.source, "nc", problem, "the names are used; correct nc"))
         for picture, how in self.pairs.loosely.items():
             problem = f"'{picture}' is its picture: {how}"
             self.defects.append(Defect(self.pairs.label[picture], "file", problem, "it is read", "note"))
@@ -170,6 +175,10 @@ class YoloLayout:
         if named:
             return {key: len(files) for key, value in named.items() if (files := self._entry(value, [])) is not None}
         return {name: len(files) for name, files in (self._by_list() or self._by_folder()).items()}
+
+    def absent(self) -> list[str]:
+        """The keys of splits whose entry leads nowhere."""
+        return [key for key in SPLITS if self.config.get(key) and self._entry(self.config[key], []) is None]
 
     def pictures(self, split: str) -> tuple[list[str], list[Defect]]:
         """The pictures of a split, each once, and what was found wrong.
@@ -291,7 +300,7 @@ def _text(tree: Tree, file: str, fix: str) -> str:
 def _yaml(tree: Tree, file: str) -> dict[str, Any]:
     path = tree.root / file
     try:
-        config = yaml.safe_load(path.read_text("utf-8-sig"))
+        config = _parsed(path.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path}: not readable as YAML ({type(error).__name__}); correct the file") from error
     if not isinstance(config, dict) or "names" not in config:
@@ -299,14 +308,22 @@ def _yaml(tree: Tree, file: str) -> dict[str, Any]:
     return config
 
 
+def _parsed(text: str) -> Any:
+    """The YAML of a text, in which a quoted path of Windows is no series of escapes."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return yaml.safe_load(text.replace("\\", "/"))
+
+
 def _has_names(tree: Tree, file: str) -> bool:
     """Whether a YAML file describes a data set; one of its usual name that can't be read counts, to be reported."""
     official = os.path.basename(file).lower() in ("data.yaml", "data.yml", "dataset.yaml")
     try:
         text = (tree.root / file).read_text("utf-8-sig")
-        if not re.search(r"^\s*['\"]?names['\"]?\s*:", text, re.MULTILINE) and "{" not in text:
+        if not official and not re.search(r"^\s*['\"]?names['\"]?\s*:", text, re.MULTILINE) and "{" not in text:
             return False
-        config = yaml.safe_load(text)
+        config = _parsed(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return official
     return isinstance(config, dict) and "names" in config

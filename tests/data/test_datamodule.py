@@ -296,7 +296,7 @@ def test_small_shared_memory_is_warned_of(cache: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: usage)
     data = DetectionDataModule(root=str(cache), batch_size=16, num_workers=4, min_size=800, max_size=1333)
     with pytest.warns(UserWarning, match="64 MiB free, but 4 workers with batches of 48 MiB may need 585"):
-        workers.check_shared_memory(data.hparams, str(cache))
+        workers.check_shared_memory(data.hparams, 800, str(cache))
 
 
 @pytest.mark.parametrize("option", [{"batch_size": 0}, {"min_size": []}, {"min_size": [0]}, {"max_size": -1}])

@@ -163,7 +163,7 @@ def test_open_files_soft(tmp_path: Path, record_property: Record) -> None:
 
 def shared_memory() -> None:
     data = DetectionDataModule(batch_size=16, num_workers=2, min_size=800, max_size=1333)
-    check_shared_memory(data.hparams)
+    check_shared_memory(data.hparams, 800)
 
 
 @pytest.mark.fault(
