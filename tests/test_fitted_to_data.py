@@ -169,6 +169,20 @@ def test_what_is_trained_on_does_not_validate(folder: Path) -> None:
         assert not set(names(data, "train")) & set(names(data, "val"))
 
 
+def test_a_validation_split_that_is_gone_is_not_made_anew(folder: Path, tmp_path: Path) -> None:
+    """A model is never judged by images that it has learned from."""
+    stems, val = sorted(path.stem for path in (folder / "JPEGImages").iterdir()), folder / "ImageSets/Main/val.txt"
+    val.write_text("\n".join(stems[:5]))
+    data = DetectionDataModule(str(folder), min_size=64, max_size=96, num_workers=0)
+    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "max_steps": 1}
+    trainer = L.Trainer(**options, enable_model_summary=False, enable_checkpointing=False, limit_val_batches=0)
+    trainer.fit(Idle(), datamodule=data)
+    trainer.save_checkpoint(tmp_path / "some.ckpt")
+    val.unlink()
+    with pytest.raises(DataError, match="there is no validation split"):
+        DetectionDataModule.load_from_checkpoint(tmp_path / "some.ckpt").setup("validate")
+
+
 def test_scenes_have_folds_too(tmp_path: Path) -> None:
     scenes.draw(tmp_path, train=6, val=2).rename(scenes.location(tmp_path))
     data = [DetectionDataModule(str(tmp_path), "scenes", fold=f"{part}/2", num_workers=0) for part in (1, 2)]
@@ -224,7 +238,7 @@ def test_the_command_that_the_check_ends_with_trains(
     monkeypatch.setattr("sys.argv", ["check_data.py", "--root", str(folder), "--min-size", "64", "--max-size", "96"])
     assert check_data() < 2
     python, script, *args = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("Next: "))
-    assert (python, script) == ("python", "scripts/fit.py") and "auto" in args
+    assert (python, script) == ("python", "scripts/fit.py")
     small = ["--data.num_workers", "0", "--output", str(folder.parent / "runs"), "--trainer.max_steps", "1"]
     cli = FitCLI([*args, *TINY[4:], *small, "--trainer.limit_val_batches", "1"])
     cli.fit()

@@ -10,14 +10,14 @@ from typing import Any
 import yaml
 
 from detection.anchors import AnchorGenerator, default_anchors
-from detection.cli.configuration import CONFIGS, OWN_DATA, strides_of
+from detection.cli.configuration import AUTO, CONFIGS, OWN_DATA, strides_of
 from detection.data.anchor_fit import Grid
 from detection.data.audit import Audit
 from detection.data.records import DataError
 from detection.data.tree import role_of
 from detection.recipes import EVERYTHING, rebuild
 
-AUTO_FLAG = ("--model.detector.rpn_anchor_generator", "auto")
+OWN = CONFIGS / f"{OWN_DATA}.yaml"  # what `--data.root` trains with
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def own_sizes() -> tuple[int, int]:
     """Short and longest side in pixels at which own data is trained where no configuration is named."""
-    data = read_config(CONFIGS / f"{OWN_DATA}.yaml")["data"]
+    data = read_config(OWN)["data"]
     return data["min_size"], data["max_size"]
 
 
@@ -111,7 +111,8 @@ def next_steps(
         block = anchors_yaml(anchors["proposal"], detector or "detection.fasterrcnn_efficientnet_lite0_fpn")
         lines = [f"Anchors that {after:.1%} of the boxes have at IoU .5, and not {before:.1%}:", "", block]
         lines.append("To paste; `rpn_anchor_generator: auto` finds them by itself when training starts.")
-        parts += AUTO_FLAG
+        if (detector_in(config or OWN).get("init_args") or {}).get("rpn_anchor_generator") != AUTO:
+            parts += ["--model.detector.rpn_anchor_generator", AUTO]
     return "\n".join([*lines, f"Next: {shlex.join(parts)}"])
 
 

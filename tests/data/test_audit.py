@@ -215,8 +215,10 @@ def test_the_anchors_that_it_prints_are_taken_back_and_judged(
     check_data(*data, "--json", str(first))
     output = capsys.readouterr().out
     command = f"python scripts/fit.py --data.root {shared_data / 'cells'} --data.train_split train --data.min_size 240 "
-    command += "--data.max_size 400 --model.detector.rpn_anchor_generator auto"
-    assert output.splitlines()[-1] == f"Next: {command}"
+    assert output.splitlines()[-1] == f"Next: {command}--data.max_size 400"
+    (tmp_path / "plain.yaml").write_text("model: {detector: detection.models.zoo.fasterrcnn_resnet50_fpn}")
+    check_data(*data, "--config", str(tmp_path / "plain.yaml"))
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" --model.detector.rpn_anchor_generator auto")
     block = output.partition("\nmodel:\n")[2].partition("\n\n")[0]
     (tmp_path / "anchors.yaml").write_text(f"model:\n{block}\n")
     check_data(*data, "--json", str(second), "--config", str(tmp_path / "anchors.yaml"))
