@@ -188,9 +188,9 @@ def merge_unlabelled(logits: Tensor, labels: Tensor, labelled: Tensor | None) ->
     In the rows of background, the classes that were not looked for in the image go into the background: its logit
     becomes the logarithm of the sum of theirs and its own. So any loss sees the probability of "background, or an
     object that nobody looked for", and no gradient sets one against the other. (Merely to leave the classes out would
-    still raise the background's logit where such an object is; on drawn images that had 39.1 AP in place of 42.0.) The rows of foreground stay as they are: an object of
-    one class is of no other, whether it was looked for or not; else classes that are never looked for in the same image
-    would never be told apart.
+    still raise the background's logit where such an object is; on drawn images that had 39.1 AP in place of 42.0.)
+    The rows of foreground stay as they are: an object of one class is of no other, whether it was looked for or not;
+    else classes that are never looked for in the same image would never be told apart.
 
     Args:
         logits: `(B, S, K)` float32.
