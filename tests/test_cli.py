@@ -45,7 +45,7 @@ SMALL = [
 
 
 def coco_flags(root: Path) -> list[str]:
-    flags = ["--data.format", "coco", "--data.root", str(root)]
+    flags = ["--config", "quickstart", "--data.format", "coco", "--data.root", str(root)]
     for split, (file, images) in scenes.SPLITS.items():
         flags += [f"--data.{split}_split", file, f"--data.{split}_images", images]
     return flags
@@ -425,7 +425,18 @@ def half_empty_data(root: Path) -> tuple[Path, int]:
 def test_two_processes_of_which_one_sees_no_object(tmp_path: Path) -> None:
     root, seed = half_empty_data(tmp_path)
     (tmp_path / "watch.py").write_text(WATCH)
-    flags = ["--data.format", "coco", "--data.root", str(root), "--data.batch_size", "4", "--data.seed", str(seed)]
+    flags = [
+        "--config",
+        "quickstart",
+        "--data.format",
+        "coco",
+        "--data.root",
+        str(root),
+        "--data.batch_size",
+        "4",
+        "--data.seed",
+        str(seed),
+    ]
     flags += ["--data.train_split", "all.json", "--data.val_split", "all.json", "--output", "runs"]
     flags += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1"]
     flags += ["--trainer.callbacks+=watch.Watch"]
