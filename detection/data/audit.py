@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,9 @@ from numpy.typing import NDArray
 from detection.data import coco, voc, yolo
 from detection.data.anchor_fit import AREAS, Boxes, Grid, covers, propose, recall
 from detection.data.images import EXTENSIONS, UPRIGHT, image_size, orientation_of, read_image
-from detection.data.records import DataError, Defect, Index, Record
+from detection.data.judging import half_labelled, judge, judge_splits, kind_of
+from detection.data.reading import Stage
+from detection.data.records import DataError, Defect, Index, Record, plain_name
 
 VERDICTS = ("clean", "repairable", "broken")
 HASH = 16  # rows and columns of the grey thumbnail whose gradients are compared
@@ -61,9 +62,9 @@ class Audit:
         """Defects of a kind together: (severity, problem, fix, count, the first of them), worst first."""
         groups: dict[tuple[str, str], list[Defect]] = {}
         for defect in self.defects:
-            groups.setdefault((defect.severity, _kind(defect.problem)), []).append(defect)
+            groups.setdefault((defect.severity, kind_of(defect.problem)), []).append(defect)
         rows = [
-            (severity, kind, _kind(found[0].fix), len(found), found[0]) for (severity, kind), found in groups.items()
+            (severity, kind, kind_of(found[0].fix), len(found), found[0]) for (severity, kind), found in groups.items()
         ]
         return sorted(rows, key=lambda row: (("broken", "repairable", "note").index(row[0]), -row[3]))
 
@@ -126,12 +127,21 @@ def audit(name: str, read: Callable[[], Index], grid: Grid | None = None) -> Aud
         return Audit(name, None, [*error.defects, refused])
     grid = grid or Grid()
     defects, contents = _look_at_images(index)
-    defects = [*index.defects, *defects, *_look_at_objects(index), *_look_at_the_set(index)]
+    defects = [*judge(index, _role(name)), *index.defects, *defects, *_look_at_objects(index), *_look_at_the_set(index)]
     return Audit(name, index, defects, statistics(index), _fit(index, grid), contents)
 
 
+def _role(name: str) -> Stage:
+    """What a split is for, as its name or its file's says; without a word of it, for training."""
+    named: dict[str, Stage] = {"train": "train", "test": "test", "val": "val", "dev": "val"}
+    return next((role for word, role in named.items() if word in name.casefold()), "train")
+
+
 def look_across(audits: list[Audit], root: Path | None, kind: str | None) -> None:
-    """Add what only the splits together show to the last audit: images that are in two of them, or twice in a list.
+    """Add what only the splits together show.
+
+    Each audit gets the objects whose classes training lacks; the last gets the images that are in two splits, or twice
+    in a list.
 
     Args:
         audits: one a split; VOC may have just one of all files, its lists are read from `ImageSets/Main`.
@@ -147,6 +157,10 @@ def look_across(audits: list[Audit], root: Path | None, kind: str | None) -> Non
                 audits[-1].defects.append(Defect(name, "list", problem, "each is read once; delete the copies"))
         splits = {name: {stem: stem for stem in stems} for name, stems in lists.items()}
     audits[-1].defects += _shared(splits)
+    trained = next((a.index for a in audits if a.index is not None and "train" in a.name.casefold()), None)
+    for found in audits:
+        if trained is not None and found.index is not None and _role(found.name) != "train":
+            found.defects += judge_splits(trained, found.index, _role(found.name))
 
 
 def _shared(splits: Mapping[str, Mapping[str, str]]) -> list[Defect]:
@@ -218,24 +232,24 @@ def _fit(index: Index, grid: Grid) -> dict[str, Any]:
 def _look_at_images(index: Index) -> tuple[list[Defect], dict[str, str]]:
     """Decode every image; near duplicates by the signs of a thumbnail's gradients, and the files by their digest."""
     defects: list[Defect] = []
-    contents: dict[str, str] = {}
-    hashes, names = [], []
+    copies: dict[str, list[Record]] = {}
+    hashes, records = [], []
     for record in index.records:
         path, where = index.root / record.file_name, f"image {record.image_id}"
         try:
             pixels = read_image(path, (record.height, record.width))
             defects += _orientation(record, path)
-            contents[hashlib.sha256(path.read_bytes()).hexdigest()] = record.file_name
+            copies.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), []).append(record)
         except DataError as error:
             problem = str(error).removeprefix(f"{path}: ").split(";")[0]
             defects.append(Defect(record.file_name, where, problem, "replace the file or delete its record", "broken"))
             continue
         hashes.append(_gradients(pixels))
-        names.append(record.file_name)
+        records.append(record)
     for first, second in _near_duplicates(hashes):
-        fix = "kept; see that one of them is not in another split"
-        defects.append(Defect(names[second], "image", f"it looks like {names[first]}", fix, "note"))
-    return defects, contents
+        fix, problem = "kept; see that one of them is not in another split", f"it looks like {records[first].file_name}"
+        defects.append(Defect(records[second].file_name, "image", problem, fix, "note"))
+    return [*half_labelled(copies.values()), *defects], {key: own[-1].file_name for key, own in copies.items()}
 
 
 def _orientation(record: Record, path: Path) -> list[Defect]:
@@ -307,7 +321,7 @@ def _look_at_the_set(index: Index) -> list[Defect]:
         defects.append(Defect("classes", "classes", problem, "kept; leave them out with classes", "note"))
     plain: dict[str, str] = {}
     for name in index.classes:
-        other = plain.setdefault(re.sub(r"[\W_]+", "", name.casefold()).rstrip("s"), name)
+        other = plain.setdefault(plain_name(name), name)
         if other != name:
             problem = f"the names '{other}' and '{name}' are nearly alike"
             defects.append(
@@ -323,13 +337,6 @@ def _look_at_the_set(index: Index) -> list[Defect]:
             problem = f"{len(rest)} images are not in this split: {_shown(rest)}"
             defects.append(Defect(folder or ".", "folder", problem, "they are not read", "note"))
     return defects
-
-
-def _kind(text: str) -> str:
-    """A problem without its particulars, so that like ones can be counted together."""
-    return re.sub(
-        r"-?\d+(\.\d+)?(e[+-]?\d+)?", "#", re.sub(r"'[^']*'|\S+/\S+\.\w+|\S+\.(jpe?g|png|tiff?)", "...", text)
-    )
 
 
 def write_json(audits: list[Audit], path: Path) -> None:

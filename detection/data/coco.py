@@ -18,6 +18,7 @@ import numpy as np
 
 from detection.data import rle
 from detection.data.checks import Folder, Objects, checked_size, choose_classes, finish_index, short
+from detection.data.judging import one_record_per_picture
 from detection.data.records import DataError, Defect, Index, Record
 
 
@@ -49,9 +50,8 @@ def read_coco(
     labels, index = reader.categories(content["categories"], classes)
     by_image = reader.group(content["annotations"])
     known: set[int | str] = set()
-    names: dict[str, str] = {}
     for position, image in enumerate(content["images"]):
-        record = reader.image(position, image, by_image, labels, known, names)
+        record = reader.image(position, image, by_image, labels, known)
         if record is not None:
             index.records.append(record)
     for key in by_image.keys() - known:
@@ -63,7 +63,7 @@ def read_coco(
             record.image_id = number
     place = None if index.records else find_images(folder.root, annotations)
     hint = f"; the images lie in '{place}': pass it as the folder of images" if place else ""
-    return finish_index(index, str(root / annotations), hint)
+    return one_record_per_picture(finish_index(index, str(root / annotations), hint))
 
 
 class _Reader:
@@ -113,7 +113,7 @@ class _Reader:
             )
             numbers = [order.index(key) + 1 for key in numbers]
         labels = {key: chosen.index(name) + 1 if name in chosen else 0 for key, name in names.items()}
-        return labels, Index(self.folder.root, chosen, tuple(int(n) for n in numbers), [], self.defects)
+        return labels, Index(self.folder.root, chosen, tuple(int(n) for n in numbers), [], self.defects, form="xywh")
 
     def group(self, items: list[Any]) -> dict[int | str, list[tuple[int, dict[str, Any]]]]:
         """The annotations of each image, each with its position in the file."""
@@ -133,7 +133,6 @@ class _Reader:
         by_image: dict[int | str, list[tuple[int, dict[str, Any]]]],
         labels: dict[int | str, int],
         known: set[int | str],
-        names: dict[str, str],
     ) -> Record | None:
         """The record of one entry of `images`, or None where it can't be used."""
         item = item if isinstance(item, dict) else {}
@@ -150,9 +149,6 @@ class _Reader:
         name = f"{self.images}/{name}" if self.images else name
         path = self.folder.locate(name.replace("\\", "/"), f"{self.file}: {where}")
         name = path.relative_to(self.folder.root).as_posix()
-        if name in names:
-            self.report(where, f"{name} is listed before as {names[name]}", "both are kept; delete one", "note")
-        names[name] = where
         width, height = _integer(item.get("width")), _integer(item.get("height"))
         stated = (height, width) if width and height and width > 0 and height > 0 else None
         usable = True

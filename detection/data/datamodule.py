@@ -259,7 +259,7 @@ class DetectionDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read and check the splits that the stage needs; raises `DataError` before anything trains."""
         for split in _splits(stage):
-            if split not in self._datasets:
+            if split not in self._datasets and not (split == "val" and stage == "fit" and self._skips_validation):
                 self._datasets[split] = self._dataset(split)
 
     @property
@@ -278,7 +278,7 @@ class DetectionDataModule(L.LightningDataModule):
         hp = self.hparams
         self._classes()  # the training split names the classes of all splits
         index, self._train_index = (split == "train" and self._train_index) or self.read(split), None
-        check_split(index, split)
+        check_split(index, split, hp["with_difficult"])
         if split == "train" and not hp["keep_empty"]:
             index = replace(index, records=[record for record in index.records if len(record.labels)])
         sizes = [hp["min_size"]] if isinstance(hp["min_size"], int) else list(hp["min_size"])
@@ -326,6 +326,11 @@ class DetectionDataModule(L.LightningDataModule):
     def _overfits(self) -> bool:
         """Whether a few batches are to be learned by heart: then without augmentation, and validated on themselves."""
         return getattr(self.trainer, "overfit_batches", 0) > 0
+
+    @property
+    def _skips_validation(self) -> bool:
+        """Whether training needs no validation split: none is wanted, or the training images take its place."""
+        return self._overfits or getattr(self.trainer, "limit_val_batches", None) == 0
 
     def _train_batches(self) -> TrainBatchSampler:
         hp, store = self.hparams, self._datasets["train"].store

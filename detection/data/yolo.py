@@ -42,7 +42,8 @@ def read_yolo(root: Path, split: str, classes: Sequence[str] | None = None) -> I
     names, config, source = reader.names()
     chosen = choose_classes(names, classes, source)
     labels = [chosen.index(name) + 1 if name in chosen else 0 for name in names]
-    index = Index(folder.root, chosen, tuple(names.index(name) for name in chosen), [], reader.defects)
+    ids = tuple(names.index(name) for name in chosen)
+    index = Index(folder.root, chosen, ids, [], reader.defects, form="cxcywh")
     for position, image in enumerate(reader.images(split, config)):
         if (record := reader.record(position, image, labels)) is not None:
             index.records.append(record)
