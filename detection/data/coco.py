@@ -258,7 +258,7 @@ def find_files(root: Path) -> list[str]:
         except DataError:
             continue
         keys = items[0].keys() if items and isinstance(items[0], dict) else set()
-        if "keypoints" not in keys and keys & {"category_id", "bbox", "segmentation"}:
+        if not items or ("keypoints" not in keys and keys & {"category_id", "bbox", "segmentation"}):
             found.append(path.relative_to(root).as_posix())
     return found
 

@@ -335,7 +335,7 @@ def half_labelled(copies: Iterable[Sequence[Record]]) -> list[Defect]:
         first = records[0]
         for record, own in zip(records[1:], objects[1:], strict=True):
             if own != objects[0]:
-                counts = f"{own.total()} objects there, {objects[0].total()} here"
+                counts = f"{own.total()} here, {objects[0].total()} there"
                 problem = f"it is a copy of the picture {first.file_name} with other objects ({counts})"
                 fix = "both are kept; give one of them all objects and delete the other"
                 defects.append(Defect(record.file_name, f"image {record.image_id}", problem, fix))
