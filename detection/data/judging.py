@@ -31,7 +31,8 @@ Flags = NDArray[np.bool_]
 # A box may reach this far over an edge, in pixels or as a share of the side, whichever is more: counting from 1,
 # rounding, and pictures that were scaled by a fraction.
 SLACK, SLACK_SHARE = 2.0, 0.01
-FEWEST = 3  # boxes from which a set shows anything
+FEWEST = 3  # boxes from which a set shows anything,
+MANY = 8  # and from which a part of it does
 # Of boxes or images: from here on it is the set that is wrong, and training on it is refused.
 MOST_WRONG = 0.1
 LABELS = (".txt", ".xml")
@@ -288,8 +289,10 @@ def _judge_form(written: _Written, wrong: Flags, form: Form) -> list[Defect]:
     Another meaning must leave a twentieth of what is wrong, or less: in the whole split, or in the images that have a
     wrong box where these are many.
     """
-    share = float(wrong.mean())
-    places = [np.ones_like(wrong)] + ([written.of_same_images(wrong)] if wrong.sum() >= 8 else [])
+    share, many = float(wrong.mean()), wrong.sum() >= MANY
+    if not many and share < MOST_WRONG:
+        return []
+    places = [np.ones_like(wrong)] + ([written.of_same_images(wrong)] if many else [])
     for place in places:
         here = written.only(place)
         numbers = NUMBERS[form](here.boxes)
