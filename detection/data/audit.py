@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from detection.data import coco, voc, yolo
 from detection.data.anchor_fit import AREAS, Boxes, Grid, covers, propose, recall
 from detection.data.images import EXTENSIONS, UPRIGHT, image_size, orientation_of, read_image
-from detection.data.judging import half_labelled, judge, judge_splits, kind_of
+from detection.data.judging import half_labelled, judge, judge_splits, kind_of, shown
 from detection.data.reading import Stage
 from detection.data.records import DataError, Defect, Index, Record, plain_name
 
@@ -153,7 +153,7 @@ def look_across(audits: list[Audit], root: Path | None, kind: str | None) -> Non
         for name, stems in lists.items():
             copies = [stem for stem, count in Counter(stems).items() if count > 1]
             if copies and name not in splits:  # or the reader has said so
-                problem = f"{len(copies)} stems are listed more than once: {_shown(copies)}"
+                problem = f"{len(copies)} stems are listed more than once: {shown(copies)}"
                 audits[-1].defects.append(Defect(name, "list", problem, "each is read once; delete the copies"))
         splits = {name: {stem: stem for stem in stems} for name, stems in lists.items()}
     audits[-1].defects += _shared(splits)
@@ -170,14 +170,10 @@ def _shared(splits: Mapping[str, Mapping[str, str]]) -> list[Defect]:
         both = [file for content, file in later.items() if content in earlier]
         union = ("trainval" in first) != ("trainval" in second) and "test" not in first + second
         if both and not union:
-            problem = f"{len(both)} of its {len(later)} images are in '{first}' too: {_shown(both)}"
+            problem = f"{len(both)} of its {len(later)} images are in '{first}' too: {shown(both)}"
             fix = "kept in both; don't train on what you evaluate with"
             defects.append(Defect(second, "split", problem, fix, "note"))
     return defects
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def statistics(index: Index) -> dict[str, Any]:
@@ -247,8 +243,12 @@ def _look_at_images(index: Index) -> tuple[list[Defect], dict[str, str]]:
         hashes.append(_gradients(pixels))
         records.append(record)
     for first, second in _near_duplicates(hashes):
-        fix, problem = "kept; see that one of them is not in another split", f"it looks like {records[first].file_name}"
-        defects.append(Defect(records[second].file_name, "image", problem, fix, "note"))
+        earlier, later = records[first], records[second]
+        same_name = Path(earlier.file_name).name == Path(later.file_name).name
+        other = same_name and not np.array_equal(earlier.boxes, later.boxes)
+        problem = f"it looks like {earlier.file_name}" + (", which has its name but other objects" if other else "")
+        fix = "kept; see that one of them is not in another split"
+        defects.append(Defect(later.file_name, "image", problem, fix, "note"))
     return [*half_labelled(copies.values()), *defects], {key: own[-1].file_name for key, own in copies.items()}
 
 
@@ -334,7 +334,7 @@ def _look_at_the_set(index: Index) -> list[Defect]:
     for folder, names in listed.items():
         files = {n for n in os.listdir(index.root / folder) if os.path.splitext(n)[1].lower() in EXTENSIONS}
         if rest := sorted(files - names):
-            problem = f"{len(rest)} images are not in this split: {_shown(rest)}"
+            problem = f"{len(rest)} images are not in this split: {shown(rest)}"
             defects.append(Defect(folder or ".", "folder", problem, "they are not read", "note"))
     return defects
 

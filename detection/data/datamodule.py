@@ -246,7 +246,7 @@ class DetectionDataModule(L.LightningDataModule):
         if self.proposals is not None and self.trainer is not None:
             # Here, while other ranks wait without a time limit; without a trainer `setup` does it.
             stage = self.trainer.state.fn
-            for split in _splits(stage.value if stage else "fit"):
+            for split in self._needed(stage.value if stage else "fit"):
                 self._prepare_proposals(self.read(split), split)
 
     def _prepare_proposals(self, index: Index, split: Stage) -> ProposalCache | None:
@@ -258,8 +258,8 @@ class DetectionDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and check the splits that the stage needs; raises `DataError` before anything trains."""
-        for split in _splits(stage):
-            if split not in self._datasets and not (split == "val" and stage == "fit" and self._skips_validation):
+        for split in self._needed(stage):
+            if split not in self._datasets:
                 self._datasets[split] = self._dataset(split)
 
     @property
@@ -327,10 +327,12 @@ class DetectionDataModule(L.LightningDataModule):
         """Whether a few batches are to be learned by heart: then without augmentation, and validated on themselves."""
         return getattr(self.trainer, "overfit_batches", 0) > 0
 
-    @property
-    def _skips_validation(self) -> bool:
-        """Whether training needs no validation split: none is wanted, or the training images take its place."""
-        return self._overfits or getattr(self.trainer, "limit_val_batches", None) == 0
+    def _needed(self, stage: str) -> tuple[Stage, ...]:
+        """What a stage needs: no validation split where none is wanted, or training images take its place."""
+        if stage == "fit" and (self._overfits or getattr(self.trainer, "limit_val_batches", None) == 0):
+            return ("train",)
+        needed: dict[str, tuple[Stage, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
+        return needed.get(stage, ("test",))
 
     def _train_batches(self) -> TrainBatchSampler:
         hp, store = self.hparams, self._datasets["train"].store
@@ -374,12 +376,6 @@ class DetectionDataModule(L.LightningDataModule):
                 "timeout": self.hparams["timeout"],
             }
         return options
-
-
-def _splits(stage: str) -> tuple[Stage, ...]:
-    """What a stage of the trainer needs."""
-    needed: dict[str, tuple[Stage, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
-    return needed.get(stage, ("test",))
 
 
 def _recipe_of_reader(reader: Reader | None) -> Any:

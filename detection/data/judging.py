@@ -13,9 +13,8 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -102,34 +101,27 @@ def one_record_per_picture(index: Index) -> Index:
     return replace(index, records=merged, defects=[*index.defects, *noted])
 
 
-ARRAYS = ("boxes", "labels", "areas", "iscrowd", "difficult", "annotation_ids")
-
-
 def _union(records: Sequence[Record]) -> tuple[Record, int]:
     """One record with the objects of several, and how many copies were left out."""
     if len(records) == 1:
         return records[0], 0
     seen: set[tuple[Any, ...]] = set()
-    kept: list[list[bool]] = []
+    kept: list[Flags] = []
     for record in records:
         rows = zip(record.boxes.tolist(), record.labels.tolist(), record.iscrowd.tolist(), strict=True)
         objects = [(*box, label, crowd) for box, label, crowd in rows]
-        kept.append([row not in seen for row in objects])
+        kept.append(np.array([row not in seen for row in objects], np.bool_))
         seen.update(objects)
+    names = ("boxes", "labels", "areas", "iscrowd", "difficult", "annotation_ids")
     arrays: dict[str, Any] = {
-        name: np.concatenate([getattr(r, name)[k] for r, k in zip(records, map(_flags, kept), strict=True)])
-        for name in ARRAYS
+        name: np.concatenate([getattr(r, name)[k] for r, k in zip(records, kept, strict=True)]) for name in names
     }
     if records[0].segments is not None:
         pairs = [pair for r, k in zip(records, kept, strict=True) for pair in zip(r.segments or (), k, strict=True)]
         arrays["segments"] = [segment for segment, keep in pairs if keep]
     if any(record.written is not None for record in records):
         arrays["written"] = np.concatenate([_written(record) for record in records])
-    return replace(records[0], **arrays), sum(not keep for flags in kept for keep in flags)
-
-
-def _flags(values: Sequence[bool]) -> Flags:
-    return np.asarray(values, np.bool_)
+    return replace(records[0], **arrays), sum(int((~flags).sum()) for flags in kept)
 
 
 def _written(record: Record) -> NDArray[np.float32]:
@@ -362,46 +354,42 @@ def leftovers(root: Path, pictures_used: set[str], labels_used: set[str], folder
     readable = {_stem(p) for p in files if p.suffix.lower() in EXTENSIONS} | {_stem(p) for p in pictures_used}
     labels = [p for p in files if p.suffix.lower() in LABELS and p.name not in LISTS and str(p) not in labels_used]
     labelled = {_stem(path) for path in labels}
-    unread = [p for p in files if p.suffix.lower() in set(PICTURES) - set(EXTENSIONS) and _stem(p) not in readable]
-    orphans = [p for p in labels if _stem(p) not in readable | {_stem(p) for p in unread} and _is_label(root / p)]
+    unread: dict[str, list[PurePosixPath]] = {}
+    for path in files:
+        if path.suffix.lower() in set(PICTURES) - set(EXTENSIONS) and _stem(path) not in readable:
+            unread.setdefault(path.suffix.lower(), []).append(path)
+    known = readable | {_stem(path) for paths in unread.values() for path in paths}
+    orphans = [path for path in labels if _stem(path) not in known and _is_label(root / path)]
     defects = []
-    for suffix, paths in _by_suffix(unread):
+    for suffix, paths in sorted(unread.items()):
         wanted = sum(_stem(path) in labelled for path in paths)
-        problem = (
-            f"{len(paths)} pictures are {suffix}, which is not read, {wanted} of them with labels: {_shown(paths)}"
-        )
+        problem = f"{len(paths)} pictures are {suffix}, which is not read, {wanted} of them with labels: {shown(paths)}"
         fix = "they are left out; save them as .png or .jpg"
         defects.append(Defect.of_split(problem, fix, "repairable" if wanted else "note"))
     if orphans:
-        problem = f"{len(orphans)} label files have no picture: {_shown(orphans)}"
+        problem = f"{len(orphans)} label files have no picture: {shown(orphans)}"
         defects.append(Defect.of_split(problem, "they are not read; restore the pictures or delete them"))
     return defects
 
 
-def _files(root: Path, folder: str) -> Iterator[PurePosixPath]:
-    if (root / folder).is_dir():
-        names = sorted(name for name in os.listdir(root / folder) if not name.startswith("."))
-        yield from (PurePosixPath(folder, name) for name in names if (root / folder / name).is_file())
+def _files(root: Path, folder: str) -> list[PurePosixPath]:
+    names = sorted(os.listdir(root / folder)) if (root / folder).is_dir() else []
+    return [PurePosixPath(folder, n) for n in names if not n.startswith(".") and (root / folder / n).is_file()]
 
 
 def _stem(path: PurePosixPath | str) -> str:
-    return PurePosixPath(path).stem
-
-
-def _by_suffix(paths: Iterable[PurePosixPath]) -> Iterator[tuple[str, list[PurePosixPath]]]:
-    def suffix(path: PurePosixPath) -> str:
-        return path.suffix.lower()
-
-    yield from ((name, list(own)) for name, own in groupby(sorted(paths, key=suffix), suffix))
+    return PurePosixPath(path).stem.casefold()
 
 
 def _is_label(path: Path) -> bool:
     """Whether a file is a label's: XML, or text whose first line begins with a number, unlike a list or a note."""
     if path.suffix.lower() == ".xml":
         return True
-    words = path.read_text("utf-8-sig", errors="replace")[:1000].split()
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        words = file.read(1000).split()
     return not words or words[0].replace(".", "", 1).isdecimal()
 
 
-def _shown(paths: Sequence[PurePosixPath]) -> str:
-    return ", ".join(map(str, paths[:5])) + (", ..." if len(paths) > 5 else "")
+def shown(names: Sequence[PurePosixPath | str]) -> str:
+    """The first ten names, for a message."""
+    return ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "")

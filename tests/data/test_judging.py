@@ -376,6 +376,21 @@ def test_half_labelled_copies_are_named(tmp_path: Path) -> None:
     assert half_labelled([]) == []
 
 
+def test_a_copy_of_the_same_name_with_other_objects_is_noted(tmp_path: Path) -> None:
+    """Saved again at another quality, its bytes differ."""
+    root = coco(tmp_path, {"train": SIZES})
+    (root / "again").mkdir()
+    smooth = Image.open(root / "train_0.png").resize((8, 6)).resize((96, 64), Image.Resampling.BICUBIC)
+    smooth.save(root / "train_0.png")
+    smooth.point(lambda value: min(255, value + 3)).save(root / "again" / "train_0.png")
+    content = json.loads((root / "train.json").read_text())
+    content["images"].append({"id": 7, "file_name": "again/train_0.png", "width": 96, "height": 64})
+    (root / "train.json").write_text(json.dumps(content))
+    found = audit("train", lambda: read_coco(root, "train.json"))
+    problem = "it looks like train_0.png, which has its name but other objects"
+    assert [d.file for d in found.defects if d.problem == problem] == ["again/train_0.png"] and found.code == 0
+
+
 def test_leftovers_are_counted_and_named(tmp_path: Path) -> None:
     used = {"images/a.jpg", "images/b.JPG"}
     for name in ("a.jpg", "b.JPG", "c.psd", "d.heic", "e.heic", "b.heic", ".hidden.psd", "notes.md", "spare.png"):
