@@ -214,7 +214,9 @@ class _Written:
 
     def of_same_images(self, chosen: Flags) -> Flags:
         """`(M,)`: the boxes of all images that have a chosen one."""
-        return np.isin(self.image, self.image[chosen])
+        images = np.zeros(int(self.image.max(initial=0)) + 1, np.bool_)
+        images[self.image[chosen]] = True
+        return np.asarray(images[self.image])
 
 
 def _coordinates(index: Index) -> list[Defect]:
