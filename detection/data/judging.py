@@ -34,10 +34,10 @@ FEWEST = 3  # boxes from which a set shows anything,
 MANY = 8  # and from which a part of it does
 # Of boxes or images: from here on it is the set that is wrong, and training on it is refused.
 MOST_WRONG = 0.1
-LABELS = (".txt", ".xml")
+LABEL_KINDS = (".txt", ".xml")
 LISTS = ("classes.txt", "labels.txt", "obj.names", "predefined_classes.txt")
 # Kinds of pictures, of those that no reader of ours opens; what `EXTENSIONS` has is read.
-PICTURES = (
+PICTURE_KINDS = (
     *(".ai", ".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dng", ".eps", ".exr", ".gif", ".hdr", ".heic", ".heif", ".ico"),
     *(".j2k", ".jfif", ".jp2", ".jxl", ".mpo", ".nef", ".nii", ".npy", ".orf", ".pbm", ".pcx", ".pdf", ".pgm", ".pnm"),
     *(".ppm", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga", ".xcf"),
@@ -168,7 +168,7 @@ def _labels_elsewhere(index: Index) -> str | None:
     found = Counter[str]()
     for place, folders, files in os.walk(index.root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        labels = [name for name in files if name.lower().endswith(LABELS) and Path(name).stem in stems]
+        labels = [name for name in files if name.lower().endswith(LABEL_KINDS) and Path(name).stem in stems]
         count = sum(os.path.getsize(Path(place, name)) > 0 for name in labels)
         found[Path(place).relative_to(index.root).as_posix()] += count
     place, count = found.most_common(1)[0] if found else ("", 0)
@@ -354,11 +354,11 @@ def leftovers(root: Path, pictures_used: set[str], labels_used: set[str], folder
     """
     files = [path for folder in dict.fromkeys(folders) for path in _files(root, folder)]
     readable = {_stem(p) for p in files if p.suffix.lower() in EXTENSIONS} | {_stem(p) for p in pictures_used}
-    labels = [p for p in files if p.suffix.lower() in LABELS and p.name not in LISTS and str(p) not in labels_used]
+    labels = [p for p in files if p.suffix.lower() in LABEL_KINDS and p.name not in LISTS and str(p) not in labels_used]
     labelled = {_stem(path) for path in labels}
     unread: dict[str, list[PurePosixPath]] = {}
     for path in files:
-        if path.suffix.lower() in set(PICTURES) - set(EXTENSIONS) and _stem(path) not in readable:
+        if path.suffix.lower() in set(PICTURE_KINDS) - set(EXTENSIONS) and _stem(path) not in readable:
             unread.setdefault(path.suffix.lower(), []).append(path)
     known = readable | {_stem(path) for paths in unread.values() for path in paths}
     orphans = [path for path in labels if _stem(path) not in known and _is_label(root / path)]

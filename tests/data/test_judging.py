@@ -17,11 +17,13 @@ from PIL import Image
 from detection.cli.check import main as check_main
 from detection.data.audit import audit
 from detection.data.checks import Objects
-from detection.data.coco import find_files, find_images, read_coco
+from detection.data.coco import read_coco
+from detection.data.coco_layout import instance_files
 from detection.data.datamodule import DetectionDataModule
 from detection.data.judging import half_labelled, judge, judge_splits, leftovers, one_record_per_picture
 from detection.data.reading import check_split, describe
 from detection.data.records import DataError, Defect, Form, Index, Record, relabel
+from detection.data.tree import Tree
 from detection.data.voc import read_voc
 from detection.data.yolo import read_yolo
 
@@ -432,7 +434,7 @@ def test_sets_as_they_come(shared_data: Path, capsys: pytest.CaptureFixture[str]
         "c_norm": (2, "the boxes look relative to the image: in 4 of 4 images"),
         "c_xyxy": (2, "6 of 8 boxes are empty or outside their images, but lie inside as corners (x1, y1, x2, y2)"),
         "c_entry_per_ann": (0, "4 pictures are listed as 8 images"),
-        "y_nolabelsval": (2, "none of 1 images has an object: label files of these names lie in 'labels/valid'"),
+        "y_nolabelsval": (0, ""),
     }
     code, problem = said[name]
     form = "yolo" if name[0] == "y" else "coco"
@@ -451,29 +453,33 @@ def test_sets_as_they_come(shared_data: Path, capsys: pytest.CaptureFixture[str]
         assert problem in str(refused.value)
         return
     module.setup("fit")
+    if name == "y_nolabelsval":  # labels/valid beside images/val
+        assert [len(record.labels) for record in module.read("val").records] == [2]
+        return
     records = module.read("train").records
     assert [len(r.labels) for r in records] == [2, 2, 2, 2] and [r.image_id for r in records] == [1, 3, 5, 7]
     assert problem in describe(module.read("train"), "train")
+
+
+def test_labels_in_a_folder_of_another_name_are_the_reason(tmp_path: Path) -> None:
+    index = index_of([(60, 60)], [np.zeros((0, 4))])
+    index.root = tmp_path
+    for folder, text in {"labels/empty": "", "labels/other": "0 .5 .5 .1 .1"}.items():
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "0.txt").write_text(text)
+    (defect,) = judge(index, "val")
+    assert "has an object: label files of these names lie in 'labels/other'" in defect.problem
 
 
 def test_real_sets_raise_nothing(shared_data: Path) -> None:
     indices: dict[str, Index] = {}
     for name in ("tiny_coco", "nuts", "panoptic", "icevision"):
         root = shared_data / name
-        for file in find_files(root):
-            if (images := find_images(root, file)) is not None:
-                indices[f"{name}/{file}"] = read_coco(root, file, images)
-    folders = {
-        "bccd": (None, None),
-        "cells": (None, None),
-        "deepforest": (None, None),
-        "icevision/fridge/odFridgeObjects": (None, None),
-        "icevision/voc": (None, None),
-        "voc2012_sample100": ("gts/pascalvoc_format", None),
-    }
-    for name, (xml, images) in folders.items():
-        indices[name] = read_voc(shared_data / name, annotations=xml, images=images)
+        indices |= {f"{name}/{file}": read_coco(root, file) for file in instance_files(Tree(root))}
+    places = ("bccd", "cells", "deepforest", "icevision/fridge/odFridgeObjects", "icevision/voc", "voc2012_sample100")
+    for name in places:
+        xml = "gts/pascalvoc_format" if name == "voc2012_sample100" else None
+        indices[name] = read_voc(shared_data / name, annotations=xml)
     assert len(indices) >= 10 and sum(len(index.records) for index in indices.values()) > 900
-    # one file of panoptic segments, which has no boxes, is read as COCO and refused for just that
-    found = {name: judge(index) for name, index in indices.items() if "examples" not in name}
+    found = {name: judge(index) for name, index in indices.items()}
     assert {name: defects for name, defects in found.items() if defects} == {}
