@@ -47,25 +47,30 @@ class Tree:
         self.outside: list[str] = []
         self.files = sorted(self._walk("", set()))
         self._files = set(self.files)
-        self._folders = {""} | {str(parent) for name in self.files for parent in PurePosixPath(name).parents}
-        self._folders = {"" if folder == "." else folder for folder in self._folders}
+        holding = {os.path.dirname(name) for name in self.files}
+        parents = {str(parent) for folder in holding for parent in PurePosixPath(folder).parents if folder}
+        self._folders = {""} | holding | {"" if folder == "." else folder for folder in parents}
 
     def _walk(self, folder: str, seen: set[str]) -> Iterator[str]:
         real = os.path.realpath(self.root / folder)
         if real in seen:
             return
         seen.add(real)
-        with os.scandir(self.root / folder) as entries:
-            for entry in sorted(entries, key=lambda e: e.name):
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.name.startswith(".") or entry.name in NOT_DATA:
-                    continue
-                if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(self.root):
-                    self.outside.append(name)
-                elif entry.is_dir():
-                    yield from self._walk(name, seen)
-                elif entry.is_file():
-                    yield name
+        try:
+            with os.scandir(self.root / folder) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(f"{self.root / folder}: the folder can't be listed ({error.strerror}); allow it") from error
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name.startswith(".") or entry.name in NOT_DATA:
+                continue
+            if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(self.root):
+                self.outside.append(name)
+            elif entry.is_dir():
+                yield from self._walk(name, seen)
+            elif entry.is_file():
+                yield name
 
     @cached_property
     def _loose(self) -> dict[str, list[str]]:

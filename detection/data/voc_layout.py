@@ -208,14 +208,19 @@ class VocLayout:
     def _listed(self, file: str) -> tuple[list[Entry], list[Defect]]:
         lines = [(number, line.strip()) for number, line in enumerate(self._merged(file), 1) if line.strip()]
         table = self._names()
-        flags_are_names = any(FLAG.search(line) and _look_up(line, table) for _, line in lines)
+        plain = {line: FLAG.sub("", line).strip() for _, line in lines}
+        # A stem may itself end in ` 1`: the reading under which more pictures are there is right.
+        whole, bare = ({_look_up(name, table) for name in names} for names in (plain.keys(), plain.values()))
+        flagged = len(bare - {None}) > len(whole - {None})
         defects: list[Defect] = []
         entries: dict[str, Entry] = {}
         for number, line in lines:
-            stem = line if flags_are_names else FLAG.sub("", line).strip()
-            xml = _look_up(line, table) or _look_up(stem, table)
+            stem = plain[line] if flagged else line
+            xml = _look_up(stem, table)
+            if xml is None and not flagged and len(whole - {None}) == 0:
+                stem = plain[line]
             if xml is None:
-                self.tree.locate(_without_kind(stem.replace("\\", "/")), "split")
+                self._refuse(stem)
             key = xml or stem
             if key in entries:
                 problem, fix = f"'{short(stem)}' is listed twice", "it is read once; delete the copy"
@@ -223,6 +228,12 @@ class VocLayout:
             else:
                 entries[key] = Entry(xml, _without_kind(stem))
         return list(entries.values()), defects
+
+    def _refuse(self, stem: str) -> None:
+        """Raise where a line leads out of the root; a path of another machine is one whose own name is not here."""
+        written = stem.replace("\\", "/")
+        if not PurePosixPath(written).is_absolute() and written[1:2] != ":":
+            self.tree.locate(_without_kind(written), "split")
 
     def _merged(self, file: str) -> list[str]:
         name = next((name for name, place in self.list_file.items() if place == file), None)

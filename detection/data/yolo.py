@@ -49,6 +49,7 @@ def read_layout(layout: YoloLayout, split: str, classes: Sequence[str] | None = 
     for position, picture in enumerate(pictures):
         if (record := reader.record(position, picture)) is not None:
             index.records.append(record)
+    reader.judge_numbers()
     return finish_index(index, f"{layout.tree.root} split '{split}'" if split else str(layout.tree.root))
 
 
@@ -59,10 +60,21 @@ class _Reader:
         self.layout, self.labels, self.defects = layout, labels, defects
         shape: Any = layout.config.get("kpt_shape")
         good = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)
+        self.seen: set[int] = set()  # class numbers
         self.points = shape[0] * shape[1] if good else 0  # numbers of the key points that follow the box
 
     def report(self, file: str, record: str, problem: str, fix: str, severity: Severity = "repairable") -> None:
         self.defects.append(Defect(file, record, problem, fix, severity))
+
+    def judge_numbers(self) -> None:
+        """Report numbers that count from 1: all but the last class would be taken for the one behind it."""
+        count = len(self.labels)
+        one_more = 0 not in self.seen and count in self.seen and max(self.seen) == count
+        if 0 in self.labels and one_more and 2 * len(self.seen) > count:
+            problem = (
+                f"the class numbers in the label files run from {min(self.seen)} to {count}, but names count from 0"
+            )
+            self.report(self.layout.source, "classes", problem, "subtract 1 from the class numbers", "broken")
 
     def record(self, position: int, image: str) -> Record | None:
         """The record of one image, or None where it can't be used."""
@@ -93,6 +105,8 @@ class _Reader:
             category, *values = (float(word) for word in words)
         except ValueError:
             return objects.report(what, "it holds something that is no number", "the line is left out; correct it")
+        if category.is_integer():
+            self.seen.add(int(category))
         if category not in self.labels:
             problem = f"there is no class {words[0][:20]}"
             return objects.report(what, problem, f"the line is left out; use 0..{max(self.labels)}")

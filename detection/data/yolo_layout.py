@@ -68,6 +68,10 @@ class YoloLayout:
             if count > 1:
                 where = tree.root / self.source
                 raise DataError(f"{where}: the class name '{name}' is listed {count} times; name each class once")
+        stated = self.config.get("nc")
+        if type(stated) is int and stated != len(self.names):
+            problem = f"nc is {stated}, but {len(self.names)} classes have names"
+            self.defects.append(Defect(self.source, "nc", problem, "the names are used; correct nc"))
         for picture, how in self.pairs.loosely.items():
             problem = f"'{picture}' is its picture: {how}"
             self.defects.append(Defect(self.pairs.label[picture], "file", problem, "it is read", "note"))
@@ -291,12 +295,20 @@ def _text(tree: Tree, file: str, fix: str) -> str:
 def _yaml(tree: Tree, file: str) -> dict[str, Any]:
     path = tree.root / file
     try:
-        config = yaml.safe_load(path.read_text("utf-8-sig"))
+        config = _parsed(path.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path}: not readable as YAML ({type(error).__name__}); correct the file") from error
     if not isinstance(config, dict) or "names" not in config:
         raise DataError(f"{path}: it has no 'names'; write the class names down")
     return config
+
+
+def _parsed(text: str) -> Any:
+    """The YAML of a text, in which a quoted path of Windows is no series of escapes."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return yaml.safe_load(text.replace("\\", "/"))
 
 
 def _has_names(tree: Tree, file: str) -> bool:
@@ -306,7 +318,7 @@ def _has_names(tree: Tree, file: str) -> bool:
         text = (tree.root / file).read_text("utf-8-sig")
         if not re.search(r"^\s*['\"]?names['\"]?\s*:", text, re.MULTILINE) and "{" not in text:
             return False
-        config = yaml.safe_load(text)
+        config = _parsed(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return official
     return isinstance(config, dict) and "names" in config

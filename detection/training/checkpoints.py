@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -131,6 +132,25 @@ def progress(path: Path) -> tuple[int, int]:
     return int(content["epoch"]), int(content["global_step"])
 
 
+class Kept(NamedTuple):
+    """What a checkpoint keeps that has to be known before data and detector are made.
+
+    Attributes:
+        data: the state of the data module, such as the split that it made.
+        detector: the recipe of the detector.
+    """
+
+    data: Mapping[str, Any] = MappingProxyType({})
+    detector: Mapping[str, Any] = MappingProxyType({})
+
+
+def kept(path: Path) -> Kept:
+    """Read a checkpoint that `start` has checked; its tensors stay on the disk."""
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    recipe = content.get("hyper_parameters", {}).get("detector")
+    return Kept(content.get("DetectionDataModule", {}), recipe or {})
+
+
 def _rank() -> int:
     return int(getattr(rank_zero_only, "rank", 0))  # Lightning's, known before the processes meet
 
@@ -228,7 +248,6 @@ class KeepBest(ModelCheckpoint):
         # Not at the end of the epoch, or the `last.ckpt` of the validation would not know of it
         options["save_on_train_epoch_end"] = False
         super().__init__(folder, Path(BEST).stem, monitor="val/map", mode="max", **options)  # type: ignore[arg-type]
-
         self._said = False
 
     def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
