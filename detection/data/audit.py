@@ -23,7 +23,7 @@ from detection.data import coco, voc
 from detection.data.anchor_fit import AREAS, Boxes, Grid, fitted, recall
 from detection.data.duplicates import gradients, near_duplicates
 from detection.data.finding import Format, Stage, find
-from detection.data.images import EXTENSIONS, UPRIGHT, image_size, orientation_of, read_image
+from detection.data.images import EXTENSIONS, UPRIGHT, image_size, orientation_of, read_image, remarks
 from detection.data.judging import half_labelled, judge, judge_splits, kind_of, shown
 from detection.data.records import DataError, Defect, Index, Record, plain_name
 from detection.data.tree import role_of
@@ -210,6 +210,7 @@ def _look_at_images(index: Index) -> tuple[list[Defect], dict[str, str]]:
         try:
             pixels = read_image(path, (record.height, record.width))
             defects += _orientation(record, path)
+            defects += [Defect(record.file_name, where, what, fix, "note") for what, fix in remarks(path)]
             copies.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), []).append(record)
         except DataError as error:
             problem = str(error).removeprefix(f"{path}: ").split(";")[0]

@@ -177,7 +177,8 @@ def _labels_elsewhere(index: Index) -> str | None:
 
 def kind_of(problem: str) -> str:
     """A problem without its particulars, so that like ones can be counted together."""
-    names = re.sub(r"'[^']*'|\S+/\S+\.\w+|\S+\.(jpe?g|png|tiff?)", "...", problem)
+    endings = "|".join(EXTENSIONS).replace(".", r"\.")
+    names = re.sub(rf"'[^']*'|\S+/\S+\.\w+|\S+({endings})\b", "...", problem)
     return re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "#", names)
 
 

@@ -41,6 +41,8 @@ class Tree:
 
     def __init__(self, root: Path) -> None:
         root = Path(root).expanduser()
+        if root.is_file():
+            raise DataError(f"{root}: the data root is a file; pass the folder of the data set, such as {root.parent}")
         if not root.is_dir():
             raise DataError(f"{root}: the data root is not a folder; pass the folder that holds the data set")
         self.root = root.resolve()
