@@ -35,13 +35,6 @@ MANY = 8  # and from which a part of it does
 # Of boxes or images: from here on it is the set that is wrong, and training on it is refused.
 MOST_WRONG = 0.1
 LABEL_KINDS = (".txt", ".xml")
-LISTS = ("classes.txt", "labels.txt", "obj.names", "predefined_classes.txt")
-# Kinds of pictures, of those that no reader of ours opens; what `EXTENSIONS` has is read.
-PICTURE_KINDS = (
-    *(".ai", ".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dng", ".eps", ".exr", ".gif", ".hdr", ".heic", ".heif", ".ico"),
-    *(".j2k", ".jfif", ".jp2", ".jxl", ".mpo", ".nef", ".nii", ".npy", ".orf", ".pbm", ".pcx", ".pdf", ".pgm", ".pnm"),
-    *(".ppm", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga", ".xcf"),
-)
 
 
 def judge(index: Index, split: str = "train", with_difficult: bool = False) -> list[Defect]:
@@ -345,54 +338,6 @@ def _objects_of(record: Record) -> Counter[tuple[int, ...]]:
     return Counter((*box, label) for box, label in zip(rounded, record.labels.tolist(), strict=True))
 
 
-def leftovers(root: Path, pictures_used: set[str], labels_used: set[str], folders: Iterable[str]) -> list[Defect]:
-    """Files of a split's folders that nobody reads: pictures of unread kinds, and labels without a picture.
-
-    Args:
-        root: folder of the data set.
-        pictures_used, labels_used: what was read, of every split, relative to the root with forward slashes.
-        folders: that pictures and labels lie in, relative to the root; those below them are not looked into.
-    """
-    files = [path for folder in dict.fromkeys(folders) for path in _files(root, folder)]
-    readable = {_stem(p) for p in files if p.suffix.lower() in EXTENSIONS} | {_stem(p) for p in pictures_used}
-    labels = [p for p in files if p.suffix.lower() in LABEL_KINDS and p.name not in LISTS and str(p) not in labels_used]
-    labelled = {_stem(path) for path in labels}
-    unread: dict[str, list[PurePosixPath]] = {}
-    for path in files:
-        if path.suffix.lower() in set(PICTURE_KINDS) - set(EXTENSIONS) and _stem(path) not in readable:
-            unread.setdefault(path.suffix.lower(), []).append(path)
-    known = readable | {_stem(path) for paths in unread.values() for path in paths}
-    orphans = [path for path in labels if _stem(path) not in known and _is_label(root / path)]
-    defects = []
-    for suffix, paths in sorted(unread.items()):
-        wanted = sum(_stem(path) in labelled for path in paths)
-        problem = f"{len(paths)} pictures are {suffix}, which is not read, {wanted} of them with labels: {shown(paths)}"
-        fix = "they are left out; save them as .png or .jpg"
-        defects.append(Defect.of_split(problem, fix, "repairable" if wanted else "note"))
-    if orphans:
-        problem = f"{len(orphans)} label files have no picture: {shown(orphans)}"
-        defects.append(Defect.of_split(problem, "they are not read; restore the pictures or delete them"))
-    return defects
-
-
-def _files(root: Path, folder: str) -> list[PurePosixPath]:
-    names = sorted(os.listdir(root / folder)) if (root / folder).is_dir() else []
-    return [PurePosixPath(folder, n) for n in names if not n.startswith(".") and (root / folder / n).is_file()]
-
-
-def _stem(path: PurePosixPath | str) -> str:
-    return PurePosixPath(path).stem.casefold()
-
-
-def _is_label(path: Path) -> bool:
-    """Whether a file is a label's: XML, or text whose first line begins with a number, unlike a list or a note."""
-    if path.suffix.lower() == ".xml":
-        return True
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        words = file.read(1000).split()
-    return not words or words[0].replace(".", "", 1).isdecimal()
-
-
-def shown(names: Sequence[PurePosixPath | str]) -> str:
+def shown(names: Sequence[str]) -> str:
     """The first ten names, for a message."""
-    return ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "")
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

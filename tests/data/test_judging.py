@@ -20,7 +20,7 @@ from detection.data.checks import Objects
 from detection.data.coco import read_coco
 from detection.data.coco_layout import instance_files
 from detection.data.datamodule import DetectionDataModule
-from detection.data.judging import half_labelled, judge, judge_splits, leftovers, one_record_per_picture
+from detection.data.judging import half_labelled, judge, judge_splits, one_record_per_picture
 from detection.data.reading import check_split, describe
 from detection.data.records import DataError, Defect, Form, Index, Record, relabel
 from detection.data.tree import Tree
@@ -391,30 +391,6 @@ def test_a_copy_of_the_same_name_with_other_objects_is_noted(tmp_path: Path) -> 
     found = audit("train", lambda: read_coco(root, "train.json"))
     problem = "it looks like train_0.png, which has its name but other objects"
     assert [d.file for d in found.defects if d.problem == problem] == ["again/train_0.png"] and found.code == 0
-
-
-def test_leftovers_are_counted_and_named(tmp_path: Path) -> None:
-    used = {"images/a.jpg", "images/b.JPG"}
-    for name in ("a.jpg", "b.JPG", "c.psd", "d.heic", "e.heic", "b.heic", ".hidden.psd", "notes.md", "spare.png"):
-        (tmp_path / "images").mkdir(exist_ok=True)
-        (tmp_path / "images" / name).write_bytes(b"x")
-    labels = {
-        "a.txt": "0 .5 .5 .1 .1",
-        "d.txt": "0 .5 .5 .1 .1",
-        "lost.txt": "1 .5 .5 .1 .1",
-        "gone.xml": "<annotation/>",
-    }
-    labels |= {"classes.txt": "red", "train.txt": "images/a.jpg", "readme.txt": "Made by", "spare.txt": "0 .5 .5 .1 .1"}
-    for name, text in labels.items():
-        (tmp_path / "labels").mkdir(exist_ok=True)
-        (tmp_path / "labels" / name).write_text(text)
-    found = leftovers(tmp_path, used, {"labels/a.txt"}, ["images", "labels", "nowhere", "images"])
-    assert [(d.severity, d.problem) for d in found] == [
-        ("repairable", "2 pictures are .heic, which is not read, 1 of them with labels: images/d.heic, images/e.heic"),
-        ("note", "1 pictures are .psd, which is not read, 0 of them with labels: images/c.psd"),
-        ("repairable", "2 label files have no picture: labels/gone.xml, labels/lost.txt"),
-    ]
-    assert leftovers(tmp_path, used, {"labels/a.txt"}, []) == []
 
 
 def test_untrained_classes_are_counted_together() -> None:
