@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,6 +123,25 @@ def test_a_run_that_is_never_validated_is_saved_after_each_epoch(rarely: list[st
     (folder,) = (tmp_path / "quickstart").iterdir()
     last = torch.load(folder / "last.ckpt", weights_only=True)
     assert last["epoch"] == 0 and last["global_step"] == 2
+
+
+def test_a_validation_split_without_objects_is_refused_unless_none_is_wanted(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    path = tmp_path / "data" / scenes.SPLITS["val"][0]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    flags = ["--trainer.max_steps", "1", "--data.batch_size", "2", "--output", str(tmp_path), "--wandb", "off"]
+    flags += [*SMALL, *coco_flags(tmp_path / "data")]
+    assert main(flags) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    words = "the val split: none of 3 images has an object; there is nothing to validate on: name the right split, or"
+    assert f"{words} train without (--trainer.limit_val_batches 0)" in line
+    assert main([*flags, "--name", "without", "--trainer.limit_val_batches", "0"]) == 0
+    (folder,) = (tmp_path / "without").iterdir()
+    readme = (folder / "README.md").read_text()
+    assert sorted(path.name for path in folder.glob("*.ckpt")) == ["last.ckpt"]
+    assert f"{folder}/last.ckpt" in readme and "best.ckpt" not in readme
 
 
 def test_training_on_from_a_file_keeps_classes_of_the_same_name(
