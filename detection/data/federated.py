@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,3 +186,12 @@ def labelled(record: Record) -> NDArray[np.bool_]:
     """
     checked = np.ones(1, bool) if record.checked is None else record.checked
     return checked if record.partial is None else checked & ~record.partial
+
+
+def seen_together(records: Sequence[Record]) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
+    """`checked` and `partial` of a picture that is listed several times: what one of the entries is sure of is sure."""
+    if any(record.checked is None and record.partial is None for record in records):
+        return None, None
+    sure = np.logical_or.reduce([labelled(record) for record in records])
+    checked = np.logical_or.reduce([np.ones(1, bool) if r.checked is None else r.checked for r in records])
+    return checked | sure, checked & ~sure

@@ -15,7 +15,8 @@ from detection.data import scenes
 from detection.data.coco import read_coco
 from detection.data.federated import images_not_checked, label_by_file
 from detection.data.finding import Layout, Split, Stage, find
-from detection.data.records import DataError, Index, Record, merge, relabel
+from detection.data.judging import judge
+from detection.data.records import DataError, Index, Record, Severity, merge, relabel
 from detection.data.voc import read_voc
 from detection.parts import Reader
 from detection.recipes import describe as plain
@@ -62,9 +63,12 @@ def _read(
     name, images = settings[f"{split}_split"], settings[f"{split}_images"]
     if name is None and split == "test":
         name, images = settings["val_split"], settings["val_images"]
+    # Objects of other classes are left out as the user wishes, or else because the splits' classes don't meet.
+    left_out: Severity = "repairable" if settings["classes"] is None else "note"
     if reader is not None:
         name = name or ("train" if split == "train" else "val")
-        return _of_classes(_without_masks(check_index(reader(root, name), reader), masks), classes, known)
+        index = _without_masks(check_index(reader(root, name), reader), masks)
+        return relabel(index, *known, left_out) if known is not None else _of_classes(index, classes)
     wanted = classes if split == "train" or known is None else None  # an evaluated split may lack a class
     if draws_scenes(settings):
         root, name, images = scenes.location(root), *scenes.SPLITS["train" if split == "train" else "val"]
@@ -76,7 +80,7 @@ def _read(
         found = layout() if layout is not None else find(root, settings["format"])
         index = _named(found, name, split).read(wanted, masks)
     # An evaluation file may list fewer categories than the training file, or number them otherwise.
-    return index if split == "train" or known is None else relabel(index, *known)
+    return index if split == "train" or known is None else relabel(index, *known, left_out)
 
 
 def draws_scenes(settings: Mapping[str, Any]) -> bool:
@@ -93,10 +97,8 @@ def _named(layout: Layout, name: str | None, stage: Stage) -> Split:
     return split
 
 
-def _of_classes(index: Index, classes: list[str] | None, known: Known | None) -> Index:
-    """What a reader of the user's gave, in the classes that are known, or wanted, or all."""
-    if known is not None:
-        return relabel(index, *known)
+def _of_classes(index: Index, classes: list[str] | None) -> Index:
+    """What a reader of the user's gave, in the classes that are wanted, or all."""
     if classes is None:
         return index
     ids = dict(zip(index.classes, index.category_ids, strict=True))
@@ -167,13 +169,28 @@ ARRAYS = {
 }
 
 
-def check_split(index: Index, split: str) -> None:
-    """What must hold before anything trains; a reader that keeps its promise never fails here."""
+def check_split(index: Index, split: str, with_difficult: bool = False) -> None:
+    """What must hold before anything trains: whole records, and a split that is worth it.
+
+    Args:
+        index: as read.
+        split: `train`, `val` or `test`.
+        with_difficult: whether training is on difficult objects too.
+
+    Raises:
+        DataError: in the words of `judging.judge` where the split as a whole can't be used.
+    """
+    check_records(index, split)
+    for defect in judge(index, split, with_difficult):
+        if defect.severity == "broken":
+            raise DataError(f"{index.root}: the {split} split: {defect.problem}; {defect.fix}", index.defects)
+
+
+def check_records(index: Index, split: str) -> None:
+    """What must hold of each record; a reader that keeps its promise never fails here."""
     count = len(index.classes)
     if not index.records:
         raise DataError(f"{index.root}: the {split} split holds no image; check its name and the folder")
-    if split == "train" and not any(len(record.labels) for record in index.records):
-        raise DataError(f"{index.root}: no image of the train split has an object; check the annotations")
     for record in index.records:
         boxes, where = record.boxes, f"{index.root / record.file_name}: image {record.image_id}"
         if ((record.labels < 1) | (record.labels > count)).any():
@@ -184,7 +201,7 @@ def check_split(index: Index, split: str) -> None:
 
 
 def describe(index: Index, split: str) -> str:
-    """A few lines for the log: images, objects by class, and what was repaired or left out."""
+    """A few lines for the log: images, objects by class, what the whole split shows, and what was repaired."""
     counts = torch.zeros(len(index.classes) + 1, dtype=torch.int64)
     for record in index.records:
         counts += torch.bincount(torch.from_numpy(record.labels), minlength=len(counts))
@@ -193,7 +210,9 @@ def describe(index: Index, split: str) -> str:
     lines = [f"{split}: {len(index.records)} images ({empty} without objects), {int(counts.sum())} objects: {classes}"]
     if partly := images_not_checked(index):
         lines.append(f"{split}: in {partly} images not every class is labelled; background is not taught of those")
-    repaired = [defect for defect in index.defects if defect.severity != "note"]
+    whole = [*(defect for defect in index.defects if defect.is_of_split), *judge(index, split)]
+    lines += [f"{split}: {defect.problem}; {defect.fix}" for defect in whole]
+    repaired = [defect for defect in index.defects if defect.severity != "note" and not defect.is_of_split]
     if repaired:
         lines += [f"{split}: {len(repaired)} records repaired or left out, the first of them:"]
         lines += [f"  {defect}" for defect in repaired[:3]] + ["  (scripts/check_data.py lists all)"]

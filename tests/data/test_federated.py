@@ -241,3 +241,17 @@ def test_batches_move_and_travel_with_their_flags(tmp_path: Path) -> None:
     sent = next(iter(loader))
     assert torch.equal(sent.labelled, batch.labelled) and torch.equal(sent.gt_ignored, batch.gt_ignored)
     assert torch.equal(sent.targets[0].checked, batch.targets[0].checked)
+
+
+def test_a_picture_that_is_listed_twice_knows_what_either_entry_knows(tmp_path: Path) -> None:
+    content = lvis()
+    again = content["images"][0] | {"id": 8, "neg_category_ids": [7], "not_exhaustive_category_ids": []}
+    content["images"].append(again)
+    content["annotations"].append({"id": 9, "image_id": 8, "category_id": 5, "bbox": [2, 3, 10, 10], "area": 100})
+    record = read_coco(write(tmp_path, content), "lvis.json").records[0]
+    assert (named(record.checked), named(record.partial)) == (["ant", "bee", "cow", "dog"], [])
+    content["images"][-1] = again | {"not_exhaustive_category_ids": [5]}
+    record = read_coco(write(tmp_path, content), "lvis.json").records[0]
+    assert (named(record.checked), named(record.partial)) == (["ant", "bee", "cow", "dog"], ["ant"])
+    content["images"][-1].pop("neg_category_ids"), content["images"][-1].pop("not_exhaustive_category_ids")
+    assert read_coco(write(tmp_path, content), "lvis.json").records[0].checked is None
