@@ -17,13 +17,14 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from detection.batch import Batch
+from detection.batch import Batch, Id
 from detection.data import scenes
 from detection.data.augment import eval_transform, train_transform
+from detection.data.checks import choose_classes
 from detection.data.dataset import DetectionDataset, Sample, collate
 from detection.data.pipeline import Step, check_steps, moving, recipe_of
 from detection.data.proposals import ProposalCache, ProposalSource
-from detection.data.reading import Known, Stage, check_split, describe, read_split
+from detection.data.reading import Stage, check_split, describe, read_split
 from detection.data.records import DataError, Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
 from detection.data.workers import init_worker
@@ -198,7 +199,7 @@ class DetectionDataModule(L.LightningDataModule):
         self.save_hyperparameters()
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
-        self._known: Known | None = None
+        self._known: tuple[str, ...] | None = None
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -222,21 +223,24 @@ class DetectionDataModule(L.LightningDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Foreground classes in the order of their labels; reads the training annotations at the first call."""
-        return list(self._classes()[0])
+        """Foreground classes in the order of their labels; unless `classes` names them, the training split is read."""
+        return list(self._classes())
 
     @property
-    def category_ids(self) -> list[int]:
-        """The data set's own id of each class."""
-        return list(self._classes()[1])
+    def category_ids(self) -> list[Id | None]:
+        """The training file's id of each class. Another split's may differ, see `DetectionDataset.category_ids`."""
+        train = self._datasets.get("train") or self._train_index or self.read("train")
+        return list(train.category_ids)
 
-    def _classes(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    def _classes(self) -> tuple[str, ...]:
         if self._known is None:
             if self._draws_scenes:
-                self._known = scenes.CLASSES, tuple(range(1, len(scenes.CLASSES) + 1))
+                self._known = scenes.CLASSES
+            elif (classes := self.hparams["classes"]) is not None:  # what evaluates needs no training split
+                self._known = choose_classes(classes, classes, "data")
             else:
                 self._train_index = self.read("train")
-                self._known = self._train_index.classes, self._train_index.category_ids
+                self._known = self._train_index.classes
         return self._known
 
     def prepare_data(self) -> None:
@@ -272,11 +276,12 @@ class DetectionDataModule(L.LightningDataModule):
 
     def read(self, split: Stage) -> Index:
         """The records of a split; labels point into the classes of the training split, once that is read."""
-        return read_split(self.hparams, self._root(), split, self._known, self.reader)
+        known = None if split == "train" else self._known  # of training, all that `classes` names must be there
+        return read_split(self.hparams, self._root(), split, known, self.reader)
 
     def _dataset(self, split: Stage) -> DetectionDataset:
         hp = self.hparams
-        self._classes()  # the training split names the classes of all splits
+        self._classes()  # whose order is that of all splits
         index, self._train_index = (split == "train" and self._train_index) or self.read(split), None
         check_split(index, split)
         if split == "train" and not hp["keep_empty"]:

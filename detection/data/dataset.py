@@ -63,7 +63,6 @@ class RecordStore:
         def joined(name: str, empty: NDArray[Any]) -> Tensor:
             return torch.from_numpy(np.concatenate([empty, *(getattr(r, name) for r in records)], dtype=empty.dtype))
 
-        self.image_ids = torch.tensor([r.image_id for r in records], dtype=torch.int64)
         self.sizes = torch.tensor([(r.height, r.width) for r in records], dtype=torch.int64).reshape(-1, 2)
         self.object_ends = torch.tensor([0, *accumulate(len(r.labels) for r in records)], dtype=torch.int64)
         self.boxes = joined("boxes", np.zeros((0, 4), np.float32))
@@ -73,12 +72,13 @@ class RecordStore:
         self.difficult = joined("difficult", np.zeros(0, np.bool_))
         self.annotation_ids = joined("annotation_ids", np.zeros(0, np.int64))
         self._names = _Strings(r.file_name.encode() for r in records)
+        self._image_ids = _Strings(json.dumps(r.image_id).encode() for r in records)  # of any size, or text
         self._segments = None
         if any(r.segments is not None for r in records):
             self._segments = _Strings(json.dumps(s, default=_jsonable).encode() for r in records for s in _padded(r))
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return len(self.sizes)
 
     def __getitem__(self, i: int) -> Record:
         """Record i; its arrays are views of the buffers, to be read only."""
@@ -88,7 +88,7 @@ class RecordStore:
         if self._segments is not None:
             segments = [json.loads(self._segments[j]) for j in range(start, end)]
         return Record(
-            image_id=int(self.image_ids[i]),
+            image_id=json.loads(self._image_ids[i]),
             file_name=self._names[i].decode(),
             width=width,
             height=height,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
+from detection.batch import Id
 from detection.data import scenes
 from detection.data.coco import read_coco
 from detection.data.records import DataError, Index, Record, merge, relabel
@@ -18,11 +19,14 @@ from detection.data.yolo import read_yolo
 from detection.parts import Reader
 
 Stage: TypeAlias = Literal["train", "val", "test"]
-Known: TypeAlias = tuple[tuple[str, ...], tuple[int, ...]]  # the names of the classes, and the data set's ids of them
 
 
 def read_split(
-    settings: Mapping[str, Any], root: Path, split: Stage, known: Known | None = None, reader: Reader | None = None
+    settings: Mapping[str, Any],
+    root: Path,
+    split: Stage,
+    known: Sequence[str] | None = None,
+    reader: Reader | None = None,
 ) -> Index:
     """The records of a split.
 
@@ -30,40 +34,44 @@ def read_split(
         settings: of the data, as `DetectionDataModule` takes them.
         root: folder of the data set.
         split: `"test"` is the validation split where the settings name none.
-        known: the classes of the training split, which the labels will point into; None takes those that are read.
+        known: the classes of the training split, which the labels will point into; None takes those that are read. Ids
+            of images and categories stay those of the split's own file.
         reader: the user's own; None reads the format of the settings.
     """
-    classes, masks = settings["classes"] if known is None else list(known[0]), settings["masks"]
+    classes, masks = settings["classes"] if known is None else list(known), settings["masks"]
     name, images = settings[f"{split}_split"], settings[f"{split}_images"]
     if name is None:
         name, images = settings["val_split"], settings["val_images"]
     form = settings["format"]
     if reader is not None:
         return _of_classes(_without_masks(check_index(reader(root, name), reader), masks), classes, known)
-    if form == "voc" and split != "train" and known is not None:
-        return relabel(_read_voc(root, name, None, masks), *known)  # it may lack a rare class
-    if form == "voc":
-        return _read_voc(root, name, classes, masks)
-    if form == "yolo":
-        return read_yolo(root, name, classes)
     if form == "scenes":
         root, name, images = scenes.location(root), *scenes.SPLITS["train" if split == "train" else "val"]
-    if split == "train" or known is None:
-        return read_coco(root, name, images, classes, masks)
-    # An evaluation file may list fewer categories than the training file, or number them otherwise.
-    return relabel(read_coco(root, name, images, None, masks), *known)
+    # An evaluated split may lack a class of training, or number them otherwise.
+    translate = None if split == "train" else known
+    wanted = classes if translate is None else None
+    if form == "voc":
+        index = _read_voc(root, name, wanted, masks)
+    elif form == "yolo":
+        index = read_yolo(root, name, wanted)
+    else:
+        index = read_coco(root, name, images, wanted, masks)
+    if translate is None:
+        return index
+    index = relabel(index, translate)
+    # XML has no ids: they are the labels, the same in all splits.
+    return replace(index, category_ids=tuple(range(1, len(index.classes) + 1))) if form == "voc" else index
 
 
-def _of_classes(index: Index, classes: list[str] | None, known: Known | None) -> Index:
+def _of_classes(index: Index, classes: list[str] | None, known: Sequence[str] | None) -> Index:
     """What a reader of the user's gave, in the classes that are known, or wanted, or all."""
     if known is not None:
-        return relabel(index, *known)
+        return relabel(index, known)
     if classes is None:
         return index
-    ids = dict(zip(index.classes, index.category_ids, strict=True))
-    if absent := [name for name in classes if name not in ids]:
-        raise DataError(f"{index.root}: there is no class '{absent[0]}'; there are: {', '.join(ids)}")
-    return relabel(index, classes, [ids[name] for name in classes])
+    if absent := [name for name in classes if name not in index.classes]:
+        raise DataError(f"{index.root}: there is no class '{absent[0]}'; there are: {', '.join(index.classes)}")
+    return relabel(index, classes)
 
 
 def _without_masks(index: Index, wanted: bool) -> Index:
@@ -94,7 +102,7 @@ def check_index(index: Any, reader: Any) -> Index:
         raise DataError(
             f"the reader {name} gave {len(index.classes)} classes but {len(index.category_ids)} category_ids"
         )
-    ids = set[int]()
+    ids = set[Id]()
     for record in index.records:
         if not isinstance(record, Record):
             raise DataError(

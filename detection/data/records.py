@@ -14,6 +14,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from detection.batch import Id
+
 Severity = Literal["note", "repairable", "broken"]
 
 
@@ -22,7 +24,7 @@ class Record:
     """One image and its N objects.
 
     Attributes:
-        image_id: the data set's own id of the image (VOC and YOLO: position in the split's list).
+        image_id: the id of the image, as the annotation file spells it (VOC and YOLO: position in the split's list).
         file_name: image path relative to the index's root, forward slashes.
         width, height: pixels of the image as it will be decoded.
         boxes: `(N, 4)` float32 xyxy in original pixels, 0-based, positive width and height, inside the image.
@@ -33,7 +35,7 @@ class Record:
         segments: without masks None; else per object COCO polygons (list of flat lists), an RLE dictionary, or None.
     """
 
-    image_id: int
+    image_id: Id
     file_name: str
     width: int
     height: int
@@ -48,7 +50,7 @@ class Record:
     @classmethod
     def of(
         cls,
-        image_id: int,
+        image_id: Id,
         file_name: str,
         size: tuple[int, int],
         boxes: Sequence[Sequence[float]] | NDArray[Any],
@@ -107,22 +109,24 @@ class Index:
     Attributes:
         root: folder that every `file_name` is relative to, and that none may leave.
         classes: foreground class names; label `i` of a record is `classes[i - 1]`.
-        category_ids: the data set's own id of each class, to export detections with.
+        category_ids: the id of each class, as this split's file spells it, to export detections with; None of a class
+            that the file lacks.
         records: one `Record` an image, images without objects included.
         defects: what was repaired, skipped or noted while reading.
     """
 
     root: Path
     classes: tuple[str, ...]
-    category_ids: tuple[int, ...]
+    category_ids: tuple[Id | None, ...]
     records: list[Record]
     defects: list[Defect] = field(default_factory=list)
 
 
-def relabel(index: Index, classes: Sequence[str], category_ids: Sequence[int]) -> Index:
+def relabel(index: Index, classes: Sequence[str]) -> Index:
     """The same images with labels that point into `classes`, which another split has named.
 
-    Objects of other classes are left out and counted in a defect; a class that this split lacks has no object.
+    Ids stay those of the index. Objects of other classes are left out and counted in a defect; a class that this split
+    lacks has no object and no id.
     """
     labels = np.array([0, *(classes.index(name) + 1 if name in classes else 0 for name in index.classes)])
     dropped: dict[str, int] = {}
@@ -143,7 +147,8 @@ def relabel(index: Index, classes: Sequence[str], category_ids: Sequence[int]) -
         Defect("annotations", f"class '{name}'", f"{count} objects of a class that is not trained", fix, "note")
         for name, count in dropped.items()
     ]
-    return Index(index.root, tuple(classes), tuple(category_ids), records, [*index.defects, *left_out])
+    ids = dict(zip(index.classes, index.category_ids, strict=True))
+    return Index(index.root, tuple(classes), tuple(map(ids.get, classes)), records, [*index.defects, *left_out])
 
 
 def merge(root: Path, parts: Mapping[str, Index], classes: Sequence[str] | None = None) -> Index:
@@ -165,7 +170,7 @@ def merge(root: Path, parts: Mapping[str, Index], classes: Sequence[str] | None 
     records: list[Record] = []
     defects: list[Defect] = []
     for folder, index in parts.items():
-        same = relabel(index, names, range(1, len(names) + 1))
+        same = relabel(index, names)
         for record in same.records:
             records.append(replace(record, image_id=len(records), file_name=f"{folder}/{record.file_name}"))
         defects += [replace(defect, file=f"{folder}/{defect.file}") for defect in same.defects]

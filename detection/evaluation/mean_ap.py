@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torchmetrics import Metric
 
-from detection.batch import Target
+from detection.batch import Id, Target
 from detection.evaluation.coco_eval import AREA_LIMITS, AREAS, evaluate
 from detection.evaluation.results import ImageResult, image_result
 
@@ -56,7 +56,7 @@ class MeanAP(Metric):
         self._clear()
 
     def _clear(self) -> None:
-        self._results: dict[int, ImageResult] = {}
+        self._results: dict[Id, ImageResult] = {}
         self._class_ap: dict[str, dict[str, float]] = {}
         self._absent: dict[str, int] = {}
 
@@ -76,7 +76,8 @@ class MeanAP(Metric):
     @property
     def results(self) -> list[ImageResult]:
         """Every image seen, by image id; after `compute`, rank 0 holds those of all ranks."""
-        return [self._results[image_id] for image_id in sorted(self._results)]
+        order = sorted(self._results, key=lambda image_id: (isinstance(image_id, str), image_id))
+        return [self._results[image_id] for image_id in order]
 
     def update(self, detections: Sequence[dict[str, Tensor]], targets: Sequence[Target]) -> None:  # type: ignore[override]
         """Add images.

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from detection.batch import Id
 from detection.evaluation import plots
 from detection.evaluation.analysis import (
     MISTAKES,
@@ -58,7 +59,7 @@ FOOTER = (
 def write_evaluation(
     folder: Path,
     metric: MeanAP,
-    category_ids: Sequence[int],
+    category_ids: Sequence[Id | None],
     load_image: LoadImage | None = None,
     title: str = "Evaluation",
     facts: Mapping[str, str] | None = None,
@@ -68,7 +69,7 @@ def write_evaluation(
     Args:
         folder: made if absent; files of an earlier evaluation are replaced.
         metric: has seen all images of the split, in one process.
-        category_ids: the data set's own id of each class, for the detections.
+        category_ids: the evaluated file's id of each class, for the detections; None where it lacks the class.
         load_image: gives the pixels `(H, W, 3)` RGB of an image; without it the report has no pictures.
         title, facts: head of the report, e.g. `{"checkpoint": "best.ckpt", "split": "test"}`.
 

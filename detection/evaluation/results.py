@@ -16,7 +16,7 @@ from faster_coco_eval import mask as mask_api
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection.batch import Target
+from detection.batch import Id, Target
 
 Rle = dict[str, Any]
 
@@ -34,7 +34,7 @@ class ImageResult:
         gt_boxes, gt_labels, gt_areas, gt_iscrowd, gt_difficult, gt_masks: the fields of `Target`, `N` each.
     """
 
-    image_id: int
+    image_id: Id
     file_name: str
     size: tuple[int, int]
     boxes: NDArray[np.float32]
@@ -78,7 +78,7 @@ def image_result(detection: Mapping[str, Any], target: Target, num_classes: int,
     if masks and ("masks" not in detection or target.masks is None):
         raise ValueError(f"{where}: mask evaluation needs masks in the detections and in the ground truth")
     return ImageResult(
-        image_id=int(target.image_id),
+        image_id=target.image_id,
         file_name=target.file_name,
         size=target.size,
         boxes=boxes,
