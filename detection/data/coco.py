@@ -46,7 +46,7 @@ def read_coco(
     """
     root = Path(root)
     folder = Folder(root)
-    content = _load(root / annotations)
+    content = load_file(root / annotations)
     reader = _Reader(folder, str(annotations), images, masks)
     labels, index = reader.categories(content["categories"], classes)
     by_image = reader.group(content["annotations"])
@@ -239,8 +239,12 @@ class _Reader:
         return None
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """The JSON object of a file with its three lists."""
+def load_file(path: Path, lists: Sequence[str] = ("images", "annotations", "categories")) -> dict[str, Any]:
+    """The JSON object of a COCO file.
+
+    Raises:
+        DataError: it is missing or no JSON object, or lacks one of the `lists`.
+    """
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -253,7 +257,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: holds a {type(content).__name__}, not an object with images, annotations and categories"
         )
-    for key in ("images", "annotations", "categories"):
+    for key in lists:
         if not isinstance(content.get(key), list):
             problem = "is missing" if content.get(key) is None else f"is a {type(content[key]).__name__}, not a list"
             raise DataError(f"{path}: '{key}' {problem}; pass a COCO instances file")
@@ -267,7 +271,7 @@ def find_files(root: Path) -> list[str]:
     found = []
     for path in sorted(root.rglob("*.json")):
         try:
-            items = _load(path)["annotations"]
+            items = load_file(path)["annotations"]
         except DataError:
             continue
         keys = items[0].keys() if items and isinstance(items[0], dict) else set()
@@ -278,7 +282,7 @@ def find_files(root: Path) -> list[str]:
 
 def find_images(root: Path, annotations: str) -> str | None:
     """The folder, relative to the root, in which the first image of a COCO file lies; None where none does."""
-    images = _load(root / annotations)["images"]
+    images = load_file(root / annotations)["images"]
     name = images[0].get("file_name") if images and isinstance(images[0], dict) else None
     if not isinstance(name, str) or ".." in name or "\0" in name or len(name) > 200:
         return None

@@ -131,6 +131,9 @@ class DetectionDataModule(L.LightningDataModule):
             others, with a warning; one more is an error. In evaluation the first is.
         seed: of the order and the augmentation.
         timeout: seconds after which loaders' processes that bring no batch are an error; 0 waits for ever.
+
+    Attributes:
+        predict_split: the split that `trainer.predict` goes through; `"test"` unless it is set.
     """
 
     def __init__(
@@ -197,6 +200,7 @@ class DetectionDataModule(L.LightningDataModule):
         self.reader: Reader | None = rebuild(reader) if isinstance(reader, Mapping) else reader
         reader = _recipe_of_reader(self.reader)
         self.save_hyperparameters()
+        self.predict_split: Stage = "test"
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
         self._known: tuple[str, ...] | None = None
@@ -250,7 +254,7 @@ class DetectionDataModule(L.LightningDataModule):
         if self.proposals is not None and self.trainer is not None:
             # Here, while other ranks wait without a time limit; without a trainer `setup` does it.
             stage = self.trainer.state.fn
-            for split in _splits(stage.value if stage else "fit"):
+            for split in self._splits(stage.value if stage else "fit"):
                 self._prepare_proposals(self.read(split), split)
 
     def _prepare_proposals(self, index: Index, split: Stage) -> ProposalCache | None:
@@ -262,9 +266,14 @@ class DetectionDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and check the splits that the stage needs; raises `DataError` before anything trains."""
-        for split in _splits(stage):
+        for split in self._splits(stage):
             if split not in self._datasets:
                 self._datasets[split] = self._dataset(split)
+
+    def _splits(self, stage: str) -> tuple[Stage, ...]:
+        """What a stage of the trainer needs."""
+        needed: dict[str, tuple[Stage, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
+        return needed.get(stage, (self.predict_split,) if stage == "predict" else ("test",))
 
     @property
     def _draws_scenes(self) -> bool:
@@ -346,7 +355,7 @@ class DetectionDataModule(L.LightningDataModule):
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Sample]:
-        return self._eval_loader("test")
+        return self._eval_loader(self.predict_split)
 
     def _eval_loader(self, split: Stage) -> DataLoader[Sample]:
         """Every image of the split, in order. Of W ranks, rank r has images r, r + W, ...; up to W - 1 images are
@@ -374,12 +383,6 @@ class DetectionDataModule(L.LightningDataModule):
                 "timeout": self.hparams["timeout"],
             }
         return options
-
-
-def _splits(stage: str) -> tuple[Stage, ...]:
-    """What a stage of the trainer needs."""
-    needed: dict[str, tuple[Stage, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
-    return needed.get(stage, ("test",))
 
 
 def _recipe_of_reader(reader: Reader | None) -> Any:

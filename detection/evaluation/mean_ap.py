@@ -7,7 +7,7 @@ would silently give a wrong number (NaN, an unknown label, -1) is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -93,12 +93,13 @@ class MeanAP(Metric):
         if len(detections) != len(targets):
             raise ValueError(f"{len(detections)} detections for {len(targets)} targets; pass one of each an image")
         masks = "segm" in self.iou_type
-        self._add(
+        self.add(
             image_result(detection, target, len(self.class_names), masks)
             for detection, target in zip(detections, targets, strict=True)
         )
 
-    def _add(self, results: Any) -> None:
+    def add(self, results: Iterable[ImageResult]) -> None:
+        """Add images that are checked already; a ValueError where two different ones have one id."""
         for result in results:
             first = self._results.setdefault(result.image_id, result)
             # The same image again is a sampler's padding and counts once; another image under its id is a mistake.
@@ -124,7 +125,7 @@ class MeanAP(Metric):
         if leader:
             try:
                 for shard in (shards or [])[1:]:
-                    self._add(shard)
+                    self.add(shard)
                 answer = [self._evaluate(), None]
             except (ValueError, RuntimeError) as error:  # the other ranks wait for an answer: this is theirs
                 answer = [None, str(error)]

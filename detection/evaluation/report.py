@@ -235,11 +235,11 @@ def _picture(
     scale = min(1.0, SHOWN_SIDE / max(height, width))
     small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])
-    name = escape(result.file_name)
+    name, number = escape(result.file_name), escape(str(result.image_id))
     return (
         f'<figure><div class="frame"><img alt="{name}" src="{_data("image/jpeg", jpeg.tobytes())}">'
         f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none">{"".join(rects)}</svg></div>'
-        f"<figcaption><b>{name}</b><br>image {result.image_id}, weight of mistakes {weight:.1f}</figcaption></figure>"
+        f"<figcaption><b>{name}</b><br>image {number}, weight of mistakes {weight:.1f}</figcaption></figure>"
     )
 
 

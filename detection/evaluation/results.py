@@ -27,7 +27,7 @@ class ImageResult:
 
     Attributes:
         image_id, file_name, size: as in `Target`; size is `(height, width)` in pixels.
-        boxes: `(D, 4)` float32 xyxy detections, in the detector's order.
+        boxes: `(D, 4)` float32 xyxy detections, in the detector's order; from a file, float64 as all its numbers.
         labels: `(D,)` int64 in `[1, C]`.
         scores: `(D,)` float32.
         masks: one COCO RLE a detection, or None without masks.
@@ -37,13 +37,13 @@ class ImageResult:
     image_id: Id
     file_name: str
     size: tuple[int, int]
-    boxes: NDArray[np.float32]
+    boxes: NDArray[np.floating[Any]]
     labels: NDArray[np.int64]
-    scores: NDArray[np.float32]
+    scores: NDArray[np.floating[Any]]
     masks: list[Rle] | None
-    gt_boxes: NDArray[np.float32]
+    gt_boxes: NDArray[np.floating[Any]]
     gt_labels: NDArray[np.int64]
-    gt_areas: NDArray[np.float32]
+    gt_areas: NDArray[np.floating[Any]]
     gt_iscrowd: NDArray[np.bool_]
     gt_difficult: NDArray[np.bool_]
     gt_masks: list[Rle] | None

@@ -1,8 +1,9 @@
-"""`scripts/evaluate.py` gives the figures that training logged, from nothing but the checkpoint."""
+"""`scripts/evaluate.py`: the figures that training logged, those of other data, and those of a results file."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 
 from detection import maskrcnn_efficientnet_lite0_fpn
+from detection.data.coco import read_coco
 from detection.data.datamodule import DetectionDataModule
+from detection.data.writers import write_voc
 from detection.training.module import DetectionModule
 from detection.training.optimisation import CosineSchedule
 
@@ -85,6 +88,113 @@ def test_figures_are_those_of_training(trained, pycoco):
         assert own == pytest.approx(official, abs=1e-6) and len(own) == 12
     assert f"report: {out / 'report.html'}" in done.stdout
     assert (out / "report.html").is_file()
+
+
+def report_of(folder):
+    return json.loads((folder / "figures.json").read_text())["figures"]
+
+
+def elsewhere(trained, folder, ids=(5, 3)):
+    """The same images and objects in another folder, whose file numbers and orders everything otherwise."""
+    content = json.loads((trained / "objects.json").read_text())
+    for image in content["images"]:
+        (folder / "pictures").mkdir(exist_ok=True)
+        shutil.copy(trained / image["file_name"], folder / "pictures")
+        image["id"] += 2**40
+    other = {7: ids[0], 90: ids[1]}
+    for item in content["annotations"]:
+        item |= {"image_id": item["image_id"] + 2**40, "category_id": other[item["category_id"]]}
+    content["categories"] = [{"id": other[c["id"]], "name": c["name"]} for c in reversed(content["categories"])]
+    content["categories"].append({"id": 99, "name": "red"})
+    (folder / "other.json").write_text(json.dumps(content))
+    return folder / "other.json"
+
+
+@pytest.mark.slow
+def test_other_data_needs_nothing_of_the_training_data(trained, pycoco, tmp_path):
+    folder, logged = trained
+    file = elsewhere(folder, tmp_path)
+    ckpt = tmp_path / "moved.ckpt"
+    shutil.copy(folder / "last.ckpt", ckpt)
+    hidden = folder.with_name("hidden")
+    folder.rename(hidden)  # the training data is not there
+    try:
+        done = run("--ckpt", ckpt, "--root", tmp_path, "--annotations", "other.json", "--images", "pictures",
+                   "--accelerator", "cpu")  # fmt: skip
+    finally:
+        hidden.rename(folder)
+    assert done.returncode == 0, done.stderr
+    figures = report_of(tmp_path / "evaluation_other")
+    assert {name: figures[name] for name in logged} == pytest.approx(logged, abs=1e-6)
+    for kind in ("bbox", "segm"):
+        path = tmp_path / "evaluation_other" / f"detections_{kind}.json"
+        assert {entry["category_id"] for entry in json.loads(path.read_text())} == {3, 5}
+        official = pycoco(str(file), str(path), kind)["figures"]
+        own = {name.removeprefix(f"{kind}_"): value for name, value in figures.items() if name.startswith(kind)}
+        assert own == pytest.approx(official, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_figures_of_one(trained, tmp_path):
+    folder, _ = trained
+    found = []
+    for devices in (1, 2):
+        # Five a batch of twelve images: the shares of the processes are padded by an image that counts once.
+        out = tmp_path / str(devices)
+        done = run("--ckpt", folder / "last.ckpt", "--accelerator", "cpu", "--devices", devices, "--output", out,
+                   "--batch_size", 5)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("report:") == 1
+        entries = json.loads((out / "detections_bbox.json").read_text())
+        found.append(
+            (report_of(out), sorted((e["image_id"], e["category_id"], *np.round(e["bbox"], 2)) for e in entries))
+        )
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6) and found[0][0]["bbox_map_50"] > 0
+    assert len(found[0][1]) == len(found[1][1])
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=0.02)
+
+
+@pytest.mark.slow
+def test_data_in_another_format(trained, tmp_path):
+    folder, logged = trained
+    index = read_coco(folder, "objects.json")
+    write_voc(index, tmp_path, "final")
+    done = run("--ckpt", folder / "last.ckpt", "--accelerator", "cpu", "--root", tmp_path, "--format", "voc", "--split",
+               "final", "--output", tmp_path / "out")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = report_of(tmp_path / "out")
+    assert figures["bbox_map_50"] == pytest.approx(logged["bbox_map_50"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ((), "name what to evaluate: --ckpt, a checkpoint, or --results"),
+        (("--ckpt", "a", "--results", "b"), "name what to evaluate"),
+        (("--results", "dets.json"), "dets.json: name the COCO file"),
+        (("--results", "nowhere.json", "--annotations", "none.json"), "none.json: the annotation file is missing"),
+    ],
+)
+def test_what_is_missing_is_said(flags, sentence):
+    done = run(*flags)
+    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--split", "minival"), "the training data has no split 'minival', but val and test"),
+        (("--images", "pictures"), "--images goes with --annotations"),
+        (("--format", "voc"), "data of format voc needs --root"),
+        (("--format", "coco", "--root", "."), "data of format coco needs --annotations"),
+        (("--format", "yolo", "--annotations", "x.json"), "leave one of them out"),
+        (("--annotations", "x.json"), "x.json: the annotation file is missing"),
+    ],
+)
+def test_data_that_is_named_badly_is_refused(trained, flags, sentence):
+    done = run("--ckpt", trained[0] / "last.ckpt", "--accelerator", "cpu", *flags)
+    assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.slow

@@ -158,7 +158,9 @@ def test_pycocotools_loses_images_whose_ids_lie_on_both_sides_of_2_to_the_63(tmp
     exported = coco_results(perfect(index).results, index.category_ids)
     assert {entry["image_id"] for entry in exported} == {*images}
     assert pycoco(content, exported)["figures"]["map"] == -1
-    assert pycoco(numbered(content), numbered({"annotations": exported}, content)["annotations"])["figures"]["map"] > 0.99
+    assert (
+        pycoco(numbered(content), numbered({"annotations": exported}, content)["annotations"])["figures"]["map"] > 0.99
+    )
 
 
 def test_ids_are_those_of_the_evaluated_file(tmp_path, pycoco):
