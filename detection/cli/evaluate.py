@@ -17,7 +17,7 @@ from detection.data.images import read_image
 from detection.data.records import DataError
 from detection.evaluation.coco_files import compare_files
 from detection.evaluation.collect import CollectDetections
-from detection.evaluation.mean_ap import MeanAP
+from detection.evaluation.mean_ap import IouType, MeanAP
 from detection.evaluation.report import LoadImage, write_evaluation
 from detection.evaluation.results import ImageResult
 from detection.training.module import DetectionModule
@@ -38,6 +38,7 @@ def evaluate(
     batch_size: int | None = None,
     accelerator: str = "auto",
     devices: int = 1,
+    masks: bool = True,
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
     trust: list[str] = [],  # noqa: B006
 ) -> None:
@@ -55,6 +56,7 @@ def evaluate(
         batch_size: images a batch on each device; that of training by default.
         accelerator, precision: as of Lightning's trainer: cpu, gpu or auto; 32-true or bf16-mixed.
         devices: GPUs, or processes of the CPU, that share the images; the figures are those of one.
+        masks: false compares the boxes of a detector of masks alone, for data that has none.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
     if (ckpt is None) == (results is None):
@@ -63,18 +65,20 @@ def evaluate(
         if annotations is None:
             raise DataError(f"{results}: name the COCO file that the results are compared with: --annotations")
         base = root or Path()
-        _evaluate_file(results, base / annotations, base / images if images else root, output)
+        _evaluate_file(results, base / annotations, base / images if images else root, output, masks)
         return
     assert ckpt is not None
     module = DetectionModule.load_from_checkpoint(ckpt, trust, map_location="cpu")
     changes = _other_data(split, root, format, annotations, images)
     moved = ({} if root is None else {"root": str(root)}) | ({} if batch_size is None else {"batch_size": batch_size})
+    moved |= {} if masks else {"masks": False}
     with readable(ckpt):
         data = DetectionDataModule.load_from_checkpoint(ckpt, trust, classes=module.class_names, **moved | changes)
     if not changes and split == "test" and data.hparams["test_split"] is None:
         raise DataError(f"{ckpt}: the model was trained without naming a test split; use --split val")
     data.predict_split = "val" if not changes and split == "val" else "test"
-    metric = MeanAP(module.class_names, module.hparams["detections_per_img"], module.metric.iou_type)
+    kinds: tuple[IouType, ...] = module.metric.iou_type if masks else ("bbox",)
+    metric = MeanAP(module.class_names, module.hparams["detections_per_img"], kinds)
     settings: dict[str, Any] = {"logger": False, "callbacks": [CollectDetections(metric)], "precision": precision}
     settings |= {"devices": devices, "strategy": "ddp" if devices > 1 else "auto", "use_distributed_sampler": False}
     trainer = L.Trainer(accelerator=accelerator, **settings)
@@ -114,9 +118,9 @@ def _other_data(
     return {"format": format, "reader": None, "test_split": split, "test_images": ""}
 
 
-def _evaluate_file(results: Path, annotations: Path, images: Path | None, output: Path | None) -> None:
+def _evaluate_file(results: Path, annotations: Path, images: Path | None, output: Path | None, masks: bool) -> None:
     """The figures of a results file; pictures in the report where the folder of images is named."""
-    compared = compare_files(annotations, results)
+    compared = compare_files(annotations, results, masks=masks)
     for note in compared.notes:
         print(f"note: {note}")
     place = None if images is None else Folder(images)

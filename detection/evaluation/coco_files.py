@@ -41,7 +41,7 @@ class Comparison:
     notes: list[str]
 
 
-def compare_files(annotations: Path, results: Path, detections_per_img: int = 100) -> Comparison:
+def compare_files(annotations: Path, results: Path, detections_per_img: int = 100, masks: bool = True) -> Comparison:
     """Read both files; `metric.compute` gives pycocotools' figures.
 
     Args:
@@ -50,13 +50,14 @@ def compare_files(annotations: Path, results: Path, detections_per_img: int = 10
             the `predictions.json` of scripts/predict.py. Masks are compared where the first entry has one. The area of
             a mask is its own; pycocotools takes that of the box where an entry has one.
         detections_per_img: how many detections of an image and class count.
+        masks: false compares boxes alone.
 
     Raises:
         DataError: naming file and entry: it is no such file, an image is not listed, a number is missing or not finite,
             or masks are compared and an object has none.
     """
     listing = read_listing(annotations, annotated=True)
-    found, kinds = _read_results(results, listing)
+    found, kinds = _read_results(results, listing, masks)
     notes: list[str] = []
     truth = _truth(listing, "segm" in kinds, notes)
     labels = {number: label for label, number in enumerate(listing.categories, start=1)}
@@ -65,16 +66,17 @@ def compare_files(annotations: Path, results: Path, detections_per_img: int = 10
         names, count = ", ".join(map(str, list(unknown)[:10])), sum(unknown.values())
         notes.append(f"{results}: {count} detections are left out, of categories that {annotations} lacks: {names}")
     metric = MeanAP(list(listing.categories.values()), detections_per_img, kinds)
-    metric.add(
+    images = (
         _image(
             number, entry, found.get(number, []), truth.get(number, []), labels, kinds, f"{annotations}: image {number}"
         )
         for number, entry in listing.images.items()
     )
+    metric.update([], [], images)
     return Comparison(metric, tuple(listing.categories), notes)
 
 
-def _read_results(path: Path, listing: Listing) -> tuple[Entries, tuple[IouType, ...]]:
+def _read_results(path: Path, listing: Listing, masks: bool) -> tuple[Entries, tuple[IouType, ...]]:
     """The checked detections of each image, in the order of the file, and what is compared."""
     try:
         content = json.loads(path.read_bytes())
@@ -86,7 +88,7 @@ def _read_results(path: Path, listing: Listing) -> tuple[Entries, tuple[IouType,
     if not isinstance(entries, list):
         raise DataError(f"{path}: a list of detections is expected; pass a COCO results file")
     first = entries[0] if entries and isinstance(entries[0], dict) else {}
-    has: dict[IouType, Any] = {"bbox": first.get("bbox"), "segm": first.get("segmentation")}
+    has: dict[IouType, Any] = {"bbox": first.get("bbox"), "segm": masks and first.get("segmentation")}
     kinds = tuple(kind for kind, value in has.items() if value) or ("bbox",)
     found: Entries = defaultdict(list)
     for position, entry in enumerate(entries):

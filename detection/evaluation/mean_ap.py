@@ -79,13 +79,16 @@ class MeanAP(Metric):
         order = sorted(self._results, key=lambda image_id: (isinstance(image_id, str), image_id))
         return [self._results[image_id] for image_id in order]
 
-    def update(self, detections: Sequence[dict[str, Tensor]], targets: Sequence[Target]) -> None:  # type: ignore[override]
+    def update(  # type: ignore[override]
+        self, detections: Sequence[dict[str, Tensor]], targets: Sequence[Target], results: Iterable[ImageResult] = ()
+    ) -> None:
         """Add images.
 
         Args:
             detections: for each image `boxes (D, 4)` xyxy in original pixels, `labels (D,)` in `[1, C]`,
                 `scores (D,)`, and for `segm` masks as `encode_masks` takes them.
             targets: ground truth of the same images, in the same order.
+            results: images that are checked already, e.g. from files.
 
         Raises:
             ValueError: as `image_result` raises, or two different images with one id.
@@ -93,13 +96,13 @@ class MeanAP(Metric):
         if len(detections) != len(targets):
             raise ValueError(f"{len(detections)} detections for {len(targets)} targets; pass one of each an image")
         masks = "segm" in self.iou_type
-        self.add(
+        self._add(
             image_result(detection, target, len(self.class_names), masks)
             for detection, target in zip(detections, targets, strict=True)
         )
+        self._add(results)
 
-    def add(self, results: Iterable[ImageResult]) -> None:
-        """Add images that are checked already; a ValueError where two different ones have one id."""
+    def _add(self, results: Iterable[ImageResult]) -> None:
         for result in results:
             first = self._results.setdefault(result.image_id, result)
             # The same image again is a sampler's padding and counts once; another image under its id is a mistake.
@@ -125,7 +128,7 @@ class MeanAP(Metric):
         if leader:
             try:
                 for shard in (shards or [])[1:]:
-                    self.add(shard)
+                    self._add(shard)
                 answer = [self._evaluate(), None]
             except (ValueError, RuntimeError) as error:  # the other ranks wait for an answer: this is theirs
                 answer = [None, str(error)]
