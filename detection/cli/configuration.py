@@ -27,7 +27,7 @@ from detection.recipes import (
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRESETS = CONFIGS / "presets"  # go behind another configuration
-QUICKSTART = "quickstart"
+QUICKSTART, OWN_DATA = "quickstart", "own_data"
 # Whose classes the configuration in a run's folder may name: it may have come with somebody's checkpoint.
 KNOWN = (
     *("detection", "lightning.pytorch", "lightning.fabric", "torch.nn", "torch.optim", "torchmetrics"),
@@ -59,7 +59,8 @@ def complete(args: Sequence[str]) -> Given:
 
     Short are the name of a packaged configuration (`bccd` for its file) and of a builder (without its module). A
     command line without `--config`, or with presets alone, uses the configuration of the run that it resumes. Without
-    `--resume` it uses the quickstart, but not its detector where it names another. What the configuration of a run
+    `--resume` it uses the quickstart, or with `--data.root` the settings for own data, but not their detector where it
+    names another. What the configuration of a run
     names is checked, as it may be somebody else's.
 
     Raises:
@@ -83,6 +84,8 @@ def complete(args: Sequence[str]) -> Given:
         if flag.startswith(("--trainer.", "--model.", "--data.proposals", "--data.reader", "--data.augmentations")):
             own.append(value)
         previous = arg
+        if flag in ("--data.root", "--data.reader") and value and default.stem == QUICKSTART:
+            default = CONFIGS / f"{OWN_DATA}.yaml"
         if flag == "--resume" and value != "auto":
             resumed = Path(value) if Path(value).is_dir() else Path(value).parent
             default = resumed / "config.yaml" if (resumed / "config.yaml").is_file() else default
@@ -116,7 +119,7 @@ def name_only_known(own: Iterable[str], trust: Iterable[str] = ()) -> tuple[str,
 
 
 def _without_detector(config: Path) -> str:
-    """The text of the quickstart for another detector, whose defaults are better than settings for the quickstart's."""
+    """The text of a configuration for another detector, whose own defaults are better than settings for this one."""
     content = yaml.safe_load(config.read_text())
     del content["model"]["detector"]
     return yaml.safe_dump(content, default_flow_style=True, width=10**6)

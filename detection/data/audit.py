@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from detection.data import coco, voc, yolo
+from detection.data import coco, voc
 from detection.data.anchor_fit import AREAS, Boxes, Grid, covers, propose, recall
+from detection.data.finding import Format, find
 from detection.data.images import EXTENSIONS, UPRIGHT, image_size, orientation_of, read_image
 from detection.data.records import DataError, Defect, Index, Record
 
@@ -79,35 +81,26 @@ class Audit:
 
 
 def find_splits(
-    root: Path, kind: str, annotations: str | None, images: str | None, split: str | None
-) -> dict[str, Any]:
+    root: Path, kind: Format | None, annotations: str | None = None, images: str | None = None, split: str | None = None
+) -> dict[str, Callable[[], Index]]:
     """What there is to check below a root: `{name: function that reads it}`.
 
     Args:
         root: folder of the data set.
-        kind: `"coco"`, `"voc"` or `"yolo"`.
-        annotations: the COCO file or VOC folder; None finds every COCO file.
+        kind: the format of the annotations; None finds it.
+        annotations: a COCO file or a VOC folder to read in place of what is found.
         images: the folder of images; None finds it.
-        split: the VOC or YOLO split; None is every file (VOC) or all splits (YOLO).
+        split: the only one wanted; None is all.
     """
-    if kind == "coco":
-        files = [annotations] if annotations else coco.find_files(root)
-        if not files:
-            raise DataError(f"{root}: there is no COCO instances file below it; name one with --annotations")
-        return {
-            file: lambda file=file: coco.read_coco(root, file, _images(root, file, images), masks=True)
-            for file in files
-        }
-    if kind == "voc":
+    if annotations is not None and (kind == "coco" or (kind is None and annotations.endswith(".json"))):
+        return {annotations: partial(coco.read_coco, root, annotations, images or "", masks=True)}
+    if kind in ("voc", None) and (annotations is not None or images is not None):
         masks = (root / "SegmentationObject").is_dir()
-        read = lambda: voc.read_voc(root, split, masks=masks, annotations=annotations, images=images)  # noqa: E731
+        read = partial(voc.read_voc, root, split, masks=masks, annotations=annotations, images=images)
         return {split or "all XML files": read}
-    splits = [split] if split else yolo.find_splits(root)
-    return {name: lambda name=name: yolo.read_yolo(root, name) for name in splits}
-
-
-def _images(root: Path, file: str, images: str | None) -> str:
-    return (coco.find_images(root, file) or "") if images is None else images
+    layout = find(root, kind)
+    splits = [layout.split(split)] if split is not None else layout.splits.values()
+    return {found.name or "all": partial(found.read, None, layout.masks) for found in splits}
 
 
 def audit(name: str, read: Callable[[], Index], grid: Grid | None = None) -> Audit:
@@ -130,23 +123,9 @@ def audit(name: str, read: Callable[[], Index], grid: Grid | None = None) -> Aud
     return Audit(name, index, defects, statistics(index), _fit(index, grid), contents)
 
 
-def look_across(audits: list[Audit], root: Path | None, kind: str | None) -> None:
-    """Add what only the splits together show to the last audit: images that are in two of them, or twice in a list.
-
-    Args:
-        audits: one a split; VOC may have just one of all files, its lists are read from `ImageSets/Main`.
-        root, kind: as for `find_splits`; None where a configuration names the splits.
-    """
-    splits: dict[str, dict[str, str]] = {found.name: found.contents for found in audits}
-    if kind == "voc" and root is not None:
-        lists = voc.split_lists(root)
-        for name, stems in lists.items():
-            copies = [stem for stem, count in Counter(stems).items() if count > 1]
-            if copies and name not in splits:  # or the reader has said so
-                problem = f"{len(copies)} stems are listed more than once: {_shown(copies)}"
-                audits[-1].defects.append(Defect(name, "list", problem, "each is read once; delete the copies"))
-        splits = {name: {stem: stem for stem in stems} for name, stems in lists.items()}
-    audits[-1].defects += _shared(splits)
+def look_across(audits: list[Audit]) -> None:
+    """Add what only the splits together show to the last audit: images that are in two of them."""
+    audits[-1].defects += _shared({found.name: found.contents for found in audits})
 
 
 def _shared(splits: Mapping[str, Mapping[str, str]]) -> list[Defect]:

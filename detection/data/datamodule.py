@@ -22,9 +22,10 @@ from detection.data import scenes
 from detection.data.augment import eval_transform, train_transform
 from detection.data.checks import choose_classes
 from detection.data.dataset import DetectionDataset, Sample, collate
+from detection.data.finding import Layout, Stage, find
 from detection.data.pipeline import Step, check_steps, moving, recipe_of
 from detection.data.proposals import ProposalCache, ProposalSource
-from detection.data.reading import Stage, check_split, describe, read_split
+from detection.data.reading import check_split, describe, draws_scenes, read_split
 from detection.data.records import DataError, Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
 from detection.data.workers import init_worker
@@ -139,9 +140,9 @@ class DetectionDataModule(L.LightningDataModule):
     def __init__(
         self,
         root: str | None = None,
-        format: Literal["scenes", "coco", "voc", "yolo"] = "scenes",
-        train_split: str = "train",
-        val_split: str = "val",
+        format: Literal["scenes", "coco", "voc", "yolo"] | None = None,
+        train_split: str | None = None,
+        val_split: str | None = None,
         test_split: str | None = None,
         train_images: str = "",
         val_images: str = "",
@@ -173,10 +174,10 @@ class DetectionDataModule(L.LightningDataModule):
         reader: Reader | None = None,
     ) -> None:
         super().__init__()
-        if root is None and (format != "scenes" or reader is not None):
+        if root is None and (format not in (None, "scenes") or reader is not None):
             kind = f"format '{format}'" if reader is None else "a reader"
             raise ValueError(f"{kind} needs root, the folder of the data set")
-        if reader is not None and format != "scenes":
+        if reader is not None and format not in (None, "scenes"):
             raise ValueError(f"data.reader reads in place of data.format: leave format '{format}' out")
         sizes = [min_size] if isinstance(min_size, int) else min_size
         if batch_size < 1 or max_size < 1 or not sizes or min(sizes) < 1:
@@ -204,6 +205,7 @@ class DetectionDataModule(L.LightningDataModule):
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
         self._known: tuple[str, ...] | None = None
+        self._layout: Layout | None = None
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -250,6 +252,8 @@ class DetectionDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Draw the embedded scenes and compute proposals, whichever do not lie in their cache."""
         if self._draws_scenes:
+            if self.hparams["root"] is not None:
+                scenes.check_folder(self._root())
             scenes.draw(self._root())
         if self.proposals is not None and self.trainer is not None:
             # Here, while other ranks wait without a time limit; without a trainer `setup` does it.
@@ -277,7 +281,7 @@ class DetectionDataModule(L.LightningDataModule):
 
     @property
     def _draws_scenes(self) -> bool:
-        return self.hparams["format"] == "scenes" and self.reader is None
+        return self.reader is None and draws_scenes(self.hparams)
 
     def _root(self) -> Path:
         root = self.hparams["root"]
@@ -286,7 +290,16 @@ class DetectionDataModule(L.LightningDataModule):
     def read(self, split: Stage) -> Index:
         """The records of a split; labels point into the classes of the training split, once that is read."""
         known = None if split == "train" else self._known  # of training, all that `classes` names must be there
-        return read_split(self.hparams, self._root(), split, known, self.reader)
+        return read_split(self.hparams, self._root(), split, known, self.reader, self.layout)
+
+    def layout(self) -> Layout:
+        """The data set below the root, found and said at the first call; raises `DataError` where there is none."""
+        if self._layout is None:
+            self._layout = find(self._root(), self.hparams["format"])
+            rank_zero_info(f"{self._layout.root}: {self._layout}")
+            for other in self._layout.others:
+                rank_zero_info(f"  also there, not read: {other}; data.format or another root chooses it")
+        return self._layout
 
     def _dataset(self, split: Stage) -> DetectionDataset:
         hp = self.hparams

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +13,10 @@ import torch
 from detection.batch import Id
 from detection.data import scenes
 from detection.data.coco import read_coco
+from detection.data.finding import Layout, Split, Stage, find
 from detection.data.records import DataError, Index, Record, merge, relabel
 from detection.data.voc import read_voc
-from detection.data.yolo import read_yolo
 from detection.parts import Reader
-
-Stage: TypeAlias = Literal["train", "val", "test"]
 
 
 def read_split(
@@ -27,6 +25,7 @@ def read_split(
     split: Stage,
     known: Sequence[str] | None = None,
     reader: Reader | None = None,
+    layout: Callable[[], Layout] | None = None,
 ) -> Index:
     """The records of a split.
 
@@ -37,30 +36,50 @@ def read_split(
         known: the classes of the training split, which the labels will point into; None takes those that are read. Ids
             of images and categories stay those of the split's own file.
         reader: the user's own; None reads the format of the settings.
+        layout: gives the data set that was found below the root; None finds it.
+
+    Raises:
+        DataError: nothing is found, or a split that the stage needs is not there.
     """
     classes, masks = settings["classes"] if known is None else list(known), settings["masks"]
     name, images = settings[f"{split}_split"], settings[f"{split}_images"]
-    if name is None:
+    if name is None and split == "test":
         name, images = settings["val_split"], settings["val_images"]
-    form = settings["format"]
     if reader is not None:
+        name = name or ("train" if split == "train" else "val")
         return _of_classes(_without_masks(check_index(reader(root, name), reader), masks), classes, known)
-    if form == "scenes":
-        root, name, images = scenes.location(root), *scenes.SPLITS["train" if split == "train" else "val"]
     # An evaluated split may lack a class of training, or number them otherwise.
     translate = None if split == "train" else known
     wanted = classes if translate is None else None
-    if form == "voc":
-        index = _read_voc(root, name, wanted, masks)
-    elif form == "yolo":
-        index = read_yolo(root, name, wanted)
-    else:
+    has_ids = True
+    if draws_scenes(settings):
+        root, name, images = scenes.location(root), *scenes.SPLITS["train" if split == "train" else "val"]
+    if name is not None and settings["format"] == "voc" and ":" in name:
+        index, has_ids = _read_folders(root, name, wanted, masks), False
+    elif name is not None and settings["format"] != "yolo" and name.endswith(".json"):
         index = read_coco(root, name, images, wanted, masks)
+    else:
+        found = layout() if layout is not None else find(root, settings["format"])
+        index, has_ids = _named(found, name, split).read(wanted, masks), found.format != "voc"
     if translate is None:
         return index
     index = relabel(index, translate)
     # XML has no ids: they are the labels, the same in all splits.
-    return replace(index, category_ids=tuple(range(1, len(index.classes) + 1))) if form == "voc" else index
+    return index if has_ids else replace(index, category_ids=tuple(range(1, len(index.classes) + 1)))
+
+
+def draws_scenes(settings: Mapping[str, Any]) -> bool:
+    """Whether the data are the scenes that this package draws."""
+    return settings["format"] == "scenes" or (settings["format"] is None and settings["root"] is None)
+
+
+def _named(layout: Layout, name: str | None, stage: Stage) -> Split:
+    split = layout.split(name) if name is not None else layout.stage(stage)
+    if split is None:
+        there = ", ".join(f"'{key}'" for key in layout.splits if key) or "none that says so"
+        kind = "training" if stage == "train" else "validation"
+        raise DataError(f"{layout.root}: there is no {kind} split; of {there}, name one with data.{stage}_split")
+    return split
 
 
 def _of_classes(index: Index, classes: list[str] | None, known: Sequence[str] | None) -> Index:
@@ -82,10 +101,8 @@ def _without_masks(index: Index, wanted: bool) -> Index:
     return index
 
 
-def _read_voc(root: Path, name: str, classes: list[str] | None, masks: bool) -> Index:
-    """A split of one VOC folder, or of those that `folder:split+folder:split` names."""
-    if ":" not in name:
-        return read_voc(root, name, classes, masks)
+def _read_folders(root: Path, name: str, classes: list[str] | None, masks: bool) -> Index:
+    """The splits of VOC folders that `folder:split+folder:split` names, as one."""
     parts: dict[str, Index] = {}
     for part in name.split("+"):
         folder, _, split = part.partition(":")
