@@ -76,7 +76,7 @@ def evaluate(
         data = DetectionDataModule.load_from_checkpoint(ckpt, trust, classes=module.class_names, **moved | changes)
     if not changes and split == "test" and data.hparams["test_split"] is None:
         raise DataError(f"{ckpt}: the model was trained without naming a test split; use --split val")
-    data.predict_split = "val" if not changes and split == "val" else "test"
+    data.predict_split = "test" if not changes and split == "test" else "val"
     kinds: tuple[IouType, ...] = module.metric.iou_type if masks else ("bbox",)
     metric = MeanAP(module.class_names, module.hparams["detections_per_img"], kinds)
     settings: dict[str, Any] = {"logger": False, "callbacks": [CollectDetections(metric)], "precision": precision}
@@ -97,25 +97,26 @@ def evaluate(
 def _other_data(
     split: str, root: Path | None, format: Form | None, annotations: Path | None, images: Path | None
 ) -> dict[str, Any]:
-    """The settings of data that was not trained on, as its test split; none where the training data is meant."""
+    """The settings of data that was not trained on, as its validation split; none where the training data is meant."""
     if format is None and annotations is None:
         if images is not None:
             raise DataError("--images goes with --annotations, a COCO file")
         if split not in ("val", "test"):
             raise DataError(f"the training data has no split '{split}', but val and test; for other data name --format")
         return {}
+    other: dict[str, Any] = {"reader": None, "fold": None}
     if annotations is not None:
         if format in ("voc", "yolo"):
             raise DataError(f"--annotations names a COCO file, but --format is {format}: leave one of them out")
-        other = {"format": "coco", "reader": None, "test_split": str(annotations), "test_images": str(images or "")}
+        other |= {"format": "coco", "val_split": str(annotations), "val_images": str(images or "")}
         if root is None:  # then both are relative to here, and no image may leave its folder
-            other |= {"root": str(images or annotations.parent), "test_split": str(annotations.resolve())}
-            other["test_images"] = ""
+            other |= {"root": str(images or annotations.parent), "val_split": str(annotations.resolve())}
+            other["val_images"] = ""
         return other
     if format == "coco" or root is None:
         missing = "--annotations, its file" if format == "coco" else "--root, its folder"
         raise DataError(f"data of format {format} needs {missing}")
-    return {"format": format, "reader": None, "test_split": split, "test_images": ""}
+    return other | {"format": format, "val_split": split, "val_images": ""}
 
 
 def _evaluate_file(results: Path, annotations: Path, images: Path | None, output: Path | None, masks: bool) -> None:

@@ -17,21 +17,17 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from detection.data import coco, voc
-from detection.data.anchor_fit import AREAS, Boxes, Grid, covers, propose, recall
+from detection.data.anchor_fit import AREAS, Boxes, Grid, fitted, recall
+from detection.data.duplicates import gradients, near_duplicates
 from detection.data.finding import Format, find
 from detection.data.images import EXTENSIONS, UPRIGHT, image_size, orientation_of, read_image
 from detection.data.records import DataError, Defect, Index, Record
 
 VERDICTS = ("clean", "repairable", "broken")
-HASH = 16  # rows and columns of the grey thumbnail whose gradients are compared
-# Share of equal gradients from which two images count as near duplicates. Measured on 920 photographs and micrographs:
-# unrelated ones agree in up to 0.75, frames of one scene in 0.83 to 0.91.
-ALIKE = 0.82
 
 
 @dataclass(slots=True)
@@ -186,10 +182,9 @@ def _fit(index: Index, grid: Grid) -> dict[str, Any]:
     boxes = Boxes.of(index)
     if not len(boxes.xyxy):
         return {}
-    figures = recall(boxes, grid)
-    fit: dict[str, Any] = {"grid": asdict(grid), "recall": figures}
-    if not covers(figures):
-        better = propose(boxes, grid)
+    fit: dict[str, Any] = {"grid": asdict(grid), "recall": recall(boxes, grid)}
+    better = fitted(boxes, grid)
+    if better != grid:
         fit |= {"proposal": asdict(better), "proposal_recall": recall(boxes, better)}
     return fit
 
@@ -209,11 +204,11 @@ def _look_at_images(index: Index) -> tuple[list[Defect], dict[str, str]]:
             problem = str(error).removeprefix(f"{path}: ").split(";")[0]
             defects.append(Defect(record.file_name, where, problem, "replace the file or delete its record", "broken"))
             continue
-        hashes.append(_gradients(pixels))
+        hashes.append(gradients(pixels))
         names.append(record.file_name)
-    for first, second in _near_duplicates(hashes):
+    for second, earlier in near_duplicates(hashes):
         fix = "kept; see that one of them is not in another split"
-        defects.append(Defect(names[second], "image", f"it looks like {names[first]}", fix, "note"))
+        defects.append(Defect(names[second], "image", f"it looks like {names[earlier[0]]}", fix, "note"))
     return defects, contents
 
 
@@ -228,26 +223,6 @@ def _orientation(record: Record, path: Path) -> list[Defect]:
     else:
         fix = "the picture is turned, which its size can't confirm; look at its boxes on the picture sheet"
     return [Defect(record.file_name, f"image {record.image_id}", f"EXIF orientation {orientation}", fix, "note")]
-
-
-def _gradients(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """`(HASH * HASH,)` of 1 and -1: whether brightness grows to the right, on a small grey copy."""
-    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    small = cv2.resize(grey, (HASH + 1, HASH), interpolation=cv2.INTER_AREA).astype(np.int16)
-    return np.where(np.diff(small, axis=1) > 0, 1, -1).astype(np.float32).ravel()
-
-
-def _near_duplicates(hashes: list[NDArray[np.float32]]) -> list[tuple[int, int]]:
-    """Each image that looks like an earlier one, with the first such."""
-    if not hashes:
-        return []
-    every = np.stack(hashes)
-    pairs: list[tuple[int, int]] = []
-    for start in range(0, len(every), 1024):
-        equal = (every[start : start + 1024] @ every.T / every.shape[1] + 1) / 2 >= ALIKE
-        equal &= np.arange(len(every))[None] < np.arange(start, start + len(equal))[:, None]
-        pairs += [(int(row.argmax()), start + i) for i, row in enumerate(equal) if row.any()]
-    return pairs
 
 
 def _look_at_objects(index: Index) -> list[Defect]:

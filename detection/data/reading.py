@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from inspect import isclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from detection.data.finding import Layout, Split, Stage, find
 from detection.data.records import DataError, Index, Record, merge, relabel
 from detection.data.voc import read_voc
 from detection.parts import Reader
+from detection.recipes import describe as plain
 
 
 def read_split(
@@ -178,4 +180,29 @@ def describe(index: Index, split: str) -> str:
     if repaired:
         lines += [f"{split}: {len(repaired)} records repaired or left out, the first of them:"]
         lines += [f"  {defect}" for defect in repaired[:3]] + ["  (scripts/check_data.py lists all)"]
+    lines += [str(defect) for defect in index.defects if defect.file == "split"]  # images that came after it was made
     return "\n".join(lines)
+
+
+def splits_of(stage: str, predicted: Stage = "test") -> tuple[Stage, ...]:
+    """What a stage of the trainer needs; `predicted` is what it predicts."""
+    needed: dict[str, tuple[Stage, ...]] = {"fit": ("train", "val"), "validate": ("val",), "predict": (predicted,)}
+    return needed.get(stage, ("test",))
+
+
+def recipe_of_reader(reader: Reader | None) -> Any:
+    """How the user's reader was made, for the checkpoint.
+
+    Raises:
+        ValueError: it is not known, or arguments were left out.
+    """
+    name = getattr(reader, "__name__", type(reader).__name__)
+    if isclass(getattr(reader, "func", reader)):
+        raise ValueError(f"data.reader: {name} is a class, or lacks arguments: give all that it needs")
+    recipe = plain(reader)
+    if recipe is NotImplemented:
+        raise ValueError(
+            f"data.reader: how {name} was made is not known, so that a checkpoint could not keep it: decorate its "
+            "class with detection.recipes.recorded, or give it as {'class_path': ..., 'init_args': {...}}"
+        )
+    return recipe

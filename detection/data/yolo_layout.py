@@ -68,9 +68,9 @@ class YoloLayout:
             if count > 1:
                 where = tree.root / self.source
                 raise DataError(f"{where}: the class name '{name}' is listed {count} times; name each class once")
-        count = self.config.get("nc")
-        if type(count) is int and count != len(self.names):
-            problem = f"nc is {count}, but {len(self.names)} classes have names"
+        stated = self.config.get("nc")
+        if type(stated) is int and stated != len(self.names):
+            problem = f"nc is {stated}, but {len(self.names)} classes have names"
             self.defects.append(Defect(self.source, "nc", problem, "the names are used; correct nc"))
         for picture, how in self.pairs.loosely.items():
             problem = f"'{picture}' is its picture: {how}"
