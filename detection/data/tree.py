@@ -41,14 +41,17 @@ class Tree:
 
     def __init__(self, root: Path) -> None:
         root = Path(root).expanduser()
+        if root.is_file():
+            raise DataError(f"{root}: the data root is a file; pass the folder of the data set, such as {root.parent}")
         if not root.is_dir():
             raise DataError(f"{root}: the data root is not a folder; pass the folder that holds the data set")
         self.root = root.resolve()
         self.outside: list[str] = []
         self.files = sorted(self._walk("", set()))
         self._files = set(self.files)
-        self._folders = {""} | {str(parent) for name in self.files for parent in PurePosixPath(name).parents}
-        self._folders = {"" if folder == "." else folder for folder in self._folders}
+        holding = {os.path.dirname(name) for name in self.files}
+        parents = {str(parent) for folder in holding for parent in PurePosixPath(folder).parents if folder}
+        self._folders = {""} | holding | {"" if folder == "." else folder for folder in parents}
 
     def _walk(self, folder: str, seen: set[str]) -> Iterator[str]:
         real = os.path.realpath(self.root / folder)

@@ -58,8 +58,9 @@ class YoloLayout:
             names = _numbered(self.config["names"], self.config.get("nc"), tree.root / self.source)
         elif suffix(self.source) == ".data":
             self.config = self._darknet(self.source)
-        self.base = os.path.dirname(base_of(f"{self.source}/x") if self.source else "")
         self.base = base_of(self.source) if self.source else ""
+        if not any(name.startswith(f"{self.base}/") for name in tree.pictures):  # `configs/data.yaml` beside `images`
+            self.base = ""
         if names is None:
             names = self._listed_names()
         self.pairs = self._pair()
@@ -174,6 +175,10 @@ class YoloLayout:
         if named:
             return {key: len(files) for key, value in named.items() if (files := self._entry(value, [])) is not None}
         return {name: len(files) for name, files in (self._by_list() or self._by_folder()).items()}
+
+    def absent(self) -> list[str]:
+        """The keys of splits whose entry leads nowhere."""
+        return [key for key in SPLITS if self.config.get(key) and self._entry(self.config[key], []) is None]
 
     def pictures(self, split: str) -> tuple[list[str], list[Defect]]:
         """The pictures of a split, each once, and what was found wrong.
@@ -316,7 +321,7 @@ def _has_names(tree: Tree, file: str) -> bool:
     official = os.path.basename(file).lower() in ("data.yaml", "data.yml", "dataset.yaml")
     try:
         text = (tree.root / file).read_text("utf-8-sig")
-        if not re.search(r"^\s*['\"]?names['\"]?\s*:", text, re.MULTILINE) and "{" not in text:
+        if not official and not re.search(r"^\s*['\"]?names['\"]?\s*:", text, re.MULTILINE) and "{" not in text:
             return False
         config = _parsed(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
