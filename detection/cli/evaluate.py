@@ -21,7 +21,7 @@ from detection.evaluation.mean_ap import IouType, MeanAP
 from detection.evaluation.report import LoadImage, write_evaluation
 from detection.evaluation.results import ImageResult
 from detection.training.module import DetectionModule
-from detection.weights import readable
+from detection.weights import read_torch, readable
 
 Form = Literal["coco", "voc", "yolo"]
 
@@ -48,7 +48,7 @@ def evaluate(
         ckpt: checkpoint of scripts/fit.py; model, classes and sizes come from it, and the data unless it is named here.
         results: COCO results file, in place of a checkpoint; goes with `annotations` alone.
         split: val or test of the training data; with `format`, the name of the split of that data.
-        root: folder of the data, if it has moved or is another.
+        root: folder of the training data, if it has moved; with `format` or `annotations`, of other data.
         format: of other data: coco, voc or yolo. Classes are compared by name.
         annotations: COCO file of other data, relative to `root`, or to here without `root`.
         images: folder of its images, likewise.
@@ -72,8 +72,7 @@ def evaluate(
     changes = _other_data(split, root, format, annotations, images)
     moved = ({} if root is None else {"root": str(root)}) | ({} if batch_size is None else {"batch_size": batch_size})
     moved |= {} if masks else {"masks": False}
-    with readable(ckpt):
-        data = DetectionDataModule.load_from_checkpoint(ckpt, trust, classes=module.class_names, **moved | changes)
+    data = _data_of(ckpt, trust, module, moved | changes)
     if not changes and split == "test" and data.hparams["test_split"] is None:
         raise DataError(f"{ckpt}: the model was trained without naming a test split; use --split val")
     data.predict_split = "test" if not changes and split == "test" else "val"
@@ -92,6 +91,22 @@ def evaluate(
     title = f"Evaluation of {ckpt.resolve().parent.name}"
     folder = output or ckpt.parent / f"evaluation_{name}"
     _write(folder, metric, dataset.category_ids, lambda r: read_image(home / r.file_name, r.size), title, facts)
+
+
+def _data_of(ckpt: Path, trust: list[str], module: DetectionModule, settings: dict[str, Any]) -> DetectionDataModule:
+    """The data of the checkpoint's training with these settings in place of its own."""
+    settings = {"classes": module.class_names} | settings
+    if "min_size" in (read_torch(ckpt).get("datamodule_hyper_parameters") or {}):  # of a `DetectionDataModule`
+        with readable(ckpt):
+            return DetectionDataModule.load_from_checkpoint(ckpt, trust, **settings)
+    if "val_split" not in settings:
+        raise DataError(
+            f"{ckpt}: it was trained with loaders that can't be made again; name data: --annotations, or --root and "
+            "--format"
+        )
+    shape = module.detector.transform
+    sizes = {"min_size": shape.min_size[-1], "max_size": shape.max_size}
+    return DetectionDataModule(**sizes | {"masks": module.detector.has_masks} | settings)
 
 
 def _other_data(

@@ -13,8 +13,9 @@ import cv2
 import lightning as L
 import numpy as np
 import pytest
+import torch
 
-from detection import maskrcnn_efficientnet_lite0_fpn
+from detection import Detector, maskrcnn_efficientnet_lite0_fpn
 from detection.cli.evaluate import evaluate
 from detection.data.coco import read_coco
 from detection.data.datamodule import DetectionDataModule
@@ -167,6 +168,51 @@ def test_data_in_another_format(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     figures = report_of(tmp_path / "out")
     assert figures["map_50"] == pytest.approx(logged["bbox_map_50"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_other_loaders_takes_named_data_alone(trained, tmp_path):
+    folder, _ = trained
+    content = torch.load(folder / "last.ckpt", weights_only=True)
+    content["datamodule_hyper_parameters"] = {"root": "elsewhere"}  # of a data module that is not ours
+    torch.save({key: value for key, value in content.items() if key != "sums"}, tmp_path / "other.ckpt")
+    with pytest.raises(DataError, match="trained with loaders that can't be made again; name data: --annotations"):
+        evaluate(tmp_path / "other.ckpt", accelerator="cpu")
+    evaluate(tmp_path / "other.ckpt", annotations=folder / "objects.json", accelerator="cpu", batch_size=1)
+    entries = json.loads((tmp_path / "evaluation_objects" / "detections_bbox.json").read_text())
+    best = max((entry for entry in entries if entry["image_id"] == 103), key=lambda entry: entry["score"])
+    found = Detector.from_checkpoint(tmp_path / "other.ckpt", "cpu")(folder / "3.png")  # in the model's own size, too
+    x1, y1, x2, y2 = found.boxes[0].tolist()
+    assert best["score"] == pytest.approx(float(found.scores[0]), abs=1e-5)
+    assert best["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=1e-2)
+
+
+def test_a_results_file_alone(tmp_path, pycoco, capsys):
+    rng = np.random.default_rng(0)
+    gt = {"images": [], "annotations": [], "categories": [{"id": 9, "name": "a"}, {"id": 4, "name": "b"}]}
+    dt = []
+    for image in ("x", "y<b>", "z"):
+        gt["images"].append({"id": image, "file_name": f"{image[0]}.png", "width": 64, "height": 48})
+        cv2.imwrite(str(tmp_path / f"{image[0]}.png"), rng.integers(0, 255, (48, 64, 3), np.uint8))
+        for category in (9, 4, 9):
+            box = [*rng.uniform(0, 20, 2), *rng.uniform(5, 20, 2)]
+            item = {"image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+            gt["annotations"].append(item | {"id": len(gt["annotations"]) + 1})
+            moved = (np.array(box) + rng.normal(0, 1.5, 4)).clip(0.5).tolist()
+            dt.append({"image_id": image, "category_id": category, "bbox": moved, "score": float(rng.random())})
+    dt.append(dt[4] | {"bbox": [40, 30, 10, 10], "score": 0.99})
+    (tmp_path / "gt.json").write_text(json.dumps(gt))
+    (tmp_path / "dt.json").write_text(json.dumps(dt))
+    evaluate(results=tmp_path / "dt.json", annotations=tmp_path / "gt.json", images=tmp_path)
+    official = pycoco(gt, dt)
+    out = tmp_path / "evaluation_dt"
+    assert report_of(out) == pytest.approx(official["figures"], abs=1e-12) and official["figures"]["map"] > 0.05
+    printed = capsys.readouterr().out
+    for k, name in enumerate("ba"):
+        assert f"  {name}{official['precision'][:, :, k, 0, 2].mean():8.4f}" in printed
+    page = (out / "report.html").read_text()
+    assert "image y&lt;b&gt;" in page and "y<b>" not in page and page.count("data:image/jpeg") >= 1
+    assert json.loads((out / "detections_bbox.json").read_text())[0]["image_id"] == "x"
 
 
 @pytest.mark.parametrize(
