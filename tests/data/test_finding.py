@@ -57,6 +57,7 @@ READ = {  # format, pictures and objects of training, of validation where there 
     "y_case": ("yolo", 2, 2),
     "y_cvat11": ("yolo", 4, None),
     "y_emptytest": ("yolo", 2, 2),
+    "y_formats": ("yolo", 7, 7),
     "y_ipynb": ("yolo", 2, 1),
     "y_labelstudio": ("yolo", 4, None),
     "y_listsub": ("yolo", 2, 2),
