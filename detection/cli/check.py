@@ -19,7 +19,7 @@ from detection.data.audit import audit, find_splits, look_across, write_json
 from detection.data.audit_report import picture_sheet, print_audit
 from detection.data.datamodule import DetectionDataModule
 from detection.data.finding import Stage
-from detection.data.reading import check_split
+from detection.data.reading import check_records
 from detection.data.records import DataError, Index
 from detection.recipes import EVERYTHING, import_from_working_directory, rebuild
 
@@ -103,7 +103,7 @@ def splits_of(data: DetectionDataModule) -> dict[str, Callable[[], Index]]:
     def read(split: Stage) -> Index:
         _ = data.class_names  # which the training split names for all
         index = data.read(split)
-        check_split(index, split)
+        check_records(index, split)  # `audit` judges the split as a whole, with the rest
         return index
 
     named = [split for split in get_args(Stage) if split != "test" or data.hparams["test_split"]]

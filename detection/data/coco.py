@@ -21,6 +21,7 @@ from detection.batch import Id
 from detection.data import rle
 from detection.data.checks import Objects, checked_size, choose_classes, finish_index, short
 from detection.data.coco_layout import PictureFinder
+from detection.data.judging import one_record_per_picture
 from detection.data.records import DataError, Defect, Index, Record
 from detection.data.tree import Tree
 
@@ -60,9 +61,8 @@ def read_file(
     labels, index = reader.categories(content["categories"], classes)
     by_image = reader.group(content["annotations"])
     known: set[Id] = set()
-    seen: dict[str, str] = {}
     for position, image in enumerate(content["images"]):
-        record = reader.image(position, image, by_image, labels, known, seen)
+        record = reader.image(position, image, by_image, labels, known)
         if record is not None:
             index.records.append(record)
     for key in by_image.keys() - known:
@@ -71,7 +71,7 @@ def read_file(
     reader.look_at("images", [record.image_id for record in index.records])
     reader.look_at("categories", index.category_ids)
     reader.say_spellings()
-    return finish_index(index, str(path))
+    return one_record_per_picture(finish_index(index, str(path)))
 
 
 class _Reader:
@@ -79,7 +79,7 @@ class _Reader:
 
     def __init__(self, tree: Tree, file: str, pictures: PictureFinder, masks: bool) -> None:
         self.tree, self.file, self.pictures, self.masks = tree, file, pictures, masks
-        self.defects: list[Defect] = []
+        self.defects = tree.remarks(labelled=tree.unread)
         self.spelt: list[tuple[str, str]] = []  # names of pictures that are not those of their files
         self.ids = Counter[Id]()
 
@@ -130,7 +130,7 @@ class _Reader:
         by_name = {name: key for key, name in names.items()}
         labels = {key: chosen.index(name) + 1 if name in chosen else 0 for key, name in names.items()}
         own_ids = tuple(spelled[by_name[name]] for name in chosen)
-        return labels, Index(self.tree.root, chosen, own_ids, [], self.defects)
+        return labels, Index(self.tree.root, chosen, own_ids, [], self.defects, form="xywh")
 
     def group(self, items: list[Any]) -> dict[Id, list[tuple[int, dict[str, Any]]]]:
         """The annotations of each image, each with its position in the file."""
@@ -150,7 +150,6 @@ class _Reader:
         by_image: dict[Id, list[tuple[int, dict[str, Any]]]],
         labels: dict[Id, int],
         known: set[Id],
-        names: dict[str, str],
     ) -> Record | None:
         """The record of one entry of `images`, or None where it can't be used."""
         item = item if isinstance(item, dict) else {}
@@ -165,9 +164,6 @@ class _Reader:
             self.report(where, "it has no file_name", "the image and its annotations are left out; add it", "broken")
             return None
         name, path = self.picture(str(name), where)
-        if name in names:
-            self.report(where, f"{name} is listed before as {names[name]}", "both are kept; delete one", "note")
-        names[name] = where
         width, height = _integer(item.get("width")), _integer(item.get("height"))
         stated = (height, width) if width and height and width > 0 and height > 0 else None
         usable = True

@@ -206,7 +206,7 @@ class DetectionDataModule(L.LightningDataModule):
         if self.proposals is not None and self.trainer is not None:
             # Here, while other ranks wait without a time limit; without a trainer `setup` does it.
             stage = self.trainer.state.fn
-            for split in splits_of(stage.value if stage else "fit", self.predict_split):
+            for split in self._needed(stage.value if stage else "fit"):
                 self._prepare_proposals(self.read(split), split)
 
     def _prepare_proposals(self, index: Index, split: Stage) -> ProposalCache | None:
@@ -220,7 +220,7 @@ class DetectionDataModule(L.LightningDataModule):
         """Read and check the splits that the stage needs; raises `DataError` before anything trains."""
         if self._divides and self.trainer is not None and self.trainer.world_size > 1:  # the first process has made it
             self._split = self.trainer.strategy.broadcast(self._split)
-        for split in splits_of(stage, self.predict_split):
+        for split in self._needed(stage):
             if split not in self._datasets:
                 self._datasets[split] = self._dataset(split)
         self._train_index = None
@@ -306,7 +306,7 @@ class DetectionDataModule(L.LightningDataModule):
         hp = self.hparams
         self._classes()  # whose order is that of all splits
         index = self.read(split)
-        check_split(index, split)
+        check_split(index, split, hp["with_difficult"])
         if split == "train" and not hp["keep_empty"]:
             index = replace(index, records=[record for record in index.records if len(record.labels)])
         sizes = [hp["min_size"]] if isinstance(hp["min_size"], int) else list(hp["min_size"])
@@ -332,6 +332,12 @@ class DetectionDataModule(L.LightningDataModule):
     def _overfits(self) -> bool:
         """Whether a few batches are to be learned by heart: then without augmentation, and validated on themselves."""
         return getattr(self.trainer, "overfit_batches", 0) > 0
+
+    def _needed(self, stage: str) -> tuple[Stage, ...]:
+        """What a stage needs: no validation split where none is wanted, or training images take its place."""
+        if stage == "fit" and (self._overfits or getattr(self.trainer, "limit_val_batches", None) == 0):
+            return ("train",)
+        return splits_of(stage, self.predict_split)
 
     def _train_batches(self) -> TrainBatchSampler:
         hp, store = self.hparams, self._datasets["train"].store
