@@ -46,7 +46,7 @@ SMALL = [
 
 
 def coco_flags(root: Path) -> list[str]:
-    flags = ["--config", "quickstart", "--data.format", "coco", "--data.root", str(root)]
+    flags = ["--name", "quickstart", "--data.format", "coco", "--data.root", str(root)]
     for split, (file, images) in scenes.SPLITS.items():
         flags += [f"--data.{split}_split", file, f"--data.{split}_images", images]
     return flags
