@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from detection.data import coco, voc
 from detection.data.anchor_fit import AREAS, Boxes, Grid, fitted, recall
 from detection.data.duplicates import gradients, near_duplicates
-from detection.data.finding import Format, Stage, find
+from detection.data.finding import Format, Layout, Stage
 from detection.data.images import EXTENSIONS, UPRIGHT, image_size, orientation_of, read_image, remarks
 from detection.data.judging import half_labelled, judge, judge_splits, kind_of, shown
 from detection.data.records import DataError, Defect, Index, Record, plain_name
@@ -77,27 +77,34 @@ class Audit:
         }
 
 
-def find_splits(
-    root: Path, kind: Format | None, annotations: str | None = None, images: str | None = None, split: str | None = None
+def splits_in(layout: Layout, split: str | None = None) -> dict[str, Callable[[], Index]]:
+    """What there is to check in a data set that was found: `{name: function that reads it}`, or the split named."""
+    splits = [layout.split(split)] if split is not None else layout.splits.values()
+    return {found.name or "all": partial(found.read, None, layout.masks) for found in splits}
+
+
+def splits_named(
+    root: Path, kind: Format | None, annotations: str | None, images: str | None, split: str | None
 ) -> dict[str, Callable[[], Index]]:
-    """What there is to check below a root: `{name: function that reads it}`.
+    """The same for files that are named.
 
     Args:
         root: folder of the data set.
-        kind: the format of the annotations; None finds it.
-        annotations: a COCO file or a VOC folder to read in place of what is found.
+        kind: the format of the annotations; None goes by the name of the file.
+        annotations: a COCO file or a VOC folder.
         images: the folder of images; None finds it.
-        split: the only one wanted; None is all.
+        split: a list of VOC; None is every XML file.
+
+    Raises:
+        DataError: of a format that has no such file or folder.
     """
-    if annotations is not None and (kind == "coco" or (kind is None and annotations.endswith(".json"))):
+    if kind == "yolo" or (kind == "coco" and annotations is None):
+        what = "its folders follow from data.yaml" if kind == "yolo" else "name the file with --annotations too"
+        raise DataError(f"{root}: {kind} data can't be read so: {what}")
+    if annotations is not None and (kind == "coco" or annotations.endswith(".json")):
         return {annotations: partial(coco.read_coco, root, annotations, images or "", masks=True)}
-    if kind in ("voc", None) and (annotations is not None or images is not None):
-        masks = (root / "SegmentationObject").is_dir()
-        read = partial(voc.read_voc, root, split, masks=masks, annotations=annotations, images=images)
-        return {split or "all XML files": read}
-    layout = find(root, kind)
-    splits = [layout.split(split)] if split is not None else layout.splits.values()
-    return {found.name or "all": partial(found.read, None, layout.masks) for found in splits}
+    masks = (root / "SegmentationObject").is_dir()
+    return {split or "all XML files": partial(voc.read_voc, root, split, None, masks, annotations, images)}
 
 
 def audit(name: str, read: Callable[[], Index], grid: Grid | None = None) -> Audit:

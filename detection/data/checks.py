@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from detection.batch import Id
 from detection.data.images import image_size
 from detection.data.records import DataError, Defect, Index, Record, Severity
 
@@ -126,7 +127,7 @@ class Objects:
         self.rows.append((clipped, label, area, iscrowd, difficult, number))
         self.segments.append(segment)
 
-    def finish(self, image_id: int, file_name: str, masks: bool) -> Record:
+    def finish(self, image_id: Id, file_name: str, masks: bool) -> Record:
         """The record of the image with everything added so far."""
         boxes, labels, areas, iscrowd, difficult, numbers = (
             (list(c) for c in zip(*self.rows, strict=True)) if self.rows else [[]] * 6

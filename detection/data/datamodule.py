@@ -14,13 +14,15 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
+from detection.batch import Id
 from detection.data import scenes
 from detection.data.augment import eval_transform, train_transform
+from detection.data.checks import choose_classes
 from detection.data.dataset import DetectionDataset, Sample, collate
 from detection.data.finding import Layout, Stage, find
 from detection.data.pipeline import Step, check_steps, moving, recipe_of
 from detection.data.proposals import ProposalCache, ProposalSource
-from detection.data.reading import Known, check_split, describe, draws_scenes, read_split, recipe_of_reader, splits_of
+from detection.data.reading import check_split, describe, draws_scenes, read_split, recipe_of_reader, splits_of
 from detection.data.records import Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
 from detection.data.splitting import Split, check_division, keep, kept, split_of
@@ -76,6 +78,9 @@ class DetectionDataModule(L.LightningDataModule):
             others, with a warning; one more is an error. In evaluation the first is.
         seed: of the order and the augmentation.
         timeout: seconds after which loaders' processes that bring no batch are an error; 0 waits for ever.
+
+    Attributes:
+        predict_split: the split that `trainer.predict` goes through; `"test"` unless it is set.
     """
 
     def __init__(
@@ -146,12 +151,12 @@ class DetectionDataModule(L.LightningDataModule):
         self.reader: Reader | None = rebuild(reader) if isinstance(reader, Mapping) else reader
         reader = recipe_of_reader(self.reader)
         self.save_hyperparameters()
+        self.predict_split: Stage = "test"
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
         self._split: Split | None = None
+        self._known: tuple[str, ...] | None = None
         self._divided: bool | None = None
-        self._known: Known | None = None
-        self._frequencies: tuple[str, ...] | None = None
         self._layout: Layout | None = None
 
     @classmethod
@@ -176,27 +181,27 @@ class DetectionDataModule(L.LightningDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Foreground classes in the order of their labels; reads the training annotations at the first call."""
-        return list(self._classes()[0])
+        """Foreground classes in the order of their labels; unless `classes` names them, the training split is read."""
+        return list(self._classes())
 
     @property
-    def category_ids(self) -> list[int]:
-        """The data set's own id of each class."""
-        return list(self._classes()[1])
+    def category_ids(self) -> list[Id | None]:
+        """The training file's id of each class. Another split's may differ, see `DetectionDataset.category_ids`."""
+        return list((self._datasets.get("train") or self._train_list()).category_ids)
 
     @property
     def frequencies(self) -> tuple[str, ...] | None:
-        """LVIS's group of each class, `"r"`, `"c"` or `"f"`, or None where the training annotations have none."""
-        self._classes()
-        return self._frequencies
+        """LVIS's group of each class, `"r"`, `"c"` or `"f"`, or None where no split that was set up has them."""
+        return next((data.frequencies for data in self._datasets.values() if data.frequencies), None)
 
-    def _classes(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    def _classes(self) -> tuple[str, ...]:
         if self._known is None:
             if self._draws_scenes:
-                self._known = scenes.CLASSES, tuple(range(1, len(scenes.CLASSES) + 1))
+                self._known = scenes.CLASSES
+            elif (classes := self.hparams["classes"]) is not None:  # what evaluates needs no training split
+                self._known = choose_classes(classes, classes, "data")
             else:
-                whole = self._train_list()
-                self._known, self._frequencies = (whole.classes, whole.category_ids), whole.frequencies
+                self._known = self._train_list().classes
         return self._known
 
     def prepare_data(self) -> None:
@@ -244,7 +249,8 @@ class DetectionDataModule(L.LightningDataModule):
         return index if made is None else made.apply(index)[split != "train"]
 
     def _read(self, split: Stage) -> Index:
-        return read_split(self.hparams, self._root(), split, self._known, self.reader, self.layout)
+        known = None if split == "train" else self._known  # of training, all that `classes` names must be there
+        return read_split(self.hparams, self._root(), split, known, self.reader, self.layout)
 
     def layout(self) -> Layout:
         """The data set below the root, found and said at the first call; raises `DataError` where there is none."""
@@ -306,7 +312,7 @@ class DetectionDataModule(L.LightningDataModule):
 
     def _dataset(self, split: Stage) -> DetectionDataset:
         hp = self.hparams
-        self._classes()  # the training split names the classes of all splits
+        self._classes()  # whose order is that of all splits
         index = self.read(split)
         check_split(index, split, hp["with_difficult"])
         if split == "train" and not hp["keep_empty"]:
@@ -339,7 +345,7 @@ class DetectionDataModule(L.LightningDataModule):
         """What a stage needs: no validation split where none is wanted, or training images take its place."""
         if stage == "fit" and (self._overfits or getattr(self.trainer, "limit_val_batches", None) == 0):
             return ("train",)
-        return splits_of(stage)
+        return splits_of(stage, self.predict_split)
 
     def _train_batches(self) -> TrainBatchSampler:
         hp, store = self.hparams, self._datasets["train"].store
@@ -355,7 +361,7 @@ class DetectionDataModule(L.LightningDataModule):
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Sample]:
-        return self._eval_loader("test")
+        return self._eval_loader(self.predict_split)
 
     def _eval_loader(self, split: Stage) -> DataLoader[Sample]:
         """Every image of the split, in order. Of W ranks, rank r has images r, r + W, ...; up to W - 1 images are

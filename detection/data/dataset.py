@@ -65,7 +65,6 @@ class RecordStore:
         def joined(name: str, empty: NDArray[Any]) -> Tensor:
             return torch.from_numpy(np.concatenate([empty, *(getattr(r, name) for r in records)], dtype=empty.dtype))
 
-        self.image_ids = torch.tensor([r.image_id for r in records], dtype=torch.int64)
         self.sizes = torch.tensor([(r.height, r.width) for r in records], dtype=torch.int64).reshape(-1, 2)
         self.object_ends = torch.tensor([0, *accumulate(len(r.labels) for r in records)], dtype=torch.int64)
         self.boxes = joined("boxes", np.zeros((0, 4), np.float32))
@@ -80,6 +79,7 @@ class RecordStore:
         self.checked = self._packed([r.checked for r in records], True)
         self.partial = self._packed([r.partial for r in records], False)
         self._names = _Strings(r.file_name.encode() for r in records)
+        self._image_ids = _Strings(json.dumps(r.image_id).encode() for r in records)  # of any size, or text
         self._segments = None
         if any(r.segments is not None for r in records):
             self._segments = _Strings(json.dumps(s, default=_jsonable).encode() for r in records for s in _padded(r))
@@ -94,7 +94,7 @@ class RecordStore:
         return None if packed is None else np.unpackbits(packed[i].numpy(), count=self._classes).astype(bool)
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return len(self.sizes)
 
     def __getitem__(self, i: int) -> Record:
         """Record i; its arrays are views of the buffers, to be read only."""
@@ -104,7 +104,7 @@ class RecordStore:
         if self._segments is not None:
             segments = [json.loads(self._segments[j]) for j in range(start, end)]
         return Record(
-            image_id=int(self.image_ids[i]),
+            image_id=json.loads(self._image_ids[i]),
             file_name=self._names[i].decode(),
             width=width,
             height=height,
@@ -238,6 +238,7 @@ class DetectionDataset(Dataset[Sample]):
         self.root = index.root
         self.classes = index.classes
         self.category_ids = index.category_ids
+        self.frequencies = index.frequencies
         self.transform = transform
         self.with_difficult = with_difficult
         self.mosaic = mosaic

@@ -62,7 +62,7 @@ def judge_splits(train: Index, val: Index, split: str = "val") -> list[Defect]:
         train, val: each in the classes that its own files name.
         split: what `val` is, as in `judge`.
     """
-    same = relabel(val, train.classes, train.category_ids, "repairable")
+    same = relabel(val, train.classes, "repairable")
     missed = same.defects[len(val.defects) :]
     return [*missed, *(_objects(same, split) if missed else [])]
 

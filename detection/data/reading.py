@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from inspect import isclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
+from detection.batch import Id
 from detection.data import scenes
 from detection.data.coco import read_coco
 from detection.data.federated import images_not_checked, label_by_file
@@ -21,14 +22,12 @@ from detection.data.voc import read_voc
 from detection.parts import Reader
 from detection.recipes import describe as plain
 
-Known: TypeAlias = tuple[tuple[str, ...], tuple[int, ...]]  # the names of the classes, and the data set's ids of them
-
 
 def read_split(
     settings: Mapping[str, Any],
     root: Path,
     split: Stage,
-    known: Known | None = None,
+    known: Sequence[str] | None = None,
     reader: Reader | None = None,
     layout: Callable[[], Layout] | None = None,
 ) -> Index:
@@ -38,7 +37,8 @@ def read_split(
         settings: of the data, as `DetectionDataModule` takes them.
         root: folder of the data set.
         split: `"test"` is the validation split where the settings name none.
-        known: the classes of the training split, which the labels will point into; None takes those that are read.
+        known: the classes of the training split, which the labels will point into; None takes those that are read. Ids
+            of images and categories stay those of the split's own file.
         reader: the user's own; None reads the format of the settings.
         layout: gives the data set that was found below the root; None finds it.
 
@@ -54,12 +54,12 @@ def _read(
     settings: Mapping[str, Any],
     root: Path,
     split: Stage,
-    known: Known | None,
+    known: Sequence[str] | None,
     reader: Reader | None,
     layout: Callable[[], Layout] | None,
 ) -> Index:
     """The records of a split, as its reader gives them."""
-    classes, masks = settings["classes"] if known is None else list(known[0]), settings["masks"]
+    classes, masks = settings["classes"] if known is None else list(known), settings["masks"]
     name, images = settings[f"{split}_split"], settings[f"{split}_images"]
     if name is None and split == "test":
         name, images = settings["val_split"], settings["val_images"]
@@ -68,19 +68,25 @@ def _read(
     if reader is not None:
         name = name or ("train" if split == "train" else "val")
         index = _without_masks(check_index(reader(root, name), reader), masks)
-        return relabel(index, *known, left_out) if known is not None else _of_classes(index, classes)
-    wanted = classes if split == "train" or known is None else None  # an evaluated split may lack a class
+        return relabel(index, known, left_out) if known is not None else _of_classes(index, classes)
+    # An evaluated split may lack a class of training, or number them otherwise.
+    translate = None if split == "train" else known
+    wanted = classes if translate is None else None
+    has_ids = True
     if draws_scenes(settings):
         root, name, images = scenes.location(root), *scenes.SPLITS["train" if split == "train" else "val"]
     if name is not None and settings["format"] == "voc" and ":" in name:
-        index = _read_folders(root, name, wanted, masks)
+        index, has_ids = _read_folders(root, name, wanted, masks), False
     elif name is not None and settings["format"] != "yolo" and name.endswith(".json"):
         index = read_coco(root, name, images, wanted, masks)
     else:
         found = layout() if layout is not None else find(root, settings["format"])
-        index = _named(found, name, split).read(wanted, masks)
-    # An evaluation file may list fewer categories than the training file, or number them otherwise.
-    return index if split == "train" or known is None else relabel(index, *known, left_out)
+        index, has_ids = _named(found, name, split).read(wanted, masks), found.format != "voc"
+    if translate is None:
+        return index
+    index = relabel(index, translate, left_out)
+    # XML has no ids: they are the labels, the same in all splits.
+    return index if has_ids else replace(index, category_ids=tuple(range(1, len(index.classes) + 1)))
 
 
 def draws_scenes(settings: Mapping[str, Any]) -> bool:
@@ -101,10 +107,9 @@ def _of_classes(index: Index, classes: list[str] | None) -> Index:
     """What a reader of the user's gave, in the classes that are wanted, or all."""
     if classes is None:
         return index
-    ids = dict(zip(index.classes, index.category_ids, strict=True))
-    if absent := [name for name in classes if name not in ids]:
-        raise DataError(f"{index.root}: there is no class '{absent[0]}'; there are: {', '.join(ids)}")
-    return relabel(index, classes, [ids[name] for name in classes])
+    if absent := [name for name in classes if name not in index.classes]:
+        raise DataError(f"{index.root}: there is no class '{absent[0]}'; there are: {', '.join(index.classes)}")
+    return relabel(index, classes)
 
 
 def _without_masks(index: Index, wanted: bool) -> Index:
@@ -133,7 +138,7 @@ def check_index(index: Any, reader: Any) -> Index:
         raise DataError(
             f"the reader {name} gave {len(index.classes)} classes but {len(index.category_ids)} category_ids"
         )
-    ids = set[int]()
+    ids = set[Id]()
     for record in index.records:
         if not isinstance(record, Record):
             raise DataError(
@@ -220,9 +225,9 @@ def describe(index: Index, split: str) -> str:
     return "\n".join(lines)
 
 
-def splits_of(stage: str) -> tuple[Stage, ...]:
-    """What a stage of the trainer needs."""
-    needed: dict[str, tuple[Stage, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
+def splits_of(stage: str, predicted: Stage = "test") -> tuple[Stage, ...]:
+    """What a stage of the trainer needs; `predicted` is what it predicts."""
+    needed: dict[str, tuple[Stage, ...]] = {"fit": ("train", "val"), "validate": ("val",), "predict": (predicted,)}
     return needed.get(stage, ("test",))
 
 

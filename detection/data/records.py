@@ -16,6 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from detection.batch import Id
+
 Severity = Literal["note", "repairable", "broken"]
 # What the four numbers of a box mean in a file: corners (VOC), corner and size (COCO), centre and size (YOLO).
 Form = Literal["xyxy", "xywh", "cxcywh"]
@@ -26,7 +28,7 @@ class Record:
     """One image and its N objects.
 
     Attributes:
-        image_id: the data set's own id of the image (VOC and YOLO: position in the split's list).
+        image_id: the id of the image, as the annotation file spells it (VOC and YOLO: position in the split's list).
         file_name: image path relative to the index's root, forward slashes.
         width, height: pixels of the image as it will be decoded.
         boxes: `(N, 4)` float32 xyxy in original pixels, 0-based, positive width and height, inside the image.
@@ -41,7 +43,7 @@ class Record:
             are `boxes`. What is wrong with a whole set shows here, see `judging`.
     """
 
-    image_id: int
+    image_id: Id
     file_name: str
     width: int
     height: int
@@ -59,7 +61,7 @@ class Record:
     @classmethod
     def of(
         cls,
-        image_id: int,
+        image_id: Id,
         file_name: str,
         size: tuple[int, int],
         boxes: Sequence[Sequence[float]] | NDArray[Any],
@@ -131,7 +133,8 @@ class Index:
     Attributes:
         root: folder that every `file_name` is relative to, and that none may leave.
         classes: foreground class names; label `i` of a record is `classes[i - 1]`.
-        category_ids: the data set's own id of each class, to export detections with.
+        category_ids: the id of each class, as this split's file spells it, to export detections with; None of a class
+            that the file lacks.
         records: one `Record` an image, images without objects included.
         defects: what was repaired, skipped or noted while reading.
         frequencies: LVIS's group of each class, `"r"`, `"c"` or `"f"`, or None where the data names none.
@@ -140,22 +143,22 @@ class Index:
 
     root: Path
     classes: tuple[str, ...]
-    category_ids: tuple[int, ...]
+    category_ids: tuple[Id | None, ...]
     records: list[Record]
     defects: list[Defect] = field(default_factory=list)
     form: Form = "xyxy"
     frequencies: tuple[str, ...] | None = None
 
 
-def relabel(index: Index, classes: Sequence[str], category_ids: Sequence[int], severity: Severity = "note") -> Index:
+def relabel(index: Index, classes: Sequence[str], severity: Severity = "note") -> Index:
     """The same images with labels that point into `classes`, which another split or the user has named.
 
-    Objects of other classes are left out and counted in a defect; a class that this split lacks has no object. In
-    images that say which classes were looked for, that class was not.
+    Ids stay those of the index. Objects of other classes are left out and counted in a defect; a class that this split
+    lacks has no object and no id. In images that say which classes were looked for, that class was not.
 
     Args:
         index: in classes of its own.
-        classes, category_ids: those of the result.
+        classes: those of the result.
         severity: of what is left out: `repairable` where nobody asked for these classes alone.
     """
     labels = np.array([0, *(classes.index(name) + 1 if name in classes else 0 for name in index.classes)])
@@ -176,7 +179,8 @@ def relabel(index: Index, classes: Sequence[str], category_ids: Sequence[int], s
         records.append(replace(record, labels=new[kept], **filtered))
     left_out = [_untrained(dropped, classes, severity)] if dropped else []
     groups = None if index.frequencies is None else tuple((*index.frequencies, "")[place] for place in places)
-    same = replace(index, classes=tuple(classes), category_ids=tuple(category_ids), frequencies=groups)
+    ids = dict(zip(index.classes, index.category_ids, strict=True))
+    same = replace(index, classes=tuple(classes), category_ids=tuple(map(ids.get, classes)), frequencies=groups)
     return replace(same, records=records, defects=[*index.defects, *left_out])
 
 
@@ -217,7 +221,7 @@ def merge(root: Path, parts: Mapping[str, Index], classes: Sequence[str] | None 
     records: list[Record] = []
     defects: list[Defect] = []
     for folder, index in parts.items():
-        same = relabel(index, names, range(1, len(names) + 1))
+        same = relabel(index, names)
         for record in same.records:
             records.append(replace(record, image_id=len(records), file_name=f"{folder}/{record.file_name}"))
         defects += [replace(defect, file=f"{folder}/{defect.file}") for defect in same.defects]

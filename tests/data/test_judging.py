@@ -396,8 +396,12 @@ def test_a_copy_of_the_same_name_with_other_objects_is_noted(tmp_path: Path) -> 
 def test_untrained_classes_are_counted_together() -> None:
     index = index_of([(60, 60)], [np.array([[5.0, 5, 30, 30], [6, 6, 40, 40]])])
     index.classes = ("Traffic-Light",)
-    same = relabel(index, ["traffic lights", "car"], [3, 4])
-    assert same.classes == ("traffic lights", "car") and same.category_ids == (3, 4) and not len(same.records[0].labels)
+    same = relabel(index, ["traffic lights", "car"])
+    assert (
+        same.classes == ("traffic lights", "car")
+        and same.category_ids == (None, None)
+        and not len(same.records[0].labels)
+    )
     (defect,) = same.defects
     assert defect.problem.endswith("not trained: 'Traffic-Light' (2; training calls it 'traffic lights')")
     assert defect.severity == "note" and defect.is_of_split and not Defect("f", "r", "p", "x").is_of_split

@@ -23,6 +23,7 @@ from detection.data.coco import read_coco
 from detection.data.datamodule import DetectionDataModule
 from detection.data.dataset import RecordStore, make_target
 from detection.evaluation.analysis import BACKGROUND, IGNORED, analyse
+from detection.evaluation.coco_files import compare_files
 from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.voc_ap import voc_ap
 from detection.training.module import DetectionModule
@@ -211,3 +212,13 @@ def test_a_run_logs_the_figures_of_lvis(tmp_path):
     assert module.metric.results
     for result in module.metric.results:
         assert len(result.labels) and checked[result.image_id].checked[result.labels - 1].all()
+
+
+def test_a_results_file_is_not_taken_for_an_evaluation_of_lvis(tmp_path):
+    content = federated_set(tmp_path, images=6)
+    content["annotations"][0]["ignore"] = 1
+    (tmp_path / "lvis.json").write_text(json.dumps(content))
+    (tmp_path / "found.json").write_text(json.dumps(drawn_results(content)))
+    notes = compare_files(tmp_path / "lvis.json", tmp_path / "found.json").notes
+    assert any("COCO's figures and not LVIS's" in note for note in notes)
+    assert any("1 annotations with ignore 1 count as objects" in note for note in notes)
