@@ -156,8 +156,8 @@ def project_masks(gt_masks: Tensor, windows: Tensor, index: Tensor, boxes: Tenso
     """
     masks, rows = gt_masks.flatten(0, 1)[:, None].float() / 255, index.clamp(min=0)
     window = windows.flatten(0, 1)[rows]  # (B, M, 4)
-    cells = torch.tensor([masks.shape[-1], masks.shape[-2]] * 2, dtype=torch.float32, device=boxes.device)
-    scale = cells / (window[..., 2:] - window[..., :2]).repeat(1, 1, 2)
+    width, height = (window[..., 2:] - window[..., :2]).unbind(-1)
+    scale = torch.stack((masks.shape[-1] / width, masks.shape[-2] / height) * 2, dim=-1)
     # torchvision takes the value of pixel i to lie at i, not at i + 0.5 (RoI Align without `aligned`), in masks of the
     # image's size. To give the same, the shift is half a pixel of the image, and not of the smaller mask.
     shift = (0.5 - window[..., :2].repeat(1, 1, 2)) * scale - 0.5
