@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import roi_align
 
 from detection import losses
 from detection.batch import Batch
+from detection.models.pooling import align
 from detection.parts import Detections, FeatureMaps, Losses
 from detection.recipes import recorded
 
@@ -163,7 +163,7 @@ def project_masks(gt_masks: Tensor, windows: Tensor, index: Tensor, boxes: Tenso
     shift = (0.5 - window[..., :2].repeat(1, 1, 2)) * scale - 0.5
     placed = torch.where(index[..., None] >= 0, boxes * scale + shift, 0.0)
     rois = torch.cat((rows[..., None].to(placed), placed), dim=-1).flatten(0, 1)
-    return roi_align(masks, rois, side, 1.0)[:, 0].view(*index.shape, side, side)
+    return align(masks, rois, side, 1.0)[:, 0].view(*index.shape, side, side)
 
 
 def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:

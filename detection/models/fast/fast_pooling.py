@@ -1,5 +1,7 @@
 """RoI Align of all levels in one call: on an accelerator over one canvas, on a CPU as weighted sums of cells.
 
+RoI Pool with a gradient in a fixed order.
+
 Shape shorthand:
     B: images     P: RoIs an image     R = B * P     L: levels     C: channels     H, W: sides of the canvas
     T: cells of all images and levels     o: output side, in bins     s: samples along a side of a bin
@@ -15,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import roi_align
 
 from detection.kept import table
-from detection.models.pooling import RoIPooler
+from detection.models.pooling import RoIPool, RoIPooler, align
 
 
 class CanvasPooler(RoIPooler):
@@ -45,7 +46,7 @@ class CanvasPooler(RoIPooler):
         image = torch.arange(len(levels), device=boxes.device).repeat_interleave(levels.shape[1])
         rois = torch.cat((image[:, None].to(start), start, start + size), dim=1)
         # In float32, as autocast has it: half precision would move the regions by whole cells.
-        pooled = roi_align(canvas.float(), rois, self.output_size, 1.0, self.sampling_ratio, self.aligned)
+        pooled = align(canvas.float(), rois, self.output_size, 1.0, self.sampling_ratio, self.aligned)
         shares = [i.float().unflatten(1, (self.output_size, -1)).mean(dim=2) for i in (inside_y, inside_x)]
         return (pooled * shares[0][:, None, :, None] * shares[1][:, None, None, :]).to(canvas.dtype)
 
@@ -53,7 +54,8 @@ class CanvasPooler(RoIPooler):
 class GatherPooler(RoIPooler):
     """Adds up the cells that each bin reads, times their bilinear weights, by one `embedding_bag` over all levels.
 
-    For CPUs, where `roi_align` runs on one thread.
+    For CPUs, where `roi_align` runs on one thread, and for accelerators that are to give the same bits again: forward
+    and backward each sum goes over one list, in its order.
     """
 
     def pool(self, maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, levels: Tensor) -> Tensor:
@@ -96,6 +98,23 @@ class GatherPooler(RoIPooler):
         weights = torch.stack(((1 - fraction) * share, fraction * share), dim=-1)
         shape = (len(cells), self.output_size, 2 * self.sampling_ratio)
         return cells.view(shape), weights.view(shape)
+
+
+class GatherPool(RoIPool):
+    """RoI Pool whose gradient is added up by an index, which PyTorch does in a fixed order on every device.
+
+    torchvision's kernel for accelerators adds in the order in which its threads come, and refuses to be deterministic.
+    """
+
+    def pool(self, feature: Tensor, rois: Tensor, stride: int) -> Tensor:
+        """As `RoIPool.pool`."""
+        feature, o = feature.float().contiguous(), self.output_size
+        with torch.no_grad():
+            _, cell = torch.ops.torchvision.roi_pool(feature, rois, 1 / stride, o, o)  # (R, C, o, o), -1 for none
+        channels, cells = feature.shape[1], feature.shape[2] * feature.shape[3]
+        channel = rois[:, :1].long() * channels + torch.arange(channels, device=rois.device)  # (R, C)
+        values = feature.flatten()[channel[..., None, None] * cells + cell.clamp(min=0)]
+        return torch.where(cell >= 0, values, 0.0)
 
 
 class _WeightedSum(torch.autograd.Function):
