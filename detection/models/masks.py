@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from detection import losses
-from detection.batch import Batch
+from detection.batch import Batch, pad_objects
 from detection.models.pooling import align
 from detection.parts import Detections, FeatureMaps, Losses
 from detection.recipes import recorded
@@ -132,11 +132,7 @@ class MaskBranch(nn.Module):
         """
         if not self.has_masks:
             return detections
-        counts = [len(detection["labels"]) for detection in detections]
-        boxes = features.maps[0].new_zeros((len(detections), max(1, *counts), 4), dtype=torch.float32)
-        labels = torch.zeros(boxes.shape[:2], dtype=torch.int64, device=boxes.device)
-        for i, detection in enumerate(detections):
-            boxes[i, : counts[i]], labels[i, : counts[i]] = detection["boxes"], detection["labels"]
+        boxes, labels, _ = pad_objects(*([d[name] for d in detections] for name in ("boxes", "labels")))
         probabilities = self.mask_logits(features, boxes, labels).sigmoid()
         return [d | {"masks": p[: len(d["labels"])]} for d, p in zip(detections, probabilities, strict=True)]
 
