@@ -19,6 +19,7 @@ import numpy as np
 from detection.data import rle
 from detection.data.checks import Objects, checked_size, choose_classes, finish_index, short
 from detection.data.coco_layout import PictureFinder
+from detection.data.judging import one_record_per_picture
 from detection.data.records import DataError, Defect, Index, Record
 from detection.data.tree import Tree
 
@@ -58,9 +59,8 @@ def read_file(
     labels, index = reader.categories(content["categories"], classes)
     by_image = reader.group(content["annotations"])
     known: set[int | str] = set()
-    seen: dict[str, str] = {}
     for position, image in enumerate(content["images"]):
-        record = reader.image(position, image, by_image, labels, known, seen)
+        record = reader.image(position, image, by_image, labels, known)
         if record is not None:
             index.records.append(record)
     for key in by_image.keys() - known:
@@ -71,7 +71,7 @@ def read_file(
         for number, record in enumerate(index.records):
             record.image_id = number
     reader.say_spellings()
-    return finish_index(index, str(path))
+    return one_record_per_picture(finish_index(index, str(path)))
 
 
 class _Reader:
@@ -79,7 +79,7 @@ class _Reader:
 
     def __init__(self, tree: Tree, file: str, pictures: PictureFinder, masks: bool) -> None:
         self.tree, self.file, self.pictures, self.masks = tree, file, pictures, masks
-        self.defects: list[Defect] = []
+        self.defects = tree.remarks(labelled=tree.unread)
         self.spelt: list[tuple[str, str]] = []  # names of pictures that are not those of their files
         self.ids = Counter[int | str]()
 
@@ -122,7 +122,7 @@ class _Reader:
             )
             numbers = [order.index(key) + 1 for key in numbers]
         labels = {key: chosen.index(name) + 1 if name in chosen else 0 for key, name in names.items()}
-        return labels, Index(self.tree.root, chosen, tuple(int(n) for n in numbers), [], self.defects)
+        return labels, Index(self.tree.root, chosen, tuple(int(n) for n in numbers), [], self.defects, form="xywh")
 
     def group(self, items: list[Any]) -> dict[int | str, list[tuple[int, dict[str, Any]]]]:
         """The annotations of each image, each with its position in the file."""
@@ -142,7 +142,6 @@ class _Reader:
         by_image: dict[int | str, list[tuple[int, dict[str, Any]]]],
         labels: dict[int | str, int],
         known: set[int | str],
-        names: dict[str, str],
     ) -> Record | None:
         """The record of one entry of `images`, or None where it can't be used."""
         item = item if isinstance(item, dict) else {}
@@ -157,9 +156,6 @@ class _Reader:
             self.report(where, "it has no file_name", "the image and its annotations are left out; add it", "broken")
             return None
         name, path = self.picture(str(name), where)
-        if name in names:
-            self.report(where, f"{name} is listed before as {names[name]}", "both are kept; delete one", "note")
-        names[name] = where
         width, height = _integer(item.get("width")), _integer(item.get("height"))
         stated = (height, width) if width and height and width > 0 and height > 0 else None
         usable = True

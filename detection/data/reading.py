@@ -14,7 +14,8 @@ import torch
 from detection.data import scenes
 from detection.data.coco import read_coco
 from detection.data.finding import Layout, Split, Stage, find
-from detection.data.records import DataError, Index, Record, merge, relabel
+from detection.data.judging import judge
+from detection.data.records import DataError, Index, Record, Severity, merge, relabel
 from detection.data.voc import read_voc
 from detection.parts import Reader
 from detection.recipes import describe as plain
@@ -47,9 +48,12 @@ def read_split(
     name, images = settings[f"{split}_split"], settings[f"{split}_images"]
     if name is None and split == "test":
         name, images = settings["val_split"], settings["val_images"]
+    # Objects of other classes are left out as the user wishes, or else because the splits' classes don't meet.
+    left_out: Severity = "repairable" if settings["classes"] is None else "note"
     if reader is not None:
         name = name or ("train" if split == "train" else "val")
-        return _of_classes(_without_masks(check_index(reader(root, name), reader), masks), classes, known)
+        index = _without_masks(check_index(reader(root, name), reader), masks)
+        return relabel(index, *known, left_out) if known is not None else _of_classes(index, classes)
     wanted = classes if split == "train" or known is None else None  # an evaluated split may lack a class
     if draws_scenes(settings):
         root, name, images = scenes.location(root), *scenes.SPLITS["train" if split == "train" else "val"]
@@ -61,7 +65,7 @@ def read_split(
         found = layout() if layout is not None else find(root, settings["format"])
         index = _named(found, name, split).read(wanted, masks)
     # An evaluation file may list fewer categories than the training file, or number them otherwise.
-    return index if split == "train" or known is None else relabel(index, *known)
+    return index if split == "train" or known is None else relabel(index, *known, left_out)
 
 
 def draws_scenes(settings: Mapping[str, Any]) -> bool:
@@ -78,10 +82,8 @@ def _named(layout: Layout, name: str | None, stage: Stage) -> Split:
     return split
 
 
-def _of_classes(index: Index, classes: list[str] | None, known: Known | None) -> Index:
-    """What a reader of the user's gave, in the classes that are known, or wanted, or all."""
-    if known is not None:
-        return relabel(index, *known)
+def _of_classes(index: Index, classes: list[str] | None) -> Index:
+    """What a reader of the user's gave, in the classes that are wanted, or all."""
     if classes is None:
         return index
     ids = dict(zip(index.classes, index.category_ids, strict=True))
@@ -147,13 +149,28 @@ ARRAYS = {
 }
 
 
-def check_split(index: Index, split: str) -> None:
-    """What must hold before anything trains; a reader that keeps its promise never fails here."""
+def check_split(index: Index, split: str, with_difficult: bool = False) -> None:
+    """What must hold before anything trains: whole records, and a split that is worth it.
+
+    Args:
+        index: as read.
+        split: `train`, `val` or `test`.
+        with_difficult: whether training is on difficult objects too.
+
+    Raises:
+        DataError: in the words of `judging.judge` where the split as a whole can't be used.
+    """
+    check_records(index, split)
+    for defect in judge(index, split, with_difficult):
+        if defect.severity == "broken":
+            raise DataError(f"{index.root}: the {split} split: {defect.problem}; {defect.fix}", index.defects)
+
+
+def check_records(index: Index, split: str) -> None:
+    """What must hold of each record; a reader that keeps its promise never fails here."""
     count = len(index.classes)
     if not index.records:
         raise DataError(f"{index.root}: the {split} split holds no image; check its name and the folder")
-    if split == "train" and not any(len(record.labels) for record in index.records):
-        raise DataError(f"{index.root}: no image of the train split has an object; check the annotations")
     for record in index.records:
         boxes, where = record.boxes, f"{index.root / record.file_name}: image {record.image_id}"
         if ((record.labels < 1) | (record.labels > count)).any():
@@ -164,14 +181,16 @@ def check_split(index: Index, split: str) -> None:
 
 
 def describe(index: Index, split: str) -> str:
-    """A few lines for the log: images, objects by class, and what was repaired or left out."""
+    """A few lines for the log: images, objects by class, what the whole split shows, and what was repaired."""
     counts = torch.zeros(len(index.classes) + 1, dtype=torch.int64)
     for record in index.records:
         counts += torch.bincount(torch.from_numpy(record.labels), minlength=len(counts))
     empty = sum(not len(record.labels) for record in index.records)
     classes = ", ".join(f"{name} {n}" for name, n in zip(index.classes, counts[1:].tolist(), strict=True))
     lines = [f"{split}: {len(index.records)} images ({empty} without objects), {int(counts.sum())} objects: {classes}"]
-    repaired = [defect for defect in index.defects if defect.severity != "note"]
+    whole = [*(defect for defect in index.defects if defect.is_of_split), *judge(index, split)]
+    lines += [f"{split}: {defect.problem}; {defect.fix}" for defect in whole]
+    repaired = [defect for defect in index.defects if defect.severity != "note" and not defect.is_of_split]
     if repaired:
         lines += [f"{split}: {len(repaired)} records repaired or left out, the first of them:"]
         lines += [f"  {defect}" for defect in repaired[:3]] + ["  (scripts/check_data.py lists all)"]
