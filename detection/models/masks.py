@@ -152,8 +152,10 @@ def project_masks(gt_masks: Tensor, windows: Tensor, index: Tensor, boxes: Tenso
     """
     masks, rows = gt_masks.flatten(0, 1)[:, None].float() / 255, index.clamp(min=0)
     window = windows.flatten(0, 1)[rows]  # (B, M, 4)
-    width, height = (window[..., 2:] - window[..., :2]).unbind(-1)
-    scale = torch.stack((masks.shape[-1] / width, masks.shape[-2] / height) * 2, dim=-1)
+    extent = window[..., 2:] - window[..., :2]
+    # A number divided by a tensor would be its reciprocal times the number, which is not the same to the last bit.
+    cells = torch.stack([torch.full_like(extent[..., 0], side) for side in masks.shape[:-3:-1]], dim=-1)
+    scale = (cells / extent).repeat(1, 1, 2)
     # torchvision takes the value of pixel i to lie at i, not at i + 0.5 (RoI Align without `aligned`), in masks of the
     # image's size. To give the same, the shift is half a pixel of the image, and not of the smaller mask.
     shift = (0.5 - window[..., :2].repeat(1, 1, 2)) * scale - 0.5
