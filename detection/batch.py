@@ -151,7 +151,8 @@ def pad_objects(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tens
     gt_labels = torch.zeros((len(boxes), count), dtype=torch.int64, device=device)
     gt_valid = torch.zeros((len(boxes), count), dtype=torch.bool, device=device)
     for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
-        gt_boxes[i, : len(box)], gt_labels[i, : len(box)], gt_valid[i, : len(box)] = box, label, True
+        gt_boxes[i, : len(box)], gt_labels[i, : len(box)] = box, label
+        gt_valid[i, : len(box)].fill_(True)
     return gt_boxes, gt_labels, gt_valid
 
 

@@ -47,9 +47,10 @@ def evaluate(
     Args:
         ckpt: checkpoint of scripts/fit.py; model, classes and sizes come from it, and the data unless it is named here.
         results: COCO results file, in place of a checkpoint; goes with `annotations` alone.
-        split: val or test of the training data; with `format`, the name of the split of that data.
-        root: folder of the training data, if it has moved; with `format` or `annotations`, of other data.
-        format: of other data: coco, voc or yolo. Classes are compared by name.
+        split: val or test of the training data; of other data the name of one of its splits, or all.
+        root: folder of the training data, if it has moved; with another `split`, `format` or `annotations`, of other
+            data, whose classes are compared by name.
+        format: of other data, coco, voc or yolo, where more than one is there.
         annotations: COCO file of other data, relative to `root`, or to here without `root`.
         images: folder of its images, likewise.
         output: folder to write to; beside the checkpoint, or the results, by default.
@@ -117,9 +118,10 @@ def _other_data(
     if format is None and annotations is None:
         if images is not None:
             raise DataError("--images goes with --annotations, a COCO file")
-        if split not in ("val", "test"):
-            raise DataError(f"the training data has no split '{split}', but val and test; for other data name --format")
-        return {}
+        if split in ("val", "test"):
+            return {}
+        if root is None:
+            raise DataError(f"the training data has no split '{split}', but val and test; for other data name --root")
     other: dict[str, Any] = {"reader": None, "fold": None, "labelled": None}
     if annotations is not None:
         if format in ("voc", "yolo"):
@@ -129,9 +131,8 @@ def _other_data(
             other |= {"root": str(images or annotations.parent), "val_split": str(annotations.resolve())}
             other["val_images"] = ""
         return other
-    if format == "coco" or root is None:
-        missing = "--annotations, its file" if format == "coco" else "--root, its folder"
-        raise DataError(f"data of format {format} needs {missing}")
+    if root is None:
+        raise DataError(f"data of format {format} needs --root, its folder")
     return other | {"format": format, "val_split": split, "val_images": ""}
 
 

@@ -50,9 +50,15 @@ class Folder:
         except (OSError, ValueError):
             inside = False
         if not inside:
-            shown = ascii(short(name))
+            shown = ascii(short(name)) + (" (through a link)" if self._is_link(path) else "")
             raise DataError(f"{source}: the path {shown} is not inside {self.root}; use a path relative to the root")
         return self.root / path
+
+    def _is_link(self, path: Path) -> bool:
+        """Whether a path that stays inside as it is written has a link in it."""
+        if path.is_absolute() or ".." in path.parts or "\0" in str(path):
+            return False
+        return any(Path(self.root, *path.parts[:end]).is_symlink() for end in range(1, len(path.parts) + 1))
 
 
 def short(text: str, limit: int = 300) -> str:
