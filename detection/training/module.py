@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from detection.batch import Batch, check_batch
 from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.results import encode_masks
-from detection.models.fast import accelerate
+from detection.models.fast import REPEATABLE, accelerate, exchange
 from detection.models.masks import paste_masks
 from detection.models.two_stage import FasterRCNN
 from detection.recipes import describe, rebuild, trusting
@@ -159,12 +159,15 @@ class DetectionModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse to learn masks from data that is read without them; compile what is to be trained."""
-        settings = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+        data = getattr(self.trainer, "datamodule", None)
+        settings, self.metric.frequencies = getattr(data, "hparams", {}), getattr(data, "frequencies", None)
         if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
         for part in list(self.detector.modules()):  # itself, or one inside it, as in test-time augmentation
             if self.fast and isinstance(part, FasterRCNN):
                 accelerate(part, self.trainer.strategy.root_device)
+        if torch.are_deterministic_algorithms_enabled() and self.trainer.strategy.root_device.type != "cpu":
+            exchange(self.detector, REPEATABLE)  # also in place of plain parts, which torchvision refuses to run
         if self.compiled and stage == "fit":
             compile_parts(self.detector)
 
