@@ -1,7 +1,8 @@
 # make fit    install and train the quickstart      make test   install and run all tests
 # make lint   ruff                                  make types  mypy
 # make faults the fault matrix, to faults.md        make audit  packages against the advisory database
-# make docs   the site, to build/site
+# make docs   the site, to build/site               make gpu    measure a GPU; without one, rehearse that
+# make oldest the fast tests with the oldest versions of all packages that pyproject.toml allows
 #
 # PYTHON=python3.12   another interpreter, 3.11 or newer
 # CPU=1               PyTorch's CPU build, a tenth of the download
@@ -13,9 +14,10 @@ PIP_ARGS ?=
 ARGS ?=
 CPU ?=
 BIN := $(VENV)/bin
+OLDEST ?= .venv-oldest
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: fit test faults audit docs lint types check clean
+.PHONY: fit test faults gpu oldest audit docs lint types check clean
 
 fit: $(VENV)/.installed
 	$(BIN)/python scripts/fit.py $(ARGS)
@@ -27,6 +29,18 @@ test: $(VENV)/.installed-dev
 # What is promised when disks fill, processes die and files are hostile: each row of the table is a real injection.
 faults: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults --fault-table faults.md $(ARGS)
+
+# Eight minutes, and it keeps what it has when it is stopped. Without a GPU: tiny sizes on the CPU, a minute or two.
+gpu: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=$(if $(shell command -v nvidia-smi),4,1) $(BIN)/python scripts/benchmark.py gpu --minutes 8 \
+		--docs docs $(ARGS)
+
+# An environment of its own: each lower bound of pyproject.toml becomes the version itself.
+oldest:
+	$(MAKE) $(OLDEST)/bin/python VENV=$(OLDEST) CPU=
+	$(OLDEST)/bin/python scripts/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install $(PIP_ARGS) -c $(OLDEST)/constraints.txt -e '.[dev]'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow' $(ARGS)
 
 # Needs the network: asks the advisory database about every package installed. Without it, tests/known_bad.txt holds.
 audit: $(VENV)/.installed-dev
@@ -60,4 +74,4 @@ $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
 	touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -90,6 +90,23 @@ def soak(steps: int = 2000, num_workers: int = 2, json: Path | None = None) -> N
     report(soak(steps, num_workers), json)
 
 
+def gpu(minutes: float = 8, output: Path = Path("build/gpu"), docs: Path | None = None, rehearse: bool | None = None,
+        only: list[str] = [], bccd: Path | None = None) -> None:  # noqa: B006  # fmt: skip
+    """All that is to be known of a GPU, in one command that stops by itself; see `detection.benchmarks.gpu`.
+
+    Args:
+        minutes: in all.
+        output: folder of `gpu.json` and of its page `gpu.md`.
+        docs: folder that gets both too, if it was a GPU and no rehearsal.
+        rehearse: run on the CPU in tiny sizes; default: where there is no GPU.
+        only: these sections alone.
+        bccd: folder of the blood cells; default: `shared/data/bccd`, here or one folder up.
+    """
+    from detection.benchmarks.gpu import run
+
+    run(minutes, output, docs, rehearse, only, bccd)
+
+
 COMMANDS = {
     "train": train,
     "infer": infer,
@@ -101,4 +118,5 @@ COMMANDS = {
     "accuracy": accuracy,
     "family": family,
     "soak": soak,
+    "gpu": gpu,
 }

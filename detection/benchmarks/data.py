@@ -81,7 +81,7 @@ def loader_throughput(
         `times_uint8` and `times_float`.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        index = _index(images or _draw(Path(temporary)), count)
+        index = index_images(images or draw_images(Path(temporary)), count)
         options: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
         dataset = DetectionDataset(index, train_transform(min_size, max_size))
         sampler = TrainBatchSampler(dataset.store, batch_size)
@@ -112,7 +112,8 @@ def _images_per_second(start: Callable[[], Any], batch_size: int, warm_up: int =
     return seen / (time.perf_counter() - began)
 
 
-def _draw(folder: Path) -> Path:
+def draw_images(folder: Path) -> Path:
+    """Draw 32 JPEG scenes of 640 x 480 into the folder."""
     for i in range(32):
         scene = draw_scene(np.random.default_rng(i))[0]
         large = cv2.resize(scene, (640, 480), interpolation=cv2.INTER_CUBIC)
@@ -120,7 +121,8 @@ def _draw(folder: Path) -> Path:
     return folder
 
 
-def _index(folder: Path, count: int) -> Index:
+def index_images(folder: Path, count: int) -> Index:
+    """The images of a folder, repeated or cut to a number, each with seven boxes."""
     names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS)
     if not names:
         raise DataError(f"{folder}: there is no image in the folder; name one that holds images")

@@ -59,7 +59,8 @@ class Pair:
     def __init__(self, kind: Kind, sizes: Sizes, device: str, **options: Any) -> None:
         torch.manual_seed(0)
         self.kind, self.sizes, self.device = kind, sizes, device
-        options = {"min_size": min(sizes.height, sizes.width), "max_size": max(sizes.height, sizes.width)} | options
+        sides = {"min_size": min(sizes.height, sizes.width), "max_size": max(sizes.height, sizes.width)}
+        options = {"num_classes": COCO_CATEGORIES, **sides, **sizes.options, **options}
         self.ours = build_ours(kind, sizes.backbone, options).to(device)
         self.theirs = build_theirs(kind, sizes.backbone, options)
         calibrate(self.ours, self.draw(2)[0])
@@ -69,7 +70,8 @@ class Pair:
 
     def draw(self, count: int) -> tuple[Batch, list[Tensor], list[dict[str, Tensor]]]:
         """So many images of the sizes for both, see `draw`."""
-        return draw([(self.sizes.height, self.sizes.width)] * count, self.device, self.kind == "mask")
+        sides = [(self.sizes.height, self.sizes.width)] * count
+        return draw(sides, self.ours.num_classes, self.device, self.kind == "mask")
 
     def quick(self, mode: Mode) -> TwoStageDetector:
         """Ours in its quick form for training, or for inference; a copy."""
@@ -112,12 +114,11 @@ def build_theirs(kind: Kind, backbone: str, options: Mapping[str, Any]) -> nn.Mo
     if kind == "cascade":
         return None
     if kind == "v2":
-        options = {"num_classes": COCO_CATEGORIES, **options}
         theirs: nn.Module = reference.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, **options)
         return theirs
     trunk = resnet_fpn_backbone(backbone_name=backbone, weights=None, trainable_layers=3)
     build = reference.MaskRCNN if kind == "mask" else reference.FasterRCNN
-    theirs = build(trunk, **{"num_classes": COCO_CATEGORIES, **options})
+    theirs = build(trunk, **options)
     return theirs
 
 
@@ -134,7 +135,7 @@ def calibrate(model: TwoStageDetector, batch: Batch) -> None:
         norm.running_mean.copy_(given[0].mean(dim=(0, 2, 3)))
         norm.running_var.copy_(given[0].var(dim=(0, 2, 3)))
 
-    def spread(layer: Any, _: Any, output: Tensor) -> Tensor | None:
+    def spread(layer: Any, given: Any, output: Tensor) -> Tensor | None:
         if layer in done:
             return None
         done.add(layer)
@@ -142,7 +143,7 @@ def calibrate(model: TwoStageDetector, batch: Batch) -> None:
         scale = wanted[layer] / values.std(dim=1).clamp(min=1e-6)
         layer.bias.copy_((layer.bias - values.mean(dim=1)) * scale)
         layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.ndim - 1)))
-        again: Tensor = layer.forward(*_)
+        again: Tensor = layer.forward(*given)
         return again
 
     done: set[nn.Module] = set()
@@ -160,12 +161,13 @@ def calibrate(model: TwoStageDetector, batch: Batch) -> None:
 
 
 def draw(
-    sides: Sequence[tuple[int, int]], device: str, with_masks: bool = False
+    sides: Sequence[tuple[int, int]], classes: int, device: str, with_masks: bool = False
 ) -> tuple[Batch, list[Tensor], list[dict[str, Tensor]]]:
     """Images of noise with boxes, as ours takes them and as torchvision does.
 
     Args:
         sides: `(height, width)` of each image.
+        classes: with background.
         device: of everything.
         with_masks: the masks fill their boxes.
 
@@ -182,7 +184,7 @@ def draw(
         corner = (any_of(OBJECTS, 2) * 0.75 * size).floor()
         far = torch.minimum(corner + 4 + (any_of(OBJECTS, 2) ** 2 * 0.6 * size).floor(), size)
         boxes.append(torch.cat((corner, far), dim=1))
-        labels.append(torch.randint(1, COCO_CATEGORIES, (OBJECTS,), generator=generator, device=device))
+        labels.append(torch.randint(1, classes, (OBJECTS,), generator=generator, device=device))
         x, y = torch.arange(width, device=device), torch.arange(height, device=device)
         columns = (x >= corner[:, :1]) & (x < far[:, :1])
         rows = (y >= corner[:, 1:]) & (y < far[:, 1:])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class Sizes:
         inference: images of a call.
         rounds: timed steps of each detector at most, after two that are thrown away.
         backbone: torchvision's name of the network of all detectors but v2, which is ResNet-50.
-        side: of the square images on which numbers are compared.
+        options: of all detectors that are timed.
+        side: of the largest images on which numbers are compared.
         images: that the loader reads.
         workers: loader processes at most.
         fit: flags of the real training beside those of its configuration.
@@ -29,6 +32,7 @@ class Sizes:
     inference: tuple[int, ...] = (1, 16)
     rounds: int = 7
     backbone: str = "resnet50"
+    options: Mapping[str, Any] = field(default_factory=dict)
     side: int = 512
     images: int = 512
     workers: int = 16
@@ -44,6 +48,12 @@ REHEARSAL = Sizes(
     inference=(1, 2),
     rounds=1,
     backbone="resnet18",
+    options={
+        "num_classes": 5,
+        **{f"rpn_{n}_nms_top_n_{m}": 20 for n in ("pre", "post") for m in ("train", "test")},
+        "box_batch_size_per_image": 16,
+        "box_detections_per_img": 5,
+    },
     side=96,
     images=16,
     workers=1,

@@ -1,0 +1,375 @@
+"""What is to be known of a GPU, the most valuable first: each section gives its rows one by one, see `gpu.py`.
+
+All run on a CPU too, in the sizes of the rehearsal.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+import detection
+from detection.benchmarks.gpu import Row, Section, Setting
+from detection.benchmarks.gpu_pairs import Kind, Pair, compare, draw, halving, in_precision, take_turns
+from detection.benchmarks.gpu_runs import fit, loader, out_of_memory, tests
+from detection.benchmarks.speed import Mode
+from detection.benchmarks.stages import time_stages
+from detection.errors import RunError
+from detection.models.fast import accelerate, forms_for
+from detection.training.module import compile_parts
+
+HALF = "bfloat16"
+EVERYTHING = 10**6  # every anchor and every proposal trains, so that chance has no part
+COMPARED: dict[str, Any] = {
+    "num_classes": 11,
+    **{f"rpn_pre_nms_top_n_{mode}": 150 for mode in ("train", "test")},
+    **{f"rpn_post_nms_top_n_{mode}": 60 for mode in ("train", "test")},
+    "rpn_batch_size_per_image": EVERYTHING,
+    "box_batch_size_per_image": EVERYTHING,
+}
+# The largest differences from torchvision in float32. In bf16, whose numbers have 8 bits, the losses of either may be
+# that far, relatively, from torchvision's in float32.
+ALLOWED = {"losses": 1e-5, "scores": 1e-5, "boxes": 1e-3, "masks": 1e-4, "losses in bf16": 0.05}
+WAITS = ("nms_apart", "grouped_nms", "nms_per_class")  # functions in which the host may wait for the device
+HEAVY = ("convolution", "convolution_backward", "addmm", "mm", "bmm")
+
+
+def machine(setting: Setting) -> Iterator[Row]:
+    """The device and the versions."""
+    row: Row = {name: version(name) for name in ("detection", "torch", "torchvision", "lightning")}
+    row |= {"python": platform.python_version(), "cores": os.cpu_count(), "device": platform.machine()}
+    if setting.device.startswith("cuda"):
+        found = torch.cuda.get_device_properties(setting.device)
+        row |= {"device": found.name, "memory_gb": round(found.total_memory / 2**30, 1)}
+        row |= {"capability": f"{found.major}.{found.minor}", "multiprocessors": found.multi_processor_count}
+        row |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    yield row
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Convolutions and products of matrices in true float32."""
+    kept = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept
+
+
+def parity(setting: Setting, kinds: tuple[Kind, ...] = ("r50", "mask", "v2")) -> Iterator[Row]:
+    """Losses and detections of ours, quick forms, against torchvision's with the same weights on the same images.
+
+    Each row has the largest `difference`, what is `allowed`, and whether it `holds`.
+
+    Raises:
+        RunError: one does not hold.
+    """
+    wrong = 0
+    for kind in kinds:
+        side = setting.sizes.side
+        options = COMPARED | {"min_size": side * 3 // 4, "max_size": side}
+        pair = Pair(kind, setting.sizes, setting.device, **options)
+        sides = [(side * 3 // 4, side), (side, side * 3 // 4)]
+        _, images, targets = draw(sides, 11, setting.device, kind == "mask")
+        with without_tf32():
+            differences = _differences(pair, images, targets)
+        for (precision, what), difference in differences.items():
+            allowed = ALLOWED["losses in bf16" if precision == HALF else what]
+            holds = difference <= allowed
+            wrong += not holds
+            yield {"detector": kind, "precision": precision, "what": what, "difference": difference,
+                   "allowed": allowed, "holds": holds}  # fmt: skip
+    if wrong:
+        raise RunError(f"{wrong} figures differ from torchvision's by more than is allowed")
+
+
+def _differences(pair: Pair, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[tuple[str, str], float]:
+    ours, theirs = pair.quick("train").train(), pair.theirs
+    if theirs is None:
+        return {}
+    for model in (ours, theirs.train()):  # statistics stay those that both have, whatever the order of the calls
+        for norm in [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]:
+            norm.eval()
+    with torch.no_grad():
+        expected = theirs(images, targets)
+        exact = _relative(ours(images, targets), expected)
+        half = [in_precision(lambda m=m: m(images, targets), HALF, pair.device)() for m in (ours, theirs)]  # type: ignore[misc]
+        found, wanted = pair.quick("infer").predict(images), theirs.eval()(images)
+    rounded = max(_relative(losses, expected) for losses in half)
+    differences = {("float32", "losses"): exact, (HALF, "losses"): rounded}
+    return differences | {("float32", name): value for name, value in _of_detections(found, wanted).items()}
+
+
+def _relative(ours: Any, theirs: dict[str, Tensor]) -> float:
+    return max(float((ours[name].float() / value.float() - 1).abs()) for name, value in theirs.items())
+
+
+def _of_detections(ours: Any, theirs: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Largest differences of scores, by rank, and of boxes in pixels; each of theirs has the nearest of its label."""
+    found = dict.fromkeys(("scores", "boxes", "masks") if "masks" in theirs[0] else ("scores", "boxes"), 0.0)
+    for a, b in zip(ours, theirs, strict=True):
+        if len(a["scores"]) != len(b["scores"]) or not len(b["scores"]):
+            return dict.fromkeys(found, float(EVERYTHING))  # another number of detections, or nothing to compare
+        far = (a["boxes"][:, None] - b["boxes"]).abs().amax(dim=-1)
+        far = torch.where(a["labels"][:, None] == b["labels"], far, EVERYTHING)
+        distance, nearest = far.min(dim=0)
+        found["scores"] = max(found["scores"], float((a["scores"] - b["scores"]).abs().max()))
+        found["boxes"] = max(found["boxes"], float(distance.max()))
+        if "masks" in found:
+            found["masks"] = max(found["masks"], float((a["masks"][nearest] - b["masks"]).abs().max()))
+    return found
+
+
+def waits(setting: Setting) -> Iterator[Row]:
+    """Where the host waits for the device in a training step and in inference, after the first at this size.
+
+    Raises:
+        RunError: outside of NMS.
+    """
+    pair, elsewhere = Pair("r50", setting.sizes, setting.device), set()
+    modes: tuple[Mode, ...] = ("train", "infer")
+    for mode in modes:
+        step = pair.steps(mode, HALF, 2)["ours"]
+        step()
+        for place, count in places_of_waiting(step, setting.device).items():
+            yield {"mode": mode, "place": place, "count": count}
+            elsewhere |= {place} if not place.endswith(WAITS) else set()
+        yield {"mode": mode, "place": "all others", "count": 0}
+    if elsewhere:
+        raise RunError(f"the host waits for the device outside of NMS: {', '.join(sorted(elsewhere))}")
+
+
+def places_of_waiting(step: Callable[[], Any], device: str) -> Counter[str]:
+    """File and function of each operation of a step that made the host wait, as PyTorch's sync debug mode tells."""
+    places: Counter[str] = Counter()
+    package = str(Path(detection.__file__).parent)
+
+    def note(message: Any, *_: Any, **__: Any) -> None:
+        if "called a synchronizing" not in str(message):
+            return
+        frames = [f for f in traceback.extract_stack() if f.filename.startswith(package) and f.name != "note"]
+        places[f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "elsewhere"] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        with sync_debug("warn", device):
+            step()
+    return places
+
+
+@contextmanager
+def sync_debug(mode: str, device: str) -> Iterator[None]:
+    """What PyTorch does in the block where the host waits for the device: `warn` or `error`; nothing on a CPU."""
+    if not device.startswith("cuda"):
+        yield
+        return
+    kept = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(kept)
+
+
+def training(setting: Setting) -> Iterator[Row]:
+    """A training step of R50-FPN in bf16."""
+    pair = Pair("r50", setting.sizes, setting.device)
+    yield compare(pair, "train", HALF, setting.sizes.batch, setting.until)
+
+
+def inference(setting: Setting) -> Iterator[Row]:
+    """Inference of R50-FPN in bf16."""
+    pair = Pair("r50", setting.sizes, setting.device)
+    for count in setting.sizes.inference:
+        yield compare(pair, "infer", HALF, count, setting.until)
+
+
+def memory(setting: Setting) -> Iterator[Row]:
+    """Most memory of a training step of R50-FPN beside the weights, with gradients and momentum, by batch."""
+    pair = Pair("r50", setting.sizes, setting.device)
+    for precision in ("bfloat16", "float32"):
+        for count in sorted({1, 4, setting.sizes.batch} - ({4} if setting.sizes.batch < 4 else set())):
+
+            def measure(images: int, precision: Any = precision) -> Row:
+                _, peaks = take_turns(pair.steps("train", precision, images), 1, setting.device, setting.until)
+                return {f"{name}_peak_mb": peak for name, peak in peaks.items()}
+
+            yield {"precision": precision} | halving(count, measure)
+
+
+def family(setting: Setting) -> Iterator[Row]:
+    """Training steps and inference of all detectors in both precisions, but for what other sections have."""
+    kinds: tuple[Kind, ...] = ("mask", "v2", "cascade", "r50")
+    for number, kind in enumerate(kinds):
+        pair = Pair(kind, setting.sizes, setting.device)
+        plan: list[tuple[Mode, Any, int]] = [] if kind == "r50" else [("train", HALF, setting.sizes.batch)]
+        plan += [("infer", HALF, count) for count in setting.sizes.inference if kind != "r50"]
+        plan.append(("train", "float32", setting.sizes.batch))
+        plan += [("infer", "float32", count) for count in setting.sizes.inference]
+        for i, (mode, precision, count) in enumerate(plan):
+            rest = (len(kinds) - number - 1) * len(plan) + len(plan) - i
+            yield compare(pair, mode, precision, count, time.monotonic() + setting.left / rest)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes down the convolutions and the products of matrices, forward and backward, with the shapes they have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in HEAVY:
+            self.calls.append((func, *tree_map(_described, (args, kwargs or {}))))
+        return func(*args, **(kwargs or {}))
+
+    def replay(self) -> Callable[[], None]:
+        """The same operations on other numbers; tensors of the same shape and layout are one."""
+        made: dict[Any, Tensor] = {}
+
+        def tensor(value: Any) -> Any:
+            if not isinstance(value, _Described):
+                return value
+            if value not in made:
+                made[value] = torch.empty_strided(value[0], value[1], dtype=value[2], device=value[3]).normal_()
+            return made[value]
+
+        calls = [
+            (func, *tree_map(tensor, both, is_leaf=lambda v: isinstance(v, _Described))) for func, *both in self.calls
+        ]
+
+        def run() -> None:
+            for func, args, kwargs in calls:
+                func(*args, **kwargs)
+
+        return run
+
+
+class _Described(tuple[Any, ...]):
+    """Shape, strides, type and device of a tensor."""
+
+    __slots__ = ()
+
+
+def _described(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return _Described((tuple(value.shape), value.stride(), value.dtype, value.device))
+
+
+def limit(setting: Setting) -> Iterator[Row]:
+    """Our training step in bf16, and its convolutions and linear layers alone: what no other code could save."""
+    pair = Pair("r50", setting.sizes, setting.device)
+
+    def measure(count: int) -> Row:
+        step, recorder = pair.steps("train", HALF, count)["ours"], Recorder()
+        step()
+        with recorder:
+            step()
+        steps = {"ours": step, "limit": torch.no_grad()(recorder.replay())}
+        times, _ = take_turns(steps, setting.sizes.rounds, setting.device, setting.until)
+        ours, least = (1000 * sorted(times[name])[len(times[name]) // 2] for name in steps)
+        return {"calls": len(recorder.calls), "ours_ms": ours, "limit_ms": least, "times": ours / least}
+
+    yield {"detector": "r50", "precision": HALF} | halving(setting.sizes.batch, measure)
+
+
+def stages(setting: Setting) -> Iterator[Row]:
+    """Where the time of our training step, and of inference, in bf16 goes."""
+    pair = Pair("r50", setting.sizes, setting.device)
+    plan: list[tuple[Mode, int]] = [("train", max(1, setting.sizes.batch // 2)), ("infer", 1)]
+    for mode, count in plan:
+        step = pair.steps(mode, HALF, count)["ours"]
+        for row in time_stages(step, max(1, setting.sizes.rounds // 2), setting.device):
+            yield {"mode": mode, "batch": count} | row
+
+
+def forms(setting: Setting) -> Iterator[Row]:
+    """A training step in bf16 without each quick form, over that with all; then deltas of one class, and of all."""
+    pair = Pair("r50", setting.sizes, setting.device)
+    chosen, parts = forms_for(setting.device), {type(part) for part in pair.ours.modules()} | {pair.ours.rpn.nms}
+    for plain, quick in chosen.items():
+        if plain not in parts:
+            continue
+        from copy import deepcopy
+
+        others = {part: form for part, form in chosen.items() if part is not plain}
+        without = accelerate(deepcopy(pair.ours), setting.device, others)
+        both = {"ours": pair.quick("train"), "without": without}
+        theirs, pair.theirs = pair.theirs, None
+        row = compare(pair, "train", HALF, max(1, setting.sizes.batch // 2), setting.until, both)
+        pair.theirs = theirs
+        yield {"form": quick.__name__, "ratio": row["without_ms"] / row["ours_ms"], **row}
+    yield {"form": "deltas of the own class alone", **_deltas(setting)}
+
+
+def _deltas(setting: Setting) -> Row:
+    """The layer of box deltas, forward and backward: of all classes and then the own, and of the own class alone."""
+    regions, classes, width = 512 * setting.sizes.batch, 91, 1024
+    if setting.sizes.rehearsal:
+        regions, width = 32, 16
+    layer = nn.Linear(width, classes * 4).to(setting.device)
+    features = torch.randn(regions, width, device=setting.device, requires_grad=True)
+    labels = torch.randint(0, classes, (regions,), device=setting.device)
+
+    def of_all() -> Tensor:
+        own = labels[:, None, None].expand(-1, 1, 4)
+        return layer(features).unflatten(1, (classes, 4)).gather(1, own)[:, 0]
+
+    def of_own() -> Tensor:
+        weight, bias = layer.weight.view(classes, 4, width)[labels], layer.bias.view(classes, 4)[labels]
+        return torch.einsum("rf,rdf->rd", features, weight) + bias
+
+    cast = {n: in_precision(call, HALF, setting.device) for n, call in (("all", of_all), ("own", of_own))}
+    steps = {name: (lambda call=call: call().float().sum().backward()) for name, call in cast.items()}
+    times, _ = take_turns(steps, setting.sizes.rounds, setting.device, setting.until)
+    every, own = (1000 * sorted(times[name])[len(times[name]) // 2] for name in ("all", "own"))
+    return {"ratio": every / own, "ours_ms": own, "without_ms": every, "batch": setting.sizes.batch}
+
+
+def compiled(setting: Setting) -> Iterator[Row]:
+    """A training step of R50-FPN in bf16 with `torch.compile`: our dense parts, and torchvision's backbone and head."""
+    pair = Pair("r50", setting.sizes, setting.device)
+    ours, theirs = pair.quick("train"), pair.theirs
+    compile_parts(ours, setting.sizes.backend)
+    if theirs is not None:
+        for part in (theirs.backbone, theirs.rpn.head, theirs.roi_heads.box_head):  # type: ignore[union-attr]
+            part.compile(backend=setting.sizes.backend)  # type: ignore[operator]
+    began = time.monotonic()
+    row = compare(pair, "train", HALF, setting.sizes.batch, setting.until, {"ours": ours})
+    yield row | {"with_compiling_s": time.monotonic() - began}
+
+
+SECTIONS = {
+    "machine": Section(machine, 5),
+    "parity": Section(parity, 35),
+    "waits": Section(waits, 20),
+    "training": Section(training, 35),
+    "inference": Section(inference, 25),
+    "memory": Section(memory, 25),
+    "limit": Section(limit, 20),
+    "stages": Section(stages, 20),
+    "forms": Section(forms, 40),
+    "out_of_memory": Section(out_of_memory, 10),
+    "tests": Section(tests, 75),
+    "fit": Section(fit, 80),
+    "family": Section(family, 90),
+    "loader": Section(loader, 30),
+    "compiled": Section(compiled, 70),
+}
