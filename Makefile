@@ -35,10 +35,19 @@ gpu: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=$(if $(shell command -v nvidia-smi),4,1) $(BIN)/python scripts/benchmark.py gpu --minutes 8 \
 		--docs docs $(ARGS)
 
+define PIN
+import re, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+for line in sum(project["optional-dependencies"].values(), project["dependencies"]):
+    if bound := re.match(r"([\w-]+)(?:\[.*\])?>=([\d.]+)", line):
+        print(f"{bound[1]}=={bound[2]}")
+endef
+export PIN
+
 # An environment of its own: each lower bound of pyproject.toml becomes the version itself.
 oldest:
 	$(MAKE) $(OLDEST)/bin/python VENV=$(OLDEST) CPU=
-	$(OLDEST)/bin/python scripts/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -c "$$PIN" > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/pip install $(PIP_ARGS) -c $(OLDEST)/constraints.txt -e '.[dev]'
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow' $(ARGS)
 

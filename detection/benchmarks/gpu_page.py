@@ -17,7 +17,7 @@ HEADINGS = {
     "parity": ("Parity with torchvision", "Same weights, same images, TF32 off. Losses relatively, boxes in pixels."),
     "waits": (
         "Where the host waits",
-        "Operations after which the host waits for the device, by function, in one step.",
+        "Operations of one step after which the host waits for the device, by function.",
     ),
     "training": ("Training step, R50-FPN, bf16", "Medians in turns. A ratio below 1: ours is faster."),
     "inference": ("Inference, R50-FPN, bf16", "Medians in turns. A ratio below 1: ours is faster."),
