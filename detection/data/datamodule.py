@@ -21,11 +21,13 @@ from detection.batch import Batch
 from detection.data import scenes
 from detection.data.augment import eval_transform, train_transform
 from detection.data.dataset import DetectionDataset, Sample, collate
-from detection.data.pipeline import Step, check_steps, moving, recipe_of
-from detection.data.proposals import ProposalCache, ProposalSource
+from detection.data.images import read_image
+from detection.data.pipeline import Step, check_steps, colour_steps, moving, recipe_of, try_steps
+from detection.data.proposals import ProposalCache, ProposalSource, SearchedProposals
 from detection.data.reading import Known, Stage, check_split, describe, read_split
 from detection.data.records import DataError, Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
+from detection.data.spectral import RGB, ChannelStatistics, PixelFormat
 from detection.data.workers import init_worker
 from detection.parts import Reader
 from detection.recipes import RecipeError, rebuild, trusting
@@ -129,6 +131,9 @@ class DetectionDataModule(L.LightningDataModule):
         max_unreadable: training images, on each device, that may become unreadable during a run and are replaced by
             others, with a warning; one more is an error. In evaluation the first is.
         seed: of the order and the augmentation.
+        channels: of the images. With 3 channels of 8 bits, whatever can be is made RGB: grey repeated, transparency
+            dropped. With any other number all files must have it, see `detection.data.spectral`.
+        depth: bits of a channel. 16 are kept as they are, and all files must have them.
         timeout: seconds after which loaders' processes that bring no batch are an error; 0 waits for ever.
     """
 
@@ -167,6 +172,8 @@ class DetectionDataModule(L.LightningDataModule):
         seed: int = 0,
         timeout: int = 50,
         reader: Reader | None = None,
+        channels: int = 3,
+        depth: Literal[8, 16] = 8,
     ) -> None:
         super().__init__()
         if root is None and (format != "scenes" or reader is not None):
@@ -181,6 +188,8 @@ class DetectionDataModule(L.LightningDataModule):
             raise ValueError(f"size_divisible {size_divisible} must be a multiple of 32, the coarsest stride")
         if proposals and (mosaic or masks):
             raise ValueError("proposals go with neither mosaics nor masks: leave `mosaic` and `masks` out")
+        if format == "scenes" and reader is None and (channels, depth) != RGB:
+            raise ValueError("the scenes are drawn in 8-bit RGB: leave data.channels and data.depth out")
         if not 0 <= min_visibility <= 1:
             raise ValueError(f"min_visibility {min_visibility} must be a share, from 0 to 1")
         # Plain values, as a checkpoint and the command line have them, stand in for the part itself.
@@ -192,6 +201,9 @@ class DetectionDataModule(L.LightningDataModule):
             raise ValueError(
                 f"proposals would no longer fit after {names[0]}: leave it out, or use hflip and scale_jitter"
             )
+        self.form = PixelFormat(channels, depth)
+        if self.form != RGB:
+            self._check_form(photometric)
         augmentations = [recipe_of(step) for step in self.augmentations]  # type: ignore[misc]
         self.reader: Reader | None = rebuild(reader) if isinstance(reader, Mapping) else reader
         reader = _recipe_of_reader(self.reader)
@@ -199,6 +211,14 @@ class DetectionDataModule(L.LightningDataModule):
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
         self._known: Known | None = None
+
+    def _check_form(self, photometric: float) -> None:
+        """Refuse what goes with 8-bit RGB images alone, before anything is read; see `channels` and `depth`."""
+        if self.form.channels < 1 or self.form.depth not in (8, 16):
+            raise ValueError(f"data.channels {self.form.channels} must be positive, and data.depth 8 or 16")
+        if isinstance(self.proposals, SearchedProposals):
+            raise ValueError(f"Selective Search reads 8-bit RGB, not {self.form}: give data.proposals from files")
+        try_steps([*self.augmentations, *(colour_steps(1, self.form) if photometric else ())], self.form)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -238,6 +258,28 @@ class DetectionDataModule(L.LightningDataModule):
                 self._train_index = self.read("train")
                 self._known = self._train_index.classes, self._train_index.category_ids
         return self._known
+
+    def channel_statistics(self, most: int = 200) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel of the training images, as `image_mean` and `image_std` want it.
+
+        Args:
+            most: images to look at, spread evenly over the split: the same ones each time.
+
+        Raises:
+            DataError: none of them can be read.
+        """
+        self._classes()
+        index = self._train_index or self.read("train")
+        statistics, problem = ChannelStatistics(self.form), DataError(f"{index.root}: there is no image to measure")
+        for record in index.records[:: max(1, -(-len(index.records) // most))]:
+            try:
+                size = (record.height, record.width)
+                statistics.add(read_image(index.root / record.file_name, size, self.form))
+            except DataError as error:  # named again, and counted, when it is to be trained on
+                problem = error
+        if not statistics.count:
+            raise problem
+        return statistics.mean_and_std()
 
     def prepare_data(self) -> None:
         """Draw the embedded scenes and compute proposals, whichever do not lie in their cache."""
@@ -286,7 +328,7 @@ class DetectionDataModule(L.LightningDataModule):
             jitter, square = hp["scale_jitter"], hp["scale_jitter_size"]
             longest = square if jitter and square else hp["max_size"]
             chances = (hp["hflip"], hp["vflip"], hp["photometric"])
-            extra = (self.augmentations, hp["min_visibility"])
+            extra = (self.augmentations, hp["min_visibility"], self.form)
             transform = train_transform(sizes, longest, *chances, jitter, *extra)
         else:
             transform = eval_transform(max(sizes), hp["max_size"])
@@ -294,6 +336,7 @@ class DetectionDataModule(L.LightningDataModule):
         self._check_shared_memory(max(sizes))
         proposals, names = self._prepare_proposals(index, split), ("mosaic", "copy_paste", "max_unreadable")
         training = {name: hp[name] for name in names if split == "train" and not self._overfits}
+        training["form"] = self.form
         return DetectionDataset(index, transform, hp["with_difficult"], proposals=proposals, **training)
 
     def _check_shared_memory(self, min_size: int, folder: str = "/dev/shm") -> None:
@@ -303,7 +346,9 @@ class DetectionDataModule(L.LightningDataModule):
         if self.hparams["num_workers"] and sys.platform == "linux":
             if not Path(folder).is_dir():
                 raise DataError(f"{folder} is missing, through which workers send batches: set data.num_workers to 0")
-            batch = 3 * min(min_size, self.hparams["max_size"]) * self.hparams["max_size"] * self.hparams["batch_size"]
+            pixel = self.form.channels * self.form.depth // 8
+            pixels = min(min_size, self.hparams["max_size"]) * self.hparams["max_size"]
+            batch = pixel * pixels * self.hparams["batch_size"]
             # each has two batches ready or in work, and one that it gave away is not free yet
             need, free = 3 * batch * self.hparams["num_workers"] >> 20, shutil.disk_usage(folder).free >> 20
             if batch >> 20 > free:

@@ -3,7 +3,7 @@
 - **Orientation** (EXIF): annotators draw either on the stored pixels or on the picture as viewers turn it, and files
   don't say which. The annotation's size decides: stored pixels where it equals only those, turned otherwise. Without a
   size, or where both fit (square images, half turns, mirrors), the picture is turned, as every viewer shows it.
-- **Depth**: 16-bit images keep their high byte (`>> 8`). 32-bit and float images have no known range and are refused.
+- **Depth**: 16-bit images keep their high byte (`>> 8`), unless another format is asked for, see `spectral`. 32-bit and float images have no known range and are refused.
 - **Colour**: grey is repeated, palettes are looked up, alpha is dropped, CMYK is converted; the first frame counts.
 - **Damage**: a file that can't be decoded to its last row is an error that names it, never a half-grey picture.
 """
@@ -14,13 +14,16 @@ import io
 import re
 import warnings
 from pathlib import Path
+from typing import overload
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from detection.data import spectral
 from detection.data.records import DataError
+from detection.data.spectral import RGB, PixelFormat, Pixels
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")  # in order of preference
 ORIENTATION = 0x0112
@@ -39,15 +42,22 @@ UPRIGHT = {
 }
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+@overload
+def read_image(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]: ...
+@overload
+def read_image(path: Path, size: tuple[int, int] | None, form: PixelFormat) -> Pixels: ...
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None, form: PixelFormat = RGB) -> Pixels:
     """Decode one image file.
 
     Args:
         path: the file.
         size: `(height, width)` in pixels that the annotation states, which settles the orientation.
+        form: channels and depth. Whatever can be is made 8-bit RGB; for any other the file must have it.
 
     Returns:
-        `(H, W, 3)` uint8 RGB, contiguous; `(H, W)` equals `size` where it is given.
+        `(H, W, 3)` uint8 RGB, or what `form` says, contiguous; `(H, W)` equals `size` where it is given.
 
     Raises:
         DataError: the file is missing, damaged or of an unsupported kind, or neither way up has `size`.
@@ -67,7 +77,10 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.ui
             f"{path}: the image is {shown[0]}x{shown[1]} (height x width) but its annotation says {size[0]}x{size[1]}; "
             "correct the annotation's size and check its boxes"
         )
-    pixels = _decode_jpeg(path, data) if is_plain_jpeg else _decode(path, data)
+    if form != RGB:
+        pixels = spectral.decode(path, data, form)
+    else:
+        pixels = _decode_jpeg(path, data) if is_plain_jpeg else _decode(path, data)
     if pixels.shape[:2] != stored:
         raise DataError(f"{path}: decodes to {pixels.shape[:2]} but its header says {stored}; save the image again")
     return pixels if size is not None and size != shown else _upright(pixels, orientation)
@@ -106,8 +119,18 @@ def _header(path: Path, data: bytes | None = None) -> tuple[tuple[int, int], int
     except FileNotFoundError as error:
         raise DataError(f"{path}: the image is missing; restore the file or delete its annotation") from error
     except Exception as error:  # damaged files make Pillow raise a dozen types, among them SyntaxError
+        if size := _other_size(path, data):
+            return size, 1, False
         raise DataError(f"{path}: not a readable image ({_reason(error)}); replace or convert the file") from error
     return (height, width), orientation, plain
+
+
+def _other_size(path: Path, data: bytes | None) -> tuple[int, int] | None:
+    """`(height, width)` of a file that Pillow can't open but `spectral` can."""
+    try:
+        return spectral.size_of(path.read_bytes() if data is None else data)
+    except Exception:
+        return None
 
 
 def _exif_orientation(block: bytes | None) -> int:
@@ -147,10 +170,11 @@ def _decode(path: Path, data: bytes) -> NDArray[np.uint8]:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{path}: the image is truncated or damaged ({_reason(error)}); replace the file") from error
+        said = spectral.advice(data) or f"the image is truncated or damaged ({_reason(error)}); replace the file"
+        raise DataError(f"{path}: {said}") from error
 
 
-def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
     transpose, flip_rows, flip_columns = UPRIGHT[orientation]
     turned = pixels.transpose(1, 0, 2) if transpose else pixels
     return np.ascontiguousarray(turned[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])
