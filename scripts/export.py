@@ -8,6 +8,7 @@ from pathlib import Path
 
 from detection.cli.flags import run_command
 from detection.data.records import DataError
+from detection.data.spectral import PixelFormat
 from detection.inference.sources import Images, open_source
 from detection.interop import load_detector
 from detection.interop.export import ExportError, compare, onnx_runner, to_onnx, to_torch, torch_runner, write_facts
@@ -41,7 +42,7 @@ def main(ckpt: Path, output: Path, images: str | None = None, count: int = 20, c
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, not checked" if images is None else output)
     if images is None:
         return
-    source = open_source(images)
+    source = open_source(images, PixelFormat.of(model))
     if not isinstance(source, Images):
         raise DataError(f"{images}: the check takes images, not a video")
     parity = compare(model, run, [pixels for _, pixels in islice(source, count)])

@@ -35,10 +35,10 @@ def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thre
     """
     detector = Detector.from_checkpoint(ckpt, device, precision, trust)
     tiles = Tiles(tile, overlap) if tile is not None else None
-    detector_of = detector.class_names
+    detector_of, images = detector.class_names, open_source(source, detector.form)
     if unknown := [name for name in classes or () if name not in detector_of]:
         raise DataError(f"{ckpt}: there is no class '{unknown[0]}'; there are: {', '.join(detector_of)}")
-    done = predict(detector, open_source(source), output, score_thresh, classes, batch_size, tiles, limit, pictures)
+    done = predict(detector, images, output, score_thresh, classes, batch_size, tiles, limit, pictures)
     print(f"{done.images} images, {sum(done.counts.values())} objects: {done.counts}; results in {output}")
     if done.problems:
         print(f"{len(done.problems)} not read:", *done.problems, sep="\n  ", file=sys.stderr)

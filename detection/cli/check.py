@@ -19,6 +19,7 @@ from detection.data.audit_report import picture_sheet, print_audit
 from detection.data.datamodule import DetectionDataModule
 from detection.data.reading import Stage, check_split
 from detection.data.records import DataError, Index
+from detection.data.spectral import PixelFormat
 from detection.recipes import EVERYTHING, import_from_working_directory, rebuild
 
 DESCRIPTION = """Finds what is wrong in a data set before training, and says what is in it.
@@ -36,6 +37,8 @@ def main() -> int:
     parser.add_argument("--split", help="VOC or YOLO split (default: all)")
     parser.add_argument("--annotations", help="COCO file or VOC folder, relative to the root (default: found)")
     parser.add_argument("--images", help="folder of images, relative to the root (default: found)")
+    parser.add_argument("--channels", type=int, default=3, help="of the images (default: 3, as RGB)")
+    parser.add_argument("--depth", type=int, choices=(8, 16), default=8, help="bits of a channel (default: 8)")
     parser.add_argument("--min-size", type=int, help="shorter side after resizing (default: 800)")
     parser.add_argument("--max-size", type=int, help="limit of the longer side (default: 1333)")
     parser.add_argument("--anchor-sizes", type=float, nargs="+", default=[32, 64, 128, 256, 512], help="one a level")
@@ -49,16 +52,16 @@ def main() -> int:
     if len(args.anchor_sizes) != len(args.strides):
         parser.error("--anchor-sizes and --strides need one number a level each")
     try:
-        shown = (800, 1333)
+        shown, form = (800, 1333), PixelFormat(args.channels, args.depth)
         if args.config:
             data = data_of(args.config)
-            splits, shown = splits_of(data), sizes_of(data)
+            splits, shown, form = splits_of(data), sizes_of(data), data.form
         else:
             splits = find_splits(args.root, args.format, args.annotations, args.images, args.split)
         sizes = tuple((size,) for size in args.anchor_sizes)
         sides = (args.min_size or shown[0], args.max_size or shown[1])
         grid = Grid(sizes, tuple(args.strides), tuple(args.anchor_ratios), *sides)
-        audits = [audit(name, read, grid) for name, read in splits.items()]
+        audits = [audit(name, read, grid, form) for name, read in splits.items()]
         look_across(audits, args.root, args.format)
         for found in audits:
             print_audit(found, Console())

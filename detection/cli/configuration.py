@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from detection.cli.flags import take_trust
 from detection.data.datamodule import DetectionDataModule
+from detection.data.spectral import RGB
 from detection.models import relatives, zoo
 from detection.recipes import (
     A_RUN,
@@ -166,11 +167,14 @@ def plain(value: Any, trust: Sequence[str] = (EVERYTHING,)) -> Any:
 def fit_detector_to_data(detector: Namespace, data: DetectionDataModule) -> None:
     """Fill in the arguments of a detector that follow from the data, where they have the builder's own defaults."""
     sizes = data.hparams["min_size"]
-    follow = {
+    follow: dict[str, Any] = {
         "num_classes": len(data.class_names) + 1,
         "min_size": sizes if isinstance(sizes, int) else sorted(sizes),
         "max_size": data.hparams["max_size"],
     }
+    if data.form != RGB:
+        follow |= {"in_channels": data.form.channels, "image_depth": data.form.depth}
+        follow["image_mean"], follow["image_std"] = data.channel_statistics()
     if any(detector.init_args.get(name) for name in ("weights", "path")):
         follow["class_names"] = data.class_names  # to keep what the weights know of classes of the same name
     known = defaults(detector.class_path)

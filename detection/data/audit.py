@@ -24,6 +24,7 @@ from detection.data import coco, voc, yolo
 from detection.data.anchor_fit import AREAS, Boxes, Grid, covers, propose, recall
 from detection.data.images import EXTENSIONS, UPRIGHT, image_size, orientation_of, read_image
 from detection.data.records import DataError, Defect, Index, Record
+from detection.data.spectral import RGB, ChannelStatistics, PixelFormat, Pixels, false_colour
 
 VERDICTS = ("clean", "repairable", "broken")
 HASH = 16  # rows and columns of the grey thumbnail whose gradients are compared
@@ -43,6 +44,8 @@ class Audit:
         statistics: counts by name; see `statistics`.
         anchors: the grid asked about, its recall, and a proposal with its recall where it does not cover the boxes.
         contents: the image files by a digest of their bytes, to find them again in other splits.
+        form: channels and depth that the images must have.
+        channels: `image_mean` and `image_std` of the images, where they are no 8-bit RGB.
     """
 
     name: str
@@ -51,6 +54,8 @@ class Audit:
     statistics: dict[str, Any] = field(default_factory=dict)
     anchors: dict[str, Any] = field(default_factory=dict)
     contents: dict[str, str] = field(default_factory=dict)
+    form: PixelFormat = RGB
+    channels: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def code(self) -> int:
@@ -74,6 +79,7 @@ class Audit:
             "verdict": VERDICTS[self.code],
             "statistics": self.statistics,
             "anchors": self.anchors,
+            "channels": self.channels,
             "defects": [asdict(defect) for defect in self.defects],
         }
 
@@ -110,13 +116,14 @@ def _images(root: Path, file: str, images: str | None) -> str:
     return (coco.find_images(root, file) or "") if images is None else images
 
 
-def audit(name: str, read: Callable[[], Index], grid: Grid | None = None) -> Audit:
+def audit(name: str, read: Callable[[], Index], grid: Grid | None = None, form: PixelFormat = RGB) -> Audit:
     """Read a split and look at every image of it.
 
     Args:
         name: the split, for headings.
         read: returns its index or raises DataError, which becomes the audit's verdict.
         grid: the anchors that training would use.
+        form: channels and depth that the images must have.
     """
     try:
         index = read()
@@ -125,9 +132,13 @@ def audit(name: str, read: Callable[[], Index], grid: Grid | None = None) -> Aud
         refused = Defect(where, "data set", problem or where, "nothing can be read before that", "broken")
         return Audit(name, None, [*error.defects, refused])
     grid = grid or Grid()
-    defects, contents = _look_at_images(index)
+    measured = ChannelStatistics(form)
+    defects, contents = _look_at_images(index, measured)
     defects = [*index.defects, *defects, *_look_at_objects(index), *_look_at_the_set(index)]
-    return Audit(name, index, defects, statistics(index), _fit(index, grid), contents)
+    found = Audit(name, index, defects, statistics(index), _fit(index, grid), contents, form)
+    if measured.count:
+        found.channels = dict(zip(("image_mean", "image_std"), measured.mean_and_std(), strict=True))
+    return found
 
 
 def look_across(audits: list[Audit], root: Path | None, kind: str | None) -> None:
@@ -215,7 +226,7 @@ def _fit(index: Index, grid: Grid) -> dict[str, Any]:
     return fit
 
 
-def _look_at_images(index: Index) -> tuple[list[Defect], dict[str, str]]:
+def _look_at_images(index: Index, measured: ChannelStatistics) -> tuple[list[Defect], dict[str, str]]:
     """Decode every image; near duplicates by the signs of a thumbnail's gradients, and the files by their digest."""
     defects: list[Defect] = []
     contents: dict[str, str] = {}
@@ -223,7 +234,9 @@ def _look_at_images(index: Index) -> tuple[list[Defect], dict[str, str]]:
     for record in index.records:
         path, where = index.root / record.file_name, f"image {record.image_id}"
         try:
-            pixels = read_image(path, (record.height, record.width))
+            pixels = read_image(path, (record.height, record.width), measured.form)
+            if measured.form != RGB:
+                measured.add(pixels)
             defects += _orientation(record, path)
             contents[hashlib.sha256(path.read_bytes()).hexdigest()] = record.file_name
         except DataError as error:
@@ -251,9 +264,9 @@ def _orientation(record: Record, path: Path) -> list[Defect]:
     return [Defect(record.file_name, f"image {record.image_id}", f"EXIF orientation {orientation}", fix, "note")]
 
 
-def _gradients(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _gradients(pixels: Pixels) -> NDArray[np.float32]:
     """`(HASH * HASH,)` of 1 and -1: whether brightness grows to the right, on a small grey copy."""
-    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    grey = cv2.cvtColor(false_colour(pixels), cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (HASH + 1, HASH), interpolation=cv2.INTER_AREA).astype(np.int16)
     return np.where(np.diff(small, axis=1) > 0, 1, -1).astype(np.float32).ravel()
 

@@ -1,10 +1,10 @@
 """Augmentation and framing of one image with its objects: what is shown of it, how large, and which way round.
 
-Images stay as the file has them, (H, W, C) uint8 or uint16, up to the device, which normalises them once. A pipeline of albumentations comes
-first, where there is one (`detection.data.pipeline`). Flips and framing are written here, for image, boxes and masks at
-once, because albumentations spends half a millisecond on the boxes of each image, while decoding it takes one. Both say
-by its index which object each box is, so that labels can't fall out of step with boxes. Resizing comes last: here its
-size is chosen, and `collate` resizes straight into the batch.
+Images stay as the file has them, (H, W, C) uint8 or uint16, up to the device, which normalises them once. A pipeline of
+albumentations comes first, where there is one (`detection.data.pipeline`). Flips and framing are written here, for
+image, boxes and masks at once, because albumentations spends half a millisecond on the boxes of each image, while
+decoding it takes one. Both say by its index which object each box is, so that labels can't fall out of step with boxes.
+Resizing comes last: here its size is chosen, and `collate` resizes straight into the batch.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from detection.data.images import read_image
 from detection.data.mixing import Picture, copy_paste, mosaic
 from detection.data.proposals import ProposalCache
 from detection.data.records import DataError, Index, Record
-from detection.data.spectral import RGB, PixelFormat, Pixels, false_colour
+from detection.data.spectral import RGB, PixelFormat, Pixels
 
 ImageTransform = Callable[..., Augmented]
 
@@ -227,10 +227,6 @@ class DetectionDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.store)
-
-    def picture(self, file_name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """An image as it is shown to people, `(H, W, 3)` uint8; errors as of `read_image`."""
-        return false_colour(read_image(self.root / file_name, size, self.form))
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         """Decode and transform one image.

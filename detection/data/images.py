@@ -3,8 +3,9 @@
 - **Orientation** (EXIF): annotators draw either on the stored pixels or on the picture as viewers turn it, and files
   don't say which. The annotation's size decides: stored pixels where it equals only those, turned otherwise. Without a
   size, or where both fit (square images, half turns, mirrors), the picture is turned, as every viewer shows it.
-- **Depth**: 16-bit images keep their high byte (`>> 8`), unless another format is asked for, see `spectral`. 32-bit and float images have no known range and are refused.
+- **Depth**: 16-bit images keep their high byte (`>> 8`). 32-bit and float images have no known range and are refused.
 - **Colour**: grey is repeated, palettes are looked up, alpha is dropped, CMYK is converted; the first frame counts.
+- **Other formats**: where other channels, or 16 bits, are asked for, the file must have just these (`spectral`).
 - **Damage**: a file that can't be decoded to its last row is an error that names it, never a half-grey picture.
 """
 

@@ -14,6 +14,7 @@ blue.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -40,6 +41,11 @@ class PixelFormat(NamedTuple):
 
     channels: int = 3
     depth: int = 8
+
+    @classmethod
+    def of(cls, detector: Any) -> PixelFormat:
+        """What a detector takes, as its transform says."""
+        return cls(detector.transform.channels, detector.transform.image_depth)
 
     @property
     def dtype(self) -> type[np.uint8 | np.uint16]:
@@ -153,7 +159,9 @@ def _pages(data: bytes) -> list[ImageFileDirectory_v2]:
     while place and len(pages) < MOST_PAGES:
         file.seek(place)
         page = ImageFileDirectory_v2(head)
-        page.load(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of a damaged page, and gives what it has
+            page.load(file)
         pages.append(page)
         place = page.next
     return pages

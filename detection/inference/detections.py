@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detection.data import rle
+from detection.data.spectral import Pixels
 from detection.visualize import draw_objects
 
 
@@ -69,8 +70,8 @@ class Detections:
             raise ValueError("the detector finds boxes alone: there are no masks")
         return np.array([rle.decode(mask) for mask in self.masks], np.bool_).reshape(-1, *self.size)
 
-    def draw(self, image: NDArray[np.uint8]) -> Image.Image:
-        """The image `(H, W, 3)` with boxes, names, scores and masks, in its own size, or larger where no name fits."""
+    def draw(self, image: Pixels) -> Image.Image:
+        """The image `(H, W, C)` with boxes, names, scores and masks, in its own size, or larger where no name fits."""
         masks = None if self.masks is None else list(self.masks)
         return draw_objects(image, self.boxes, self.labels, self.class_names, self.scores, masks, side=None)
 

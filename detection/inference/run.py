@@ -148,6 +148,7 @@ class _Pictures:
 
     def write(self, name: str, picture: Image.Image) -> None:
         path = self.folder / name
+        path = path.with_suffix(".png") if path.suffix == ".npy" else path  # arrays hold no pictures
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, quality=90)
 

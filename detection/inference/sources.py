@@ -9,13 +9,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from detection.data.images import EXTENSIONS, read_image
 from detection.data.records import DataError
+from detection.data.spectral import RGB, PixelFormat, Pixels
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
-Pixels = NDArray[np.uint8]
 
 
 class Images:
@@ -23,6 +22,7 @@ class Images:
 
     Args:
         paths: of the files.
+        form: channels and depth that they must have.
 
     Attributes:
         root: folder that all of them lie in; names are relative to it.
@@ -31,8 +31,8 @@ class Images:
 
     fps = 0.0
 
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
+    def __init__(self, paths: list[Path], form: PixelFormat = RGB) -> None:
+        self.paths, self.form = paths, form
         self.root = Path(os.path.commonpath([path.absolute().parent for path in paths]))
         self.problems: list[str] = []
 
@@ -40,10 +40,10 @@ class Images:
         return len(self.paths)
 
     def __iter__(self) -> Iterator[tuple[str, Pixels]]:
-        """Name and `(H, W, 3)` uint8 RGB of each."""
+        """Name and pixels `(H, W, C)` of each, by default uint8 RGB."""
         for path in self.paths:
             try:
-                pixels = read_image(path)
+                pixels = read_image(path, None, self.form)
             except DataError as error:
                 self.problems.append(str(error))
                 continue
@@ -88,8 +88,12 @@ class Video:
             self.problems.append(f"{self.name}: only {number} of {self._count} frames could be read")
 
 
-def open_source(source: str) -> Images | Video:
+def open_source(source: str, form: PixelFormat = RGB) -> Images | Video:
     """What a path, a pattern or the number of a camera stands for.
+
+    Args:
+        source: the path, pattern or number.
+        form: channels and depth that images must have.
 
     Raises:
         DataError: there is nothing, or no image in it.
@@ -99,12 +103,12 @@ def open_source(source: str) -> Images | Video:
         paths = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in EXTENSIONS and p.is_file()]
         if not paths:
             raise DataError(f"{path}: no image in this folder; known are {', '.join(EXTENSIONS)}")
-        return Images(paths)
+        return Images(paths, form)
     if path.is_file():
-        return Video(path) if path.suffix.lower() in VIDEOS else Images([path])
+        return Video(path) if path.suffix.lower() in VIDEOS else Images([path], form)
     if source.isdigit():
         return Video(int(source))
     matches = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
     if not matches:
         raise DataError(f"{source}: no such file, folder or pattern")
-    return Images(matches)
+    return Images(matches, form)

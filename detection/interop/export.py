@@ -29,17 +29,19 @@ from torchvision.ops import nms
 from detection.anchors import AnchorGenerator
 from detection.batch import Batch
 from detection.boxes import grouped_nms, resize_boxes
+from detection.data.spectral import Pixels
 from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPool, RoIPooler
 from detection.models.precomputed import PrecomputedProposals
 from detection.models.roi_heads import RoIHeads
 from detection.models.rpn import RegionProposalNetwork
+from detection.models.transform import as_float
 from detection.models.two_stage import FasterRCNN
 from detection.parts import FeatureMaps
 
 OUTPUTS = ("boxes", "labels", "scores", "counts", "masks")
 OPSET = 18  # the first with all that is needed; later ones add nothing for a detector
-Run = Callable[[NDArray[np.uint8]], Mapping[str, NDArray[Any]]]
+Run = Callable[[Pixels], Mapping[str, NDArray[Any]]]
 
 
 class ExportError(ValueError):
@@ -69,6 +71,8 @@ def _stages(model: FasterRCNN) -> list[RoIHeads]:
 
 class ExportableDetector(nn.Module):
     """`(B, 3, H, W)` uint8 RGB of one size -> padded detections in pixels of these images.
+
+    A detector of other channels takes as many, one of 16-bit images uint16.
 
     Resizing (to the model's `min_size` and `max_size`, as `FasterRCNN.predict` does it), padding and normalisation are
     inside. The results are `boxes (B, D, 4)` float32 xyxy, `labels (B, D)` int64 from 1 on, `scores (B, D)` float32,
@@ -132,7 +136,7 @@ class ExportableDetector(nn.Module):
             torch._check(side >= 1)
             torch._check(cells >= 1)
             torch._check(side <= divisor * cells)
-        resized = F.interpolate(images.float() / 255, (height, width), mode="bilinear", align_corners=False)
+        resized = F.interpolate(as_float(images), (height, width), mode="bilinear", align_corners=False)
         padded = F.pad(resized, (0, divisor * columns - width, 0, divisor * rows - height))
         return padded, new.expand(images.shape[0], 2), old.long().expand(images.shape[0], 2)
 
@@ -222,7 +226,8 @@ def trace(model: FasterRCNN) -> tuple[torch.export.ExportedProgram, list[str]]:
         ExportError: see `check_exportable`.
     """
     module = ExportableDetector(model)
-    example = torch.zeros((2, 3, 200, 304), dtype=torch.uint8)
+    kind = torch.uint16 if model.transform.image_depth == 16 else torch.uint8
+    example = torch.zeros((2, model.transform.channels, 200, 304), dtype=kind)
     sides = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
     with torch.no_grad():
         program = torch.export.export(module, (example,), dynamic_shapes=(sides,), strict=False)
@@ -312,7 +317,7 @@ def _nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float)
 
 
 def onnx_runner(path: Path) -> Run:
-    """Runs an ONNX file on the CPU: `(B, 3, H, W)` uint8 -> outputs by name."""
+    """Runs an ONNX file on the CPU: `(B, C, H, W)` uint8 or uint16 -> outputs by name."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -355,8 +360,8 @@ class Parity:
         return asdict(self)
 
 
-def compare(model: FasterRCNN, run: Run, images: Sequence[NDArray[np.uint8]]) -> Parity:
-    """Detections of the model and of an exported one on `(H, W, 3)` uint8 images, each alone.
+def compare(model: FasterRCNN, run: Run, images: Sequence[Pixels]) -> Parity:
+    """Detections of the model and of an exported one on `(H, W, C)` images, each alone.
 
     A detection's partner has its label and the nearest box, less than a pixel away and not taken.
     """

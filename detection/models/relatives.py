@@ -13,12 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from detection.models.backbones import (
-    Norm,
-    ResNetName,
-    resnet_c4,
-    resnet_dc5,
-)
+from detection.models.backbones import Norm, ResNetName, resnet_c4, resnet_dc5
 from detection.models.c4 import res5_head
 from detection.models.compose import COCO_CATEGORIES, fast_rcnn, faster_rcnn, precomputed
 from detection.models.pooling import RoIPool, RoIPooler

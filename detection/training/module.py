@@ -15,6 +15,7 @@ from torch.optim import SGD
 from torchmetrics import Metric
 
 from detection.batch import Batch, check_batch
+from detection.data.spectral import PixelFormat
 from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.results import encode_masks
 from detection.models.fast import accelerate
@@ -158,10 +159,16 @@ class DetectionModule(L.LightningModule):
         return self.detector(images)  # type: ignore[return-value]
 
     def setup(self, stage: str) -> None:
-        """Refuse to learn masks from data that is read without them; compile what is to be trained."""
+        """Refuse data without the masks, or with other channels than the detector learns; compile what is trained."""
         settings = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
         if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
+        wanted, given = PixelFormat.of(self.detector), getattr(self.trainer.datamodule, "form", None)  # type: ignore[attr-defined]
+        if given is not None and given != wanted:
+            raise ValueError(
+                f"the detector takes images with {wanted}, but the data has {given}: build it with in_channels, "
+                "image_depth, image_mean and image_std of the data"
+            )
         for part in list(self.detector.modules()):  # itself, or one inside it, as in test-time augmentation
             if self.fast and isinstance(part, FasterRCNN):
                 accelerate(part, self.trainer.strategy.root_device)
