@@ -179,7 +179,7 @@ def fit_detector_to_data(detector: Namespace, data: DetectionDataModule) -> None
         follow["class_names"] = data.class_names  # to keep what the weights know of classes of the same name
     known = defaults(detector.class_path)
     for name, value in follow.items():
-        if name in detector.init_args and detector.init_args[name] == known.get(name):
+        if name in detector.init_args and plain(detector.init_args[name]) == plain(known.get(name)):
             detector.init_args[name] = value
 
 

@@ -220,7 +220,7 @@ class ChannelStatistics:
         """Of all images so far, to four digits; 1 as deviation of a channel that never changes."""
         mean, square = self._sums / max(self.count, 1)
         std = np.sqrt(np.maximum(square - mean**2, 0))
-        std = np.where(std > 1e-9, std, 1.0)
+        std = np.where(std > 1e-7, std, 1.0)
         return _rounded(mean), _rounded(std)
 
 
