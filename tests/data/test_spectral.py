@@ -218,7 +218,8 @@ def test_our_own_augmentation_keeps_channels_and_depth(form: PixelFormat) -> Non
         one = train_transform(48, 96, form=PixelFormat(1, form.depth), **options)  # type: ignore[arg-type]
         for channel in range(form.channels):
             alone = one(np.ascontiguousarray(pixels[..., channel, None]), boxes, seed=3)
-            assert np.array_equal(alone.image[..., 0], out.image[..., channel])
+            apart = np.abs(alone.image[..., 0].astype(float) - out.image[..., channel])
+            assert apart.max() <= form.highest / 255  # OpenCV's code for two channels rounds differently
 
 
 @pytest.mark.parametrize("channels", [1, 4])
