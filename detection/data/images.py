@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detection.data import spectral
-from detection.data.records import DataError
-from detection.data.spectral import RGB, PixelFormat, Pixels
+from detection.data.records import DataError, Index
+from detection.data.spectral import RGB, ChannelStatistics, PixelFormat, Pixels
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")  # in order of preference
 ORIENTATION = 0x0112
@@ -105,6 +105,28 @@ def image_size(path: Path, size: tuple[int, int] | None = None) -> tuple[int, in
 def orientation_of(path: Path) -> int:
     """The EXIF orientation of an image file, 1 (upright) to 8; raises `DataError` like `image_size`."""
     return _header(path)[1]
+
+
+def measure_channels(index: Index, form: PixelFormat, most: int = 200) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over a data set, in shares of the depth's range.
+
+    Args:
+        index: the images.
+        form: channels and depth that they must have.
+        most: images to look at, spread evenly: the same ones each time.
+
+    Raises:
+        DataError: none of them can be read.
+    """
+    statistics, problem = ChannelStatistics(form), DataError(f"{index.root}: there is no image to measure")
+    for record in index.records[:: max(1, -(-len(index.records) // most))]:
+        try:
+            statistics.add(read_image(index.root / record.file_name, (record.height, record.width), form))
+        except DataError as error:  # named again, and counted, when it is to be trained on
+            problem = error
+    if not statistics.count:
+        raise problem
+    return statistics.mean_and_std()
 
 
 def _header(path: Path, data: bytes | None = None) -> tuple[tuple[int, int], int, bool]:

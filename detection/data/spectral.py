@@ -86,6 +86,17 @@ def decode(path: Path, data: bytes, form: PixelFormat) -> Pixels:
     Raises:
         DataError: it is damaged, of an unsupported kind, or has other channels or another depth.
     """
+    pixels = _of_any_format(path, data)
+    found = PixelFormat(pixels.shape[2], 8 * pixels.dtype.itemsize)
+    if found != form:
+        raise DataError(
+            f"{path}: the image has {found}, but {form} are wanted; set data.channels and data.depth to what all files "
+            "have, or convert this one"
+        )
+    return np.ascontiguousarray(pixels)
+
+
+def _of_any_format(path: Path, data: bytes) -> Pixels:
     try:
         pixels = _decode(data)
     except ImportError as error:
@@ -97,13 +108,7 @@ def decode(path: Path, data: bytes, form: PixelFormat) -> Pixels:
         pixels = pixels[..., None]
     if pixels.dtype not in (np.uint8, np.uint16):
         raise DataError(f"{path}: its pixels are {pixels.dtype}, of no known range; convert them to 8 or 16 bits")
-    found = PixelFormat(pixels.shape[2], 8 * pixels.dtype.itemsize)
-    if found != form:
-        raise DataError(
-            f"{path}: the image has {found}, but {form} are wanted; set data.channels and data.depth to what all files "
-            "have, or convert this one"
-        )
-    return np.ascontiguousarray(pixels)
+    return pixels
 
 
 def advice(data: bytes) -> str:
@@ -200,6 +205,11 @@ def false_colour(pixels: Pixels) -> NDArray[np.uint8]:
     shown = pixels[..., np.arange(3) % channels].astype(np.float32)
     low, high = np.percentile(shown[::4, ::4], SHOWN, axis=(0, 1)).astype(np.float32)
     return np.asarray(((shown - low) / np.maximum(high - low, 1) * 255).clip(0, 255), np.uint8)
+
+
+def picture(path: Path) -> NDArray[np.uint8]:
+    """A file of whatever format in false colour; raises `DataError`."""
+    return false_colour(_of_any_format(path, path.read_bytes()))
 
 
 class ChannelStatistics:
