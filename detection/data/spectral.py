@@ -30,6 +30,7 @@ from detection.data.records import DataError
 Pixels: TypeAlias = NDArray[np.uint8 | np.uint16]  # (H, W, C)
 
 NPY, PNG, TIFF = b"\x93NUMPY", b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+LACKING = "a TIFF of this kind needs one more package: pip install tifffile"
 MOST_PAGES = 4096
 SUBFILE, WIDTH, HEIGHT, BITS, COLOUR, ORIENTATION, SAMPLES, PLANES = 254, 256, 257, 258, 262, 274, 277, 284  # TIFF 6.0
 RGB_COLOUR, SIDE_BY_SIDE = 2, 1
@@ -100,7 +101,7 @@ def _of_any_format(path: Path, data: bytes) -> Pixels:
     try:
         pixels = _decode(data)
     except ImportError as error:
-        raise DataError(f"{path}: a TIFF of this kind needs one more package: pip install tifffile") from error
+        raise DataError(f"{path}: {LACKING}") from error
     except Exception as error:  # damaged files raise a dozen types
         said = f"{type(error).__name__}: {error}".split("\n")[0][:160]
         raise DataError(f"{path}: the image can't be decoded ({said}); replace or convert the file") from error
@@ -116,6 +117,8 @@ def advice(data: bytes) -> str:
     try:
         pixels = _decode(data)
         found = PixelFormat(pixels.shape[2] if pixels.ndim == 3 else 1, 8 * pixels.dtype.itemsize)
+    except ImportError:
+        return LACKING
     except Exception:
         return ""
     return f"the image has {found}: set data.channels to {found.channels} and data.depth to {found.depth}"
