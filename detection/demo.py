@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detection import teaching
-from detection.data.images import EXTENSIONS, read_image
+from detection.data.images import EXTENSIONS, read_image, remarks
 from detection.data.records import DataError
 from detection.errors import RunError
 from detection.inference import Detections, Detector
@@ -223,7 +223,7 @@ class Page:
                     self._pictures[title].set_visibility(False)
 
     def _look_at(self, path: Path) -> Study:
-        return Study(self._detector, self._model, read_image(path, None, self._detector.form))
+        return Study(self._detector, self._model, read_image(path, form=self._detector.form))
 
     async def _take(self, event: events.UploadEventArguments) -> None:
         """Read an image, detect in it and show it; what can't be read leaves the page as it was."""
@@ -242,9 +242,11 @@ class Page:
                     self._say(str(error).replace(str(path), name))
                     await self._draw()
                 return
+            notes = remarks(path)
         print(f"{name}: {len(study.found)} detections in {study.seconds:.2f} s", flush=True)
         if number == self._uploads:
             self._study = study
+            self._say("; ".join(problem for problem, _ in notes))
             for stage in STAGES:
                 self._show(stage.title, None, "Drawing ...")
             await self._draw()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -56,11 +57,14 @@ def draw_objects(
         masks: COCO RLE of each object, in the size of `image`; its pixels take on half of the class's colour.
         side: longer side of the result; None keeps the image's own size, unless that has no room for text.
     """
+    image = false_colour(image)
     side = side or max(SMALLEST_SIDE, *image.shape[:2])
     scale = side / max(image.shape[:2])
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     order = np.argsort(scores, kind="stable") if scores is not None else np.arange(len(boxes))
-    picture = Image.fromarray(false_colour(image))
+    if scale < 1:  # before Pillow copies it, for a picture may be huge
+        image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
+    picture = Image.fromarray(image)
     if picture.size != size:
         picture = picture.resize(size, Image.Resampling.BILINEAR)
     for i in order if masks is not None else ():

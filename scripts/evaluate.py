@@ -48,7 +48,7 @@ def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None
     folder, home = output or ckpt.parent / f"evaluation_{split}", loader.dataset.root
     facts = {"checkpoint": ckpt.name, "data": home.name, "split": split, "precision": precision}
     figures = write_evaluation(folder, metric, data.category_ids, lambda r: read_image(home / r.file_name, r.size,
-                               data.form), f"Evaluation of {ckpt.resolve().parent.name}", facts)  # fmt: skip
+                               form=data.form), f"Evaluation of {ckpt.resolve().parent.name}", facts)  # fmt: skip
     for name, value in figures.items():
         print(f"{name:<12}{value:8.4f}")
     print(f"report: {folder / 'report.html'}")

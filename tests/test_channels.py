@@ -61,11 +61,11 @@ def test_every_builder_takes_other_channels(name: str, channels: int) -> None:
     model = build(name, channels)
     assert stem(model).weight.shape[1] == channels and stem(model).weight.requires_grad
     images = [torch.rand(channels, 60, 80), torch.rand(channels, 50, 70)]
-    assert len(model(images)) == 2
     again = rebuild(model.recipe)  # as a checkpoint does
     again.load_state_dict(model.state_dict())
-    for a, b in zip(model(images), again.eval()(images), strict=True):
-        assert all(torch.equal(a[key], b[key]) for key in a)
+    with torch.no_grad():
+        for a, b in zip(model(images), again.eval()(images), strict=True):
+            assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_the_pretrained_stem_is_timms_adapted_one() -> None:

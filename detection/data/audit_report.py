@@ -146,7 +146,7 @@ def _samples(audit: Audit, index: Index, count: int) -> list[Record]:
 def _draw(index: Index, record: Record, form: PixelFormat) -> Image.Image | None:
     """One cell of the sheet: the picture with its boxes and its name below; None where it can't be read."""
     try:
-        pixels = read_image(index.root / record.file_name, (record.height, record.width), form)
+        pixels = read_image(index.root / record.file_name, (record.height, record.width), form=form)
     except DataError:
         return None  # the audit has reported it
     scale = min((CELL - 4) / record.width, (CELL - 4) / record.height)

@@ -11,7 +11,7 @@ import mmap
 import os
 import re
 from collections.abc import Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from detection.data.images import EXTENSIONS
 from detection.data.tree import Tree, base_of, loose, role_of, role_of_path, suffix
@@ -32,10 +32,22 @@ def _is_instances(tree: Tree, name: str) -> bool:
         return False
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         start = content[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
-        keys = (b'"images"', b'"annotations"', b'"categories"')
-        if not start.startswith(b"{") or any(content.find(key) < 0 for key in keys):
+        if not start.startswith(b"{") or content.find(b'"images"') < 0:
             return False
-        return content.find(b'"segments_info"') < 0 and content.find(b'"caption"') < 0
+        if content.find(b'"segments_info"') >= 0 or content.find(b'"caption"') >= 0:
+            return False
+        whole = content.find(b'"annotations"') >= 0 and content.find(b'"categories"') >= 0
+    return whole or _is_cut_off(path)  # whoever reads that one will say so
+
+
+def _is_cut_off(path: Path) -> bool:
+    if path.stat().st_size > HEAD:
+        return False
+    try:
+        json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def groups(tree: Tree) -> dict[str, list[str]]:

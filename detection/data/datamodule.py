@@ -16,9 +16,8 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from detection.data import scenes
 from detection.data.augment import eval_transform, train_transform
-from detection.data.dataset import DetectionDataset, Sample, collate
+from detection.data.dataset import DetectionDataset, Sample, collate, measure_channels
 from detection.data.finding import Layout, Stage, find
-from detection.data.images import measure_channels
 from detection.data.pipeline import Step, check_steps, colour_steps, moving, recipe_of, try_steps
 from detection.data.proposals import ProposalCache, ProposalSource, SearchedProposals
 from detection.data.reading import Known, check_split, describe, draws_scenes, read_split, recipe_of_reader, splits_of
@@ -27,6 +26,7 @@ from detection.data.samplers import TrainBatchSampler, rank_and_world
 from detection.data.spectral import RGB, PixelFormat
 from detection.data.splitting import Split, check_division, keep, kept, split_of
 from detection.data.train_loader import TrainLoader
+from detection.data.tree import role_of
 from detection.data.workers import check_shared_memory, init_worker
 from detection.parts import Reader
 from detection.recipes import RecipeError, rebuild, trusting
@@ -157,6 +157,7 @@ class DetectionDataModule(L.LightningDataModule):
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
         self._split: Split | None = None
+        self._divided: bool | None = None
         self._known: Known | None = None
         self._layout: Layout | None = None
 
@@ -207,17 +208,10 @@ class DetectionDataModule(L.LightningDataModule):
                 self._known = whole.classes, whole.category_ids
         return self._known
 
-    def channel_statistics(self, most: int = 200) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel of the training images, as `image_mean` and `image_std` want it.
-
-        Args:
-            most: images to look at, spread evenly over the split: the same ones each time.
-
-        Raises:
-            DataError: none of them can be read.
-        """
+    def channel_statistics(self) -> tuple[list[float], list[float]]:
+        """`image_mean` and `image_std` of the training images, see `dataset.measure_channels`."""
         self._classes()
-        return measure_channels(self.read("train"), self.form, most)
+        return measure_channels(self.read("train"), self.form)
 
     def prepare_data(self) -> None:
         """Draw the embedded scenes and compute proposals, whichever do not lie in their cache; make the split."""
@@ -258,7 +252,7 @@ class DetectionDataModule(L.LightningDataModule):
 
     def read(self, split: Stage) -> Index:
         """The records of a split; labels point into the classes of the training split, once that is read."""
-        if split != "train" and self._has(split):
+        if split != "train" and (self._has(split) if split == "test" else not self._divides):
             return self._read(split)
         index, made = self._train_list(), self.made_split()
         return index if made is None else made.apply(index)[split != "train"]
@@ -283,18 +277,25 @@ class DetectionDataModule(L.LightningDataModule):
 
     def _has(self, split: Stage) -> bool:
         """Whether the data set has images for validation, or for the test, that are not among those to train on."""
-        hp = self.hparams
+        hp, train = self.hparams, self.hparams["train_split"] or ""
         if split == "test" and hp["test_split"] is not None:
             return True
         if hp["fold"] is not None and split == "val":
             return False
-        named = hp["val_split"] is not None or self._draws_scenes or self.reader is not None
-        return named or self.layout().stage(split) is not None
+        if hp["val_split"] is not None or self._draws_scenes or self.reader is not None:
+            return True
+        if ":" in train:  # of several folders, each with its lists
+            return False
+        found = self.layout().stage(split)
+        trains = role_of(train) in ("trainval", "val") and found is not None and role_of(found.name) == "val"
+        return found is not None and not trains
 
     @property
     def _divides(self) -> bool:
-        """Whether images of the training split are set aside."""
-        return not self._has("val")
+        """Whether images of the training split are set aside; what a checkpoint says of it stays."""
+        if self._divided is None:
+            self._divided = not self._has("val")
+        return self._divided
 
     def made_split(self) -> Split | None:
         """Which images train and which validate, where that was not given but made; at first it takes its time."""
@@ -302,17 +303,18 @@ class DetectionDataModule(L.LightningDataModule):
             index = self._train_list()
             check_split(index, "train")
             self._split = split_of(index, self.hparams)
-        return self._split if self._divides else None
+        return self._split
 
     def state_dict(self) -> dict[str, Any]:
-        """The split that was made, which a resumed run and an evaluation need again."""
-        return keep(self._split, self.hparams) if self._split and self._divides else {}
+        """The split that was made, or that none was, which a resumed run and an evaluation have to know."""
+        return {} if self._divided is None else keep(self._split, self.hparams)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the split of a checkpoint, whatever images have come since."""
-        if "split" not in state_dict or not self._divides:
+        if not state_dict:
             return
         before, self._split = self._split, kept(state_dict, self.hparams)
+        self._divided = self._split is not None
         if before != self._split:
             self._datasets = {split: self._dataset(split) for split in self._datasets}
 

@@ -26,7 +26,7 @@ from detection.data.images import read_image
 from detection.data.mixing import Picture, copy_paste, mosaic
 from detection.data.proposals import ProposalCache
 from detection.data.records import DataError, Index, Record
-from detection.data.spectral import RGB, PixelFormat, Pixels
+from detection.data.spectral import RGB, ChannelStatistics, PixelFormat, Pixels
 
 ImageTransform = Callable[..., Augmented]
 
@@ -269,7 +269,7 @@ class DetectionDataset(Dataset[Sample]):
         while True:
             record = self.store[i]
             try:
-                image = read_image(self.root / record.file_name, (record.height, record.width), self.form)
+                image = read_image(self.root / record.file_name, (record.height, record.width), form=self.form)
                 break
             except DataError as error:
                 if len(unreadable) >= self.max_unreadable:
@@ -286,6 +286,28 @@ def _decode(record: Record, chosen: NDArray[np.bool_]) -> NDArray[np.uint8]:
     for slot, j in zip(masks, np.flatnonzero(chosen), strict=True):
         slot[:] = rle.decode(to_rle((record.segments or [])[j], record.boxes[j], record.height, record.width))
     return masks
+
+
+def measure_channels(index: Index, form: PixelFormat, most: int = 200) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over a data set, in shares of the depth's range.
+
+    Args:
+        index: the images.
+        form: channels and depth that they must have.
+        most: images to look at, spread evenly: the same ones each time.
+
+    Raises:
+        DataError: none of them can be read.
+    """
+    statistics, problem = ChannelStatistics(form), DataError(f"{index.root}: there is no image to measure")
+    for record in index.records[:: max(1, -(-len(index.records) // most))]:
+        try:
+            statistics.add(read_image(index.root / record.file_name, (record.height, record.width), form=form))
+        except DataError as error:  # named again, and counted, when it is to be trained on
+            problem = error
+    if not statistics.count:
+        raise problem
+    return statistics.mean_and_std()
 
 
 def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:

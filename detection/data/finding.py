@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias, get_args
 from detection.data import coco, coco_layout, voc, yolo
 from detection.data.checks import nearest
 from detection.data.records import DataError, Index
-from detection.data.tree import Tree, base_of, role_of, suffix
+from detection.data.tree import Tree, base_of, role_of
 from detection.data.voc_layout import VocLayout, common_base
 from detection.data.yolo_layout import LABEL_LINE, YoloLayout
 
@@ -123,6 +123,9 @@ def find(root: Path, format: Format | None = None) -> Layout:
     """
     tree = Tree(root)
     found, refusals = _candidates(tree, format)
+    if not found and tree.outside and not tree.pictures:
+        link = f"'{tree.outside[0]}' is a link that leads out of the root"
+        raise DataError(f"{tree.root}: {link}, and there is no picture but through it; copy or move the files")
     if not found:
         others = _candidates(tree, None)[0] if format is not None else []
         hint = f"; there is {others[0]} in '{others[0].base or '.'}': leave the format out" if others else ""
@@ -160,8 +163,6 @@ def _depth(layout: Layout) -> int:
 def _nothing(tree: Tree, format: Format | None) -> str:
     known = TITLES[format] if format else "COCO instances JSON, VOC XML or YOLO text"
     problem = f"there are no pictures with annotations in {known} below it, but {tree.contents()}"
-    if tree.outside:
-        return f"{tree.root}: {problem}; '{tree.outside[0]}' is a link that leads out of it: copy or move the files"
     if format is not None and tree.pictures:
         return f"{tree.root}: {problem}"
     if not tree.pictures:
@@ -221,8 +222,9 @@ def _voc(tree: Tree) -> Iterator[Layout]:
         splits = {name: Split(name, count, partial(_read_voc, layout, name)) for name, count in layout.splits().items()}
         pictures, masks = frozenset(layout.picture.values()), layout.mask_folder is not None
         yield Layout(tree.root, "voc", how, layout.base, splits, pictures, bool(layout.lists), masks)
-    if not layouts and tree.with_suffix(".xml"):
-        raise DataError(f"{tree.root}: none of its {len(tree.with_suffix('.xml'))} XML files has a picture of its name")
+    if not layouts and (xml := tree.with_suffix(".xml")):
+        broken = [defect for defect in VocLayout(tree, xml).defects if defect.severity == "broken"]
+        raise DataError(str(broken[0] if broken else f"{tree.root}: none of its {len(xml)} XML files has a picture"))
 
 
 def _merged(tree: Tree) -> Iterator[list[str]]:
@@ -254,7 +256,7 @@ def _yolo(tree: Tree) -> Iterator[Layout]:
     for name in configs:
         by_base.setdefault(base_of(name), name)
     for config in [*by_base.values()] or [None]:
-        if config is None and not any(suffix(name) == ".txt" for name in tree.files):
+        if config is None and not _may_have_labels(tree):
             return
         layout = YoloLayout(tree, config)
         splits = {
@@ -262,8 +264,16 @@ def _yolo(tree: Tree) -> Iterator[Layout]:
         }
         if splits and any(_looks_labelled(layout, label) for label in list(layout.pairs.pictures)[:50]):
             how = layout.source or "labels without class names"
+            absent = [f"'{layout.config[key]}' of '{key}' is not there" for key in layout.absent()]
+            how += f" ({', '.join(absent)})" if absent else ""
             official = bool(layout.config)
             yield Layout(tree.root, "yolo", how, layout.base, splits, frozenset(layout.pairs.label), official)
+
+
+def _may_have_labels(tree: Tree) -> bool:
+    stems = {os.path.splitext(os.path.basename(name))[0].lower() for name in tree.pictures}
+    texts = [os.path.splitext(os.path.basename(name))[0].lower() for name in tree.with_suffix(".txt")]
+    return any(stem in stems or os.path.splitext(stem)[0] in stems for stem in texts)
 
 
 def _looks_labelled(layout: YoloLayout, file: str) -> bool:

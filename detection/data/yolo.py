@@ -66,14 +66,13 @@ class _Reader:
         self.defects.append(Defect(file, record, problem, fix, severity))
 
     def judge_numbers(self) -> None:
-        """Report numbers that count from 1: all but the last class would be taken for the one behind it."""
+        """Raise where class numbers count from 1: all but the last class would be taken for the one behind it."""
         count = len(self.labels)
         one_more = 0 not in self.seen and count in self.seen and max(self.seen) == count
         if 0 in self.labels and one_more and 2 * len(self.seen) > count:
-            problem = (
-                f"the class numbers in the label files run from {min(self.seen)} to {count}, but names count from 0"
-            )
-            self.report(self.layout.source, "classes", problem, "subtract 1 from the class numbers", "broken")
+            problem = f"class numbers in the label files run from {min(self.seen)} to {count}, but names count from 0"
+            where = self.layout.tree.root / self.layout.source
+            raise DataError(f"{where}: {problem}; subtract 1 from the class numbers", self.defects)
 
     def record(self, position: int, image: str) -> Record | None:
         """The record of one image, or None where it can't be used."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from detection.batch import Batch, Target
 from detection.data.augment import resized_size
 from detection.data.dataset import Sample, collate
-from detection.data.images import read_image
+from detection.data.images import from_array, from_pil, read_image
 from detection.data.spectral import RGB, PixelFormat, Pixels
 from detection.inference.detections import Detections
 from detection.inference.tta import TestTimeAugmentation
@@ -103,8 +103,10 @@ class Detector:
         """Detections of one image.
 
         Args:
-            image: a path, a PIL image, `(H, W, 3)` uint8 RGB as array, or `(3, H, W)` uint8 or float in [0, 1] as
-                tensor. A detector of other channels takes as many, one of 16 bits uint16.
+            image: a path, a PIL image, an array `(H, W, 3)` RGB or `(H, W)` grey, or a tensor `(3, H, W)` RGB; of
+                whole numbers of 8 or 16 bits, tensors also float in [0, 1]. Of 16 bits the high byte counts, and a
+                PIL image with EXIF is turned, both as in files.
+                A detector of other channels or of 16 bits takes arrays `(H, W, C)` and tensors `(C, H, W)` of these.
 
         Raises:
             DataError: a file that can't be read.
@@ -152,9 +154,9 @@ def to_pixels(image: ImageLike, form: PixelFormat = RGB) -> Pixels:
     order = " in RGB order" if form.channels == 3 else ""
     kind = np.dtype(form.dtype).name
     if isinstance(image, str | Path):
-        return read_image(Path(image), None, form)
+        return read_image(Path(image), form=form)
     if isinstance(image, Image.Image) and form == RGB:
-        return np.array(image.convert("RGB"))
+        return from_pil(image)
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != form.channels:
             raise ValueError(f"an image as tensor must be ({form.channels}, H, W){order}, not {tuple(image.shape)}")
@@ -167,6 +169,8 @@ def to_pixels(image: ImageLike, form: PixelFormat = RGB) -> Pixels:
         array = image.permute(1, 2, 0).cpu().numpy()
     else:
         array = np.asarray(image)
+    if form == RGB:
+        return from_array(array)
     if array.ndim == 2 and form.channels == 1:
         array = array[..., None]
     if array.dtype != form.dtype or array.ndim != 3 or array.shape[2] != form.channels or min(array.shape) < 1:

@@ -150,7 +150,7 @@ class PredictionPictures(L.Callback):
             return
         pairs = []
         for result in spread(pl_module.metric.results, self.count):
-            image = read_image(root / result.file_name, result.size, image_format(trainer))
+            image = read_image(root / result.file_name, result.size, form=image_format(trainer))
             shown = result.scores >= self.score_thresh
             masks = [result.masks[i] for i in np.flatnonzero(shown)] if result.masks is not None else None
             found = (result.boxes[shown], result.labels[shown], names, result.scores[shown], masks)

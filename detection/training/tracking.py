@@ -280,7 +280,7 @@ def overlays(
         `data_or_path` `(H, W, 3)` uint8, `caption`, `boxes` and, if there are any, `masks`: the class of each pixel,
         the best score on top. More than 255 classes do not fit into W&B's masks.
     """
-    image = false_colour(read_image(root / result.file_name, result.size, form))
+    image = false_colour(read_image(root / result.file_name, result.size, form=form))
     scale = min(1.0, side / max(result.size))
     if scale < 1.0:
         small = Image.fromarray(image)

@@ -72,7 +72,7 @@ def tiff(path: Path, pixels: NDArray[Any], planes: bool = False, photometric: in
 def test_arrays_of_any_format_are_read_as_they_are(form: PixelFormat, tmp_path: Path) -> None:
     pixels = pixels_of(form)
     np.save(tmp_path / "a.npy", pixels)
-    found = read_image(tmp_path / "a.npy", (20, 30), form)
+    found = read_image(tmp_path / "a.npy", (20, 30), form=form)
     assert found.dtype == form.dtype and np.array_equal(found, pixels)
     assert image_size(tmp_path / "a.npy") == (20, 30)
 
@@ -82,7 +82,7 @@ def test_arrays_of_any_format_are_read_as_they_are(form: PixelFormat, tmp_path: 
 def test_files_that_opencv_wrote_are_read_in_red_green_blue(form: PixelFormat, suffix: str, tmp_path: Path) -> None:
     pixels = pixels_of(form)
     twins.write(tmp_path / f"a{suffix}", pixels)
-    assert np.array_equal(read_image(tmp_path / f"a{suffix}", None, form), pixels)
+    assert np.array_equal(read_image(tmp_path / f"a{suffix}", None, form=form), pixels)
     assert image_size(tmp_path / f"a{suffix}") == (20, 30)
 
 
@@ -94,7 +94,7 @@ def test_files_that_pillow_wrote_keep_colours_under_transparency(
     pixels = pixels_of(PixelFormat(channels))
     pixels[..., -1] = pixels[..., -1] // 2  # what a reader that multiplies by alpha would darken
     Image.fromarray(pixels.squeeze(), mode).save(tmp_path / f"a{suffix}")
-    assert np.array_equal(read_image(tmp_path / f"a{suffix}", None, PixelFormat(channels)), pixels)
+    assert np.array_equal(read_image(tmp_path / f"a{suffix}", None, form=PixelFormat(channels)), pixels)
 
 
 @pytest.mark.parametrize("planes", [False, True])
@@ -104,7 +104,7 @@ def test_tiffs_of_any_number_of_samples_are_read(form: PixelFormat, planes: bool
     pixels = pixels_of(form)
     tiff(tmp_path / "a.tif", pixels, planes)
     assert image_size(tmp_path / "a.tif") == (20, 30)
-    assert np.array_equal(read_image(tmp_path / "a.tif", (20, 30), form), pixels)
+    assert np.array_equal(read_image(tmp_path / "a.tif", (20, 30), form=form), pixels)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -112,7 +112,7 @@ def test_pages_of_a_tiff_are_channels(form: PixelFormat, tmp_path: Path) -> None
     pixels = pixels_of(form)
     pages = [np.ascontiguousarray(pixels[..., i]) for i in range(form.channels)]
     assert cv2.imwritemulti(str(tmp_path / "a.tif"), pages)
-    assert np.array_equal(read_image(tmp_path / "a.tif", None, form), pixels)
+    assert np.array_equal(read_image(tmp_path / "a.tif", None, form=form), pixels)
 
 
 def test_another_number_of_channels_or_depth_is_one_sentence_with_file_found_and_wanted(tmp_path: Path) -> None:
@@ -120,15 +120,15 @@ def test_another_number_of_channels_or_depth_is_one_sentence_with_file_found_and
         twins.write(tmp_path / name, pixels)
     wanted = PixelFormat(4, 8)
     with pytest.raises(DataError, match=r"rgb\.png: the image has 3 channels of 8 bits, but 4 channels of 8 bits are"):
-        read_image(tmp_path / "rgb.png", None, wanted)
+        read_image(tmp_path / "rgb.png", None, form=wanted)
     with pytest.raises(DataError, match=r"deep\.png: the image has 4 channels of 16 bits, but 4 channels of 8 bits"):
-        read_image(tmp_path / "deep.png", None, wanted)
+        read_image(tmp_path / "deep.png", None, form=wanted)
 
 
 def test_a_palette_counts_as_its_colours(tmp_path: Path) -> None:
     Image.fromarray(pixels_of(RGB)).quantize(8).save(tmp_path / "p.png")
     with pytest.raises(DataError, match="3 channels of 8 bits, but 1 channel of 8 bits"):
-        read_image(tmp_path / "p.png", None, PixelFormat(1, 8))
+        read_image(tmp_path / "p.png", None, form=PixelFormat(1, 8))
 
 
 def test_what_can_not_be_rgb_says_what_it_is(tmp_path: Path) -> None:
@@ -143,13 +143,13 @@ def test_what_can_not_be_rgb_says_what_it_is(tmp_path: Path) -> None:
 def test_arrays_that_are_no_images_are_refused(array: NDArray[Any], tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(DataError, match=r"a\.npy: .*"):
-        read_image(tmp_path / "a.npy", None, PixelFormat(4, 8))
+        read_image(tmp_path / "a.npy", None, form=PixelFormat(4, 8))
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([[Path("x")]], object), allow_pickle=True)
     with pytest.raises(DataError, match=r"a\.npy"):
-        read_image(tmp_path / "a.npy", None, PixelFormat(1, 8))
+        read_image(tmp_path / "a.npy", None, form=PixelFormat(1, 8))
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".npy"])
@@ -161,20 +161,20 @@ def test_truncated_files_are_refused(suffix: str, tmp_path: Path) -> None:
     for share in (0.2, 0.5, 0.9, 0.99):
         path.write_bytes(whole[: int(len(whole) * share)])
         with pytest.raises(DataError, match=f"a{suffix}"):
-            read_image(path, None, form)
+            read_image(path, None, form=form)
 
 
 def test_a_tiff_that_lies_on_its_side_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("tifffile")
     tiff(tmp_path / "a.tif", pixels_of(PixelFormat(5, 8)), orientation=3)
     with pytest.raises(DataError, match="orientation tag is 3: save it upright"):
-        read_image(tmp_path / "a.tif", None, PixelFormat(5, 8))
+        read_image(tmp_path / "a.tif", None, form=PixelFormat(5, 8))
 
 
 def test_the_annotated_size_is_checked(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", pixels_of(PixelFormat(4, 8)))
     with pytest.raises(DataError, match=r"20x30 .* but its annotation says 30x20"):
-        read_image(tmp_path / "a.npy", (30, 20), PixelFormat(4, 8))
+        read_image(tmp_path / "a.npy", (30, 20), form=PixelFormat(4, 8))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
