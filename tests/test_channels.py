@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -160,6 +161,7 @@ def test_a_detector_takes_files_arrays_and_tensors_alike(form: PixelFormat, tmp_
         detector(np.zeros((8, 8, 3), np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [PixelFormat(4, 8), PixelFormat(2, 16)], ids=str)
 def test_onnx_of_any_format_finds_what_the_model_finds(form: PixelFormat, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason='needs pip install "detection[export]"')
@@ -167,13 +169,18 @@ def test_onnx_of_any_format_finds_what_the_model_finds(form: PixelFormat, tmp_pa
     from detection.interop.export import compare, onnx_runner, to_onnx
 
     logging.disable(logging.DEBUG)
-    model = build("fasterrcnn_efficientnet_lite0_fpn", *form, box_score_thresh=0.3)
+    model = build("fasterrcnn_efficientnet_lite0_fpn", *form, box_score_thresh=0.4, box_detections_per_img=300)
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.weight.mul_(3)
     to_onnx(model, tmp_path / "d.onnx", {})
     rng = np.random.default_rng(0)
-    images = [rng.integers(0, form.highest, (*size, form.channels)).astype(form.dtype) for size in ((60, 80), (96, 50))]
+    images = []
+    for height, width in ((60, 80), (96, 50)):  # coarse noise, as in the test of RGB
+        coarse = rng.integers(0, form.highest, (height // 8, width // 8, form.channels)).astype(form.dtype)
+        images.append(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC))
     parity = compare(model, onnx_runner(tmp_path / "d.onnx"), images)
     logging.disable(logging.NOTSET)
-    assert parity.detections > 5 and parity.unmatched <= 0.02 * parity.detections
+    assert parity.detections > 20 and parity.unmatched <= 0.02 * parity.detections
     assert parity.box < 1e-2 and parity.score < 1e-4
 
 

@@ -219,7 +219,8 @@ def test_our_own_augmentation_keeps_channels_and_depth(form: PixelFormat) -> Non
         for channel in range(form.channels):
             alone = one(np.ascontiguousarray(pixels[..., channel, None]), boxes, seed=3)
             apart = np.abs(alone.image[..., 0].astype(float) - out.image[..., channel])
-            assert apart.max() <= form.highest / 255  # OpenCV's code for two channels rounds differently
+            # Of 2 channels, and of more than 4, OpenCV rounds places to 1/32 pixel: 1/64 of an edge of black and white
+            assert apart.max() <= (form.highest / 64 if "augmentations" in options else 0)
 
 
 @pytest.mark.parametrize("channels", [1, 4])
