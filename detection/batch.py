@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+Id: TypeAlias = int | str  # of an image or a category, as the annotation file spells it
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class Target:
     """Ground truth of one image, in the *original* pixels of its file: what evaluation compares with.
 
     Attributes:
-        image_id: the data set's own id of the image.
+        image_id: the id of the image, as the annotation file spells it.
         file_name: path of the image relative to the data root, for messages and exports.
         size: `(height, width)` of the original image in pixels.
         boxes: `(N, 4)` float32 xyxy.
@@ -33,7 +35,7 @@ class Target:
         masks: one COCO RLE dictionary (`{"size": [h, w], "counts": bytes}`) an object, or None without masks.
     """
 
-    image_id: int
+    image_id: Id
     file_name: str
     size: tuple[int, int]
     boxes: Tensor
@@ -138,7 +140,8 @@ def pad_objects(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tens
     gt_labels = torch.zeros((len(boxes), count), dtype=torch.int64, device=device)
     gt_valid = torch.zeros((len(boxes), count), dtype=torch.bool, device=device)
     for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
-        gt_boxes[i, : len(box)], gt_labels[i, : len(box)], gt_valid[i, : len(box)] = box, label, True
+        gt_boxes[i, : len(box)], gt_labels[i, : len(box)] = box, label
+        gt_valid[i, : len(box)].fill_(True)
     return gt_boxes, gt_labels, gt_valid
 
 

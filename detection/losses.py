@@ -197,8 +197,7 @@ def box_loss_of_foreground(
         foreground: `(R,)` bool.
     """
     # The others get two equal boxes and deltas of 0, whose loss and gradient are finite.
-    unit = torch.zeros_like(boxes)
-    unit[:, 2:] = 1.0
+    unit = (torch.arange(4, device=boxes.device) >= 2).to(boxes.dtype)  # 0, 0, 1, 1
     pair = (torch.where(foreground[:, None], side, unit) for side in (boxes, gt_boxes))
     return box_loss(torch.where(foreground[:, None], deltas.float(), 0.0), *pair, box_coder)
 

@@ -31,7 +31,7 @@ from detection.errors import RunError, explain
 from detection.recipes import RecipeError, import_from_working_directory, packages_of, rebuild
 from detection.training import tuning
 from detection.training.callbacks import Bar, PredictionPictures, Results, SplitFile, Throughput
-from detection.training.checkpoints import RUN_FOLDER, KeepBest, Kept, WholeFiles, kept, start
+from detection.training.checkpoints import BEST, LAST, RUN_FOLDER, KeepBest, Kept, WholeFiles, kept, start
 from detection.training.loggers import MetricsFile, Tracker, WandbMode
 from detection.training.module import DetectionModule
 from detection.training.optimisation import COSINE, SGD_MOMENTUM, state_per_parameter
@@ -206,7 +206,9 @@ class FitCLI(LightningCLI):
             packages = packages_of([dict(self.model.hparams), dict(self.datamodule.hparams)])
             flag = f" --trust {' '.join(packages)}" if packages else ""
             trust = f", trust={packages}" if packages else ""
-            (self.folder / "README.md").write_text(readme.format(folder=self.folder.as_posix(), flag=flag, trust=trust))
+            best = (self.folder / (LAST if self.config.trainer.limit_val_batches == 0 else BEST)).as_posix()
+            names = {"folder": self.folder.as_posix(), "best": best, "flag": flag, "trust": trust}
+            (self.folder / "README.md").write_text(readme.format(**names))
             if not self.checkpoint:  # figures of a run that ended before its first checkpoint, and begins again
                 (self.folder / "metrics.csv").unlink(missing_ok=True)
         parameters = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
@@ -220,12 +222,12 @@ RUN_README = """A training run: `config.yaml` repeats it; curves: `metrics.csv`,
 """
 CHECKPOINT_README = """
 Go on with it:   python scripts/fit.py --resume {folder}{flag}    (stopped by a signal: exit code 75)
-Evaluate it:     python scripts/evaluate.py --ckpt {folder}/best.ckpt{flag}
-Detect with it:  python scripts/predict.py --ckpt {folder}/best.ckpt --source IMAGES{flag}
+Evaluate it:     python scripts/evaluate.py --ckpt {best}{flag}
+Detect with it:  python scripts/predict.py --ckpt {best} --source IMAGES{flag}
 
     from detection import Detector
 
-    detector = Detector.from_checkpoint("{folder}/best.ckpt"{trust})
+    detector = Detector.from_checkpoint("{best}"{trust})
     detections = detector("photo.jpg")  # its boxes, class names and scores, in its pixels
 """
 

@@ -14,13 +14,15 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
+from detection.batch import Id
 from detection.data import scenes
 from detection.data.augment import eval_transform, train_transform
-from detection.data.dataset import DetectionDataset, Sample, collate, measure_channels
+from detection.data.checks import choose_classes
+from detection.data.dataset import DetectionDataset, Sample, check_format, collate, measure_channels
 from detection.data.finding import Layout, Stage, find
-from detection.data.pipeline import Step, check_steps, colour_steps, moving, recipe_of, try_steps
-from detection.data.proposals import ProposalCache, ProposalSource, SearchedProposals
-from detection.data.reading import Known, check_split, describe, draws_scenes, read_split, recipe_of_reader, splits_of
+from detection.data.pipeline import Step, check_steps, moving, recipe_of
+from detection.data.proposals import ProposalCache, ProposalSource
+from detection.data.reading import check_split, describe, draws_scenes, read_split, recipe_of_reader, splits_of
 from detection.data.records import Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
 from detection.data.spectral import RGB, PixelFormat
@@ -78,6 +80,9 @@ class DetectionDataModule(L.LightningDataModule):
             dropped. With any other number all files must have it, see `detection.data.spectral`.
         depth: bits of a channel. 16 are kept as they are, and all files must have them.
         timeout: seconds after which loaders' processes that bring no batch are an error; 0 waits for ever.
+
+    Attributes:
+        predict_split: the split that `trainer.predict` goes through; `"test"` unless it is set.
     """
 
     def __init__(
@@ -149,25 +154,18 @@ class DetectionDataModule(L.LightningDataModule):
             )
         self.form = PixelFormat(channels, depth)
         if self.form != RGB:
-            self._check_form(photometric)
+            check_format(self.form, self.augmentations, photometric, self.proposals)
         augmentations = [recipe_of(step) for step in self.augmentations]  # type: ignore[misc]
         self.reader: Reader | None = rebuild(reader) if isinstance(reader, Mapping) else reader
         reader = recipe_of_reader(self.reader)
         self.save_hyperparameters()
+        self.predict_split: Stage = "test"
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
         self._split: Split | None = None
+        self._known: tuple[str, ...] | None = None
         self._divided: bool | None = None
-        self._known: Known | None = None
         self._layout: Layout | None = None
-
-    def _check_form(self, photometric: float) -> None:
-        """Refuse what goes with 8-bit RGB images alone, before anything is read; see `channels` and `depth`."""
-        if self.form.channels < 1 or self.form.depth not in (8, 16):
-            raise ValueError(f"data.channels {self.form.channels} must be positive, and data.depth 8 or 16")
-        if isinstance(self.proposals, SearchedProposals):
-            raise ValueError(f"Selective Search reads 8-bit RGB, not {self.form}: give data.proposals from files")
-        try_steps([*self.augmentations, *(colour_steps(1, self.form) if photometric else ())], self.form)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -191,21 +189,22 @@ class DetectionDataModule(L.LightningDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Foreground classes in the order of their labels; reads the training annotations at the first call."""
-        return list(self._classes()[0])
+        """Foreground classes in the order of their labels; unless `classes` names them, the training split is read."""
+        return list(self._classes())
 
     @property
-    def category_ids(self) -> list[int]:
-        """The data set's own id of each class."""
-        return list(self._classes()[1])
+    def category_ids(self) -> list[Id | None]:
+        """The training file's id of each class. Another split's may differ, see `DetectionDataset.category_ids`."""
+        return list((self._datasets.get("train") or self._train_list()).category_ids)
 
-    def _classes(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    def _classes(self) -> tuple[str, ...]:
         if self._known is None:
             if self._draws_scenes:
-                self._known = scenes.CLASSES, tuple(range(1, len(scenes.CLASSES) + 1))
+                self._known = scenes.CLASSES
+            elif (classes := self.hparams["classes"]) is not None:  # what evaluates needs no training split
+                self._known = choose_classes(classes, classes, "data")
             else:
-                whole = self._train_list()
-                self._known = whole.classes, whole.category_ids
+                self._known = self._train_list().classes
         return self._known
 
     def channel_statistics(self) -> tuple[list[float], list[float]]:
@@ -223,7 +222,7 @@ class DetectionDataModule(L.LightningDataModule):
         if self.proposals is not None and self.trainer is not None:
             # Here, while other ranks wait without a time limit; without a trainer `setup` does it.
             stage = self.trainer.state.fn
-            for split in splits_of(stage.value if stage else "fit"):
+            for split in self._needed(stage.value if stage else "fit"):
                 self._prepare_proposals(self.read(split), split)
 
     def _prepare_proposals(self, index: Index, split: Stage) -> ProposalCache | None:
@@ -237,7 +236,7 @@ class DetectionDataModule(L.LightningDataModule):
         """Read and check the splits that the stage needs; raises `DataError` before anything trains."""
         if self._divides and self.trainer is not None and self.trainer.world_size > 1:  # the first process has made it
             self._split = self.trainer.strategy.broadcast(self._split)
-        for split in splits_of(stage):
+        for split in self._needed(stage):
             if split not in self._datasets:
                 self._datasets[split] = self._dataset(split)
         self._train_index = None
@@ -258,7 +257,8 @@ class DetectionDataModule(L.LightningDataModule):
         return index if made is None else made.apply(index)[split != "train"]
 
     def _read(self, split: Stage) -> Index:
-        return read_split(self.hparams, self._root(), split, self._known, self.reader, self.layout)
+        known = None if split == "train" else self._known  # of training, all that `classes` names must be there
+        return read_split(self.hparams, self._root(), split, known, self.reader, self.layout)
 
     def layout(self) -> Layout:
         """The data set below the root, found and said at the first call; raises `DataError` where there is none."""
@@ -320,9 +320,9 @@ class DetectionDataModule(L.LightningDataModule):
 
     def _dataset(self, split: Stage) -> DetectionDataset:
         hp = self.hparams
-        self._classes()  # the training split names the classes of all splits
+        self._classes()  # whose order is that of all splits
         index = self.read(split)
-        check_split(index, split)
+        check_split(index, split, hp["with_difficult"])
         if split == "train" and not hp["keep_empty"]:
             index = replace(index, records=[record for record in index.records if len(record.labels)])
         sizes = [hp["min_size"]] if isinstance(hp["min_size"], int) else list(hp["min_size"])
@@ -350,6 +350,12 @@ class DetectionDataModule(L.LightningDataModule):
         """Whether a few batches are to be learned by heart: then without augmentation, and validated on themselves."""
         return getattr(self.trainer, "overfit_batches", 0) > 0
 
+    def _needed(self, stage: str) -> tuple[Stage, ...]:
+        """What a stage needs: no validation split where none is wanted, or training images take its place."""
+        if stage == "fit" and (self._overfits or getattr(self.trainer, "limit_val_batches", None) == 0):
+            return ("train",)
+        return splits_of(stage, self.predict_split)
+
     def _train_batches(self) -> TrainBatchSampler:
         hp, store = self.hparams, self._datasets["train"].store
         options = (hp["batch_size"], hp["seed"], hp["group_by_aspect"], hp["repeat_threshold"])
@@ -364,7 +370,7 @@ class DetectionDataModule(L.LightningDataModule):
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Sample]:
-        return self._eval_loader("test")
+        return self._eval_loader(self.predict_split)
 
     def _eval_loader(self, split: Stage) -> DataLoader[Sample]:
         """Every image of the split, in order. Of W ranks, rank r has images r, r + W, ...; up to W - 1 images are

@@ -24,7 +24,8 @@ from detection.data import shared
 from detection.data.augment import Augmented, resize_into
 from detection.data.images import read_image
 from detection.data.mixing import Picture, copy_paste, mosaic
-from detection.data.proposals import ProposalCache
+from detection.data.pipeline import Step, colour_steps, try_steps
+from detection.data.proposals import ProposalCache, ProposalSource, SearchedProposals
 from detection.data.records import DataError, Index, Record
 from detection.data.spectral import RGB, ChannelStatistics, PixelFormat, Pixels
 
@@ -64,7 +65,6 @@ class RecordStore:
         def joined(name: str, empty: NDArray[Any]) -> Tensor:
             return torch.from_numpy(np.concatenate([empty, *(getattr(r, name) for r in records)], dtype=empty.dtype))
 
-        self.image_ids = torch.tensor([r.image_id for r in records], dtype=torch.int64)
         self.sizes = torch.tensor([(r.height, r.width) for r in records], dtype=torch.int64).reshape(-1, 2)
         self.object_ends = torch.tensor([0, *accumulate(len(r.labels) for r in records)], dtype=torch.int64)
         self.boxes = joined("boxes", np.zeros((0, 4), np.float32))
@@ -74,12 +74,13 @@ class RecordStore:
         self.difficult = joined("difficult", np.zeros(0, np.bool_))
         self.annotation_ids = joined("annotation_ids", np.zeros(0, np.int64))
         self._names = _Strings(r.file_name.encode() for r in records)
+        self._image_ids = _Strings(json.dumps(r.image_id).encode() for r in records)  # of any size, or text
         self._segments = None
         if any(r.segments is not None for r in records):
             self._segments = _Strings(json.dumps(s, default=_jsonable).encode() for r in records for s in _padded(r))
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return len(self.sizes)
 
     def __getitem__(self, i: int) -> Record:
         """Record i; its arrays are views of the buffers, to be read only."""
@@ -89,7 +90,7 @@ class RecordStore:
         if self._segments is not None:
             segments = [json.loads(self._segments[j]) for j in range(start, end)]
         return Record(
-            image_id=int(self.image_ids[i]),
+            image_id=json.loads(self._image_ids[i]),
             file_name=self._names[i].decode(),
             width=width,
             height=height,
@@ -286,6 +287,22 @@ def _decode(record: Record, chosen: NDArray[np.bool_]) -> NDArray[np.uint8]:
     for slot, j in zip(masks, np.flatnonzero(chosen), strict=True):
         slot[:] = rle.decode(to_rle((record.segments or [])[j], record.boxes[j], record.height, record.width))
     return masks
+
+
+def check_format(form: PixelFormat, steps: Sequence[Step], photometric: float, source: ProposalSource | None) -> None:
+    """Refuse with a ValueError what goes with 8-bit RGB images alone, before anything is read.
+
+    Args:
+        form: of the images.
+        steps: the user's augmentations, each of which is tried once.
+        photometric: see `train_transform`.
+        source: of proposals.
+    """
+    if form.channels < 1 or form.depth not in (8, 16):
+        raise ValueError(f"data.channels {form.channels} must be positive, and data.depth 8 or 16")
+    if isinstance(source, SearchedProposals):
+        raise ValueError(f"Selective Search reads 8-bit RGB, not {form}: give data.proposals from files")
+    try_steps([*steps, *(colour_steps(1, form) if photometric else ())], form)
 
 
 def measure_channels(index: Index, form: PixelFormat, most: int = 200) -> tuple[list[float], list[float]]:

@@ -94,13 +94,15 @@ class Layout:
         return val if stage == "val" else first.get("test") or val
 
     def split(self, name: str) -> Split:
-        """The split of a name, or of the word for it (`val` for `valid`).
+        """The split of a name, or of the word for it (`val` for `valid`); `all` where nothing names a split.
 
         Raises:
             DataError: there is none.
         """
         same = [split for key, split in self.splits.items() if role_of(key) and role_of(key) == role_of(name)]
-        found = self.splits.get(name) or (same[0] if len(same) == 1 else None)
+        found = self.splits.get("" if name == "all" and "" in self.splits else name) or (
+            same[0] if len(same) == 1 else None
+        )
         if found is None:
             known = [key for key in self.splits if key]
             hint = nearest(name, known) if known else "; nothing here names a split: leave the split's name out"

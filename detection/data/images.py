@@ -131,6 +131,14 @@ def read_image(
     return pixels if size is not None and size != shown else _upright(pixels, header.orientation)
 
 
+def picture(path: Path) -> NDArray[np.uint8]:
+    """A file of whatever channels and depth as it is shown to people, `(H, W, 3)`; raises `DataError`."""
+    try:
+        return read_image(path)
+    except DataError:
+        return spectral.picture(path)
+
+
 def image_size(path: Path, size: tuple[int, int] | None = None) -> tuple[int, int]:
     """`(height, width)` that `read_image` will return, from the file's header alone.
 

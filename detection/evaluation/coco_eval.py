@@ -54,7 +54,7 @@ class SortedBoxes:
     boxes: Floats
     areas: Floats
     rank: Ints
-    scores: NDArray[np.float32]
+    scores: Floats
     crowd: Bools
     masks: list[Rle] | None
 
@@ -68,7 +68,7 @@ class Pairs:
     iou: Floats
 
 
-def xywh(boxes: NDArray[np.float32]) -> Floats:
+def xywh(boxes: NDArray[Any]) -> Floats:
     """`(N, 4)` xyxy as x, y, width, height in double precision, so that x + width gives x2 back."""
     wide = boxes.astype(np.float64)
     return np.concatenate([wide[:, :2], wide[:, 2:] - wide[:, :2]], axis=1)
@@ -78,13 +78,13 @@ def sorted_detections(results: Sequence[ImageResult], limit: int, use_masks: boo
     """All detections, the best `limit` of each class and image."""
     image, place = _places([r.labels for r in results])
     label = _join([r.labels for r in results], np.int64)
-    scores = _join([r.scores for r in results], np.float32)
+    scores = _join([r.scores for r in results], np.float64)
     order = np.lexsort((-scores, image, label))  # stable: equal scores keep the detector's order
     first = np.flatnonzero(np.diff(label[order], prepend=-1) | np.diff(image[order], prepend=-1))
     rank = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
     order, rank = order[rank < limit], rank[rank < limit]
     masks = _pick([r.masks for r in results], order) if use_masks else None
-    boxes = _mask_boxes(masks) if masks else xywh(_join([r.boxes for r in results], np.float32).reshape(-1, 4))[order]
+    boxes = _mask_boxes(masks) if masks else xywh(_join([r.boxes for r in results], np.float64).reshape(-1, 4))[order]
     areas = np.asarray(mask_api.area(masks), dtype=np.float64) if masks else boxes[:, 2] * boxes[:, 3]
     none = np.zeros(0, bool)
     return SortedBoxes(image[order], label[order], place[order], boxes, areas, rank, scores[order], none, masks)
@@ -96,13 +96,13 @@ def sorted_objects(results: Sequence[ImageResult], use_masks: bool = False) -> S
     label = _join([r.gt_labels for r in results], np.int64)
     order = np.lexsort((image, label))
     masks = _pick([r.gt_masks for r in results], order) if use_masks else None
-    flat = _join([r.gt_boxes for r in results], np.float32).reshape(-1, 4)
+    flat = _join([r.gt_boxes for r in results], np.float64).reshape(-1, 4)
     boxes = _mask_boxes(masks) if masks else xywh(flat)[order]
     areas = _join([r.gt_areas for r in results], np.float64)[order]
     crowd = _join([r.gt_iscrowd for r in results], np.bool_)[order]
     none = np.zeros(0, np.int64)
     return SortedBoxes(
-        image[order], label[order], place[order], boxes, areas, none, none.astype(np.float32), crowd, masks
+        image[order], label[order], place[order], boxes, areas, none, none.astype(np.float64), crowd, masks
     )
 
 
@@ -242,7 +242,7 @@ def evaluate(
     return Curves(precision, recall, scores)
 
 
-def _accumulate(tp: Bools, fp: Bools, counted: Ints, score: NDArray[np.float32]) -> tuple[Floats, Floats, Floats]:
+def _accumulate(tp: Bools, fp: Bools, counted: Ints, score: Floats) -> tuple[Floats, Floats, Floats]:
     """Curves of one class from `(T, A, n)` true and false positives in falling order of score."""
     tps, fps = np.cumsum(tp, axis=-1, dtype=np.float64), np.cumsum(fp, axis=-1, dtype=np.float64)
     precision = np.maximum.accumulate((tps / (fps + tps + np.spacing(1)))[..., ::-1], axis=-1)[..., ::-1]

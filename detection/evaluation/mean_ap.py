@@ -7,7 +7,7 @@ would silently give a wrong number (NaN, an unknown label, -1) is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torchmetrics import Metric
 
-from detection.batch import Target
+from detection.batch import Id, Target
 from detection.evaluation.coco_eval import AREA_LIMITS, AREAS, evaluate
 from detection.evaluation.results import ImageResult, image_result
 
@@ -56,7 +56,7 @@ class MeanAP(Metric):
         self._clear()
 
     def _clear(self) -> None:
-        self._results: dict[int, ImageResult] = {}
+        self._results: dict[Id, ImageResult] = {}
         self._class_ap: dict[str, dict[str, float]] = {}
         self._absent: dict[str, int] = {}
 
@@ -76,15 +76,19 @@ class MeanAP(Metric):
     @property
     def results(self) -> list[ImageResult]:
         """Every image seen, by image id; after `compute`, rank 0 holds those of all ranks."""
-        return [self._results[image_id] for image_id in sorted(self._results)]
+        order = sorted(self._results, key=lambda image_id: (isinstance(image_id, str), image_id))
+        return [self._results[image_id] for image_id in order]
 
-    def update(self, detections: Sequence[dict[str, Tensor]], targets: Sequence[Target]) -> None:  # type: ignore[override]
+    def update(  # type: ignore[override]
+        self, detections: Sequence[dict[str, Tensor]], targets: Sequence[Target], results: Iterable[ImageResult] = ()
+    ) -> None:
         """Add images.
 
         Args:
             detections: for each image `boxes (D, 4)` xyxy in original pixels, `labels (D,)` in `[1, C]`,
                 `scores (D,)`, and for `segm` masks as `encode_masks` takes them.
             targets: ground truth of the same images, in the same order.
+            results: images that are checked already, e.g. from files.
 
         Raises:
             ValueError: as `image_result` raises, or two different images with one id.
@@ -96,8 +100,9 @@ class MeanAP(Metric):
             image_result(detection, target, len(self.class_names), masks)
             for detection, target in zip(detections, targets, strict=True)
         )
+        self._add(results)
 
-    def _add(self, results: Any) -> None:
+    def _add(self, results: Iterable[ImageResult]) -> None:
         for result in results:
             first = self._results.setdefault(result.image_id, result)
             # The same image again is a sampler's padding and counts once; another image under its id is a mistake.

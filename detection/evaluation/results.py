@@ -16,7 +16,7 @@ from faster_coco_eval import mask as mask_api
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection.batch import Target
+from detection.batch import Id, Target
 
 Rle = dict[str, Any]
 
@@ -27,23 +27,23 @@ class ImageResult:
 
     Attributes:
         image_id, file_name, size: as in `Target`; size is `(height, width)` in pixels.
-        boxes: `(D, 4)` float32 xyxy detections, in the detector's order.
+        boxes: `(D, 4)` float32 xyxy detections, in the detector's order; from a file, float64 as all its numbers.
         labels: `(D,)` int64 in `[1, C]`.
         scores: `(D,)` float32.
         masks: one COCO RLE a detection, or None without masks.
         gt_boxes, gt_labels, gt_areas, gt_iscrowd, gt_difficult, gt_masks: the fields of `Target`, `N` each.
     """
 
-    image_id: int
+    image_id: Id
     file_name: str
     size: tuple[int, int]
-    boxes: NDArray[np.float32]
+    boxes: NDArray[np.floating[Any]]
     labels: NDArray[np.int64]
-    scores: NDArray[np.float32]
+    scores: NDArray[np.floating[Any]]
     masks: list[Rle] | None
-    gt_boxes: NDArray[np.float32]
+    gt_boxes: NDArray[np.floating[Any]]
     gt_labels: NDArray[np.int64]
-    gt_areas: NDArray[np.float32]
+    gt_areas: NDArray[np.floating[Any]]
     gt_iscrowd: NDArray[np.bool_]
     gt_difficult: NDArray[np.bool_]
     gt_masks: list[Rle] | None
@@ -78,7 +78,7 @@ def image_result(detection: Mapping[str, Any], target: Target, num_classes: int,
     if masks and ("masks" not in detection or target.masks is None):
         raise ValueError(f"{where}: mask evaluation needs masks in the detections and in the ground truth")
     return ImageResult(
-        image_id=int(target.image_id),
+        image_id=target.image_id,
         file_name=target.file_name,
         size=target.size,
         boxes=boxes,

@@ -176,6 +176,7 @@ class RoIHeads(MaskBranch):
         self.box_loss = box_loss or losses.SmoothL1Loss()
         self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
         self.detections_per_img, self.soft_nms_sigma = detections_per_img, soft_nms_sigma
+        self.nms: Callable[..., Tensor] = grouped_nms
 
     @property
     def num_classes(self) -> int:
@@ -302,14 +303,13 @@ class RoIHeads(MaskBranch):
         """
         if self.soft_nms_sigma is not None:
             return self._soft_nms_per_class(boxes, scores, usable, self.soft_nms_sigma)
-        image, _, label = usable.nonzero(as_tuple=True)
-        boxes, scores = boxes[usable], scores[usable]
-        keep = grouped_nms(boxes, scores, image * usable.shape[2] + label, self.nms_thresh)
-        detections = []
-        for i in range(len(usable)):
-            own = keep[image[keep] == i][: self.detections_per_img]
-            detections.append({"boxes": boxes[own], "labels": label[own] + 1, "scores": scores[own]})
-        return detections
+        place = image, _, label = usable.nonzero(as_tuple=True)
+        boxes, scores = boxes[place], scores[place]
+        keep = self.nms(boxes, scores, image * usable.shape[2] + label, self.nms_thresh)
+        keep = keep[image[keep].argsort(stable=True)]  # by image, in each the best first
+        counts = (image[keep] == torch.arange(len(usable), device=image.device)[:, None]).sum(dim=1).tolist()
+        best = [own[: self.detections_per_img] for own in keep.split(counts)]
+        return [{"boxes": boxes[own], "labels": label[own] + 1, "scores": scores[own]} for own in best]
 
     def _soft_nms_per_class(
         self, boxes: Tensor, scores: Tensor, usable: Tensor, sigma: float

@@ -125,20 +125,19 @@ class RegionProposalNetwork(nn.Module):
         self.box_loss = box_loss or losses.SmoothL1Loss()
         self.pre_nms_top_n, self.post_nms_top_n = dict(pre_nms_top_n), dict(post_nms_top_n)
         self.nms_thresh, self.score_thresh = nms_thresh, score_thresh
+        self.nms: Callable[..., Tensor] = grouped_nms
 
     def forward(self, features: FeatureMaps, batch: Batch, with_losses: bool) -> tuple[Proposals, Losses]:
         """Proposals from all levels and, if asked for, `loss_objectness` and `loss_rpn_box_reg`.
 
         Gradients flow through the losses only: proposals are detached (section 3.2, approximate joint training).
         """
-        objectness, deltas = self.predict(features, with_losses)
-        anchors = self.lay_anchors(features, batch)
+        objectness, by_level = self.predict(features, with_losses)
+        deltas, anchors = torch.cat(by_level, 1), torch.cat(self.lay_anchors(features, batch))
         proposals = self.propose(objectness, deltas, anchors, batch.image_sizes)
         if not with_losses:
             return proposals, {}
-        return proposals, self.losses(
-            features, torch.cat(objectness, 1), torch.cat(deltas, 1), torch.cat(anchors), batch
-        )
+        return proposals, self.losses(features, torch.cat(objectness, 1), deltas, anchors, batch)
 
     def predict(self, features: FeatureMaps, with_losses: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Objectness logits `(B, h * w * k)` and deltas `(B, h * w * k, 4)` of each level, in the anchors' order."""
@@ -154,26 +153,26 @@ class RegionProposalNetwork(nn.Module):
         return self.anchor_generator(shapes, features.strides, image_size, features.maps[0].device)
 
     @torch.no_grad()
-    def propose(
-        self, objectness: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], image_sizes: Tensor
-    ) -> Proposals:
+    def propose(self, objectness: Sequence[Tensor], deltas: Tensor, anchors: Tensor, image_sizes: Tensor) -> Proposals:
         """The best anchors of each level, moved by their deltas and clipped, then the best of them after NMS.
 
         Args:
             objectness: logits `(B, h * w * k)` of each level.
-            deltas: `(B, h * w * k, 4)` of each level.
-            anchors: `(h * w * k, 4)` of each level.
+            deltas: `(B, A, 4)`.
+            anchors: `(A, 4)`.
             image_sizes: `(B, 2)` as (height, width).
         """
         mode = "training" if self.training else "testing"
-        boxes, logits, levels = [], [], []
-        for level, (score, delta, anchor) in enumerate(zip(objectness, deltas, anchors, strict=True)):
-            top_score, top = score.float().topk(torch.sym_min(self.pre_nms_top_n[mode], score.shape[1]), dim=1)
-            boxes.append(self.box_coder.decode(delta.gather(1, top[..., None].expand(-1, -1, 4)), anchor[top]))
-            logits.append(top_score)
+        logits, picks, levels, first = [], [], [], 0
+        for level, score in enumerate(objectness):
+            best, top = score.float().topk(torch.sym_min(self.pre_nms_top_n[mode], score.shape[1]), dim=1)
+            logits.append(best)
+            picks.append(top + first)
             levels.append(torch.full_like(top, level))
-        candidates = clip_boxes(torch.cat(boxes, dim=1), image_sizes)  # (B, T, 4)
-        scores = torch.cat(logits, dim=1).sigmoid()
+            first += score.shape[1]
+        picked, scores = torch.cat(picks, dim=1), torch.cat(logits, dim=1).sigmoid()  # (B, T)
+        boxes = self.box_coder.decode(deltas.gather(1, picked[..., None].expand(-1, -1, 4)), anchors[picked])
+        candidates = clip_boxes(boxes, image_sizes)
         # Boxes that are not finite, from diverged weights, fail the comparison too. NMS would be wrong with them.
         usable = is_large_enough(candidates, self.min_size) & (scores >= self.score_thresh)
         kept = self.suppress(candidates, scores, torch.cat(levels, dim=1), usable)
@@ -196,7 +195,7 @@ class RegionProposalNetwork(nn.Module):
         # Candidates that are not usable are padding to NMS, so that all shapes are fixed.
         groups = torch.where(usable, images * num_levels + levels, -1)
         points = torch.where(usable[..., None], boxes, 0.0)
-        keep = grouped_nms(points.flatten(0, 1), scores.flatten(), groups.flatten(), self.nms_thresh)
+        keep = self.nms(points.flatten(0, 1), scores.flatten(), groups.flatten(), self.nms_thresh)
         survives = torch.zeros(usable.numel(), dtype=torch.bool, device=boxes.device)
         return survives.scatter_(0, keep, True).view_as(usable) & usable
 

@@ -73,7 +73,8 @@ def _target(image: Tensor, target: Mapping[str, Any], number: int, with_masks: b
     areas = target.get("area")
     if areas is None:
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) if masks is None else (masks != 0).flatten(1).sum(dim=1)
-    image_id = int(target.get("image_id", number))
+    given = target.get("image_id", number)
+    image_id = given if isinstance(given, str) else int(given)
     return Target(
         image_id=image_id,
         file_name=str(target.get("file_name", f"image {image_id}")),

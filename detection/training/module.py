@@ -18,7 +18,7 @@ from detection.batch import Batch, check_batch
 from detection.data.spectral import PixelFormat
 from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.results import encode_masks
-from detection.models.fast import accelerate
+from detection.models.fast import REPEATABLE, accelerate, exchange
 from detection.models.masks import paste_masks
 from detection.models.two_stage import FasterRCNN
 from detection.recipes import describe, rebuild, trusting
@@ -172,6 +172,8 @@ class DetectionModule(L.LightningModule):
         for part in list(self.detector.modules()):  # itself, or one inside it, as in test-time augmentation
             if self.fast and isinstance(part, FasterRCNN):
                 accelerate(part, self.trainer.strategy.root_device)
+        if torch.are_deterministic_algorithms_enabled() and self.trainer.strategy.root_device.type != "cpu":
+            exchange(self.detector, REPEATABLE)  # also in place of plain parts, which torchvision refuses to run
         if self.compiled and stage == "fit":
             compile_parts(self.detector)
 
