@@ -25,6 +25,7 @@ from detection.data.augment import eval_transform
 from detection.data.coco import read_coco
 from detection.data.dataset import DetectionDataset, collate
 from detection.data.records import DataError
+from detection.data.spectral import RGB
 from detection.inference import Detections, Detector, Tiles, predict
 from detection.inference.run import detect_tiled
 from detection.inference.sources import Listed, open_source
@@ -285,6 +286,7 @@ def test_frames_are_noted_and_odd_kinds_are_drawn_as_png(tmp_path):
 
 def test_huge_pictures_are_looked_at_in_tiles(photos, tmp_path, monkeypatch):
     class Near(Blobs):
+        form = RGB
         min_size, seen = 100, []
 
         def predict(self, images, batch_size=8):

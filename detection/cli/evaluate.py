@@ -15,6 +15,7 @@ from detection.data.checks import Folder
 from detection.data.datamodule import DetectionDataModule
 from detection.data.images import picture, read_image
 from detection.data.records import DataError
+from detection.data.spectral import Pixels
 from detection.evaluation.coco_files import compare_files
 from detection.evaluation.collect import CollectDetections
 from detection.evaluation.mean_ap import IouType, MeanAP
@@ -91,14 +92,11 @@ def evaluate(
     facts = {"checkpoint": ckpt.name, "data": home.name, "split": name, "precision": precision}
     title = f"Evaluation of {ckpt.resolve().parent.name}"
     folder = output or ckpt.parent / f"evaluation_{name}"
-    _write(
-        folder,
-        metric,
-        dataset.category_ids,
-        lambda r: read_image(home / r.file_name, r.size, form=data.form),
-        title,
-        facts,
-    )
+
+    def load(result: ImageResult) -> Pixels:
+        return read_image(home / result.file_name, result.size, form=data.form)
+
+    _write(folder, metric, dataset.category_ids, load, title, facts)
 
 
 def _data_of(ckpt: Path, trust: list[str], module: DetectionModule, settings: dict[str, Any]) -> DetectionDataModule:
