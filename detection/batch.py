@@ -3,7 +3,7 @@
 Shape shorthand:
     B: images in the batch     H, W: padded height and width     N: objects of one image
     G: objects an image, padded to the largest count of the batch     P: proposals an image, likewise
-    m, n: height and width of a stored mask     C: classes without background
+    m, n: height and width of a stored mask     C: classes without background     I: ignore regions, likewise
 Boxes are `(x1, y1, x2, y2)` float32 pixels; label 0 is background and never appears in ground truth.
 """
 
@@ -30,9 +30,13 @@ class Target:
         boxes: `(N, 4)` float32 xyxy.
         labels: `(N,)` int64 in `[1, C]`.
         areas: `(N,)` float32, the annotation's area in original pixels (mask area where there is one, as COCO has it).
-        iscrowd: `(N,)` bool, COCO crowd regions: matched as "ignore", never trained on.
+        iscrowd: `(N,)` bool, COCO crowd regions and ignore regions: matched as "ignore", never trained on.
         difficult: `(N,)` bool, VOC difficult objects: ignored by VOC evaluation, by default not trained on.
         masks: one COCO RLE dictionary (`{"size": [h, w], "counts": bytes}`) an object, or None without masks.
+        checked: `(C,)` bool, the classes that were looked for in the image, or None for all. Detections of the others
+            are not counted.
+        partial: `(C,)` bool, the classes of which some objects may not be annotated, or None for none. Detections of
+            these that match no object are not counted.
     """
 
     image_id: Id
@@ -44,6 +48,8 @@ class Target:
     iscrowd: Tensor
     difficult: Tensor
     masks: list[dict[str, Any]] | None = None
+    checked: Tensor | None = None
+    partial: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,10 @@ class Batch:
         proposals: `(B, P, 4)` float32 xyxy in the pixels of `images`, best first, or None, for detectors that learn
             none themselves; rows that are not valid hold zeros.
         proposals_valid: `(B, P)` bool.
+        gt_ignored: `(B, I, 4)` float32 xyxy in the pixels of `images`, or None: ignore regions and crowds, in which
+            background is not taught; padding holds zeros.
+        labelled: `(B, C)` bool, or None for all: the classes that were looked for in each image and of which all
+            objects are annotated. Background may be an object of the others.
         objects_given, objects_dropped: how many objects went into the augmentation, and how many did not come out.
         unreadable: the error of each image that could not be read; another image has taken its place.
     """
@@ -81,6 +91,8 @@ class Batch:
     gt_mask_windows: Tensor | None = None
     proposals: Tensor | None = None
     proposals_valid: Tensor | None = None
+    gt_ignored: Tensor | None = None
+    labelled: Tensor | None = None
     objects_given: int = 0
     objects_dropped: int = 0
     unreadable: tuple[str, ...] = ()

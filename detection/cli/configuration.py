@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from detection.cli.flags import take_trust
 from detection.data.anchor_fit import generator_for
+from detection.data.channels import measure_channels
 from detection.data.datamodule import DetectionDataModule
 from detection.data.spectral import RGB
 from detection.models import relatives, zoo
@@ -182,7 +183,7 @@ def fit_detector_to_data(detector: Namespace, data: DetectionDataModule) -> None
     }
     if data.form != RGB:
         follow |= {"in_channels": data.form.channels, "image_depth": data.form.depth}
-        follow["image_mean"], follow["image_std"] = data.channel_statistics()
+        follow["image_mean"], follow["image_std"] = measure_channels(data.read("train"), data.form)
     if any(detector.init_args.get(name) for name in ("weights", "path")):
         follow["class_names"] = data.class_names  # to keep what the weights know of classes of the same name
     known = defaults(detector.class_path)

@@ -88,6 +88,7 @@ def evaluate(
         metric.compute()  # which sends what this process has seen to the one that writes
         return
     dataset: Any = data.predict_dataloader().dataset
+    metric.frequencies = dataset.frequencies
     home, name = dataset.root, split if annotations is None else annotations.stem
     facts = {"checkpoint": ckpt.name, "data": home.name, "split": name, "precision": precision}
     title = f"Evaluation of {ckpt.resolve().parent.name}"
@@ -127,7 +128,7 @@ def _other_data(
             return {}
         if root is None:
             raise DataError(f"the training data has no split '{split}', but val and test; for other data name --root")
-    other: dict[str, Any] = {"reader": None, "fold": None}
+    other: dict[str, Any] = {"reader": None, "fold": None, "labelled": None}
     if annotations is not None:
         if format in ("voc", "yolo"):
             raise DataError(f"--annotations names a COCO file, but --format is {format}: leave one of them out")

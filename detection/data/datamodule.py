@@ -17,15 +17,16 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from detection.batch import Id
 from detection.data import scenes
 from detection.data.augment import eval_transform, train_transform
+from detection.data.channels import check_format
 from detection.data.checks import choose_classes
-from detection.data.dataset import DetectionDataset, Sample, check_format, collate, measure_channels
+from detection.data.dataset import DetectionDataset, Sample, collate
 from detection.data.finding import Layout, Stage, find
 from detection.data.pipeline import Step, check_steps, moving, recipe_of
 from detection.data.proposals import ProposalCache, ProposalSource
 from detection.data.reading import check_split, describe, draws_scenes, read_split, recipe_of_reader, splits_of
 from detection.data.records import Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
-from detection.data.spectral import RGB, PixelFormat
+from detection.data.spectral import PixelFormat
 from detection.data.splitting import Split, check_division, keep, kept, split_of
 from detection.data.train_loader import TrainLoader
 from detection.data.tree import role_of
@@ -72,6 +73,8 @@ class DetectionDataModule(L.LightningDataModule):
         with_difficult: train on objects marked difficult too.
         keep_empty: train on images without objects too. Evaluation always has them.
         masks: read instance masks.
+        labelled: a YAML file, relative to `root`, that says which classes were labelled in which images, see
+            `detection.data.federated.label_by_file`; None for all classes in all images, or as the annotations say.
         proposals: give each image the proposals of this source, for detectors that learn none (Fast R-CNN, R-CNN).
         max_unreadable: training images, on each device, that may become unreadable during a run and are replaced by
             others, with a warning; one more is an error. In evaluation the first is.
@@ -122,6 +125,7 @@ class DetectionDataModule(L.LightningDataModule):
         reader: Reader | None = None,
         val_fraction: float = 0.2,
         fold: str | None = None,
+        labelled: str | None = None,
         channels: int = 3,
         depth: Literal[8, 16] = 8,
     ) -> None:
@@ -138,8 +142,6 @@ class DetectionDataModule(L.LightningDataModule):
             raise ValueError(f"size_divisible {size_divisible} must be a multiple of 32, the coarsest stride")
         if proposals and (mosaic or masks):
             raise ValueError("proposals go with neither mosaics nor masks: leave `mosaic` and `masks` out")
-        if (channels, depth) != RGB and reader is None and draws_scenes({"format": format, "root": root}):
-            raise ValueError("the scenes are drawn in 8-bit RGB: leave data.channels and data.depth out")
         if not 0 <= min_visibility <= 1:
             raise ValueError(f"min_visibility {min_visibility} must be a share, from 0 to 1")
         check_division(val_fraction, fold, val_split)
@@ -152,13 +154,12 @@ class DetectionDataModule(L.LightningDataModule):
             raise ValueError(
                 f"proposals would no longer fit after {names[0]}: leave it out, or use hflip and scale_jitter"
             )
-        self.form = PixelFormat(channels, depth)
-        if self.form != RGB:
-            check_format(self.form, self.augmentations, photometric, self.proposals)
         augmentations = [recipe_of(step) for step in self.augmentations]  # type: ignore[misc]
         self.reader: Reader | None = rebuild(reader) if isinstance(reader, Mapping) else reader
         reader = recipe_of_reader(self.reader)
         self.save_hyperparameters()
+        self.form = PixelFormat(channels, depth)
+        check_format(self.form, self.augmentations, photometric, self.proposals, self._draws_scenes)
         self.predict_split: Stage = "test"
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
@@ -197,6 +198,11 @@ class DetectionDataModule(L.LightningDataModule):
         """The training file's id of each class. Another split's may differ, see `DetectionDataset.category_ids`."""
         return list((self._datasets.get("train") or self._train_list()).category_ids)
 
+    @property
+    def frequencies(self) -> tuple[str, ...] | None:
+        """LVIS's group of each class, `"r"`, `"c"` or `"f"`, or None where no split that was set up has them."""
+        return next((data.frequencies for data in self._datasets.values() if data.frequencies), None)
+
     def _classes(self) -> tuple[str, ...]:
         if self._known is None:
             if self._draws_scenes:
@@ -206,11 +212,6 @@ class DetectionDataModule(L.LightningDataModule):
             else:
                 self._known = self._train_list().classes
         return self._known
-
-    def channel_statistics(self) -> tuple[list[float], list[float]]:
-        """`image_mean` and `image_std` of the training images, see `dataset.measure_channels`."""
-        self._classes()
-        return measure_channels(self.read("train"), self.form)
 
     def prepare_data(self) -> None:
         """Draw the embedded scenes and compute proposals, whichever do not lie in their cache; make the split."""
@@ -338,8 +339,7 @@ class DetectionDataModule(L.LightningDataModule):
         check_shared_memory(hp, max(sizes))
         proposals, names = self._prepare_proposals(index, split), ("mosaic", "copy_paste", "max_unreadable")
         training = {name: hp[name] for name in names if split == "train" and not self._overfits}
-        training["form"] = self.form
-        return DetectionDataset(index, transform, hp["with_difficult"], proposals=proposals, **training)
+        return DetectionDataset(index, transform, hp["with_difficult"], proposals=proposals, form=self.form, **training)
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches for this rank, see `TrainBatchSampler`."""

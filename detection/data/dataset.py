@@ -22,12 +22,12 @@ from torch.utils.data import Dataset
 from detection.batch import Batch, Target, pad_masks, pad_objects
 from detection.data import shared
 from detection.data.augment import Augmented, resize_into
+from detection.data.federated import labelled
 from detection.data.images import read_image
-from detection.data.mixing import Picture, copy_paste, mosaic
-from detection.data.pipeline import Step, colour_steps, try_steps
-from detection.data.proposals import ProposalCache, ProposalSource, SearchedProposals
+from detection.data.mixing import IGNORED, Picture, copy_paste, mosaic
+from detection.data.proposals import ProposalCache
 from detection.data.records import DataError, Index, Record
-from detection.data.spectral import RGB, ChannelStatistics, PixelFormat, Pixels
+from detection.data.spectral import RGB, PixelFormat, Pixels
 
 ImageTransform = Callable[..., Augmented]
 
@@ -59,6 +59,7 @@ class RecordStore:
         sizes: `(R, 2)` int64 `(height, width)`.
         object_ends: `(R + 1,)` int64; the objects of record i are rows `object_ends[i]` to `object_ends[i + 1]`.
         boxes, labels, areas, iscrowd, difficult, annotation_ids: `(M, ...)`, as in `Record`.
+        checked, partial: `(R, bytes)` uint8, the classes of each image as bits, or None where no record says any.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
@@ -73,11 +74,25 @@ class RecordStore:
         self.iscrowd = joined("iscrowd", np.zeros(0, np.bool_))
         self.difficult = joined("difficult", np.zeros(0, np.bool_))
         self.annotation_ids = joined("annotation_ids", np.zeros(0, np.int64))
+        self._classes = max(
+            (len(flags) for r in records for flags in (r.checked, r.partial) if flags is not None), default=0
+        )
+        self.checked = self._packed([r.checked for r in records], True)
+        self.partial = self._packed([r.partial for r in records], False)
         self._names = _Strings(r.file_name.encode() for r in records)
         self._image_ids = _Strings(json.dumps(r.image_id).encode() for r in records)  # of any size, or text
         self._segments = None
         if any(r.segments is not None for r in records):
             self._segments = _Strings(json.dumps(s, default=_jsonable).encode() for r in records for s in _padded(r))
+
+    def _packed(self, flags: Sequence[NDArray[np.bool_] | None], default: bool) -> Tensor | None:
+        if all(own is None for own in flags):
+            return None
+        rows = [np.full(self._classes, default) if own is None else own for own in flags]
+        return torch.from_numpy(np.stack([np.packbits(row) for row in rows]))
+
+    def _flags(self, packed: Tensor | None, i: int) -> NDArray[np.bool_] | None:
+        return None if packed is None else np.unpackbits(packed[i].numpy(), count=self._classes).astype(bool)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -101,6 +116,8 @@ class RecordStore:
             difficult=self.difficult[start:end].numpy(),
             annotation_ids=self.annotation_ids[start:end].numpy(),
             segments=segments,
+            checked=self._flags(self.checked, i),
+            partial=self._flags(self.partial, i),
         )
 
 
@@ -143,6 +160,8 @@ def make_target(record: Record) -> Target:
         iscrowd=torch.tensor(record.iscrowd),
         difficult=torch.tensor(record.difficult),
         masks=masks,
+        checked=None if record.checked is None else torch.tensor(record.checked),
+        partial=None if record.partial is None else torch.tensor(record.partial),
     )
 
 
@@ -157,6 +176,8 @@ class Sample(NamedTuple):
         target: the original ground truth, for evaluation.
         masks, windows: `(N, m, m)` uint8 and `(N, 4)` float32 as `Augmented` has them, when read with masks.
         proposals: `(P, 4)` float32 xyxy in the pixels of the resized image, best first, when the data set has them.
+        ignored: `(I, 4)` float32 xyxy likewise, the regions in which background is not taught.
+        labelled: `(C,)` bool, see `Batch`, or None for all classes.
         dropped: how many objects the augmentation left nothing of.
         unreadable: the errors of images in whose place others were drawn.
     """
@@ -169,6 +190,8 @@ class Sample(NamedTuple):
     masks: Tensor | None = None
     windows: Tensor | None = None
     proposals: Tensor | None = None
+    ignored: Tensor | None = None
+    labelled: Tensor | None = None
     dropped: int = 0
     unreadable: tuple[str, ...] = ()
 
@@ -186,7 +209,8 @@ class DetectionDataset(Dataset[Sample]):
     Args:
         index: what a reader returned. Its records are copied into a `RecordStore`.
         transform: `train_transform(...)` or `eval_transform(...)`.
-        with_difficult: also train on objects marked difficult. Crowds are never trained on.
+        with_difficult: also train on objects marked difficult. Crowds are never trained on, nor is the background in
+            them.
         mosaic: probability of a mosaic of the image and three random others.
         proposals: where the proposals of the images lie. They go with neither mosaics nor masks.
         copy_paste: probability of pasting objects of a random other image onto the image, see `augment.copy_paste`.
@@ -217,6 +241,7 @@ class DetectionDataset(Dataset[Sample]):
         self.root = index.root
         self.classes = index.classes
         self.category_ids = index.category_ids
+        self.frequencies = index.frequencies
         self.transform = transform
         self.with_difficult = with_difficult
         self.mosaic = mosaic
@@ -251,17 +276,21 @@ class DetectionDataset(Dataset[Sample]):
             out = self.transform(picture.image, boxes, picture.masks, seed=seed)
         except DataError as error:
             raise DataError(f"{self.root / record.file_name}: {error}") from error
-        own = out.kept < len(picture.boxes)
+        # Behind the picture's own come proposals, which have the label -1 here.
+        labels = np.append(picture.labels, np.full(len(boxes) - len(picture.labels), -1))[out.kept]
+        own = labels > 0
         return Sample(
             pixels=out.image,
             size=out.size,
             boxes=torch.from_numpy(out.boxes[own]),
-            labels=torch.from_numpy(picture.labels[out.kept[own]]),
+            labels=torch.from_numpy(labels[own]),
             target=make_target(record),
-            masks=None if out.masks is None else torch.from_numpy(out.masks),
-            windows=None if out.windows is None else torch.from_numpy(out.windows),
-            proposals=None if self.proposals is None else torch.from_numpy(out.boxes[~own]),
-            dropped=len(picture.boxes) - int(own.sum()),
+            masks=None if out.masks is None else torch.from_numpy(out.masks[own]),
+            windows=None if out.windows is None else torch.from_numpy(out.windows[own]),  # type: ignore[index]
+            proposals=None if self.proposals is None else torch.from_numpy(out.boxes[labels < 0]),
+            ignored=torch.from_numpy(out.boxes[labels == IGNORED]),
+            labelled=None if picture.labelled is None else torch.from_numpy(picture.labelled),
+            dropped=int((picture.labels > 0).sum() - own.sum()),
             unreadable=tuple(unreadable),
         )
 
@@ -277,9 +306,11 @@ class DetectionDataset(Dataset[Sample]):
                     raise
                 unreadable.append(str(error))
                 i = rng.randrange(len(self))
-        trained = ~record.iscrowd if self.with_difficult else ~(record.iscrowd | record.difficult)
-        masks = None if record.segments is None else _decode(record, trained)
-        return record, Picture(image, record.boxes[trained], record.labels[trained], masks)
+        kept = np.ones_like(record.difficult) if self.with_difficult else record.iscrowd | ~record.difficult
+        masks = None if record.segments is None else _decode(record, kept)
+        labels = np.where(record.iscrowd, IGNORED, record.labels)[kept]
+        known = None if record.checked is None and record.partial is None else labelled(record)
+        return record, Picture(image, record.boxes[kept], labels, masks, known)
 
 
 def _decode(record: Record, chosen: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -287,44 +318,6 @@ def _decode(record: Record, chosen: NDArray[np.bool_]) -> NDArray[np.uint8]:
     for slot, j in zip(masks, np.flatnonzero(chosen), strict=True):
         slot[:] = rle.decode(to_rle((record.segments or [])[j], record.boxes[j], record.height, record.width))
     return masks
-
-
-def check_format(form: PixelFormat, steps: Sequence[Step], photometric: float, source: ProposalSource | None) -> None:
-    """Refuse with a ValueError what goes with 8-bit RGB images alone, before anything is read.
-
-    Args:
-        form: of the images.
-        steps: the user's augmentations, each of which is tried once.
-        photometric: see `train_transform`.
-        source: of proposals.
-    """
-    if form.channels < 1 or form.depth not in (8, 16):
-        raise ValueError(f"data.channels {form.channels} must be positive, and data.depth 8 or 16")
-    if isinstance(source, SearchedProposals):
-        raise ValueError(f"Selective Search reads 8-bit RGB, not {form}: give data.proposals from files")
-    try_steps([*steps, *(colour_steps(1, form) if photometric else ())], form)
-
-
-def measure_channels(index: Index, form: PixelFormat, most: int = 200) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel over a data set, in shares of the depth's range.
-
-    Args:
-        index: the images.
-        form: channels and depth that they must have.
-        most: images to look at, spread evenly: the same ones each time.
-
-    Raises:
-        DataError: none of them can be read.
-    """
-    statistics, problem = ChannelStatistics(form), DataError(f"{index.root}: there is no image to measure")
-    for record in index.records[:: max(1, -(-len(index.records) // most))]:
-        try:
-            statistics.add(read_image(index.root / record.file_name, (record.height, record.width), form=form))
-        except DataError as error:  # named again, and counted, when it is to be trained on
-            problem = error
-    if not statistics.count:
-        raise problem
-    return statistics.mean_and_std()
 
 
 def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
@@ -344,6 +337,10 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
     found = [s.proposals for s in samples if s.proposals is not None]
     if found:
         proposals, _, proposals_valid = pad_objects(found, [torch.zeros(len(p), dtype=torch.int64) for p in found])
+    ignored = [s.boxes.new_zeros((0, 4)) if s.ignored is None else s.ignored for s in samples]
+    regions = pad_objects(ignored, [torch.zeros(len(r), dtype=torch.int64) for r in ignored])[0]
+    known = [s.labelled for s in samples if s.labelled is not None]
+    every = [torch.ones_like(known[0]) if s.labelled is None else s.labelled for s in samples] if known else []
     return Batch(
         images=images,
         image_sizes=torch.tensor(sizes, dtype=torch.int64),
@@ -356,6 +353,8 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
         gt_mask_windows=gt_windows,
         proposals=proposals,
         proposals_valid=proposals_valid,
+        gt_ignored=regions if any(map(len, ignored)) else None,
+        labelled=torch.stack(every) if every else None,
         objects_given=sum(len(sample.boxes) + sample.dropped for sample in samples),
         objects_dropped=sum(sample.dropped for sample in samples),
         unreadable=tuple(message for sample in samples for message in sample.unreadable),

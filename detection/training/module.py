@@ -160,7 +160,8 @@ class DetectionModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse data without the masks, or with other channels than the detector learns; compile what is trained."""
-        settings = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+        data = getattr(self.trainer, "datamodule", None)
+        settings, self.metric.frequencies = getattr(data, "hparams", {}), getattr(data, "frequencies", None)
         if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
         wanted, given = PixelFormat.of(self.detector), getattr(self.trainer.datamodule, "form", None)  # type: ignore[attr-defined]
