@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from detection.cli.flags import take_trust
+from detection.cli.folder import CONFIG
 from detection.data.datamodule import DetectionDataModule
 from detection.models import relatives, zoo
 from detection.recipes import (
@@ -58,17 +59,18 @@ def complete(args: Sequence[str]) -> Given:
     """Write out in full what may be short, and choose a configuration where none is given.
 
     Short are the name of a packaged configuration (`bccd` for its file) and of a builder (without its module). A
-    command line without `--config`, or with presets alone, uses the configuration of the run that it resumes. Without
-    `--resume` it uses the quickstart, but not its detector where it names another. What the configuration of a run
-    names is checked, as it may be somebody else's.
+    command line without `--config`, or with presets alone, uses the configuration of the run that it resumes, or whose
+    weights it takes. Else it uses the quickstart, but not its detector where it names another. What the configuration
+    of a run names is checked, as it may be somebody else's.
 
     Raises:
-        RecipeError: it names a part of a package that is not trusted, or that can't be imported.
+        RecipeError: the run to resume has no configuration; or it names a part of a package that is not trusted, or that
+            can't be imported.
     """
     args, trust = take_trust(args)
     trust = list(trusted_names(trust))
     expanded, own, previous, default = list[str](), list[str](), "", CONFIGS / f"{QUICKSTART}.yaml"
-    configs, chosen = list[Path](), False
+    configs, chosen, unknown = list[Path](), False, None
     for arg in args:
         flag, equals, value = arg.partition("=") if arg.startswith("-") else (previous, "", arg)
         if flag in ("-c", "--config") and value:
@@ -83,9 +85,17 @@ def complete(args: Sequence[str]) -> Given:
         if flag.startswith(("--trainer.", "--model.", "--data.proposals", "--data.reader", "--data.augmentations")):
             own.append(value)
         previous = arg
-        if flag == "--resume" and value != "auto":
-            resumed = Path(value) if Path(value).is_dir() else Path(value).parent
-            default = resumed / "config.yaml" if (resumed / "config.yaml").is_file() else default
+        if flag in ("--resume", "--weights") and value and Path(value).exists():
+            run = Path(value) if Path(value).is_dir() else Path(value).parent
+            if (run / CONFIG).is_file():
+                default = run / CONFIG
+            elif flag == "--resume":
+                unknown = run
+    if unknown is not None and all(path.parent == PRESETS for path in configs):
+        raise RecipeError(
+            f"{unknown} has no {CONFIG}, so the settings of its run are not known: give --config with them, or begin "
+            f"another run with its weights, with --weights {unknown}"
+        )
     if not all(path.parent == PRESETS for path in configs):
         return Given(expanded, None, (EVERYTHING, *trust))
     if default.parent == CONFIGS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -74,21 +75,22 @@ class TrainLoader(DataLoader[Sample]):
             )
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and batch that come next, and the number of processes that share the epoch."""
+        """Epoch and batch that come next, and how many processes share the epoch, in batches of which size."""
         state = self.batch_sampler.state_dict()
         if self._epoch == self.batch_sampler.epoch:
             done = self._handed_out >= len(self)
             state = {"epoch": self._epoch + done, "start_batch": 0 if done else self._handed_out}
-        return state | {"world": rank_and_world()[1]}
+        return state | {"world": rank_and_world()[1], "batch_size": self.batch_sampler.batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        start = state["start_batch"]
-        if start and state["world"] != rank_and_world()[1]:
+        start, world, size = state["start_batch"], rank_and_world()[1], self.batch_sampler.batch_size
+        before = state["world"], state.get("batch_size", size)
+        if start and before != (world, size):
             rank_zero_warn(
-                f"The run was stopped at batch {start} of an epoch shared by {state['world']} processes, now there are "
-                f"{rank_and_world()[1]}: images of that epoch may be seen twice or not at all."
+                f"The run was stopped at batch {start} of an epoch that {before[0]} processes shared, {before[1]} "
+                f"images a batch; now there are {world}, with {size}: images of that epoch may be seen twice or not at all."
             )
-            start = min(start * state["world"] // rank_and_world()[1], len(self))
+            start = min(start * before[0] * before[1] // (world * size), len(self))
         self.batch_sampler.load_state_dict({"epoch": state["epoch"], "start_batch": start})
         self._epoch, self._handed_out = state["epoch"], start
 
@@ -128,7 +130,7 @@ class DetectionDataModule(L.LightningDataModule):
         proposals: give each image the proposals of this source, for detectors that learn none (Fast R-CNN, R-CNN).
         max_unreadable: training images, on each device, that may become unreadable during a run and are replaced by
             others, with a warning; one more is an error. In evaluation the first is.
-        seed: of the order and the augmentation.
+        seed: of the order and the augmentation; None is that of `seed_everything`, else 0.
         timeout: seconds after which loaders' processes that bring no batch are an error; 0 waits for ever.
     """
 
@@ -164,7 +166,7 @@ class DetectionDataModule(L.LightningDataModule):
         masks: bool = False,
         proposals: ProposalSource | None = None,
         max_unreadable: int = 10,
-        seed: int = 0,
+        seed: int | None = None,
         timeout: int = 50,
         reader: Reader | None = None,
     ) -> None:
@@ -183,6 +185,7 @@ class DetectionDataModule(L.LightningDataModule):
             raise ValueError("proposals go with neither mosaics nor masks: leave `mosaic` and `masks` out")
         if not 0 <= min_visibility <= 1:
             raise ValueError(f"min_visibility {min_visibility} must be a share, from 0 to 1")
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # where Lightning keeps its own
         # Plain values, as a checkpoint and the command line have them, stand in for the part itself.
         self.proposals: ProposalSource | None = rebuild(proposals) if isinstance(proposals, Mapping) else proposals
         proposals = getattr(proposals, "recipe", proposals)

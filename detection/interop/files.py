@@ -78,6 +78,26 @@ def detector_for_classes(path: str | Path, class_names: Sequence[str] | None = N
     return model
 
 
+def take_weights(model: FasterRCNN, path: str | Path, class_names: Sequence[str]) -> None:
+    """Begin with the weights of a file; classes of the same name keep what was learned of them, others begin anew.
+
+    Args:
+        model: gets them.
+        path: `.ckpt` of a run, `.safetensors` or `.pth`.
+        class_names: of the model's foreground, label 1 first.
+
+    Raises:
+        CheckpointError: they are those of another detector.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    saved = read_saved(path)
+    old = list(class_names) if saved.class_names is None else saved.class_names
+    _named(path, lambda: load(model, adapt_classes(saved.tensors, model.state_dict(), old, class_names)))
+
+
 def save_detector(
     path: str | Path,
     model: FasterRCNN,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import lightning as L
 import torch
 from timm.layers import Conv2dSame
 from torch import Tensor
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 from torchmetrics import Metric
 
 from detection.batch import Batch, check_batch
@@ -21,6 +22,7 @@ from detection.models.fast import accelerate
 from detection.models.masks import paste_masks
 from detection.models.two_stage import FasterRCNN
 from detection.recipes import describe, rebuild, trusting
+from detection.training.changes import check_changes, check_groups, take_rates, total_steps
 from detection.training.checkpoints import announce_parts
 from detection.training.freezing import Freeze, Freezing, share_anew
 from detection.training.loaders import as_batch, images_per_step
@@ -126,6 +128,8 @@ class DetectionModule(L.LightningModule):
             checkpoint_activations(detector)
         self.step_losses: dict[str, Tensor] = {}  # of the newest training step, for those who look for what went wrong
         self._images_seen = 0  # in evaluation, of those that bring no id of their own
+        self._resumed: dict[str, Any] | None = None  # the checkpoint, until its run goes on
+        self._given: list[dict[str, Any]] = []  # of each group of the optimiser, what it was built with
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -183,8 +187,26 @@ class DetectionModule(L.LightningModule):
             data = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
             announce_parts(self.detector, settings | {f"data.{name}": value for name, value in data.items()})
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Of a run that goes on: refuse settings that it can't take, say the others; see `detection.training.changes`.
+
+        Raises:
+            SettingsError: with the way to start afresh.
+        """
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        data = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+        check_changes(checkpoint, self.hparams, data, self, self._run_name())
+        self._resumed = checkpoint
+
+    def _run_name(self) -> str:
+        return str(Path(self.trainer.ckpt_path or "").parent)
+
     def on_train_start(self) -> None:
         self._freeze()  # in a resumed epoch, which has begun already
+        if self._resumed is not None:
+            take_rates(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler, self._given)
+            self._resumed = None
 
     def on_train_epoch_start(self) -> None:
         self._freeze()
@@ -272,12 +294,16 @@ class DetectionModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """The optimiser with scaled learning rates and, each step, the schedule."""
-        steps, images = self.trainer.estimated_stepping_batches, images_per_step(self.trainer, self.images_per_batch)
+        images = images_per_step(self.trainer, self.images_per_batch)
+        steps = total_steps(self.trainer, self._resumed)
         lr = self.lr * images / REFERENCE_BATCH
         log.info("learning rate %g: %g for 16 images, scaled to %d a step; %g steps", lr, self.lr, images, steps)
         shares = self.lr_mult, self.layer_decay
         groups = parameter_groups(self.detector, lr, self.weight_decay, *shares, self.freezing.trainable)
         optimizer = build_optimizer(self.optimizer, groups, lr, self.weight_decay)
+        if self._resumed is not None:
+            check_groups(self._resumed, optimizer, self._run_name())
+        self._given = _options(optimizer, self.optimizer)
         scheduler = build_scheduler(self.schedule, optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -289,6 +315,12 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
         del plain[name]
         log.info("checkpoints can't keep model.%s, so give it to load_from_checkpoint again", name)
     return plain
+
+
+def _options(optimizer: Optimizer, factory: OptimizerFactory) -> list[dict[str, Any]]:
+    """What the settings say of each group: rate, decay and the factory's arguments, but nothing that is state."""
+    names = {"lr", "weight_decay", *getattr(factory, "keywords", {})}
+    return [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
 
 
 def checkpoint_activations(detector: FasterRCNN) -> None:
