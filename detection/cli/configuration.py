@@ -64,8 +64,8 @@ def complete(args: Sequence[str]) -> Given:
     of a run names is checked, as it may be somebody else's.
 
     Raises:
-        RecipeError: the run to resume has no configuration; or it names a part of a package that is not trusted, or that
-            can't be imported.
+        RecipeError: the run to resume has no configuration; or it names a part of a package that is not trusted, or
+            that can't be imported.
     """
     args, trust = take_trust(args)
     trust = list(trusted_names(trust))

@@ -148,7 +148,7 @@ class FitCLI(LightningCLI):
             say_changes(self.folder, yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
         if self.config.find:  # under a name that `--resume auto` does not take for a run
             self.folder = self.folder.with_name(f"{self.folder.name}_find_{self.config.find}")
-        self.save_config_kwargs = {"folder": self.folder}
+        self.save_config_kwargs = {"folder": self.folder, "resumed": bool(self.checkpoint)}
         config = self.config.clone()
         self.datamodule = DetectionDataModule(**self._make_parts(config.pop("data")))
         fit_detector_to_data(config.model.detector, self.datamodule)

@@ -22,21 +22,27 @@ OF_THIS_CALL = ("config", "resume", "find", "print_config")  # no settings of th
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` into the run's folder when training starts: what is refused before leaves the old one.
+    """Writes `config.yaml` into the run's folder; what a run that goes on refuses leaves the old one.
 
     Args:
         folder: of the run.
+        resumed: whether the run goes on: then it is written when training starts.
         **options: Lightning's.
     """
 
-    def __init__(self, *args: Any, folder: Path, **options: Any) -> None:
+    def __init__(self, *args: Any, folder: Path, resumed: bool, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.folder = folder
+        self.folder, self.resumed = folder, resumed
 
-    def setup(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing yet."""
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not self.resumed:
+            self._save(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.resumed:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
         if not trainer.is_global_zero:
             return
         config = self.config.clone()

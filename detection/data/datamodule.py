@@ -88,7 +88,8 @@ class TrainLoader(DataLoader[Sample]):
         if start and before != (world, size):
             rank_zero_warn(
                 f"The run was stopped at batch {start} of an epoch that {before[0]} processes shared, {before[1]} "
-                f"images a batch; now there are {world}, with {size}: images of that epoch may be seen twice or not at all."
+                f"images a batch; now there are {world}, with {size}: images of that epoch may be seen twice or not "
+                "at all."
             )
             start = min(start * before[0] * before[1] // (world * size), len(self))
         self.batch_sampler.load_state_dict({"epoch": state["epoch"], "start_batch": start})
