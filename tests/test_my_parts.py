@@ -19,8 +19,8 @@ import pytest
 import torch
 import yaml
 
-from detection.data.datamodule import DetectionDataModule
 from detection import Detector
+from detection.data.datamodule import DetectionDataModule
 from detection.fitting import PartError
 from detection.interop import CheckpointError, load_detector
 from detection.models.fast import accelerate

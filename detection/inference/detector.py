@@ -29,7 +29,7 @@ from detection.inference.tta import TestTimeAugmentation
 from detection.interop import CheckpointError, load_detector
 from detection.models.two_stage import FasterRCNN
 from detection.training.module import encode_detections
-from detection.weights import read_saved, read_torch
+from detection.weights import read_saved
 
 ImageLike: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
 Precision = Literal["32", "bf16", "16"]
@@ -89,12 +89,7 @@ class Detector:
         saved = read_saved(path)
         if saved.class_names is None:
             raise CheckpointError(f"{path}: does not name its classes; write it with save_detector(..., class_names)")
-        data: dict[str, Any] = {}
-        if path.suffix != ".safetensors":
-            data = read_torch(path).get("datamodule_hyper_parameters") or {}
-        sizes = data.get("min_size")
-        min_size = max(sizes) if isinstance(sizes, (list, tuple)) else sizes
-        return cls(model, saved.class_names, saved.category_ids, min_size, data.get("max_size"), device, precision)
+        return cls(model, saved.class_names, saved.category_ids, device=device, precision=precision)
 
     def __call__(self, image: ImageLike) -> Detections:
         """Detections of one image.

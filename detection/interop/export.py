@@ -74,9 +74,9 @@ def _stages(model: FasterRCNN) -> list[RoIHeads]:
 class ExportableDetector(nn.Module):
     """`(B, 3, H, W)` uint8 RGB of one size -> padded detections in pixels of these images.
 
-    Resizing (to the model's `min_size` and `max_size`, pixel by pixel as `Detector` does it), padding and normalisation
-    are inside. The results are `boxes (B, D, 4)` float32 xyxy, `labels (B, D)` int64 from 1 on, `scores (B, D)` float32,
-    best first, `counts (B,)` int64: how many of the D are detections, and with a mask branch `masks (B, D, m, m)`:
+    Resizing (to the sizes of the model, pixel by pixel as `Detector` does it), padding and normalisation are inside.
+    The results are `boxes (B, D, 4)` float32 xyxy, `labels (B, D)` int64 from 1 on, `scores (B, D)` float32, best
+    first, `counts (B,)` int64: how many of the D are detections, and with a mask branch `masks (B, D, m, m)`:
     probabilities inside the box.
 
     Args:

@@ -16,12 +16,15 @@ from torch.optim import SGD, Optimizer
 from torchmetrics import Metric
 
 from detection.batch import Batch, check_batch
+from detection.drift import present_recipe
 from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.results import encode_masks
+from detection.interop.files import take_sizes
 from detection.models.fast import accelerate
 from detection.models.masks import paste_masks
+from detection.models.transform import ImageTransform
 from detection.models.two_stage import FasterRCNN
-from detection.recipes import describe, rebuild, trusting
+from detection.recipes import RecipeError, describe, rebuild, trusting
 from detection.training.changes import check_changes, check_groups, take_rates, total_steps
 from detection.training.checkpoints import announce_parts
 from detection.training.freezing import Freeze, Freezing, share_anew
@@ -164,6 +167,8 @@ class DetectionModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse to learn masks from data that is read without them; compile what is to be trained."""
         settings = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+        if stage == "fit":
+            self._describe_detector(settings)
         if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
         for part in list(self.detector.modules()):  # itself, or one inside it, as in test-time augmentation
@@ -171,6 +176,24 @@ class DetectionModule(L.LightningModule):
                 accelerate(part, self.trainer.strategy.root_device)
         if self.compiled and stage == "fit":
             compile_parts(self.detector)
+
+    def _describe_detector(self, data: Mapping[str, Any]) -> None:
+        """Let checkpoints have the detector as it is: with its data's sizes, and what was changed since it was built."""
+        transform = getattr(self.detector, "transform", None)
+        if isinstance(transform, ImageTransform) and {"min_size", "max_size"} <= data.keys():
+            before = (transform.min_size, transform.max_size)
+            if take_sizes(self.detector, data["min_size"], data["max_size"]):
+                now = (transform.min_size, transform.max_size)
+                log.warning(
+                    "images are resized as the data says, min_size and max_size %s; the detector had %s", now, before
+                )
+        if isinstance(self.detector, FasterRCNN):
+            try:
+                recipe = present_recipe(self.detector)
+            except RecipeError as error:
+                log.warning("the checkpoints of this run can't be opened by themselves: %s", error)
+                recipe = None
+            self.hparams["detector"] = recipe
 
     def train(self, mode: bool = True) -> Self:
         """As of any module, but frozen parts keep their statistics."""
