@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 
 from detection.cli.flags import run_command
+from detection.cli.wording import check_ranges
 from detection.data.datamodule import DetectionDataModule
 from detection.data.images import read_image
 from detection.data.records import DataError
@@ -33,6 +35,7 @@ def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None
         accelerator, precision: as of Lightning's trainer: cpu, gpu or auto; 32-true or bf16-mixed.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
+    check_ranges(batch_size=(batch_size, 1, inf))
     module = DetectionModule.load_from_checkpoint(ckpt, trust, map_location="cpu")
     changes: Any = {k: v for k, v in {"root": root, "batch_size": batch_size}.items() if v is not None}
     with readable(ckpt):
@@ -55,4 +58,4 @@ def evaluate(ckpt: Path, split: Literal["val", "test"] = "val", root: str | None
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(evaluate))
+    sys.exit(run_command(evaluate, ValueError))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from itertools import islice
+from math import inf
 from pathlib import Path
 
 from detection.cli.flags import run_command
+from detection.cli.wording import check_ranges
 from detection.data.records import DataError
 from detection.inference import Detector
 from detection.inference.sources import Images, open_source
@@ -30,6 +32,7 @@ def main(ckpt: Path, output: Path, images: str | None = None, count: int = 20, c
         tolerance: largest difference of a coordinate, in pixels, that passes the check.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
+    check_ranges(count=(count, 1, inf), tolerance=(tolerance, 0, inf))
     model, saved = load_detector(ckpt, trust), read_saved(ckpt)
     names = saved.class_names or [f"class {label}" for label in range(1, model.num_classes)]
     if output.suffix not in (".onnx", ".pt2"):
@@ -56,4 +59,4 @@ def main(ckpt: Path, output: Path, images: str | None = None, count: int = 20, c
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, ExportError, ImportError))
+    sys.exit(run_command(main, ValueError, ImportError))

@@ -31,7 +31,7 @@ def test_a_detector_as_it_was_built_keeps_its_recipe() -> None:
     model, state = build(), torch.get_rng_state()
     accelerate(model, torch.device("cpu"))
     assert present_recipe(model) == model.recipe
-    assert torch.equal(torch.get_rng_state(), torch.get_rng_state()) and state is not None
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_what_was_changed_is_kept(tmp_path: Path) -> None:
@@ -55,9 +55,7 @@ def test_what_was_changed_is_kept(tmp_path: Path) -> None:
 def test_what_no_argument_describes_is_refused(tmp_path: Path) -> None:
     model = build()
     model.roi_heads.box_head.fc7 = nn.Linear(1024, 1024, bias=False)
-    with pytest.raises(
-        CheckpointError, match=r"roi_heads\.box_head\.fc7.* was changed after .* give it to the builder"
-    ):
+    with pytest.raises(CheckpointError, match=r"roi_heads\.box_head.* was changed after .* give it to"):
         save_detector(tmp_path / "changed.safetensors", model)
     assert not list(tmp_path.iterdir())
 

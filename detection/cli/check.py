@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
+from detection.cli.wording import Flags
 from detection.data.anchor_fit import Grid
 from detection.data.audit import audit, find_splits, look_across, write_json
 from detection.data.audit_report import picture_sheet, print_audit
@@ -29,7 +30,7 @@ Exit code 0: clean; 1: the loader repairs or leaves out some records; 2: somethi
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="configuration whose data to check, in place of root and format")
     parser.add_argument("--root", type=Path, help="folder of the data set")
     parser.add_argument("--format", choices=("coco", "voc", "yolo"))

@@ -8,6 +8,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
+from detection.cli.wording import CommandParser
 from detection.errors import complaint
 
 TRUST = "--trust"
@@ -39,6 +40,6 @@ def run_command(command: Callable[..., Any] | Mapping[str, Any], *expected: type
     args, trust = take_trust(sys.argv[1:])
     args += [f"{TRUST}=[{','.join(trust)}]"] if trust else []
     try:
-        return complaint(lambda: auto_cli(command, args=args, as_positional=False))
+        return complaint(lambda: auto_cli(command, args=args, as_positional=False, parser_class=CommandParser))
     except expected as error:
         return f"error: {error}"

@@ -180,12 +180,20 @@ class DetectionDataModule(L.LightningDataModule):
         sizes = [min_size] if isinstance(min_size, int) else min_size
         if batch_size < 1 or max_size < 1 or not sizes or min(sizes) < 1:
             raise ValueError(f"batch_size {batch_size}, min_size {min_size} and max_size {max_size} must be positive")
+        chances = {"hflip": hflip, "vflip": vflip, "photometric": photometric, "mosaic": mosaic}
+        chances |= {"copy_paste": copy_paste, "min_visibility": min_visibility, "repeat_threshold": repeat_threshold}
+        for name, chance in chances.items():
+            if not 0 <= chance <= 1:
+                raise ValueError(f"data.{name} is {chance}: it must be from 0 to 1")
+        for name, count in {"num_workers": num_workers, "max_unreadable": max_unreadable, "timeout": timeout}.items():
+            if count < 0:
+                raise ValueError(f"data.{name} is {count}: it must be 0 or more")
+        if scale_jitter is not None and not 0 < scale_jitter[0] <= scale_jitter[1]:
+            raise ValueError(f"data.scale_jitter is {scale_jitter}: give two factors above 0, the smaller first")
         if size_divisible < 32 or size_divisible % 32:
             raise ValueError(f"size_divisible {size_divisible} must be a multiple of 32, the coarsest stride")
         if proposals and (mosaic or masks):
             raise ValueError("proposals go with neither mosaics nor masks: leave `mosaic` and `masks` out")
-        if not 0 <= min_visibility <= 1:
-            raise ValueError(f"min_visibility {min_visibility} must be a share, from 0 to 1")
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # where Lightning keeps its own
         # Plain values, as a checkpoint and the command line have them, stand in for the part itself.
         self.proposals: ProposalSource | None = rebuild(proposals) if isinstance(proposals, Mapping) else proposals

@@ -60,7 +60,7 @@ class Detector:
     ) -> None:
         if model.num_classes != len(class_names) + 1:
             raise ValueError(f"{len(class_names)} class names are given for {model.num_classes - 1} classes")
-        self.device = torch.device(_best_device() if device == "auto" else device)
+        self.device = _device(device)
         copied = model.for_inference(self.device) if isinstance(model, FasterRCNN) else model.eval().to(self.device)
         self.model: FasterRCNN | TestTimeAugmentation = copied
         self.class_names = tuple(class_names)
@@ -160,5 +160,17 @@ def to_pixels(image: ImageLike) -> NDArray[np.uint8]:
     return np.ascontiguousarray(array)
 
 
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(name: str) -> torch.device:
+    """The device of a name, tried out; `auto` is the first GPU, or the CPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else None
+    try:
+        device = device or torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        has = f"cuda:0 to cuda:{torch.cuda.device_count() - 1} and cpu" if torch.cuda.is_available() else "cpu"
+        raise ValueError(f"--device {name}: this machine has no such device that PyTorch can use, but {has}") from error
+    return device

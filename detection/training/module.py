@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from detection.training.changes import check_changes, check_groups, take_rates, 
 from detection.training.checkpoints import announce_parts
 from detection.training.freezing import Freeze, Freezing, share_anew
 from detection.training.loaders import as_batch, images_per_step
+from detection.training.monitors import check_monitors, known_figures
 from detection.training.optimisation import (
     CosineSchedule,
     OptimizerFactory,
@@ -41,6 +43,7 @@ from detection.training.optimisation import (
     translated,
 )
 from detection.training.own_metrics import OwnMetrics
+from detection.training.precision import choose_precision
 from detection.weights import NO_RECIPE, CheckpointError, check_sums, readable
 
 log = logging.getLogger(__name__)
@@ -107,6 +110,13 @@ class DetectionModule(L.LightningModule):
         super().__init__()
         if detector is None:
             raise CheckpointError(WITHOUT_RECIPE)
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"model.{name} is {value}: give a number from 0 on")
+        if layer_decay is not None and not 0 < layer_decay <= 1:
+            raise ValueError(f"model.layer_decay is {layer_decay}: it must be above 0 and at most 1")
+        if detections_per_img < 1:
+            raise ValueError(f"model.detections_per_img is {detections_per_img}: give at least 1")
         # From a checkpoint, which keeps plain values only, come recipes.
         detector, optimizer, schedule, metrics = (rebuild(part) for part in (detector, optimizer, schedule, metrics))
         if detector.num_classes != len(class_names) + 1:
@@ -167,8 +177,10 @@ class DetectionModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse to learn masks from data that is read without them; compile what is to be trained."""
         settings = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+        choose_precision(self.trainer)
         if stage == "fit":
             self._describe_detector(settings)
+            check_monitors(self.trainer, known_figures(self.class_names, self.metric.iou_type, self.detector.has_masks))
         if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
         for part in list(self.detector.modules()):  # itself, or one inside it, as in test-time augmentation
@@ -178,7 +190,7 @@ class DetectionModule(L.LightningModule):
             compile_parts(self.detector)
 
     def _describe_detector(self, data: Mapping[str, Any]) -> None:
-        """Let checkpoints have the detector as it is: with its data's sizes, and what was changed since it was built."""
+        """Let checkpoints have the detector as it is: with its data's sizes, and with changes since it was built."""
         transform = getattr(self.detector, "transform", None)
         if isinstance(transform, ImageTransform) and {"min_size", "max_size"} <= data.keys():
             before = (transform.min_size, transform.max_size)
@@ -323,7 +335,10 @@ class DetectionModule(L.LightningModule):
         log.info("learning rate %g: %g for 16 images, scaled to %d a step; %g steps", lr, self.lr, images, steps)
         shares = self.lr_mult, self.layer_decay
         groups = parameter_groups(self.detector, lr, self.weight_decay, *shares, self.freezing.trainable)
-        optimizer = build_optimizer(self.optimizer, groups, lr, self.weight_decay)
+        # A fused optimiser takes the scale off float16 gradients itself, so late that they can't be clipped before.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        fused = not (scaled and self.trainer.gradient_clip_val)
+        optimizer = build_optimizer(self.optimizer, groups, lr, self.weight_decay, fused)
         if self._resumed is not None:
             check_groups(self._resumed, optimizer, self._run_name())
         self._given = _options(optimizer, self.optimizer)
