@@ -70,9 +70,9 @@ class Parser(LightningArgumentParser):
             packaged = [path.stem for folder in (CONFIGS, PRESETS) for path in folder.glob("*.yaml")]
             near = difflib.get_close_matches(Path(file[1]).stem, packaged, 1, 0.6)
             return f" (did you mean --config {near[0]}?)" if near else f"; packaged are {', '.join(sorted(packaged))}"
-        if name := re.search(r"dot import path string: (\w+)", message):
+        if absent := re.search(r"dot import path string: (\w+)", message):
             homes = (torch.optim, callbacks, loggers, detection)
-            near = difflib.get_close_matches(name[1], [n for home in homes for n in dir(home)], 1, 0.7)
+            near = difflib.get_close_matches(absent[1], [n for home in homes for n in dir(home)], 1, 0.7)
             return f" (did you mean {near[0]}?)" if near else ""
         builder = difflib.get_close_matches(message.split()[-1], {**vars(zoo), **vars(relatives)}, 1, 0.75)
         return f" (did you mean {builder[0]}?)" if builder else ""

@@ -47,15 +47,14 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 def is_about_names(message: str) -> bool:
     """Whether a flag or a key is unknown, and not the value of a known one wrong."""
-    return (
-        re.search(r"[Uu]nrecognized arguments|is not accepted|not a valid|[Nn]o action for|not found", message)
-        is not None
-    )
+    return re.search(r"[Uu]nrecognized arguments|is not accepted|[Nn]o action for|not found", message) is not None
 
 
 def in_words(message: str) -> str:
     """A message on a value of the wrong type, without Python's names of types; others as they are."""
     key = re.match(r'Parser key "([\w.]+)":', message)
+    if key and (name := re.search(r"dot import path string: (\S+)", message)):
+        return f"--{key[1]}: there is no class {name[1]}"
     value = re.search(r"(?:Got value|Given value): (.*)$", message)
     if key is None or value is None or "class_path" in message:
         return message
@@ -89,7 +88,7 @@ def complain(message: str, options: Iterable[str]) -> NoReturn:
     raise SystemExit(2)
 
 
-class CommandParser(ArgumentParser):
+class CommandParser(ArgumentParser):  # type: ignore[misc]
     """The parser of the scripts whose flags are a function's arguments."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
