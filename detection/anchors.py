@@ -10,7 +10,7 @@ Shape shorthand:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +108,23 @@ class AnchorGenerator(nn.Module):
         grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
         shifts = torch.stack((grid_x, grid_y, grid_x, grid_y), dim=-1)
         return (shifts[:, :, None] + cell).reshape(-1, 4)
+
+
+Anchors: TypeAlias = AnchorGenerator | Literal["auto"] | None  # as builders take them
+
+
+def chosen_anchors(anchors: Anchors, num_levels: int, **options: Any) -> AnchorGenerator:
+    """The generator that is given, or `default_anchors`.
+
+    Raises:
+        ValueError: it is `auto`, which only a run can follow, as it has the data.
+    """
+    if isinstance(anchors, str):
+        raise ValueError(
+            f"rpn_anchor_generator: {anchors} is for scripts/fit.py, which fits anchors to the data; in Python give an "
+            "AnchorGenerator, such as detection.data.anchor_fit.generator_for(index, strides, min_size, max_size)"
+        )
+    return anchors or default_anchors(num_levels, **options)
 
 
 def default_anchors(num_levels: int, **options: Any) -> AnchorGenerator:

@@ -18,7 +18,8 @@ from detection.data.anchor_fit import Grid
 from detection.data.audit import audit, find_splits, look_across, write_json
 from detection.data.audit_report import picture_sheet, print_audit
 from detection.data.datamodule import DetectionDataModule
-from detection.data.reading import Stage, check_split
+from detection.data.finding import Stage
+from detection.data.reading import check_split
 from detection.data.records import DataError, Index
 from detection.recipes import EVERYTHING, import_from_working_directory, rebuild
 
@@ -33,8 +34,8 @@ def main() -> int:
     parser = Flags(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="configuration whose data to check, in place of root and format")
     parser.add_argument("--root", type=Path, help="folder of the data set")
-    parser.add_argument("--format", choices=("coco", "voc", "yolo"))
-    parser.add_argument("--split", help="VOC or YOLO split (default: all)")
+    parser.add_argument("--format", choices=("coco", "voc", "yolo"), help="of the annotations (default: found)")
+    parser.add_argument("--split", help="the only split to check (default: all)")
     parser.add_argument("--annotations", help="COCO file or VOC folder, relative to the root (default: found)")
     parser.add_argument("--images", help="folder of images, relative to the root (default: found)")
     parser.add_argument("--min-size", type=int, help="shorter side after resizing (default: 800)")
@@ -45,8 +46,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write everything found to this file")
     parser.add_argument("--sheet", type=Path, help="write a picture sheet of samples with boxes to this file")
     args = parser.parse_args()
-    if not args.config and not (args.root and args.format):
-        parser.error("name the data: --root and --format, or --config")
+    if not args.config and not args.root:
+        parser.error("name the data: --root, or --config")
     if len(args.anchor_sizes) != len(args.strides):
         parser.error("--anchor-sizes and --strides need one number a level each")
     try:
@@ -60,7 +61,7 @@ def main() -> int:
         sides = (args.min_size or shown[0], args.max_size or shown[1])
         grid = Grid(sizes, tuple(args.strides), tuple(args.anchor_ratios), *sides)
         audits = [audit(name, read, grid) for name, read in splits.items()]
-        look_across(audits, args.root, args.format)
+        look_across(audits)
         for found in audits:
             print_audit(found, Console())
         if args.json:

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import isclass, signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from detection.cli.flags import take_trust
 from detection.cli.folder import CONFIG
+from detection.data.anchor_fit import generator_for
 from detection.data.datamodule import DetectionDataModule
 from detection.models import relatives, zoo
 from detection.recipes import (
     A_RUN,
     EVERYTHING,
+    WEIGHTS,
     RecipeError,
     find,
     import_path,
     named_in,
+    rebuild,
     trusted_names,
 )
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRESETS = CONFIGS / "presets"  # go behind another configuration
-QUICKSTART = "quickstart"
+QUICKSTART, OWN_DATA = "quickstart", "own_data"
+AUTO = "auto"  # of `rpn_anchor_generator`: anchors that fit the data
 # Whose classes the configuration in a run's folder may name: it may have come with somebody's checkpoint.
 KNOWN = (
     *("detection", "lightning.pytorch", "lightning.fabric", "torch.nn", "torch.optim", "torchmetrics"),
@@ -60,8 +65,8 @@ def complete(args: Sequence[str]) -> Given:
 
     Short are the name of a packaged configuration (`bccd` for its file) and of a builder (without its module). A
     command line without `--config`, or with presets alone, uses the configuration of the run that it resumes, or whose
-    weights it takes. Else it uses the quickstart, but not its detector where it names another. What the configuration
-    of a run names is checked, as it may be somebody else's.
+    weights it takes. Else it uses the quickstart, or with `--data.root` the settings for own data, but not their
+    detector where it names another. What the configuration of a run names is checked, as it may be somebody else's.
 
     Raises:
         RecipeError: the run to resume has no configuration; or it names a part of a package that is not trusted, or
@@ -85,6 +90,8 @@ def complete(args: Sequence[str]) -> Given:
         if flag.startswith(("--trainer.", "--model.", "--data.proposals", "--data.reader", "--data.augmentations")):
             own.append(value)
         previous = arg
+        if flag in ("--data.root", "--data.reader") and value and default.stem == QUICKSTART:
+            default = CONFIGS / f"{OWN_DATA}.yaml"
         if flag in ("--resume", "--weights") and value and Path(value).exists():
             run = Path(value) if Path(value).is_dir() else Path(value).parent
             if (run / CONFIG).is_file():
@@ -126,7 +133,7 @@ def name_only_known(own: Iterable[str], trust: Iterable[str] = ()) -> tuple[str,
 
 
 def _without_detector(config: Path) -> str:
-    """The text of the quickstart for another detector, whose defaults are better than settings for the quickstart's."""
+    """The text of a configuration for another detector, whose own defaults are better than settings for this one."""
     content = yaml.safe_load(config.read_text())
     del content["model"]["detector"]
     return yaml.safe_dump(content, default_flow_style=True, width=10**6)
@@ -187,6 +194,46 @@ def fit_detector_to_data(detector: Namespace, data: DetectionDataModule) -> None
     for name, value in follow.items():
         if name in detector.init_args and detector.init_args[name] == known.get(name):
             detector.init_args[name] = value
+
+
+def fit_anchors_to_data(
+    detector: Namespace, data: DetectionDataModule, kept: Mapping[str, Any], trust: Sequence[str] = (EVERYTHING,)
+) -> None:
+    """Put anchors in the place of `rpn_anchor_generator: auto`: those of the training data, or of a run that goes on.
+
+    Args:
+        detector: the arguments of a detector, its sizes of images among them.
+        data: whose training split is read, if anchors have to be found.
+        kept: the recipe of the detector in the checkpoint of the run; empty for a new one.
+        trust: in whom, see `rebuild`.
+    """
+    if detector.init_args.get("rpn_anchor_generator") != AUTO:
+        return
+    found = (kept.get("init_args") or {}).get("rpn_anchor_generator")
+    if found is None:
+        strides = strides_of(plain(detector, trust), trust)
+        found = generator_for(data.read("train"), strides, *sizes_of(data)).recipe
+    detector.init_args["rpn_anchor_generator"] = found
+
+
+def strides_of(detector: Mapping[str, Any], trust: Sequence[str] = (EVERYTHING,)) -> tuple[int, ...]:
+    """Pixels between neighbouring cells of each map of a detector, of which one without weights is built to see.
+
+    Args:
+        detector: its recipe.
+        trust: in whom, see `rebuild`.
+    """
+    known = vars(defaults(detector["class_path"]))
+    without = {name: None for name in (*WEIGHTS, "rpn_anchor_generator", "rpn_head") if name in known}
+    with torch.random.fork_rng():
+        made = rebuild({**detector, "init_args": {**(detector.get("init_args") or {}), **without}}, trust)
+    return tuple(made.strides)
+
+
+def sizes_of(data: DetectionDataModule) -> tuple[int, int]:
+    """Short side and longest side in pixels at which the data is evaluated."""
+    sides = data.hparams["min_size"]
+    return sides if isinstance(sides, int) else max(sides), data.hparams["max_size"]
 
 
 def defaults(class_path: str) -> Namespace:

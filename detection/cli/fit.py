@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.logging import RichHandler
 
-from detection.cli.configuration import CONFIGS, PRESETS, complete, fit_detector_to_data, plain
+from detection.cli.configuration import CONFIGS, PRESETS, complete, fit_anchors_to_data, fit_detector_to_data, plain
 from detection.cli.folder import SaveConfig, never_validates, remove, say_changes, write_readme
 from detection.cli.parser import Parser
 from detection.data.datamodule import DetectionDataModule
@@ -32,8 +32,8 @@ from detection.errors import RunError, SettingsError, explain
 from detection.interop.files import take_weights
 from detection.recipes import RecipeError, import_from_working_directory, packages_of, rebuild
 from detection.training import tuning
-from detection.training.callbacks import Bar, PredictionPictures, Results, Throughput
-from detection.training.checkpoints import BEST, LAST, RUN_FOLDER, KeepBest, Start, WholeFiles, start
+from detection.training.callbacks import Bar, PredictionPictures, Results, SplitFile, Throughput
+from detection.training.checkpoints import BEST, LAST, RUN_FOLDER, KeepBest, Kept, Start, WholeFiles, kept, start
 from detection.training.loggers import MetricsFile, Tracker, WandbMode
 from detection.training.module import DetectionModule
 from detection.training.optimisation import COSINE, SGD_MOMENTUM, state_per_parameter
@@ -151,7 +151,10 @@ class FitCLI(LightningCLI):
         self.save_config_kwargs = {"folder": self.folder, "resumed": bool(self.checkpoint)}
         config = self.config.clone()
         self.datamodule = DetectionDataModule(**self._make_parts(config.pop("data")))
+        going_on = kept(self.checkpoint) if self.checkpoint else Kept()
+        self.datamodule.load_state_dict(going_on.data)
         fit_detector_to_data(config.model.detector, self.datamodule)
+        fit_anchors_to_data(config.model.detector, self.datamodule, going_on.detector, self.trust)
         parts = self._make_parts(config.pop("model"))
         self.config_init = self.parser.instantiate(config)  # the trainer's callbacks, loggers, plugins
         self.model = DetectionModule(**parts, class_names=self.datamodule.class_names)
@@ -214,7 +217,12 @@ class FitCLI(LightningCLI):
     def _callbacks(self, given: Namespace) -> list[Callback]:
         bar = self._shows_bar(given)
         callbacks = [Throughput(line_every=0 if bar else 60), PredictionPictures(str(self.folder)), Results()]
-        callbacks += [ProposalRecall(), SampledForeground(), Tracking(self.folder, self.config.log_model)]
+        callbacks += [
+            SplitFile(self.folder),
+            ProposalRecall(),
+            SampledForeground(),
+            Tracking(self.folder, self.config.log_model),
+        ]
         if bar:
             callbacks.append(Bar())
         if self._saves:

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from detection.data import rle
-from detection.data.checks import Folder, Objects, checked_size, choose_classes, finish_index, short
+from detection.data.checks import Objects, checked_size, choose_classes, finish_index, short
+from detection.data.coco_layout import PictureFinder
 from detection.data.records import DataError, Defect, Index, Record
+from detection.data.tree import Tree
 
 
 def read_coco(
@@ -42,16 +44,23 @@ def read_coco(
         DataError: the file is missing or no COCO instances file, an image's path leaves the root, a class is unknown or
             ambiguous, or no image is left.
     """
-    root = Path(root)
-    folder = Folder(root)
-    content = _load(root / annotations)
-    reader = _Reader(folder, str(annotations), images, masks)
+    return read_file(Tree(Path(root)), annotations, images, classes, masks)
+
+
+def read_file(
+    tree: Tree, annotations: str, images: str = "", classes: Sequence[str] | None = None, masks: bool = False
+) -> Index:
+    """Read one COCO file below a root that was listed; see `read_coco`."""
+    path = tree.root / annotations
+    content = _load(path)
+    names = [item["file_name"] for item in content["images"] if isinstance(item, dict) and _is_name(item)]
+    reader = _Reader(tree, str(annotations), PictureFinder(tree, str(annotations), names, images), masks)
     labels, index = reader.categories(content["categories"], classes)
     by_image = reader.group(content["annotations"])
     known: set[int | str] = set()
-    names: dict[str, str] = {}
+    seen: dict[str, str] = {}
     for position, image in enumerate(content["images"]):
-        record = reader.image(position, image, by_image, labels, known, names)
+        record = reader.image(position, image, by_image, labels, known, seen)
         if record is not None:
             index.records.append(record)
     for key in by_image.keys() - known:
@@ -61,17 +70,17 @@ def read_coco(
         reader.report("images", "ids are not whole numbers", "images are numbered by position; exports use that number")
         for number, record in enumerate(index.records):
             record.image_id = number
-    place = None if index.records else find_images(folder.root, annotations)
-    hint = f"; the images lie in '{place}': pass it as the folder of images" if place else ""
-    return finish_index(index, str(root / annotations), hint)
+    reader.say_spellings()
+    return finish_index(index, str(path))
 
 
 class _Reader:
     """One pass over the three lists of a file; holds what messages and paths need."""
 
-    def __init__(self, folder: Folder, file: str, images: str, masks: bool) -> None:
-        self.folder, self.file, self.images, self.masks = folder, file, images.strip("/"), masks
+    def __init__(self, tree: Tree, file: str, pictures: PictureFinder, masks: bool) -> None:
+        self.tree, self.file, self.pictures, self.masks = tree, file, pictures, masks
         self.defects: list[Defect] = []
+        self.spelt: list[tuple[str, str]] = []  # names of pictures that are not those of their files
         self.ids = Counter[int | str]()
 
     def report(self, record: str, problem: str, fix: str, severity: Any = "repairable") -> None:
@@ -113,7 +122,7 @@ class _Reader:
             )
             numbers = [order.index(key) + 1 for key in numbers]
         labels = {key: chosen.index(name) + 1 if name in chosen else 0 for key, name in names.items()}
-        return labels, Index(self.folder.root, chosen, tuple(int(n) for n in numbers), [], self.defects)
+        return labels, Index(self.tree.root, chosen, tuple(int(n) for n in numbers), [], self.defects)
 
     def group(self, items: list[Any]) -> dict[int | str, list[tuple[int, dict[str, Any]]]]:
         """The annotations of each image, each with its position in the file."""
@@ -144,12 +153,10 @@ class _Reader:
             self.report(where, problem, "this image is left out; give it an id of its own", "broken")
             return None
         known.add(key)
-        if not isinstance(name, str) or not name.strip("/. "):
+        if not _is_name(item):
             self.report(where, "it has no file_name", "the image and its annotations are left out; add it", "broken")
             return None
-        name = f"{self.images}/{name}" if self.images else name
-        path = self.folder.locate(name.replace("\\", "/"), f"{self.file}: {where}")
-        name = path.relative_to(self.folder.root).as_posix()
+        name, path = self.picture(str(name), where)
         if name in names:
             self.report(where, f"{name} is listed before as {names[name]}", "both are kept; delete one", "note")
         names[name] = where
@@ -170,6 +177,23 @@ class _Reader:
         if not usable:
             return None
         return objects.finish(key if isinstance(key, int) else position, name, self.masks)
+
+    def picture(self, written: str, where: str) -> tuple[str, Path]:
+        """The file of an image, relative to the root and whole, which may be missing; no name leads out of the root."""
+        if (found := self.pictures.find(written)) is not None:
+            if os.path.basename(found) != os.path.basename(written):
+                self.spelt.append((written, found))
+            return found, self.tree.root / found
+        inside = "/".join(filter(None, (self.pictures.base, written.replace("\\", "/"))))
+        path = self.tree.locate(inside, f"{self.file}: {where}")
+        return path.relative_to(self.tree.root).as_posix(), path
+
+    def say_spellings(self) -> None:
+        """Note that pictures were found under other names."""
+        if self.spelt:
+            written, found = self.spelt[0]
+            problem = f"{len(self.spelt)} names are not those of the files, first '{written}' of '{found}'"
+            self.report("images", problem, "they are read; correct file_name", "note")
 
     def annotation(self, objects: Objects, position: int, item: dict[str, Any], labels: dict[int | str, int]) -> None:
         """Add one annotation to the objects of its image."""
@@ -217,7 +241,16 @@ class _Reader:
                     return {"size": [objects.height, objects.width], "counts": rle.compress(counts)}
                 problem = "RLE has no foreground"
         elif isinstance(value, list) and value:
+            sides = (objects.width, objects.height)
             good = [polygon for polygon in value if _is_polygon(polygon)]
+            near = [polygon for polygon in good if _is_near(polygon, *sides)]
+            if len(near) < len(good):
+                fix = "they are left out; redraw them" if len(good) - len(near) > 1 else "it is left out; redraw it"
+                objects.report(what, f"{len(good) - len(near)} of its polygons lie far outside the image", fix)
+                value = [polygon for polygon in value if polygon not in good or polygon in near]
+                good = near
+                if not value:
+                    return None
             if len(good) < len(value) and good:
                 fix = "it is left out, the rest is kept; redraw it"
                 objects.report(what, f"{len(value) - len(good)} of its polygons has not 3 finite points", fix)
@@ -253,31 +286,9 @@ def _load(path: Path) -> dict[str, Any]:
     return content
 
 
-def find_files(root: Path) -> list[str]:
-    """The COCO instances files below a root, relative to it; keypoints, captions and other JSON are passed over."""
-    found = []
-    for path in sorted(root.rglob("*.json")):
-        try:
-            items = _load(path)["annotations"]
-        except DataError:
-            continue
-        keys = items[0].keys() if items and isinstance(items[0], dict) else set()
-        if "keypoints" not in keys and keys & {"category_id", "bbox", "segmentation"}:
-            found.append(path.relative_to(root).as_posix())
-    return found
-
-
-def find_images(root: Path, annotations: str) -> str | None:
-    """The folder, relative to the root, in which the first image of a COCO file lies; None where none does."""
-    images = _load(root / annotations)["images"]
-    name = images[0].get("file_name") if images and isinstance(images[0], dict) else None
-    if not isinstance(name, str) or ".." in name or "\0" in name or len(name) > 200:
-        return None
-    for folder, folders, _ in os.walk(root):
-        folders.sort()
-        if (Path(folder) / name).is_file():
-            return Path(folder).relative_to(root).as_posix().removeprefix(".")
-    return None
+def _is_name(item: dict[str, Any]) -> bool:
+    name = item.get("file_name")
+    return isinstance(name, str) and bool(name.strip("/. "))
 
 
 def _key(value: Any) -> int | str | None:
@@ -321,6 +332,12 @@ def _is_polygon(value: Any) -> bool:
         and len(value) % 2 == 0
         and all(_number(v) is not None for v in value)
     )
+
+
+def _is_near(polygon: list[float], width: int, height: int) -> bool:
+    """Whether all points lie within an image's size around the image; a coordinate of 1e12 takes minutes to fill."""
+    xs, ys = polygon[::2], polygon[1::2]
+    return -width <= min(xs) and max(xs) <= 2 * width and -height <= min(ys) and max(ys) <= 2 * height
 
 
 def _extent(segment: Any, height: int) -> list[float]:

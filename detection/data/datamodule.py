@@ -4,109 +4,50 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from inspect import isclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from detection.batch import Batch
 from detection.data import scenes
 from detection.data.augment import eval_transform, train_transform
 from detection.data.dataset import DetectionDataset, Sample, collate
+from detection.data.finding import Layout, Stage, find
 from detection.data.pipeline import Step, check_steps, moving, recipe_of
 from detection.data.proposals import ProposalCache, ProposalSource
-from detection.data.reading import Known, Stage, check_split, describe, read_split
-from detection.data.records import DataError, Index
+from detection.data.reading import Known, check_split, describe, draws_scenes, read_split, recipe_of_reader, splits_of
+from detection.data.records import Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
-from detection.data.workers import init_worker
+from detection.data.splitting import Split, check_division, keep, kept, split_of
+from detection.data.train_loader import TrainLoader
+from detection.data.workers import check_shared_memory, init_worker
 from detection.parts import Reader
 from detection.recipes import RecipeError, rebuild, trusting
-from detection.recipes import describe as plain
 
 log = logging.getLogger(__name__)
-
-
-class TrainLoader(DataLoader[Sample]):
-    """A DataLoader that Lightning can save and resume in the middle of an epoch.
-
-    Its state counts the batches handed out, not those that workers have fetched ahead. A resumed run sees exactly the
-    batches, and the augmentations, that an unbroken run would have seen. Between two batches, when all of the first
-    one's step is done, `between_steps` is called.
-
-    Images that can't be read, in whose place the data set drew others, are named in a warning, each once. When they
-    are more than `dataset.max_unreadable`, counted on each rank for itself, that is a DataError.
-    """
-
-    batch_sampler: TrainBatchSampler
-
-    def __init__(self, dataset: DetectionDataset, batch_sampler: TrainBatchSampler, **options: Any) -> None:
-        super().__init__(dataset, batch_sampler=batch_sampler, **options)
-        self.between_steps: Callable[[], None] = lambda: None
-        self._epoch, self._handed_out = 0, 0
-        self._unreadable: dict[str, None] = {}
-        self._most_unreadable = dataset.max_unreadable
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        self._epoch, self._handed_out = self.batch_sampler.epoch, self.batch_sampler.start_batch
-        for batch in super().__iter__():
-            self._handed_out += 1
-            self._report(batch.unreadable)
-            yield batch
-            self.between_steps()
-
-    def _report(self, unreadable: tuple[str, ...]) -> None:
-        for problem in unreadable:
-            if problem not in self._unreadable:
-                self._unreadable[problem] = None
-                log.warning("%s. Another image is trained on in its place", problem)
-        if len(self._unreadable) > self._most_unreadable:
-            raise DataError(
-                f"{len(self._unreadable)} images can't be read, more than max_unreadable allows "
-                f"({self._most_unreadable}); restore them: {' | '.join(self._unreadable)}"
-            )
-
-    def state_dict(self) -> dict[str, int]:
-        """Epoch and batch that come next, and how many processes share the epoch, in batches of which size."""
-        state = self.batch_sampler.state_dict()
-        if self._epoch == self.batch_sampler.epoch:
-            done = self._handed_out >= len(self)
-            state = {"epoch": self._epoch + done, "start_batch": 0 if done else self._handed_out}
-        return state | {"world": rank_and_world()[1], "batch_size": self.batch_sampler.batch_size}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        start, world, size = state["start_batch"], rank_and_world()[1], self.batch_sampler.batch_size
-        before = state["world"], state.get("batch_size", size)
-        if start and before != (world, size):
-            rank_zero_warn(
-                f"The run was stopped at batch {start} of an epoch that {before[0]} processes shared, {before[1]} "
-                f"images a batch; now there are {world}, with {size}: images of that epoch may be seen twice or not "
-                "at all."
-            )
-            start = min(start * before[0] * before[1] // (world * size), len(self))
-        self.batch_sampler.load_state_dict({"epoch": state["epoch"], "start_batch": start})
-        self._epoch, self._handed_out = state["epoch"], start
 
 
 class DetectionDataModule(L.LightningDataModule):
     """Train, validation and test loaders of a data set on disk, or of the scenes that this package draws itself.
 
     Args:
-        root: folder of the data set. With `format: scenes`, where to draw them; None for a folder in the user's cache.
-        format: how the annotations are written, where there is no `reader`.
-        reader: what reads annotations of another kind, see `detection.parts.Reader`.
-        train_split, val_split, test_split: VOC, YOLO and a reader: the split's name; for VOC also of several folders in
-            `root`, as in `VOC2007:trainval+VOC2012:trainval`. COCO: the annotation file, relative to `root`.
-            `test_split` None is the validation split.
-        train_images, val_images, test_images: COCO only: folder of the split's images, relative to `root`.
+        root: folder of the data set; None takes the scenes, in the user's cache.
+        format: how the annotations are written, where there is no `reader`; None finds out. `scenes` draws them into
+            `root`.
+        train_split, val_split, test_split: name of the split, or for COCO its annotation file, relative to `root`; for
+            VOC also several folders in `root`, as in `VOC2007:trainval+VOC2012:trainval`. None finds it. Where there is
+            no validation split, images of the training split are set aside, see `detection.data.splitting`; without
+            `test` the validation split is the test.
+        train_images, val_images, test_images: COCO only: folder of the split's images, relative to `root`; "" finds it.
+        val_fraction: share of the images that is set aside where there is no validation split.
+        fold: "2/5" validates on the second of five parts of the training split, and trains on the others; without
+            `val_split`.
         classes: foreground classes in the order of their labels; None takes all of the training split.
         batch_size: images a batch, on each device.
         num_workers: loader processes on each device; 0 loads in the main process.
@@ -138,9 +79,9 @@ class DetectionDataModule(L.LightningDataModule):
     def __init__(
         self,
         root: str | None = None,
-        format: Literal["scenes", "coco", "voc", "yolo"] = "scenes",
-        train_split: str = "train",
-        val_split: str = "val",
+        format: Literal["scenes", "coco", "voc", "yolo"] | None = None,
+        train_split: str | None = None,
+        val_split: str | None = None,
         test_split: str | None = None,
         train_images: str = "",
         val_images: str = "",
@@ -170,12 +111,14 @@ class DetectionDataModule(L.LightningDataModule):
         seed: int | None = None,
         timeout: int = 50,
         reader: Reader | None = None,
+        val_fraction: float = 0.2,
+        fold: str | None = None,
     ) -> None:
         super().__init__()
-        if root is None and (format != "scenes" or reader is not None):
+        if root is None and (format not in (None, "scenes") or reader is not None):
             kind = f"format '{format}'" if reader is None else "a reader"
             raise ValueError(f"{kind} needs root, the folder of the data set")
-        if reader is not None and format != "scenes":
+        if reader is not None and format not in (None, "scenes"):
             raise ValueError(f"data.reader reads in place of data.format: leave format '{format}' out")
         sizes = [min_size] if isinstance(min_size, int) else min_size
         if batch_size < 1 or max_size < 1 or not sizes or min(sizes) < 1:
@@ -194,6 +137,7 @@ class DetectionDataModule(L.LightningDataModule):
             raise ValueError(f"size_divisible {size_divisible} must be a multiple of 32, the coarsest stride")
         if proposals and (mosaic or masks):
             raise ValueError("proposals go with neither mosaics nor masks: leave `mosaic` and `masks` out")
+        check_division(val_fraction, fold, val_split)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # where Lightning keeps its own
         # Plain values, as a checkpoint and the command line have them, stand in for the part itself.
         self.proposals: ProposalSource | None = rebuild(proposals) if isinstance(proposals, Mapping) else proposals
@@ -206,11 +150,13 @@ class DetectionDataModule(L.LightningDataModule):
             )
         augmentations = [recipe_of(step) for step in self.augmentations]  # type: ignore[misc]
         self.reader: Reader | None = rebuild(reader) if isinstance(reader, Mapping) else reader
-        reader = _recipe_of_reader(self.reader)
+        reader = recipe_of_reader(self.reader)
         self.save_hyperparameters()
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
+        self._split: Split | None = None
         self._known: Known | None = None
+        self._layout: Layout | None = None
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -247,18 +193,21 @@ class DetectionDataModule(L.LightningDataModule):
             if self._draws_scenes:
                 self._known = scenes.CLASSES, tuple(range(1, len(scenes.CLASSES) + 1))
             else:
-                self._train_index = self.read("train")
-                self._known = self._train_index.classes, self._train_index.category_ids
+                whole = self._train_list()
+                self._known = whole.classes, whole.category_ids
         return self._known
 
     def prepare_data(self) -> None:
-        """Draw the embedded scenes and compute proposals, whichever do not lie in their cache."""
+        """Draw the embedded scenes and compute proposals, whichever do not lie in their cache; make the split."""
         if self._draws_scenes:
+            if self.hparams["root"] is not None:
+                scenes.check_folder(self._root())
             scenes.draw(self._root())
+        self.made_split()
         if self.proposals is not None and self.trainer is not None:
             # Here, while other ranks wait without a time limit; without a trainer `setup` does it.
             stage = self.trainer.state.fn
-            for split in _splits(stage.value if stage else "fit"):
+            for split in splits_of(stage.value if stage else "fit"):
                 self._prepare_proposals(self.read(split), split)
 
     def _prepare_proposals(self, index: Index, split: Stage) -> ProposalCache | None:
@@ -270,13 +219,16 @@ class DetectionDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and check the splits that the stage needs; raises `DataError` before anything trains."""
-        for split in _splits(stage):
+        if self._divides and self.trainer is not None and self.trainer.world_size > 1:  # the first process has made it
+            self._split = self.trainer.strategy.broadcast(self._split)
+        for split in splits_of(stage):
             if split not in self._datasets:
                 self._datasets[split] = self._dataset(split)
+        self._train_index = None
 
     @property
     def _draws_scenes(self) -> bool:
-        return self.hparams["format"] == "scenes" and self.reader is None
+        return self.reader is None and draws_scenes(self.hparams)
 
     def _root(self) -> Path:
         root = self.hparams["root"]
@@ -284,12 +236,68 @@ class DetectionDataModule(L.LightningDataModule):
 
     def read(self, split: Stage) -> Index:
         """The records of a split; labels point into the classes of the training split, once that is read."""
-        return read_split(self.hparams, self._root(), split, self._known, self.reader)
+        if split != "train" and self._has(split):
+            return self._read(split)
+        index, made = self._train_list(), self.made_split()
+        return index if made is None else made.apply(index)[split != "train"]
+
+    def _read(self, split: Stage) -> Index:
+        return read_split(self.hparams, self._root(), split, self._known, self.reader, self.layout)
+
+    def layout(self) -> Layout:
+        """The data set below the root, found and said at the first call; raises `DataError` where there is none."""
+        if self._layout is None:
+            self._layout = find(self._root(), self.hparams["format"])
+            rank_zero_info(f"{self._layout.root}: {self._layout}")
+            for other in self._layout.others:
+                rank_zero_info(f"  also there, not read: {other}; data.format or another root chooses it")
+        return self._layout
+
+    def _train_list(self) -> Index:
+        """The training split before images are set aside; kept until `setup` is done."""
+        if self._train_index is None:
+            self._train_index = self._read("train")
+        return self._train_index
+
+    def _has(self, split: Stage) -> bool:
+        """Whether the data set has images for validation, or for the test, that are not among those to train on."""
+        hp = self.hparams
+        if split == "test" and hp["test_split"] is not None:
+            return True
+        if hp["fold"] is not None and split == "val":
+            return False
+        named = hp["val_split"] is not None or self._draws_scenes or self.reader is not None
+        return named or self.layout().stage(split) is not None
+
+    @property
+    def _divides(self) -> bool:
+        """Whether images of the training split are set aside."""
+        return not self._has("val")
+
+    def made_split(self) -> Split | None:
+        """Which images train and which validate, where that was not given but made; at first it takes its time."""
+        if self._divides and self._split is None:
+            index = self._train_list()
+            check_split(index, "train")
+            self._split = split_of(index, self.hparams)
+        return self._split if self._divides else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The split that was made, which a resumed run and an evaluation need again."""
+        return keep(self._split, self.hparams) if self._split and self._divides else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the split of a checkpoint, whatever images have come since."""
+        if "split" not in state_dict or not self._divides:
+            return
+        before, self._split = self._split, kept(state_dict, self.hparams)
+        if before != self._split:
+            self._datasets = {split: self._dataset(split) for split in self._datasets}
 
     def _dataset(self, split: Stage) -> DetectionDataset:
         hp = self.hparams
         self._classes()  # the training split names the classes of all splits
-        index, self._train_index = (split == "train" and self._train_index) or self.read(split), None
+        index = self.read(split)
         check_split(index, split)
         if split == "train" and not hp["keep_empty"]:
             index = replace(index, records=[record for record in index.records if len(record.labels)])
@@ -303,32 +311,10 @@ class DetectionDataModule(L.LightningDataModule):
         else:
             transform = eval_transform(max(sizes), hp["max_size"])
         rank_zero_info(describe(index, split))
-        self._check_shared_memory(max(sizes))
+        check_shared_memory(hp, max(sizes))
         proposals, names = self._prepare_proposals(index, split), ("mosaic", "copy_paste", "max_unreadable")
         training = {name: hp[name] for name in names if split == "train" and not self._overfits}
         return DetectionDataset(index, transform, hp["with_difficult"], proposals=proposals, **training)
-
-    def _check_shared_memory(self, min_size: int, folder: str = "/dev/shm") -> None:
-        """Warn where the batches that workers keep ready may not fit, refuse where not one does: a container's 64 MiB
-        end in a bus error.
-        """
-        if self.hparams["num_workers"] and sys.platform == "linux":
-            if not Path(folder).is_dir():
-                raise DataError(f"{folder} is missing, through which workers send batches: set data.num_workers to 0")
-            batch = 3 * min(min_size, self.hparams["max_size"]) * self.hparams["max_size"] * self.hparams["batch_size"]
-            # each has two batches ready or in work, and one that it gave away is not free yet
-            need, free = 3 * batch * self.hparams["num_workers"] >> 20, shutil.disk_usage(folder).free >> 20
-            if batch >> 20 > free:
-                raise DataError(
-                    f"{folder} has {free} MiB free, but one batch takes {batch >> 20}: give the container more "
-                    "(docker run --shm-size=8g), or lower batch_size, or set num_workers to 0"
-                )
-            if need > free:
-                rank_zero_warn(
-                    f"{folder} has {free} MiB free, but {self.hparams['num_workers']} workers with batches of "
-                    f"{batch >> 20} MiB may need {need}: give the container more (docker run --shm-size=8g) or lower "
-                    "num_workers or batch_size."
-                )
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches for this rank, see `TrainBatchSampler`."""
@@ -381,27 +367,3 @@ class DetectionDataModule(L.LightningDataModule):
                 "timeout": self.hparams["timeout"],
             }
         return options
-
-
-def _splits(stage: str) -> tuple[Stage, ...]:
-    """What a stage of the trainer needs."""
-    needed: dict[str, tuple[Stage, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
-    return needed.get(stage, ("test",))
-
-
-def _recipe_of_reader(reader: Reader | None) -> Any:
-    """How the user's reader was made, for the checkpoint.
-
-    Raises:
-        ValueError: it is not known, or arguments were left out.
-    """
-    name = getattr(reader, "__name__", type(reader).__name__)
-    if isclass(getattr(reader, "func", reader)):
-        raise ValueError(f"data.reader: {name} is a class, or lacks arguments: give all that it needs")
-    recipe = plain(reader)
-    if recipe is NotImplemented:
-        raise ValueError(
-            f"data.reader: how {name} was made is not known, so that a checkpoint could not keep it: decorate its "
-            "class with detection.recipes.recorded, or give it as {'class_path': ..., 'init_args': {...}}"
-        )
-    return recipe

@@ -21,7 +21,7 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 from numpy.typing import NDArray
 
-from detection.data.records import Index, Record
+from detection.data.records import DataError, Index, Record
 from detection.data.writers import write_coco
 
 RECIPE = 1  # raise it whenever the pictures or annotations change: the folder's name holds it
@@ -286,6 +286,16 @@ def default_folder() -> Path:
 def location(folder: Path, train: int = 600, val: int = 120, seed: int = 0) -> Path:
     """The data root that `draw` makes in `folder`; another recipe, size or seed has another name."""
     return folder / f"scenes-{RECIPE}-{train}-{val}-{seed}"
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a DataError where a folder holds files that are not ours: scenes are never drawn beside somebody's data."""
+    there = [path.name for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    if there and not any(name.startswith("scenes-") for name in there):
+        raise DataError(
+            f"{folder}: scenes are not drawn into a folder that holds something else ({sorted(there)[0]}); leave "
+            "data.format out to read what is there, or name an empty folder"
+        )
 
 
 def draw(folder: Path, train: int = 600, val: int = 120, seed: int = 0) -> Path:

@@ -21,9 +21,10 @@ from defusedxml.ElementTree import fromstring
 from PIL import Image
 
 from detection.data import rle
-from detection.data.checks import Folder, Objects, checked_size, choose_classes, finish_index, nearest, short
-from detection.data.images import EXTENSIONS
+from detection.data.checks import Objects, checked_size, choose_classes, finish_index, short
 from detection.data.records import DataError, Defect, Index, Record, Severity
+from detection.data.tree import Tree
+from detection.data.voc_layout import Entry, VocLayout
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -56,15 +57,28 @@ def read_voc(
     Raises:
         DataError: a folder, the split or a class is absent, a path leaves the root, or no image is left.
     """
-    folder = Folder(Path(root))
-    reader = _Reader(folder, annotations, images, masks)
-    stems = reader.split(split) if split is not None else reader.stems()
-    parsed = [(position, found) for position, stem in enumerate(stems) if (found := reader.parse(stem)) is not None]
+    layout = VocLayout(Tree(Path(root)), annotations=annotations, images=images)
+    return read_layout(layout, split or "", classes, masks)
+
+
+def read_layout(layout: VocLayout, split: str, classes: Sequence[str] | None = None, masks: bool = False) -> Index:
+    """Read one split of a data set that was found; see `read_voc`.
+
+    Args:
+        layout: where its files are.
+        split: `""` for every XML file.
+        classes, masks: as for `read_voc`.
+    """
+    reader = _Reader(layout, masks)
+    entries, defects = layout.entries(split)
+    reader.defects += defects
+    parsed = [(position, found) for position, entry in enumerate(entries) if (found := reader.parse(entry)) is not None]
     counts = Counter(name for _, found in parsed for name, _ in found.objects)
-    source = f"{folder.root}" + (f" split '{split}'" if split is not None else "")
-    chosen = _class_names(reader, source, stems, counts, classes) if parsed else ()
+    source = f"{layout.tree.root}" + (f" split '{split}'" if split else "")
+    used = {entry.xml for entry in entries}
+    chosen = _class_names(reader, source, used, counts, classes) if parsed else ()
     records = [reader.record(position, found, chosen) for position, found in parsed]
-    index = Index(folder.root, chosen, tuple(range(1, len(chosen) + 1)), records, reader.defects)
+    index = Index(layout.tree.root, chosen, tuple(range(1, len(chosen) + 1)), records, reader.defects)
     return finish_index(index, source)
 
 
@@ -80,10 +94,10 @@ class _Parsed:
 
 
 def _class_names(
-    reader: _Reader, source: str, stems: Sequence[str], counts: Counter[str], wanted: Any
+    reader: _Reader, source: str, used: set[str | None], counts: Counter[str], wanted: Any
 ) -> tuple[str, ...]:
     # Names come from every XML file, not from the split alone: all splits of a data set must agree on the labels.
-    names = sorted(set(counts) | reader.names_beside(stems))
+    names = sorted(set(counts) | reader.names_beside(used))
     if wanted is None and names and set(names) <= set(VOC_CLASSES):
         names = list(VOC_CLASSES)
     chosen = choose_classes(names, wanted, source)
@@ -95,94 +109,28 @@ def _class_names(
 class _Reader:
     """The folders of one data set and what was found wrong in them."""
 
-    def __init__(self, folder: Folder, annotations: str | None, images: str | None, masks: bool) -> None:
-        self.folder, self.defects = folder, list[Defect]()
-        self.annotations = self._xml_folder() if annotations is None else self._given(annotations)
-        self.images = self._image_folder() if images is None else self._given(images)
-        self.masks = self._given("SegmentationObject") if masks else None
-        self.files: dict[str, list[str]] = {}  # image files by stem, the preferred extension first
-        for name in sorted(os.listdir(self.images), key=lambda n: (_rank(n), n)):
-            if _rank(name) < len(EXTENSIONS):
-                self.files.setdefault(Path(name).stem, []).append(name)
+    def __init__(self, layout: VocLayout, masks: bool) -> None:
+        self.layout, self.tree, self.defects = layout, layout.tree, list(layout.defects)
+        self.masks = layout.mask_folder if masks else None
+        if masks and self.masks is None:
+            raise DataError(
+                f"{layout.tree.root / layout.base}: there is no folder 'SegmentationObject' with masks; "
+                "set data.masks to false, or add it"
+            )
 
     def report(self, file: str, record: str, problem: str, fix: str, severity: Severity = "repairable") -> None:
         self.defects.append(Defect(file, record, short(problem), fix, severity))
 
-    def _relative(self, path: Path) -> str:
-        return path.relative_to(self.folder.root).as_posix()
-
-    def _given(self, name: str) -> Path:
-        path = self.folder.locate(name, "folder")
-        if not path.is_dir():
-            there = [p.name for p in self.folder.root.iterdir() if p.is_dir()]
-            raise DataError(f"{self.folder.root}: there is no folder '{name}'{nearest(name, there)}")
-        return path
-
-    def _xml_folder(self) -> Path:
-        """The folder nearest to the root that holds XML files."""
-        found: list[tuple[int, Path]] = []
-        for place, folders, files in os.walk(self.folder.root):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            if any(name.lower().endswith(".xml") for name in files):
-                path = Path(place)
-                found.append((len(path.relative_to(self.folder.root).parts), path))
-        found.sort()
-        if not found:
-            raise DataError(
-                f"{self.folder.root}: there is no XML file in or below it; pass the folder of the VOC data set"
-            )
-        (depth, best), rest = found[0], found[1:]
-        if rest and rest[0][0] == depth and best.name != "Annotations":
-            both = f"'{self._relative(best)}' and '{self._relative(rest[0][1])}'"
-            raise DataError(f"{self.folder.root}: XML files lie in {both}; say which with annotations=")
-        for _, other in rest:
-            problem = f"XML files lie here too but '{self._relative(best)}' is read"
-            self.report(self._relative(other), "folder", problem, "pass annotations= to read them instead", "note")
-        return best
-
-    def _image_folder(self) -> Path:
-        beside = self.annotations.parent
-        places = [base / name for base in (self.folder.root, beside) for name in ("JPEGImages", "images", "Images")]
-        for path in (*places, self.annotations, self.folder.root):
-            if path.is_dir() and any(_rank(name) < len(EXTENSIONS) for name in os.listdir(path)):
-                return self.folder.locate(self._relative(path), "folder of images")
-        raise DataError(
-            f"{self.folder.root}: there is no folder of images (JPEGImages, images); say where with images="
-        )
-
-    def stems(self) -> list[str]:
-        """The stem of every XML file in the annotation folder."""
-        return sorted(Path(name).stem for name in os.listdir(self.annotations) if name.lower().endswith(".xml"))
-
-    def split(self, split: str) -> list[str]:
-        """The stems that a split lists, each once and in its order."""
-        name = f"ImageSets/{split if '/' in split else f'Main/{split}'}.txt"
-        path = self.folder.locate(name, "split")
-        try:
-            lines = path.read_text("utf-8-sig").splitlines()
-        except FileNotFoundError as error:
-            there = [p.stem for p in path.parent.glob("*.txt")] if path.parent.is_dir() else []
-            hint = nearest(split, there) or "; there are no lists: leave split out to read every XML file"
-            raise DataError(f"{path}: the split's list is missing{hint}") from error
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: the split's list is not readable as UTF-8 text; write one stem a line") from error
-        stems: dict[str, None] = {}
-        for number, stem in enumerate(map(_stem, lines), 1):
-            if stem in stems:
-                self.report(name, f"line {number}", f"'{stem}' is listed twice", "it is read once; delete the copy")
-            elif stem:
-                stems[stem] = None
-        return list(stems)
-
-    def parse(self, stem: str) -> _Parsed | None:
-        """The XML file of a stem with its image, or None where either can't be used."""
-        path = self.folder.locate(f"{self._relative(self.annotations)}/{stem}.xml", "split")
-        file = self._relative(path)
-        try:
-            tree: Element = fromstring(path.read_bytes())
-        except FileNotFoundError:
+    def parse(self, entry: Entry) -> _Parsed | None:
+        """The XML file of an entry with its image, or None where either can't be used."""
+        if entry.xml is None:
+            folder = os.path.dirname(self.layout.xml[0]) if self.layout.xml else ""
+            file = f"{folder}/{entry.line}.xml".lstrip("/")
             self.report(file, "file", "the XML file is missing", "the image is left out; restore the file", "broken")
             return None
+        file = entry.xml
+        try:
+            tree: Element = fromstring(self.tree.locate(file, "split").read_bytes())
         # defusedxml's own refusals (entities, external references) are ValueErrors
         except (OSError, ParseError, ValueError, LookupError) as error:
             problem = f"not readable as XML ({type(error).__name__}: {str(error)[:80]})"
@@ -192,7 +140,7 @@ class _Reader:
             problem = f"the root element is <{str(tree.tag)[:40]}>, not <annotation>"
             self.report(file, "file", problem, "the image is left out; export it as VOC XML", "broken")
             return None
-        name = self._image_of(stem, file, tree)
+        name = self._image_of(file, tree)
         if name is None:
             fix = f"it and its {len(tree.findall('object'))} objects are left out; restore the image or delete the XML"
             self.report(file, "file", "its image is missing", fix, "broken")
@@ -200,20 +148,31 @@ class _Reader:
         self._remarks(file, tree)
         return self._with_size(file, name, tree)
 
-    def _image_of(self, stem: str, file: str, tree: Element) -> str | None:
-        """Name of the image file with this stem; the one that <filename> says where there are several."""
+    def _image_of(self, file: str, tree: Element) -> str | None:
+        """The image file of an XML file; the one that <filename> says where several differ in extension."""
         said = (tree.findtext("filename") or "").strip()
-        files = self.files.get(stem, [])
-        if files and said not in files:
-            fix = f"'{files[0]}' is read, by the XML file's name; correct the tag"
+        if file not in self.layout.picture:
+            self._refuse_link(file)
+            return None
+        files = [self.layout.picture[file], *self.layout.others[file]]
+        names = {os.path.basename(name): name for name in files}
+        if said not in names:
+            fix = f"'{os.path.basename(files[0])}' is read, by the XML file's name; correct the tag"
             problem = f"<filename> says '{said[:80]}'" if said else "<filename> is missing or empty"
             self.report(file, "filename", problem, fix, "note")
+        read = names.get(said, files[0])
         if len(files) > 1:
-            read = said if said in files else files[0]
-            others = ", ".join(name for name in files if name != read)
-            self.report(file, "filename", f"{others} has the same stem", f"'{read}' is read; keep one of them", "note")
-            return read
-        return files[0] if files else None
+            others = ", ".join(os.path.basename(name) for name in files if name != read)
+            fix = f"'{os.path.basename(read)}' is read; keep one of them"
+            self.report(file, "filename", f"{others} has the same stem", fix, "note")
+        return read
+
+    def _refuse_link(self, file: str) -> None:
+        """Raise where the image of an XML file is a link that leads out of the root."""
+        stem = Path(file).stem
+        for name in self.tree.outside:
+            if Path(name).stem == stem:
+                self.tree.locate(name, file)
 
     def _remarks(self, file: str, tree: Element) -> None:
         """Notes on what is wrong but never used."""
@@ -231,12 +190,12 @@ class _Reader:
         width, height = _float(tree.findtext("size/width")), _float(tree.findtext("size/height"))
         whole = width is not None and height is not None and 1 <= width < 1e9 and 1 <= height < 1e9
         stated = (int(height), int(width)) if whole and width is not None and height is not None else None
-        path = self.folder.locate(self._relative(self.images / name), file)
+        path = self.tree.locate(name, file)
         try:
             height_px, width_px = checked_size(path, stated, file, "size", self.defects)
         except DataError as error:
             problem = str(error).removeprefix(f"{path}: ").split(";")[0]
-            self.report(self._relative(path), "image", problem, "the image is left out; restore the file", "broken")
+            self.report(name, "image", problem, "the image is left out; restore the file", "broken")
             return None
         objects = []
         for position, item in enumerate(tree.findall("object")):
@@ -245,15 +204,15 @@ class _Reader:
                 objects.append((label, item))
             else:
                 self.report(file, f"object {position}", "it has no name", "the object is left out; name it")
-        return _Parsed(file, self._relative(path), height_px, width_px, objects)
+        return _Parsed(file, name, height_px, width_px, objects)
 
-    def names_beside(self, stems: Sequence[str]) -> set[str]:
+    def names_beside(self, used: set[str | None]) -> set[str]:
         """The class names in the XML files of other splits."""
         names: set[str] = set()
-        for name in sorted(set(os.listdir(self.annotations)) - {f"{stem}.xml" for stem in stems}):
-            if name.lower().endswith(".xml"):
+        for file in self.layout.xml:
+            if file not in used:
                 try:
-                    tree = fromstring((self.annotations / name).read_bytes())
+                    tree = fromstring((self.tree.root / file).read_bytes())
                 except (OSError, ParseError, ValueError, LookupError):
                     continue  # parse() reports the file where it is part of the split
                 names |= {(item.findtext("name") or "").strip() for item in tree.findall("object")}
@@ -281,12 +240,11 @@ class _Reader:
     def _instances(self, parsed: _Parsed) -> Any:
         """`(H, W)` instance numbers, 0 for background, or None where the image has no SegmentationObject."""
         assert self.masks is not None
-        name = f"{self._relative(self.masks)}/{Path(parsed.file).stem}.png"
-        path = self.folder.locate(name, parsed.file)
-        if not path.is_file():
+        name = self.tree.file(f"{Path(parsed.file).stem}.png", (self.masks,))
+        if name is None:
             return None
         try:
-            with Image.open(path) as image:
+            with Image.open(self.tree.root / name) as image:
                 numbers = np.array(image) if image.mode in ("P", "L") else None
         except Exception as error:  # damaged files make Pillow raise a dozen types
             self.report(name, "image", f"not readable ({type(error).__name__})", "its masks are left out; replace it")
@@ -310,30 +268,6 @@ class _Reader:
             objects.report(what, problem, "the object has no mask; number the instances in the XML's order")
             return None
         return segment
-
-
-def split_lists(root: Path) -> dict[str, list[str]]:
-    """The stems in each list of `ImageSets/Main`, as often as they stand there; lists of one class are left out."""
-    folder = root / "ImageSets" / "Main"
-    files = {path.stem: path for path in sorted(folder.glob("*.txt"))} if folder.is_dir() else {}
-    lists = {}
-    for name, path in files.items():
-        prefix, _, split = name.rpartition("_")
-        if not (prefix and split in files):  # cat_train stands beside train
-            lines = path.read_text("utf-8-sig", errors="replace").splitlines()
-            lists[name] = [stem for line in lines if (stem := _stem(line))]
-    return lists
-
-
-def _stem(line: str) -> str:
-    """The stem on a line of a list; those of one class add 1, 0 or -1: every image listed belongs to the split."""
-    head, _, flag = line.strip().rpartition(" ")
-    return head.strip() if flag in ("1", "0", "-1") and head else line.strip()
-
-
-def _rank(name: str) -> int:
-    suffix = os.path.splitext(name)[1].lower()
-    return EXTENSIONS.index(suffix) if suffix in EXTENSIONS else len(EXTENSIONS)
 
 
 def _float(text: str | None) -> float | None:

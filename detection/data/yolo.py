@@ -1,25 +1,22 @@
 """Reads YOLO folders: one text file an image, one `class x_center y_center width height` a line, relative to the image.
 
-Labels lie where the path of the images has `images` replaced by `labels`. Lines of more numbers are polygons
-`class x1 y1 x2 y2 ...`, read as the box around them. An image without a text file has no objects: that is how the
-format writes background.
+Where the files lie is `YoloLayout`'s to say. Lines of more numbers are polygons or oriented boxes
+`class x1 y1 x2 y2 ...`, read as the box around them, or key points behind the box where `kpt_shape` says so. An image
+without a text file has no objects: that is how the format writes background.
 """
 
 from __future__ import annotations
 
-import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from detection.data.checks import Folder, Objects, choose_classes, finish_index, nearest
-from detection.data.images import EXTENSIONS, image_size
+from detection.data.checks import Objects, choose_classes, finish_index
+from detection.data.images import image_size
 from detection.data.records import DataError, Defect, Index, Record, Severity
+from detection.data.tree import Tree
+from detection.data.yolo_layout import YoloLayout
 
-NAME_FILES = ("classes.txt", "obj.names", "labels.txt")  # one class name a line, for sets without a YAML file
 LARGEST = 2.0  # relative coordinates beyond this are pixels, not boxes that reach over the edge
 
 
@@ -31,146 +28,88 @@ def read_yolo(root: Path, split: str, classes: Sequence[str] | None = None) -> I
 
     Args:
         root: folder that holds `data.yaml` (or `classes.txt`) and the images, which no image may leave.
-        split: a key of the YAML file, or a folder `images/{split}` or `{split}/images`.
+        split: a key of the YAML file, or a folder `images/{split}` or `{split}/images`; `""` is every labelled folder.
         classes: names of the classes to read, in the order of their labels; None for all.
 
     Raises:
         DataError: class names, the split or a wanted class are absent, a path leaves the root, or no image is left.
     """
-    folder = Folder(Path(root))
-    reader = _Reader(folder)
-    names, config, source = reader.names()
-    chosen = choose_classes(names, classes, source)
-    labels = [chosen.index(name) + 1 if name in chosen else 0 for name in names]
-    index = Index(folder.root, chosen, tuple(names.index(name) for name in chosen), [], reader.defects)
-    for position, image in enumerate(reader.images(split, config)):
-        if (record := reader.record(position, image, labels)) is not None:
+    return read_layout(YoloLayout(Tree(Path(root))), split, classes)
+
+
+def read_layout(layout: YoloLayout, split: str, classes: Sequence[str] | None = None) -> Index:
+    """Read one split of a data set that was found; see `read_yolo`."""
+    chosen = choose_classes(layout.names.values(), classes, layout.source or str(layout.tree.root))
+    labels = {number: chosen.index(name) + 1 if name in chosen else 0 for number, name in layout.names.items()}
+    numbers = {name: number for number, name in layout.names.items()}
+    pictures, defects = layout.pictures(split)
+    reader = _Reader(layout, labels, [*layout.defects, *defects, *layout.orphans(split)])
+    index = Index(layout.tree.root, chosen, tuple(numbers[name] for name in chosen), [], reader.defects)
+    for position, picture in enumerate(pictures):
+        if (record := reader.record(position, picture)) is not None:
             index.records.append(record)
-    return finish_index(index, f"{folder.root} split '{split}'")
-
-
-def find_splits(root: Path) -> list[str]:
-    """The splits that the YAML file or the folders name."""
-    folder = Folder(root)
-    _, config, _ = _Reader(folder).names()
-    splits: list[str] = [key for key in ("train", "val", "valid", "test") if key in config]
-    return splits or sorted(p.name for p in (*root.glob("images/*"), *root.glob("*/images/..")) if p.is_dir())
+    reader.judge_numbers()
+    return finish_index(index, f"{layout.tree.root} split '{split}'" if split else str(layout.tree.root))
 
 
 class _Reader:
-    """The folders of one data set and what was found wrong in them."""
+    """Reads the label files of one data set, and holds what was found wrong in them."""
 
-    def __init__(self, folder: Folder) -> None:
-        self.folder, self.defects = folder, list[Defect]()
+    def __init__(self, layout: YoloLayout, labels: dict[int, int], defects: list[Defect]) -> None:
+        self.layout, self.labels, self.defects = layout, labels, defects
+        shape: Any = layout.config.get("kpt_shape")
+        good = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)
+        self.seen: set[int] = set()  # class numbers
+        self.points = shape[0] * shape[1] if good else 0  # numbers of the key points that follow the box
 
     def report(self, file: str, record: str, problem: str, fix: str, severity: Severity = "repairable") -> None:
         self.defects.append(Defect(file, record, problem, fix, severity))
 
-    def names(self) -> tuple[list[str], dict[str, Any], str]:
-        """Class names by number, the YAML file's content ({} without one), and the file they are from."""
-        root = self.folder.root
-        found = [root / "data.yaml"] if (root / "data.yaml").is_file() else sorted(root.glob("*.y*ml"))
-        for path in found:
-            try:
-                config = yaml.safe_load(path.read_text("utf-8-sig"))
-            except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-                raise DataError(f"{path}: not readable as YAML ({type(error).__name__}); correct the file") from error
-            if isinstance(config, dict) and "names" in config:
-                return self._unique(_by_number(config["names"], path), path), config, path.name
-        for name in NAME_FILES:
-            if (root / name).is_file():
-                try:
-                    lines = (root / name).read_text("utf-8-sig").splitlines()
-                except ValueError as error:
-                    raise DataError(f"{root / name}: not UTF-8 text; write one class name a line") from error
-                return self._unique([line.strip() for line in lines if line.strip()], root / name), {}, name
-        raise DataError(f"{root}: no data.yaml with 'names' and no classes.txt is there; write the class names down")
+    def judge_numbers(self) -> None:
+        """Raise where class numbers count from 1: all but the last class would be taken for the one behind it."""
+        count = len(self.labels)
+        one_more = 0 not in self.seen and count in self.seen and max(self.seen) == count
+        if 0 in self.labels and one_more and 2 * len(self.seen) > count:
+            problem = f"class numbers in the label files run from {min(self.seen)} to {count}, but names count from 0"
+            where = self.layout.tree.root / self.layout.source
+            raise DataError(f"{where}: {problem}; subtract 1 from the class numbers", self.defects)
 
-    def _unique(self, names: list[str], path: Path) -> list[str]:
-        for name, count in Counter(names).items():
-            if count > 1:
-                raise DataError(f"{path}: the class name '{name}' is listed {count} times; name each class once")
-        return names
-
-    def images(self, split: str, config: dict[str, Any]) -> list[str]:
-        """The image files of a split, relative to the root, each once."""
-        entry = config.get(split)
-        entries = [item for item in (entry if isinstance(entry, list) else [entry]) if isinstance(item, str)]
-        entries = [place for item in entries if (place := self._find(item, config)) is not None]
-        if not entries:
-            guesses = (f"images/{split}", f"{split}/images", split)
-            entries = [g for g in guesses if self.folder.locate(g, f"split '{split}'").is_dir()][:1]
-        if not entries:
-            hint = nearest(split, find_splits(self.folder.root))
-            raise DataError(f"{self.folder.root}: there is no split '{split}'{hint}")
-        files: dict[str, None] = {}
-        for place in entries:
-            for name in self._listed(place) if place.endswith(".txt") else self._below(place):
-                if name in files:
-                    self.report(place, "list", f"'{name}' is listed twice", "it is read once; delete the copy")
-                files[name] = None
-        return list(files)
-
-    def _find(self, entry: str, config: dict[str, Any]) -> str | None:
-        """The folder or list that an entry means: exporters write it relative to several places, `path` among them."""
-        base = config.get("path")
-        entry = entry.replace("\\", "/").removeprefix("./").rstrip("/")
-        while entry.startswith("../"):  # relative to a folder above that only the exporter knew
-            entry = entry.removeprefix("../")
-        bases = [f"{base.strip('/')}/{entry}"] if isinstance(base, str) and ".." not in base else []
-        for name in (*bases, entry):
-            path = self.folder.locate(name, "YAML file")
-            if path.is_dir() or (path.is_file() and name.endswith(".txt")):
-                return name
-        return None
-
-    def _below(self, place: str) -> list[str]:
-        found = []
-        for folder, folders, files in os.walk(self.folder.locate(place, "split")):
-            folders.sort()
-            relative = Path(folder).relative_to(self.folder.root).as_posix()
-            found += [f"{relative}/{n}" for n in sorted(files) if os.path.splitext(n)[1].lower() in EXTENSIONS]
-        return found
-
-    def _listed(self, place: str) -> list[str]:
-        try:
-            lines = self.folder.locate(place, "YAML file").read_text("utf-8-sig").splitlines()
-        except ValueError as error:
-            raise DataError(f"{self.folder.root / place}: not UTF-8 text; write one image path a line") from error
-        return [line.strip().removeprefix("./") for line in lines if line.strip()]
-
-    def record(self, position: int, image: str, labels: list[int]) -> Record | None:
+    def record(self, position: int, image: str) -> Record | None:
         """The record of one image, or None where it can't be used."""
-        path = self.folder.locate(image, f"image {position}")
+        path = self.layout.tree.locate(image, f"image {position}")
         try:
             height, width = image_size(path)
         except DataError as error:
             problem = str(error).removeprefix(f"{path}: ").split(";")[0]
             self.report(image, f"image {position}", problem, "the image is left out; restore the file", "broken")
             return None
-        file = _label_file(image)
+        file = self.layout.pairs.label.get(image)
+        if file is None:
+            return Objects(image, "file", width, height, self.defects).finish(position, image, masks=False)
         objects = Objects(file, "file", width, height, self.defects)
         try:
-            lines = self.folder.locate(file, image).read_text("utf-8-sig").splitlines()
-        except FileNotFoundError:
-            lines = []
+            lines = self.layout.tree.locate(file, image).read_text("utf-8-sig").splitlines()
         except (OSError, ValueError):
             self.report(file, "file", "not readable as text", "the image is left out; repair the file", "broken")
             return None
         for number, line in enumerate(lines):
             if line.strip():
-                self._object(objects, number, line.split(), labels)
+                self._object(objects, number, line.split())
         return objects.finish(position, image, masks=False)
 
-    def _object(self, objects: Objects, number: int, words: list[str], labels: list[int]) -> None:
+    def _object(self, objects: Objects, number: int, words: list[str]) -> None:
         what = f"line {number + 1}"
         try:
             category, *values = (float(word) for word in words)
         except ValueError:
             return objects.report(what, "it holds something that is no number", "the line is left out; correct it")
-        if not category.is_integer() or not 0 <= category < len(labels):
+        if category.is_integer():
+            self.seen.add(int(category))
+        if category not in self.labels:
             problem = f"there is no class {words[0][:20]}"
-            return objects.report(what, problem, f"the line is left out; use 0..{len(labels) - 1}")
+            return objects.report(what, problem, f"the line is left out; use 0..{max(self.labels)}")
+        if self.points and len(values) == 4 + self.points:
+            values = values[:4]
         if not all(abs(value) <= LARGEST for value in values):
             problem = "coordinates are not relative to the image (0 to 1)"
             return objects.report(what, problem, "the line is left out; divide by width and height")
@@ -184,28 +123,7 @@ class _Reader:
         else:
             problem = f"{len(values)} numbers follow the class"
             return objects.report(what, problem, "the line is left out; write 4, or 3 points or more")
-        if label := labels[int(category)]:
+        if label := self.labels[int(category)]:
             scale = (objects.width, objects.height, objects.width, objects.height)
             objects.add(what, [value * side for value, side in zip(box, scale, strict=True)], label, number)
         return None
-
-
-def _by_number(names: Any, path: Path) -> list[str]:
-    """Class names in the order of their numbers, from a list or a mapping."""
-    if isinstance(names, dict):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
-            raise DataError(f"{path}: 'names' does not number the classes 0, 1, 2, ...; number them without gaps")
-        names = [names[i] for i in range(len(names))]
-    if not isinstance(names, list) or not names or not all(isinstance(n, str | int | float) for n in names):
-        raise DataError(f"{path}: 'names' is not a list of class names; write them as a YAML list")
-    return [str(name).strip() for name in names]
-
-
-def _label_file(image: str) -> str:
-    """`images/train/a.jpg` -> `labels/train/a.txt`: the last folder called images; beside the image where none is."""
-    parts = list(Path(image).parts)
-    for i in range(len(parts) - 2, -1, -1):
-        if parts[i] == "images":
-            parts[i] = "labels"
-            break
-    return Path(*parts).with_suffix(".txt").as_posix()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
-from detection.anchors import AnchorGenerator, default_anchors
+from detection.anchors import Anchors, chosen_anchors
 from detection.interop.rows import STYLES, Style
 from detection.losses import SmoothL1Loss
 from detection.models.backbones import Backbone, ResNetName, resnet_c4, resnet_dc5, resnet_fpn
@@ -109,7 +109,7 @@ def aligned_rcnn(
     masks: bool = False,
     box_head: nn.Module | None = None,
     box_output_size: int = 7,
-    rpn_anchor_generator: AnchorGenerator | None = None,
+    rpn_anchor_generator: Anchors = None,
     rpn_post_nms_top_n_train: int = 1000,
     rpn_box_loss: Callable[..., Any] | None = None,
     box_loss: Callable[..., Any] | None = None,
@@ -129,7 +129,7 @@ def aligned_rcnn(
         **kwargs: see `faster_rcnn`.
     """
     arguments: dict[str, Any] = kwargs | {
-        "rpn_anchor_generator": rpn_anchor_generator or default_anchors(len(backbone.strides), round_anchors=False),
+        "rpn_anchor_generator": chosen_anchors(rpn_anchor_generator, len(backbone.strides), round_anchors=False),
         "rpn_post_nms_top_n_train": rpn_post_nms_top_n_train,
         "box_roi_pool": _pooler(box_output_size),
         "box_head": box_head,
@@ -147,7 +147,7 @@ def aligned_cascade_rcnn(
     backbone: Backbone,
     num_classes: int,
     masks: bool = False,
-    rpn_anchor_generator: AnchorGenerator | None = None,
+    rpn_anchor_generator: Anchors = None,
     cascade_bbox_reg_weights: Sequence[Sequence[float]] = ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)),
     mean_of_logits: bool = False,
     rpn_box_loss: Callable[..., Any] | None = None,
@@ -172,7 +172,7 @@ def aligned_cascade_rcnn(
         mean_of_logits=mean_of_logits,
         rpn_box_loss=rpn_box_loss or SmoothL1Loss(0.0),
         box_loss=box_loss or SmoothL1Loss(0.0),
-        rpn_anchor_generator=rpn_anchor_generator or default_anchors(len(backbone.strides), round_anchors=False),
+        rpn_anchor_generator=chosen_anchors(rpn_anchor_generator, len(backbone.strides), round_anchors=False),
         box_roi_pool=_pooler(7),
         **kwargs,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from detection.anchors import AnchorGenerator
+from detection.anchors import Anchors
 from detection.boxes import BoxCoder
 from detection.fitting import PartError, finish, name_of
 from detection.matching import Matcher
@@ -38,7 +38,7 @@ def faster_rcnn(
     max_size: int = 1333,
     image_mean: Sequence[float] = IMAGENET_MEAN,
     image_std: Sequence[float] = IMAGENET_STD,
-    rpn_anchor_generator: AnchorGenerator | None = None,
+    rpn_anchor_generator: Anchors = None,
     rpn_head: nn.Module | Factory2 | None = None,
     rpn_pre_nms_top_n_train: int = 2000,
     rpn_pre_nms_top_n_test: int = 1000,
@@ -86,7 +86,8 @@ def faster_rcnn(
         num_classes: classes with background.
         min_size, max_size, image_mean, image_std: see `ImageTransform`.
         rpn_anchor_generator: default: one size a level, 32 pixels on the finest of five and twice that on each next;
-            with fewer levels all five sizes on each. Ratios 1:2, 1:1, 2:1.
+            with fewer levels all five sizes on each. Ratios 1:2, 1:1, 2:1. In a run's settings `auto` fits them to the
+            boxes of the training data, see `detection.data.anchor_fit`.
         rpn_head: default: one 3x3 convolution.
         rpn_pre_nms_top_n_train, rpn_pre_nms_top_n_test: anchors of a level that go into NMS.
         rpn_post_nms_top_n_train, rpn_post_nms_top_n_test: proposals of an image that come out.

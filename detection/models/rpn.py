@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from detection import losses
-from detection.anchors import AnchorGenerator, default_anchors
+from detection.anchors import Anchors, chosen_anchors
 from detection.batch import Batch
 from detection.boxes import BoxCoder, clip_boxes, grouped_nms, is_large_enough
 from detection.fitting import PartError, check_training, expect, finish, name_of, run
@@ -95,7 +95,7 @@ class RegionProposalNetwork(nn.Module):
         self,
         in_channels: int,
         strides: Sequence[int],
-        anchor_generator: AnchorGenerator | None = None,
+        anchor_generator: Anchors = None,
         head: nn.Module | Factory2 | None = None,
         fg_iou_thresh: float = 0.7,
         bg_iou_thresh: float = 0.3,
@@ -112,7 +112,7 @@ class RegionProposalNetwork(nn.Module):
         box_loss: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
-        self.anchor_generator = anchor_generator or default_anchors(len(strides))
+        self.anchor_generator = chosen_anchors(anchor_generator, len(strides))
         self.head = finish(
             "rpn_head", head or RPNHead, in_channels, self.anchor_generator.num_anchors_per_location()[0]
         )

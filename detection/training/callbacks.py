@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
 import sys
@@ -159,6 +160,24 @@ class PredictionPictures(L.Callback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             sheet = side_by_side(pairs, ("ground truth", f"predictions with score >= {self.score_thresh}"))
             sheet.save(self.path, quality=88)
+
+
+class SplitFile(L.Callback):
+    """Writes which images train and which validate to `split.json`, where the data module has made that split.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """By then a run that goes on has its own split back."""
+        made_split = getattr(getattr(trainer, "datamodule", None), "made_split", lambda: None)
+        if trainer.is_global_zero and not is_rehearsal(trainer) and (made := made_split()):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "split.json").write_text(json.dumps(made.to_plain(), indent=1, ensure_ascii=False))
 
 
 def is_rehearsal(trainer: L.Trainer) -> bool:

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -132,6 +133,25 @@ def progress(path: Path) -> tuple[int, int]:
     if not isinstance(content, dict) or not {"epoch", "global_step", "loops", "optimizer_states"} <= content.keys():
         raise ValueError(f"{path} holds weights, but no training to go on with")
     return int(content["epoch"]), int(content["global_step"])
+
+
+class Kept(NamedTuple):
+    """What a checkpoint keeps that has to be known before data and detector are made.
+
+    Attributes:
+        data: the state of the data module, such as the split that it made.
+        detector: the recipe of the detector.
+    """
+
+    data: Mapping[str, Any] = MappingProxyType({})
+    detector: Mapping[str, Any] = MappingProxyType({})
+
+
+def kept(path: Path) -> Kept:
+    """Read a checkpoint that `start` has checked; its tensors stay on the disk."""
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    recipe = content.get("hyper_parameters", {}).get("detector")
+    return Kept(content.get("DetectionDataModule", {}), recipe or {})
 
 
 def _rank() -> int:

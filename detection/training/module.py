@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from timm.layers import Conv2dSame
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 from torchmetrics import Metric
 
 from detection.batch import Batch, check_batch
@@ -40,6 +40,7 @@ from detection.training.optimisation import (
     check_prefixes,
     layer_scales,
     parameter_groups,
+    settings_of,
     translated,
 )
 from detection.training.own_metrics import OwnMetrics
@@ -341,7 +342,7 @@ class DetectionModule(L.LightningModule):
         optimizer = build_optimizer(self.optimizer, groups, lr, self.weight_decay, fused)
         if self._resumed is not None:
             check_groups(self._resumed, optimizer, self._run_name())
-        self._given = _options(optimizer, self.optimizer)
+        self._given = settings_of(optimizer, self.optimizer)
         scheduler = build_scheduler(self.schedule, optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -353,12 +354,6 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
         del plain[name]
         log.info("checkpoints can't keep model.%s, so give it to load_from_checkpoint again", name)
     return plain
-
-
-def _options(optimizer: Optimizer, factory: OptimizerFactory) -> list[dict[str, Any]]:
-    """What the settings say of each group: rate, decay and the factory's arguments, but nothing that is state."""
-    names = {"lr", "weight_decay", *getattr(factory, "keywords", {})}
-    return [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
 
 
 def checkpoint_activations(detector: FasterRCNN) -> None:

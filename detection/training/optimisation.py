@@ -201,6 +201,12 @@ def build_optimizer(
     return factory(groups, **options)  # type: ignore[arg-type]
 
 
+def settings_of(optimizer: Optimizer, factory: OptimizerFactory) -> list[dict[str, Any]]:
+    """What the settings say of each group: rate, decay and the factory's arguments, but nothing that is state."""
+    names = {"lr", "weight_decay", *getattr(factory, "keywords", {})}
+    return [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
+
+
 def takes(factory: Callable[..., Any], argument: str) -> bool:
     """Whether a function or class takes an argument of that name."""
     parameters = signature(factory).parameters

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from detection.batch import Batch
-from detection.data import datamodule as module
-from detection.data import scenes
+from detection.data import scenes, workers
 from detection.data.datamodule import DetectionDataModule, TrainLoader
 from detection.data.reading import check_split, describe
 from detection.data.records import DataError, Defect, Index, Record
@@ -81,8 +80,8 @@ def test_evaluation_sees_every_image_once(cache: Path) -> None:
 def test_batches_do_not_depend_on_workers(cache: Path) -> None:
     """The same run on 0, 1 and 2 workers, two epochs that differ."""
     runs = []
-    for workers in (0, 1, 2):
-        loader = drawn(cache, num_workers=workers, photometric=0.5, min_size=[120, 160]).train_dataloader()
+    for count in (0, 1, 2):
+        loader = drawn(cache, num_workers=count, photometric=0.5, min_size=[120, 160]).train_dataloader()
         epochs = []
         for epoch in range(2):
             loader.batch_sampler.set_epoch(epoch)
@@ -294,10 +293,10 @@ def test_overfitting_sees_the_same_batches(cache: Path) -> None:
 
 def test_small_shared_memory_is_warned_of(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 64 << 20})
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: usage)
     data = DetectionDataModule(root=str(cache), batch_size=16, num_workers=4, min_size=800, max_size=1333)
     with pytest.warns(UserWarning, match="64 MiB free, but 4 workers with batches of 48 MiB may need 585"):
-        data._check_shared_memory(800, str(cache))
+        workers.check_shared_memory(data.hparams, 800, str(cache))
 
 
 @pytest.mark.parametrize("option", [{"batch_size": 0}, {"min_size": []}, {"min_size": [0]}, {"max_size": -1}])
@@ -350,7 +349,7 @@ def test_two_processes_share_the_work(cache: Path, tmp_path: Path) -> None:
 
 def test_workers_have_a_timeout_and_stay(cache: Path) -> None:
     loader = drawn(cache, num_workers=2, timeout=7).val_dataloader()
-    assert loader.timeout == 7 and loader.persistent_workers and loader.worker_init_fn is module.init_worker
+    assert loader.timeout == 7 and loader.persistent_workers and loader.worker_init_fn is workers.init_worker
 
 
 def test_an_evaluation_file_may_list_other_categories(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
+from detection.data.workers import check_shared_memory
 from detection.errors import RunError
 from detection.training.safety import check_start
 
@@ -161,7 +162,8 @@ def test_open_files_soft(tmp_path: Path, record_property: Record) -> None:
 
 
 def shared_memory() -> None:
-    DetectionDataModule(batch_size=16, num_workers=2, min_size=800, max_size=1333)._check_shared_memory(800)
+    data = DetectionDataModule(batch_size=16, num_workers=2, min_size=800, max_size=1333)
+    check_shared_memory(data.hparams, 800)
 
 
 @pytest.mark.fault(

@@ -1,0 +1,144 @@
+"""Where COCO instances files and their pictures lie: COCO's own layout and those of exporting tools.
+
+A file may lie anywhere, its pictures beside it (Roboflow), in a folder of its name (`train.json`, `train/`) or in any
+other: the folder is found in which most of its `file_name`s are. Names are looked for by `Tree`.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+from detection.data.images import EXTENSIONS
+from detection.data.tree import Tree, base_of, loose, role_of, role_of_path, suffix
+
+HEAD = 1 << 20  # bytes in which the first names of pictures are looked for
+SIDE_TASKS = ("keypoint", "caption", "stuff", "panoptic", "image_info", "person")  # beside the instances of a set
+NO_PICTURES = (".json", ".xml", ".txt", ".csv", ".yaml", ".yml")
+
+
+def instance_files(tree: Tree) -> list[str]:
+    """The COCO files below a root, judged by the keys in them; captions, panoptic and other JSON are passed over."""
+    return [name for name in tree.with_suffix(".json") if _is_instances(tree, name)]
+
+
+def _is_instances(tree: Tree, name: str) -> bool:
+    path = tree.root / name
+    if path.stat().st_size < 2:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = content[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
+        if not start.startswith(b"{") or content.find(b'"images"') < 0:
+            return False
+        if content.find(b'"segments_info"') >= 0 or content.find(b'"caption"') >= 0:
+            return False
+        whole = content.find(b'"annotations"') >= 0 and content.find(b'"categories"') >= 0
+    return whole or _is_cut_off(path)  # whoever reads that one will say so
+
+
+def _is_cut_off(path: Path) -> bool:
+    if path.stat().st_size > HEAD:
+        return False
+    try:
+        json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
+def groups(tree: Tree) -> dict[str, list[str]]:
+    """The COCO files of each data set below the root, by its folder; those of one role in order of preference."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(instance_files(tree), key=_rank):
+        found.setdefault(base_of(name), []).append(name)
+    return found
+
+
+def _rank(name: str) -> tuple[bool, bool, int, str]:
+    stem = loose(PurePosixPath(name).stem)
+    return any(word in stem for word in SIDE_TASKS), "instances" not in stem, name.count("/"), name
+
+
+def role_of_file(name: str) -> str | None:
+    """What an annotation file is for, by its own name or its folder's."""
+    return role_of(PurePosixPath(name).stem) or role_of_path(name)
+
+
+def split_name(name: str) -> str:
+    """How people call the split of a file: the word for it, else the file's stem."""
+    return role_of_file(name) or PurePosixPath(name).stem
+
+
+def sample_of_names(tree: Tree, file: str) -> list[str]:
+    """The first `file_name`s of a COCO file, without reading all of it."""
+    with (tree.root / file).open("rb") as stream:
+        head = stream.read(HEAD).decode("utf-8", errors="ignore")
+    return [
+        json.loads(f'"{name}"', strict=False) for name in re.findall(r'"file_name"\s*:\s*"((?:[^"\\]|\\.)*)"', head)
+    ]
+
+
+class PictureFinder:
+    """Finds the pictures of one COCO file.
+
+    Args:
+        tree: of the data root.
+        file: the annotation file, relative to the root, or anywhere else.
+        names: its `file_name`s, from which the folder is found that has most of them.
+        images: the folder that they are relative to, where that is said.
+
+    Attributes:
+        base: the folder; None where the pictures are spread over several and found by their own names.
+    """
+
+    def __init__(self, tree: Tree, file: str, names: Sequence[str], images: str = "") -> None:
+        self.tree, self.role = tree, role_of_file(file)
+        said = tree.folder(images) if images.strip("/. ") else None
+        self.base: str | None = said if said is not None else tree.best_base(names, self._folders(file))
+        if said is None and names:
+            step = max(1, len(names) // 200)
+            sample = names[::step]
+            below = sum(self.base is not None and tree.file(name, (self.base,)) is not None for name in sample)
+            if 2 * below < sum(self._anywhere(name) is not None for name in sample):
+                self.base = None
+
+    def _folders(self, file: str) -> list[str]:
+        """The folders that may hold the pictures, the likeliest first; those of another split are none of them."""
+        own = os.path.dirname(file)
+        folders = {"", own} | {os.path.dirname(name) for name in self.tree.pictures}
+        folders |= {
+            str(parent) for name in list(folders) for parent in PurePosixPath(name).parents if str(parent) != "."
+        }
+        roles = {folder: role_of_path(f"{folder}/x") for folder in folders}
+        fitting = [f for f in folders if roles[f] in (None, self.role) or self.role in (None, "trainval") or f == own]
+        stem = loose(PurePosixPath(file).stem)
+
+        def order(folder: str) -> tuple[bool, bool, bool, int, str]:
+            last = loose(os.path.basename(folder))
+            named = bool(last) and last in (stem, stem.removeprefix("instances_"))
+            fits = self.role is not None and roles[folder] == self.role
+            return not named, not fits, folder != own, folder.count("/"), folder
+
+        return sorted(fitting, key=order)
+
+    def find(self, name: str) -> str | None:
+        """The picture of a `file_name`; one of another extension where there is just one of its stem."""
+        if self.base is None:
+            return self._anywhere(name)
+        found = self.tree.file(name, (self.base,))
+        if found is not None and suffix(found) in NO_PICTURES:
+            return None
+        if found is None and suffix(name) in EXTENSIONS:
+            stem = name[: -len(suffix(name))]
+            others = {other for kind in EXTENSIONS if (other := self.tree.file(stem + kind, (self.base,)))}
+            found = others.pop() if len(others) == 1 else None
+        return found
+
+    def _anywhere(self, name: str) -> str | None:
+        found = self.tree.by_name(name)
+        fitting = [f for f in found if role_of_path(f) in (None, self.role)] or found if self.role else found
+        return fitting[0] if len(fitting) == 1 else None

@@ -1,0 +1,235 @@
+"""The files below a data root, found by the names that annotations give them, however those are spelt.
+
+Exporters write paths of the machine that they ran on, file systems change the case and the Unicode form of names, and
+browsers escape blanks. A name is looked for as it is written first, then without its leading folders, then without
+regard to case, form and escapes. What is found is always a file that was listed below the root: no name leads out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
+
+from detection.data.images import EXTENSIONS
+from detection.data.records import DataError
+
+NOT_DATA = {"__MACOSX", "__pycache__", "$RECYCLE.BIN"}  # besides hidden folders; what archives and systems leave behind
+PICTURES = {"images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "data"}
+LABELS = {"labels", "label", "annotations", "annotation", "annots", "anns", "ann", "xmls", "xml", "bboxes"}
+ROLES = {
+    "train": {"train", "training", "trn"},
+    "val": {"val", "valid", "validation", "dev", "eval", "evaluation"},
+    "test": {"test", "testing", "tst"},
+    "trainval": {"trainval", "trainvalid"},
+}
+ROLE_OF_WORD = {word: role for role, words in ROLES.items() for word in words}
+
+
+class Tree:
+    """The files below a data root, hidden ones left out.
+
+    Attributes:
+        root: the resolved root.
+        files: paths relative to the root, forward slashes, sorted.
+        outside: links that lead out of the root and are not followed.
+    """
+
+    def __init__(self, root: Path) -> None:
+        root = Path(root).expanduser()
+        if root.is_file():
+            raise DataError(f"{root}: the data root is a file; pass the folder of the data set, such as {root.parent}")
+        if not root.is_dir():
+            raise DataError(f"{root}: the data root is not a folder; pass the folder that holds the data set")
+        self.root = root.resolve()
+        self.outside: list[str] = []
+        self.files = sorted(self._walk("", set()))
+        self._files = set(self.files)
+        holding = {os.path.dirname(name) for name in self.files}
+        parents = {str(parent) for folder in holding for parent in PurePosixPath(folder).parents if folder}
+        self._folders = {""} | holding | {"" if folder == "." else folder for folder in parents}
+
+    def _walk(self, folder: str, seen: set[str]) -> Iterator[str]:
+        real = os.path.realpath(self.root / folder)
+        if real in seen:
+            return
+        seen.add(real)
+        try:
+            with os.scandir(self.root / folder) as listed:
+                entries = sorted(listed, key=lambda entry: entry.name)
+        except OSError as error:
+            raise DataError(f"{self.root / folder}: the folder can't be listed ({error.strerror}); allow it") from error
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name.startswith(".") or entry.name in NOT_DATA:
+                continue
+            if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(self.root):
+                self.outside.append(name)
+            elif entry.is_dir():
+                yield from self._walk(name, seen)
+            elif entry.is_file():
+                yield name
+
+    @cached_property
+    def _loose(self) -> dict[str, list[str]]:
+        return _by_loose_name(self.files)
+
+    @cached_property
+    def _loose_folders(self) -> dict[str, list[str]]:
+        return _by_loose_name(sorted(self._folders))
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        table: dict[str, list[str]] = {}
+        for name in self.pictures:
+            table.setdefault(loose(os.path.basename(name)), []).append(name)
+        return table
+
+    def by_name(self, written: str) -> list[str]:
+        """The pictures anywhere below the root that have the own name of a written path."""
+        parts = cleaned(written)
+        return self._by_name.get(loose(parts[-1]), []) if parts else []
+
+    @cached_property
+    def pictures(self) -> list[str]:
+        """Every picture of a kind that is read."""
+        return [name for name in self.files if suffix(name) in EXTENSIONS]
+
+    def with_suffix(self, ending: str) -> list[str]:
+        """Every file whose extension is this one, in any case."""
+        return [name for name in self.files if suffix(name) == ending]
+
+    def is_file(self, name: str) -> bool:
+        return name in self._files
+
+    def is_folder(self, name: str) -> bool:
+        return name in self._folders
+
+    def below(self, folder: str) -> list[str]:
+        """The files below a folder, those in sub-folders included."""
+        return [name for name in self.files if name.startswith(f"{folder}/")] if folder else self.files
+
+    def file(self, written: str, bases: Iterable[str] = ("",)) -> str | None:
+        """The file that a written path means, below the first of these folders that has it; None where none does."""
+        return _find(written, bases, self._files, self._loose)
+
+    def folder(self, written: str, bases: Iterable[str] = ("",)) -> str | None:
+        """The folder that a written path means, likewise."""
+        return _find(written, bases, self._folders, self._loose_folders)
+
+    def best_base(self, names: Sequence[str], bases: Iterable[str]) -> str | None:
+        """The folder below which most of these written paths are found, the first of equals; None where none is."""
+        step = max(1, len(names) // 200)
+        sample = names[::step]
+        counts = {base: sum(self.file(name, (base,)) is not None for name in sample) for base in dict.fromkeys(bases)}
+        best = max(counts, key=lambda base: counts[base], default=None)
+        return best if best is not None and counts[best] else None
+
+    def locate(self, name: str, source: str) -> Path:
+        """The path of `name` below the root, which need not exist.
+
+        Args:
+            name: path relative to the root, with forward slashes.
+            source: who names it (file and record), for the message.
+
+        Raises:
+            DataError: `name` is absolute, climbs out with `..`, or is a link that leads out of the root.
+        """
+        path = Path(name)
+        drive = len(name) > 1 and name[1] == ":"
+        try:
+            inside = not ("\0" in name or path.is_absolute() or drive or ".." in path.parts)
+            inside = inside and Path(os.path.realpath(self.root / path)).is_relative_to(self.root)
+        except (OSError, ValueError):
+            inside = False
+        if not inside:
+            shown = ascii(name if len(name) <= 300 else f"{name[:300]}...")
+            link = (
+                " (a link that leads out)" if any(name == o or name.startswith(f"{o}/") for o in self.outside) else ""
+            )
+            raise DataError(
+                f"{source}: the path {shown} is not inside {self.root}{link}; use a path relative to the root"
+            )
+        return self.root / path
+
+    def contents(self) -> str:
+        """What lies here, for messages: the commonest kinds of files with their counts."""
+        kinds: dict[str, int] = {}
+        for name in self.files:
+            kind = suffix(name) or "without extension"
+            kinds[kind] = kinds.get(kind, 0) + 1
+        common = sorted(kinds.items(), key=lambda item: -item[1])[:5]
+        return ", ".join(f"{count} {kind}" for kind, count in common) or "no file"
+
+
+def suffix(name: str) -> str:
+    """The extension in lower case, e.g. `".jpg"`."""
+    return os.path.splitext(name)[1].lower()
+
+
+def loose(name: str) -> str:
+    """A name without what systems change: case, Unicode form, percent escapes, backslashes."""
+    plain = unquote(name.replace("\\", "/"))
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", plain).casefold())
+
+
+def cleaned(written: str) -> list[str]:
+    """The parts of a written path that could lie below a root: without drive, scheme, `.` and `..`."""
+    plain = re.sub(r"^(file://|[A-Za-z]:)", "", written.strip().replace("\\", "/"))
+    return [part for part in plain.split("/") if part not in ("", ".", "..")]
+
+
+def _by_loose_name(names: Iterable[str]) -> dict[str, list[str]]:
+    table: dict[str, list[str]] = {}
+    for name in names:
+        table.setdefault(loose(name), []).append(name)
+    return table
+
+
+def _find(written: str, bases: Iterable[str], exact: set[str], table: dict[str, list[str]]) -> str | None:
+    parts, bases = cleaned(written), list(bases)
+    if "\0" in written or (not parts and "" in bases and written.strip() not in (".", "./")):
+        return None
+    for start in range(max(len(parts), 1)):
+        tail = "/".join(parts[start:])
+        for base in bases:
+            name = "/".join(filter(None, (base, tail)))
+            if name in exact:
+                return name
+        for base in bases:
+            found = table.get(loose("/".join(filter(None, (base, tail)))), [])
+            if len(found) == 1:  # of several that differ in case alone, none is meant more than another
+                return found[0]
+    return None
+
+
+def role_of(name: str) -> str | None:
+    """What a split of this name is for: `train`, `val`, `test` or `trainval`; None where no word of it says so."""
+    for word in re.findall(r"[a-z]+", loose(name)):
+        if word in ROLE_OF_WORD:
+            return ROLE_OF_WORD[word]
+    return None
+
+
+def role_of_folder(name: str) -> str | None:
+    """The role of a folder whose whole name is a role's word, with a number at most (`train2017`, `valid`)."""
+    return ROLE_OF_WORD.get(re.sub(r"[\W\d_]+$", "", loose(name)))
+
+
+def role_of_path(name: str) -> str | None:
+    """The role of the nearest folder that has one."""
+    return next((role for part in reversed(name.split("/")[:-1]) if (role := role_of_folder(part))), None)
+
+
+def base_of(name: str) -> str:
+    """The folder of the data set that a file belongs to: what comes before a folder of pictures, labels or a role."""
+    kept: list[str] = []
+    for part in name.split("/")[:-1]:
+        if loose(part) in PICTURES | LABELS | {"imagesets", "segmentationobject"} or role_of_folder(part):
+            break
+        kept.append(part)
+    return "/".join(kept)
