@@ -55,7 +55,7 @@ def in_words(message: str) -> str:
     key = re.match(r'Parser key "([\w.]+)":', message)
     if key and (name := re.search(r"dot import path string: (\S+)", message)):
         return f"--{key[1]}: there is no class {name[1]}"
-    value = re.search(r"(?:Got value|Given value): (.*)$", message)
+    value = re.search(r"(?:Got value|Given value): ?(.*)$", message)
     if key is None or value is None or "class_path" in message:
         return message
     wanted = list[str]()
@@ -70,7 +70,7 @@ def in_words(message: str) -> str:
         return message
     near = get_close_matches(value[1], wanted, 1, 0.6)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"--{key[1]} takes {', '.join(wanted[:-1])}{' or ' if wanted[1:] else ''}{wanted[-1]}, not {value[1]}{hint}"
+    return f"--{key[1]} takes {', '.join(wanted[:-1])}{' or ' if wanted[1:] else ''}{wanted[-1]}, not {value[1] or 'nothing'}{hint}"
 
 
 def complain(message: str, options: Iterable[str]) -> NoReturn:
