@@ -36,6 +36,7 @@ from detection.training.module import DetectionModule
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
+    *("--config", "quickstart"),
     *("--data.num_workers", "0"),
     *("--data.min_size", "64"),
     *("--model.detector.fpn_channels", "16"),
