@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detection import teaching
-from detection.data.images import EXTENSIONS, read_image
+from detection.data.images import EXTENSIONS, read_image, remarks
 from detection.data.records import DataError
 from detection.errors import RunError
 from detection.inference import Detections, Detector
@@ -239,9 +239,11 @@ class Page:
                     self._say(str(error).replace(str(path), name))
                     await self._draw()
                 return
+            notes = remarks(path)
         print(f"{name}: {len(study.found)} detections in {study.seconds:.2f} s", flush=True)
         if number == self._uploads:
             self._study = study
+            self._say("; ".join(problem for problem, _ in notes))
             for stage in STAGES:
                 self._show(stage.title, None, "Drawing ...")
             await self._draw()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
@@ -60,6 +61,8 @@ def draw_objects(
     scale = side / max(image.shape[:2])
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     order = np.argsort(scores, kind="stable") if scores is not None else np.arange(len(boxes))
+    if scale < 1:  # before Pillow copies it, for a picture may be huge
+        image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
     picture = Image.fromarray(image)
     if picture.size != size:
         picture = picture.resize(size, Image.Resampling.BILINEAR)

@@ -22,7 +22,7 @@ def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thre
 
     Args:
         ckpt: checkpoint of scripts/fit.py, or .safetensors of scripts/convert.py.
-        source: image, folder, pattern such as 'photos/*.jpg' (quoted), video, or the number of a camera.
+        source: image, folder, pattern such as 'photos/*.jpg' (quoted), video, URL of a stream, or number of a camera.
         output: folder to write to.
         score_thresh: detections below it are left out.
         classes: those wanted, e.g. '[car, person]'; all by default.
@@ -44,6 +44,8 @@ def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thre
         raise DataError(f"{ckpt}: there is no class '{unknown[0]}'; there are: {', '.join(detector_of)}")
     done = predict(detector, open_source(source), output, score_thresh, classes, batch_size, tiles, limit, pictures)
     print(f"{done.images} images, {sum(done.counts.values())} objects: {done.counts}; results in {output}")
+    if done.notes:
+        print(*done.notes, sep="\n", file=sys.stderr)
     if done.problems:
         print(f"{len(done.problems)} not read:", *done.problems, sep="\n  ", file=sys.stderr)
     if not done.images:

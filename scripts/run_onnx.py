@@ -3,8 +3,6 @@
 This file needs nothing of the project: copy it beside the .onnx file.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from typing import Any
@@ -14,20 +12,27 @@ import onnxruntime
 from PIL import Image, ImageDraw, ImageOps
 
 
+def read(path: str) -> Image.Image:
+    """The picture as training reads it: turned by its EXIF, RGB without alpha, of 16 bits the high byte."""
+    stored = Image.open(path)
+    deep = stored.mode[:4] == "I;16" or (stored.mode, stored.format) in (("I", "PNG"), ("I", "PPM"))
+    if stored.mode in ("I", "F") and not deep:
+        raise SystemExit(f"{path}: 32-bit pixels have no known range; convert the image to 8 or 16 bits")
+    image = ImageOps.exif_transpose(stored)
+    return (Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if deep else image).convert("RGB")
+
+
 def detect(session: Any, image: Image.Image) -> dict[str, Any]:
     """Boxes xyxy in pixels, labels from 1 on, scores, and with a mask branch masks inside the boxes, of one image."""
-    planes = np.asarray(image, np.uint8).transpose(2, 0, 1)[None]
-    names = [output.name for output in session.get_outputs()]
-    found = dict(zip(names, session.run(None, {"images": planes}), strict=True))
-    count = int(found.pop("counts")[0])
-    return {name: values[0, :count] for name, values in found.items()}
+    names, planes = [output.name for output in session.get_outputs()], np.asarray(image).transpose(2, 0, 1)
+    found = dict(zip(names, session.run(None, {"images": planes[None]}), strict=True))
+    return {name: values[0, : int(found["counts"][0])] for name, values in found.items() if name != "counts"}
 
 
 def lay_mask(mask: Any, box: Any, size: tuple[int, int]) -> Image.Image:
     """A mask `(m, m)` of probabilities inside its box as picture of `size`, white where the object is."""
     x1, y1, x2, y2 = (round(float(value)) for value in box)
-    small = Image.fromarray((mask * 255).astype(np.uint8))
-    laid = Image.new("L", size)
+    small, laid = Image.fromarray((mask * 255).astype(np.uint8)), Image.new("L", size)
     laid.paste(small.resize((max(1, x2 - x1), max(1, y2 - y1)), Image.Resampling.BILINEAR), (x1, y1))
     return laid.point(lambda value: 110 if value > 127 else 0)
 
@@ -41,8 +46,7 @@ args = parser.parse_args()
 session = onnxruntime.InferenceSession(args.model, providers=onnxruntime.get_available_providers())
 classes = json.loads(session.get_modelmeta().custom_metadata_map.get("class_names", "null"))
 for path in args.images:
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    found, pen = detect(session, image), ImageDraw.Draw(image)
+    found, pen = detect(session, image := read(path)), ImageDraw.Draw(image)
     for i in np.flatnonzero(found["scores"] >= args.score_thresh):
         box, label = found["boxes"][i].tolist(), int(found["labels"][i])
         name = classes[label - 1] if classes else f"class {label}"

@@ -13,7 +13,6 @@ from detection.data import scenes
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = ("images/s", "time/", "gpu/", "memory/")  # figures that two runs never share
 TINY = [
-    *("--config", "quickstart"),
     *("--data.min_size", "64"),
     *("--data.max_size", "96"),
     *("--model.detector.fpn_channels", "16"),

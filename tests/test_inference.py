@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import cv2
 import numpy as np
@@ -103,7 +105,7 @@ def test_every_form_of_an_image_gives_the_same(model, tmp_path):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((4, 4), np.uint8), r"\(H, W, 3\) uint8"),
+        (np.zeros((4, 4, 4), np.uint8), r"\(H, W, 3\) uint8"),
         (np.zeros((4, 4, 3)), r"\(H, W, 3\) uint8"),
         (torch.zeros(4, 4, 3), r"must be \(3, H, W\)"),
         (torch.full((3, 4, 4), 255.0), r"in \[0, 1\]"),
@@ -225,11 +227,7 @@ def test_sources(photos):
 
 
 def test_video_in_video_out(tmp_path):
-    path = tmp_path / "clip.mp4"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 12.0, (96, 64))
-    for i in range(9):
-        writer.write(np.ascontiguousarray(scene(64, 96, (0, 5 * i + 4, 16, 5 * i + 28, 40))[..., ::-1]))
-    writer.release()
+    path = film(tmp_path / "clip.mp4", "mp4v")
     source = open_source(str(path))
     assert len(source) == 9
     done = predict(Blobs(), source, tmp_path / "out", batch_size=4)
@@ -244,6 +242,133 @@ def test_video_in_video_out(tmp_path):
     while (read := capture.read())[0]:
         frames.append(read[1])
     assert len(frames) == 9 and frames[0].shape == (212, 320, 3)  # room for names, sides even
+
+
+def test_folder_leaves_out_what_is_no_input_and_says_so(photos, tmp_path):
+    (photos / ".cache").mkdir()
+    for hidden in (photos / ".cache" / "a.png", photos / "._a.png"):
+        Image.fromarray(scene(60, 80)).save(hidden)
+    for name in ("b.heic", "a.heic", "c.psd", "d.mp4"):
+        (photos / name).write_bytes(b"something")
+    for out in (photos, photos / "results", photos / "more"):  # into and below the source, again and again
+        source = open_source(str(photos))
+        done = predict(Blobs(), source, out)
+        assert done.images == 2
+        document = json.loads((out / "predictions.json").read_text())
+        assert [image["file_name"] for image in document["images"]] == ["a.png", "more/b.png"]
+        assert (out / "annotated" / "more" / "b.png").is_file()
+    assert len(open_source(str(photos / "**" / "*.png"))) == 2
+    said = "\n".join(done.notes)
+    assert f"not read: {photos}: 2 .heic files: a.heic, b.heic; export them as JPEG" in said
+    assert "1 .psd files: c.psd" in said and "1 .mp4 files: d.mp4; name each as --source" in said
+    assert f"not read: {photos / 'results' / 'annotated'}: pictures of an earlier run" in said
+    assert "notes.txt" not in said and ".cache" not in said
+
+
+def test_a_folder_called_annotated_is_read_where_no_run_made_it(photos):
+    (photos / "annotated").mkdir()
+    Image.fromarray(scene(60, 80)).save(photos / "annotated" / "c.png")
+    assert len(open_source(str(photos))) == 4
+    (photos / "annotated" / "c.png").unlink()
+
+
+def test_frames_are_noted_and_odd_kinds_are_drawn_as_png(tmp_path):
+    frames = [Image.fromarray(scene(60, 80, (0, 10 + i, 10, 30, 40))) for i in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    done = predict(Blobs(), open_source(str(tmp_path / "a.gif")), tmp_path / "out")
+    assert done.counts == {"red": 1} and not done.problems
+    assert done.notes == [f"{tmp_path / 'a.gif'}: only the first of 3 frames is read"]
+    assert Image.open(tmp_path / "out" / "annotated" / "a.gif.png").format == "PNG"
+
+
+def test_huge_pictures_are_looked_at_in_tiles(photos, tmp_path, monkeypatch):
+    class Near(Blobs):
+        min_size, seen = 100, []
+
+        def predict(self, images, batch_size=8):
+            assert len(images) <= batch_size
+            self.seen += [image.shape[:2] for image in images]
+            return super().predict(images)
+
+    rectangles = [(0, 70, 30, 95, 60), (2, 120, 90, 150, 120)]
+    Image.fromarray(scene(150, 200, *rectangles)).save(photos / "aerial.tif")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 14_000)
+    for module in ("data.images", "inference.run"):
+        monkeypatch.setattr(f"detection.{module}.LARGEST", 20_000)
+    monkeypatch.setattr("detection.inference.run.DRAWN", 120)
+    done = predict(Near(), open_source(str(photos)), tmp_path / "out", batch_size=3)
+    assert done.images == 3 and done.counts == {"red": 3, "blue": 2}
+    assert Near.seen == [(60, 80), (100, 100)] + [(100, 100)] * 5 + [(60, 80)]
+    (note,) = done.notes
+    assert note.startswith("aerial.tif: 150 x 200 pixels (height x width), looked at in tiles of 100")
+    assert Image.open(tmp_path / "out" / "annotated" / "aerial.tif").size == (120, 90)
+    document = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert sorted(entry["bbox"] for entry in document["annotations"])[3:] == [[70, 30, 25, 30], [120, 90, 30, 30]]
+    with pytest.raises(DataError, match=r"aerial.tif: 150x200 pixels .* too many"):
+        Detector.predict(Near(), [photos / "aerial.tif"])
+
+
+def film(path, codec, count=9):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), 12.0, (96, 64))
+    for i in range(count):
+        writer.write(np.ascontiguousarray(scene(64, 96, (0, 5 * i + 4, 16, 5 * i + 28, 40))[..., ::-1]))
+    writer.release()
+    return path
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The address of a server of this machine: files, and pictures in a row as cameras send them."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    film(folder / "clip.avi", "MJPG")
+    film(folder / "clip.mp4", "mp4v")
+
+    class Camera(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            if not self.path.startswith("/live"):
+                return super().do_GET()
+            self.send_response(200)
+            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+            self.end_headers()
+            for i in range(6):
+                image = scene(64, 96, (0, 5 * i + 4, 16, 5 * i + 28, 40))[..., ::-1]
+                jpeg = cv2.imencode(".jpg", np.ascontiguousarray(image))[1].tobytes()
+                head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
+                self.wfile.write(head.encode() + jpeg + b"\r\n")
+            return None
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Camera) as opened:
+        Thread(target=opened.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{opened.server_address[1]}"
+        opened.shutdown()
+
+
+@pytest.mark.parametrize("name", ["clip.avi", "clip.mp4"])
+def test_films_of_a_server(server, tmp_path, name):
+    done = predict(Blobs(), open_source(f"http://{server}/{name}"), tmp_path / "out")
+    assert (done.images, done.counts) == (9, {"red": 9}) and not done.problems and not done.notes
+    assert (tmp_path / "out" / "clip_annotated.mp4").is_file()
+
+
+def test_stream_says_that_it_ended_and_keeps_its_password(server, tmp_path):
+    source = open_source(f"http://me:secret@{server}/live?token=secret")
+    done = predict(Blobs(), source, tmp_path / "out")
+    assert done.counts == {"red": 6} and not done.problems
+    assert done.notes == ["live: the stream ended or broke off after 6 frames"]
+    written = "".join(path.read_text() for path in (tmp_path / "out").glob("predictions.*"))
+    assert "live#5" in written and "secret" not in written
+    limited = predict(Blobs(), open_source(f"http://{server}/live"), tmp_path / "two", limit=2)
+    assert limited.images == 2 and not limited.notes
+    with pytest.raises(DataError, match=r"^http://127.0.0.1/none: there is no film or stream; OpenCV") as caught:
+        open_source(f"http://me:secret@{server}/none?token=secret")
+    assert "secret" not in str(caught.value)
 
 
 def test_limit_and_interruption_leave_whole_files(photos, tmp_path):

@@ -41,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def args(data: Path, tmp_path: Path) -> list[str]:
     own = ["--data.num_workers", "0", "--output", str(tmp_path / "runs"), "--trainer.max_steps", "2"]
-    return [*TINY, *scene_flags(data), *own]
+    return ["--config", "quickstart", *TINY, *scene_flags(data), *own]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,17 @@ from detection.data import scenes
 from detection.training.checkpoints import RUN_FOLDER
 from tests.runs import TINY, rows, scene_flags
 
-FLAGS = [*TINY, "--data.num_workers", "0", "--trainer.num_sanity_val_steps", "0", "--trainer.max_epochs", "2"]
+FLAGS = [
+    "--config",
+    "quickstart",
+    *TINY,
+    "--data.num_workers",
+    "0",
+    "--trainer.num_sanity_val_steps",
+    "0",
+    "--trainer.max_epochs",
+    "2",
+]
 
 
 @pytest.fixture(autouse=True)

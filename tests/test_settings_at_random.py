@@ -119,7 +119,7 @@ def test_it_trains_or_says_why_not(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            code: Any = main([*TINY, *scene_flags(data), *own, *given])
+            code: Any = main(["--config", "quickstart", *TINY, *scene_flags(data), *own, *given])
     except SystemExit as stop:
         code = stop.code
     seconds, said = time.process_time() - began, capsys.readouterr().err

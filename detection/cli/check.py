@@ -13,8 +13,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
+from detection.cli.advice import detector_in, grid_of, next_steps, own_sizes
+from detection.cli.configuration import sizes_of
 from detection.cli.wording import Flags
-from detection.data.anchor_fit import Grid
 from detection.data.audit import audit, find_splits, look_across, write_json
 from detection.data.audit_report import picture_sheet, print_audit
 from detection.data.datamodule import DetectionDataModule
@@ -32,34 +33,35 @@ Exit code 0: clean; 1: the loader repairs or leaves out some records; 2: somethi
 def main() -> int:
     """Run the command line; returns the exit code."""
     parser = Flags(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="configuration whose data to check, in place of root and format")
-    parser.add_argument("--root", type=Path, help="folder of the data set")
+    parser.add_argument("--config", type=Path, help="configuration to check, its data and anchors")
+    parser.add_argument("--root", type=Path, help="folder of the data set; with --config in place of its data")
     parser.add_argument("--format", choices=("coco", "voc", "yolo"), help="of the annotations (default: found)")
     parser.add_argument("--split", help="the only split to check (default: all)")
     parser.add_argument("--annotations", help="COCO file or VOC folder, relative to the root (default: found)")
     parser.add_argument("--images", help="folder of images, relative to the root (default: found)")
-    parser.add_argument("--min-size", type=int, help="shorter side after resizing (default: 800)")
-    parser.add_argument("--max-size", type=int, help="limit of the longer side (default: 1333)")
-    parser.add_argument("--anchor-sizes", type=float, nargs="+", default=[32, 64, 128, 256, 512], help="one a level")
-    parser.add_argument("--anchor-ratios", type=float, nargs="+", default=[0.5, 1, 2], help="height / width")
-    parser.add_argument("--strides", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="one a level")
+    parser.add_argument(
+        "--min-size",
+        type=int,
+        help="shorter side after resizing (default: that of training)",
+    )
+    parser.add_argument("--max-size", type=int, help="limit of the longer side (default: that of training)")
+    parser.add_argument("--anchor-sizes", type=float, nargs="+", help="one a level (default: the configuration's)")
+    parser.add_argument("--anchor-ratios", type=float, nargs="+", help="height / width")
+    parser.add_argument("--strides", type=int, nargs="+", help="one a level (default: the detector's)")
     parser.add_argument("--json", type=Path, help="write everything found to this file")
     parser.add_argument("--sheet", type=Path, help="write a picture sheet of samples with boxes to this file")
     args = parser.parse_args()
     if not args.config and not args.root:
         parser.error("name the data: --root, or --config")
-    if len(args.anchor_sizes) != len(args.strides):
-        parser.error("--anchor-sizes and --strides need one number a level each")
     try:
-        shown = (800, 1333)
-        if args.config:
+        shown = own_sizes()
+        if args.config and not args.root:
             data = data_of(args.config)
             splits, shown = splits_of(data), sizes_of(data)
         else:
             splits = find_splits(args.root, args.format, args.annotations, args.images, args.split)
-        sizes = tuple((size,) for size in args.anchor_sizes)
         sides = (args.min_size or shown[0], args.max_size or shown[1])
-        grid = Grid(sizes, tuple(args.strides), tuple(args.anchor_ratios), *sides)
+        grid = grid_of(args.config, sides, args.anchor_sizes, args.anchor_ratios, args.strides)
         audits = [audit(name, read, grid) for name, read in splits.items()]
         look_across(audits)
         for found in audits:
@@ -68,6 +70,9 @@ def main() -> int:
             write_json(audits, args.json)
         if args.sheet:
             picture_sheet(audits, args.sheet)
+        asked = {"format": args.format, "train_split": args.annotations or args.split, "train_images": args.images}
+        asked |= {"min_size": args.min_size, "max_size": args.max_size}
+        print(next_steps(audits, args.root, args.config, asked, detector_in(args.config).get("class_path")))
     except DataError as error:
         print(error, file=sys.stderr)
         return 2
@@ -104,9 +109,3 @@ def splits_of(data: DetectionDataModule) -> dict[str, Callable[[], Index]]:
 
     named = [split for split in get_args(Stage) if split != "test" or data.hparams["test_split"]]
     return {split: partial(read, split) for split in named}
-
-
-def sizes_of(data: DetectionDataModule) -> tuple[int, int]:
-    """Short side and longest side in pixels at which the data is evaluated."""
-    sides = data.hparams["min_size"]
-    return sides if isinstance(sides, int) else max(sides), data.hparams["max_size"]

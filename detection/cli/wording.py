@@ -60,9 +60,9 @@ def in_words(message: str) -> str:
         return message
     wanted = list[str]()
     expected = message.rpartition("Errors: ")[2]
-    for kind, choices in re.findall(r"Expected a (?:<class '([\w.]+)'>|typing\.Literal\[([^\]]*)\])", expected):
-        if choices:
-            wanted += [choice.strip(" '\"") for choice in choices.split(",")]
+    for kind, literals in re.findall(r"Expected a (?:<class '([\w.]+)'>|typing\.Literal\[([^\]]*)\])", expected):
+        if literals:
+            wanted += [choice.strip(" '\"") for choice in literals.split(",")]
         else:
             wanted.append(KINDS.get(kind, kind))
     wanted = [name for name in dict.fromkeys(wanted) if name != "null"] or wanted
@@ -70,7 +70,8 @@ def in_words(message: str) -> str:
         return message
     near = get_close_matches(value[1], wanted, 1, 0.6)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"--{key[1]} takes {', '.join(wanted[:-1])}{' or ' if wanted[1:] else ''}{wanted[-1]}, not {value[1] or 'nothing'}{hint}"
+    choices = f"{', '.join(wanted[:-1])}{' or ' if wanted[1:] else ''}{wanted[-1]}"
+    return f"--{key[1]} takes {choices}, not {value[1] or 'nothing'}{hint}"
 
 
 def complain(message: str, options: Iterable[str]) -> NoReturn:

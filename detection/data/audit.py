@@ -24,7 +24,7 @@ from detection.data import coco, voc
 from detection.data.anchor_fit import AREAS, Boxes, Grid, fitted, recall
 from detection.data.duplicates import gradients, near_duplicates
 from detection.data.finding import Format, find
-from detection.data.images import EXTENSIONS, UPRIGHT, image_size, orientation_of, read_image
+from detection.data.images import EXTENSIONS, UPRIGHT, image_size, orientation_of, read_image, remarks
 from detection.data.records import DataError, Defect, Index, Record
 
 VERDICTS = ("clean", "repairable", "broken")
@@ -199,6 +199,7 @@ def _look_at_images(index: Index) -> tuple[list[Defect], dict[str, str]]:
         try:
             pixels = read_image(path, (record.height, record.width))
             defects += _orientation(record, path)
+            defects += [Defect(record.file_name, where, what, fix, "note") for what, fix in remarks(path)]
             contents[hashlib.sha256(path.read_bytes()).hexdigest()] = record.file_name
         except DataError as error:
             problem = str(error).removeprefix(f"{path}: ").split(";")[0]
@@ -281,9 +282,8 @@ def _look_at_the_set(index: Index) -> list[Defect]:
 
 def _kind(text: str) -> str:
     """A problem without its particulars, so that like ones can be counted together."""
-    return re.sub(
-        r"-?\d+(\.\d+)?(e[+-]?\d+)?", "#", re.sub(r"'[^']*'|\S+/\S+\.\w+|\S+\.(jpe?g|png|tiff?)", "...", text)
-    )
+    names = "|".join(EXTENSIONS).replace(".", r"\.")
+    return re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "#", re.sub(rf"'[^']*'|\S+/\S+\.\w+|\S+({names})\b", "...", text))
 
 
 def write_json(audits: list[Audit], path: Path) -> None:

@@ -79,7 +79,7 @@ class _Reader:
 
     def __init__(self, tree: Tree, file: str, pictures: PictureFinder, masks: bool) -> None:
         self.tree, self.file, self.pictures, self.masks = tree, file, pictures, masks
-        self.defects: list[Defect] = []
+        self.defects = tree.remarks(labelled=tree.unread)
         self.spelt: list[tuple[str, str]] = []  # names of pictures that are not those of their files
         self.ids = Counter[int | str]()
 

@@ -26,6 +26,7 @@ from detection.data.records import Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
 from detection.data.splitting import Split, check_division, keep, kept, split_of
 from detection.data.train_loader import TrainLoader
+from detection.data.tree import role_of
 from detection.data.workers import check_shared_memory, init_worker
 from detection.parts import Reader
 from detection.recipes import RecipeError, rebuild, trusting
@@ -155,6 +156,7 @@ class DetectionDataModule(L.LightningDataModule):
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
         self._split: Split | None = None
+        self._divided: bool | None = None
         self._known: Known | None = None
         self._layout: Layout | None = None
 
@@ -236,7 +238,7 @@ class DetectionDataModule(L.LightningDataModule):
 
     def read(self, split: Stage) -> Index:
         """The records of a split; labels point into the classes of the training split, once that is read."""
-        if split != "train" and self._has(split):
+        if split != "train" and (self._has(split) if split == "test" else not self._divides):
             return self._read(split)
         index, made = self._train_list(), self.made_split()
         return index if made is None else made.apply(index)[split != "train"]
@@ -261,18 +263,25 @@ class DetectionDataModule(L.LightningDataModule):
 
     def _has(self, split: Stage) -> bool:
         """Whether the data set has images for validation, or for the test, that are not among those to train on."""
-        hp = self.hparams
+        hp, train = self.hparams, self.hparams["train_split"] or ""
         if split == "test" and hp["test_split"] is not None:
             return True
         if hp["fold"] is not None and split == "val":
             return False
-        named = hp["val_split"] is not None or self._draws_scenes or self.reader is not None
-        return named or self.layout().stage(split) is not None
+        if hp["val_split"] is not None or self._draws_scenes or self.reader is not None:
+            return True
+        if ":" in train:  # of several folders, each with its lists
+            return False
+        found = self.layout().stage(split)
+        trains = role_of(train) in ("trainval", "val") and found is not None and role_of(found.name) == "val"
+        return found is not None and not trains
 
     @property
     def _divides(self) -> bool:
-        """Whether images of the training split are set aside."""
-        return not self._has("val")
+        """Whether images of the training split are set aside; what a checkpoint says of it stays."""
+        if self._divided is None:
+            self._divided = not self._has("val")
+        return self._divided
 
     def made_split(self) -> Split | None:
         """Which images train and which validate, where that was not given but made; at first it takes its time."""
@@ -280,17 +289,18 @@ class DetectionDataModule(L.LightningDataModule):
             index = self._train_list()
             check_split(index, "train")
             self._split = split_of(index, self.hparams)
-        return self._split if self._divides else None
+        return self._split
 
     def state_dict(self) -> dict[str, Any]:
-        """The split that was made, which a resumed run and an evaluation need again."""
-        return keep(self._split, self.hparams) if self._split and self._divides else {}
+        """The split that was made, or that none was, which a resumed run and an evaluation have to know."""
+        return {} if self._divided is None else keep(self._split, self.hparams)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the split of a checkpoint, whatever images have come since."""
-        if "split" not in state_dict or not self._divides:
+        if not state_dict:
             return
         before, self._split = self._split, kept(state_dict, self.hparams)
+        self._divided = self._split is not None
         if before != self._split:
             self._datasets = {split: self._dataset(split) for split in self._datasets}
 

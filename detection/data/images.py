@@ -1,4 +1,4 @@
-"""Decoding image files to `(H, W, 3)` uint8 RGB, with one policy for orientation, depth and damage.
+"""Decoding pictures to `(H, W, 3)` uint8 RGB, with one policy for orientation, depth and damage at every door.
 
 - **Orientation** (EXIF): annotators draw either on the stored pixels or on the picture as viewers turn it, and files
   don't say which. The annotation's size decides: stored pixels where it equals only those, turned otherwise. Without a
@@ -6,24 +6,61 @@
 - **Depth**: 16-bit images keep their high byte (`>> 8`). 32-bit and float images have no known range and are refused.
 - **Colour**: grey is repeated, palettes are looked up, alpha is dropped, CMYK is converted; the first frame counts.
 - **Damage**: a file that can't be decoded to its last row is an error that names it, never a half-grey picture.
+- **Size**: up to `LARGEST` pixels; beyond, only who looks at it in tiles gets it.
 """
 
 from __future__ import annotations
 
 import io
 import re
+import threading
 import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, features
+from PIL.ImageFile import ImageFile
 
+from detection.data import jpeg
 from detection.data.records import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")  # in order of preference
-ORIENTATION = 0x0112
+# What is read, in order of preference, and its decoders by Pillow's names. Others may run programs, as that of EPS.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".avif", ".jp2", ".j2k", ".j2c"),
+    *(".jpx", ".jpf", ".mpo", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".apng", ".dib", ".tga"),
+)
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "DIB", "AVIF", "JPEG2000", "GIF", "PPM", "TGA")
+# Pictures that are not read, and what makes them so.
+UNREAD = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), "export them as JPEG, or convert them: heif-convert a.heic a.jpg"),
+    **dict.fromkeys(
+        (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw", ".raw"),
+        "develop them to JPEG or TIFF: darktable-cli a.dng a.jpg",
+    ),
+    **dict.fromkeys((".psd", ".psb", ".xcf", ".ai", ".eps", ".svg", ".pdf"), "export them as PNG"),
+    **dict.fromkeys((".exr", ".hdr", ".pfm", ".fits", ".fit"), "bring their values into 8 or 16 bits and save PNG"),
+    **dict.fromkeys((".dcm", ".nii", ".mhd"), "choose a window of values and save PNG"),
+    **dict.fromkeys((".svs", ".ndpi", ".czi", ".scn", ".mrxs", ".nd2", ".lif"), "export the level wanted as tiles"),
+    **dict.fromkeys((".jxl", ".jxr", ".qoi", ".pcx", ".dds", ".ico", ".icns", ".pict"), "convert them to PNG"),
+}
+# Content of which a build of Pillow may lack the decoder: (where, bytes) -> Pillow's name of it.
+OPTIONAL = {
+    (4, b"ftypavi"): ("AVIF", "avif"),
+    (4, b"jP  "): ("JPEG 2000", "jpg_2000"),
+    (0, b"\xff\x4f\xff\x51"): ("JPEG 2000", "jpg_2000"),
+    (8, b"WEBP"): ("WebP", "webp"),
+}
+HEIF = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
+LARGEST = 178_956_970  # pixels, beyond which Pillow speaks of a decompression bomb: half a gigabyte of RGB
+BAND = 2**24  # pixels of a picture that are copied at once
+ORIENTATION, TAIL = 0x0112, 2**14  # tag of EXIF; bytes at the end of a PNG among which a late block is looked for
 # A damaged header may promise 170 million pixels, half a minute of decoding. Deflate packs up to 8256 pixels a byte.
 PLENTY, DENSEST = 10_000_000, 10_000
 # EXIF 2.32, section 4.6.4: from stored rows and columns to the upright picture, (transpose, flip rows, flip columns)
@@ -37,40 +74,47 @@ UPRIGHT = {
     7: (True, True, True),
     8: (True, True, False),
 }
+_LIMIT = threading.Lock()
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+def read_image(path: Path, size: tuple[int, int] | None = None, huge: bool = False) -> NDArray[np.uint8]:
     """Decode one image file.
 
     Args:
         path: the file.
         size: `(height, width)` in pixels that the annotation states, which settles the orientation.
+        huge: read more than `LARGEST` pixels too, decoded whole in 6 (JPEG) to 8 bytes of memory a pixel.
 
     Returns:
         `(H, W, 3)` uint8 RGB, contiguous; `(H, W)` equals `size` where it is given.
 
     Raises:
-        DataError: the file is missing, damaged or of an unsupported kind, or neither way up has `size`.
+        DataError: the file is missing, damaged, too large or of an unsupported kind, or neither way up has `size`.
     """
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: the image can't be read ({_reason(error)}); restore the file") from error
-    stored, orientation, is_plain_jpeg = _header(path, data)
+    header = _header(path, data)
+    stored, shown = header.size, header.shown
     if stored[0] * stored[1] > max(PLENTY, DENSEST * len(data)):
         raise DataError(
             f"{path}: {len(data)} bytes can't hold the {stored[0]}x{stored[1]} pixels of its header; replace it"
         )
-    shown = stored[::-1] if UPRIGHT[orientation][0] else stored
+    if not huge:
+        _refuse_huge(path, shown)
     if size is not None and size not in (stored, shown):
         raise DataError(
             f"{path}: the image is {shown[0]}x{shown[1]} (height x width) but its annotation says {size[0]}x{size[1]}; "
             "correct the annotation's size and check its boxes"
         )
-    pixels = _decode_jpeg(path, data) if is_plain_jpeg else _decode(path, data)
+    if header.kind == "JPEG":
+        pixels = _decode_jpeg(path, data, header.mode)
+    else:
+        pixels = _decode(path, data)
     if pixels.shape[:2] != stored:
         raise DataError(f"{path}: decodes to {pixels.shape[:2]} but its header says {stored}; save the image again")
-    return pixels if size is not None and size != shown else _upright(pixels, orientation)
+    return pixels if size is not None and size != shown else _upright(pixels, header.orientation)
 
 
 def image_size(path: Path, size: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -81,37 +125,160 @@ def image_size(path: Path, size: tuple[int, int] | None = None) -> tuple[int, in
         size: `(height, width)` that the annotation states; it decides between the two orientations.
 
     Raises:
-        DataError: the file is missing or its header can't be read.
+        DataError: the file is missing or too large, or its header can't be read.
     """
-    stored, orientation, _ = _header(path)
-    shown = stored[::-1] if UPRIGHT[orientation][0] else stored
-    return stored if size == stored else shown
+    header = _header(path)
+    _refuse_huge(path, header.shown)
+    return header.size if size == header.size else header.shown
 
 
 def orientation_of(path: Path) -> int:
     """The EXIF orientation of an image file, 1 (upright) to 8; raises `DataError` like `image_size`."""
-    return _header(path)[1]
+    return _header(path).orientation
 
 
-def _header(path: Path, data: bytes | None = None) -> tuple[tuple[int, int], int, bool]:
-    """Stored `(height, width)`, EXIF orientation, and whether the fast JPEG decoder may have it."""
+def from_pil(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels `(H, W, 3)` uint8 RGB of an image of Pillow, which are those of its file; errors as `read_image`."""
+    pixels = _to_rgb(image, "the image")
+    return _upright(pixels, _orientation(image, image.info.get("exif")))
+
+
+def from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """The pixels `(H, W, 3)` uint8 RGB of an array, as `read_image` gives those of a file.
+
+    Args:
+        array: `(H, W, 3)` RGB or `(H, W)` grey, uint8 or uint16.
+
+    Raises:
+        ValueError: it is something else; what other channels mean, no array says.
+    """
+    colours = array.ndim == 3 and array.shape[2] == 3
+    if array.dtype not in (np.uint8, np.uint16) or not (colours or array.ndim == 2) or not array.size:
+        raise ValueError(
+            "an image as array must be (H, W, 3) uint8 or uint16 in RGB order, or (H, W) grey, "
+            f"not {array.shape} {array.dtype}"
+        )
+    pixels = (array >> 8).astype(np.uint8) if array.dtype == np.uint16 else array
+    return np.ascontiguousarray(pixels if colours else np.repeat(pixels[..., None], 3, axis=2))
+
+
+def remarks(path: Path) -> list[tuple[str, str]]:
+    """What of a file is read otherwise than it stands there: (problem, fix) each, as in a `Defect`.
+
+    Raises:
+        DataError: as `image_size`.
+    """
+    found = []
+    header = _header(path, count=True)
+    if header.frames > 1:
+        found.append((f"only the first of {header.frames} frames is read", "save the others as files of their own"))
+    if header.kind == "JPEG" and jpeg.lacks_end(path.read_bytes()):
+        found.append(("the JPEG has no end marker", "all of it is there and read; save it again"))
+    return found
+
+
+class _Header(NamedTuple):
+    """Stored `(height, width)`, EXIF orientation, format and mode as Pillow calls them (MPO is JPEG), and frames."""
+
+    size: tuple[int, int]
+    orientation: int
+    kind: str
+    mode: str
+    frames: int
+
+    @property
+    def shown(self) -> tuple[int, int]:
+        return self.size[::-1] if UPRIGHT[self.orientation][0] else self.size
+
+
+def _header(path: Path, data: bytes | None = None, count: bool = False) -> _Header:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a damaged EXIF block or an unknown tag does not concern the pixels
-            with Image.open(path if data is None else io.BytesIO(data)) as image:
+            with _open(path if data is None else io.BytesIO(data)) as image:
                 width, height = image.size
-                # a TIFF's orientation is a tag of the format itself, which the decoder has already applied to `size`
-                orientation = 1 if image.format == "TIFF" else _exif_orientation(image.info.get("exif"))
-                plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+                kind = "JPEG" if image.format == "MPO" else str(image.format)
+                # the second picture of a JPEG is a preview or a map of depth or brightness
+                frames = _frames(image) if count and kind != "JPEG" else 1
+                block = image.info.get("exif") or (_late_exif(image) if kind == "PNG" else None)
+                return _Header((height, width), _orientation(image, block), kind, image.mode, frames)
     except FileNotFoundError as error:
         raise DataError(f"{path}: the image is missing; restore the file or delete its annotation") from error
     except Exception as error:  # damaged files make Pillow raise a dozen types, among them SyntaxError
+        if (sentence := _unread(path, data)) is not None:
+            raise DataError(f"{path}: {sentence}") from error
         raise DataError(f"{path}: not a readable image ({_reason(error)}); replace or convert the file") from error
-    return (height, width), orientation, plain
 
 
-def _exif_orientation(block: bytes | None) -> int:
-    if not block:
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow knows; AVIF since its version 11.3."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _open(source: Path | io.BytesIO) -> ImageFile:
+    try:
+        return Image.open(source, formats=_formats())
+    except Image.DecompressionBombError:  # how many pixels are too many is asked here
+        with _unlimited():
+            return Image.open(source, formats=_formats())
+
+
+@contextmanager
+def _unlimited() -> Iterator[None]:
+    """Lifts Pillow's limit of pixels, which is one for all threads."""
+    with _LIMIT:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _refuse_huge(path: Path, shape: tuple[int, int]) -> None:
+    if shape[0] * shape[1] > LARGEST:
+        raise DataError(
+            f"{path}: {shape[0]}x{shape[1]} pixels (height x width) are too many to be looked at at once; cut the "
+            "image and its annotations into tiles (scripts/predict.py looks at it in tiles by itself)"
+        )
+
+
+def _unread(path: Path, data: bytes | None) -> str | None:
+    """Why no decoder takes the file, where its content or its name tells."""
+    try:
+        with path.open("rb") as file:
+            head = data[:32] if data is not None else file.read(32)
+    except OSError:
+        return None
+    for (at, mark), (kind, feature) in OPTIONAL.items():
+        if head[at:].startswith(mark) and not features.check(feature):
+            return f"this build of Pillow has no decoder for {kind}; pip install --upgrade pillow, or save it as PNG"
+    suffix = ".heic" if head[4:].startswith(HEIF) else path.suffix.lower()
+    return f"{suffix[1:].upper()} is not read; {UNREAD[suffix]}" if suffix in UNREAD else None
+
+
+def _frames(image: Image.Image) -> int:
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception:  # a damaged later frame does not concern the first
+        return 1
+
+
+def _late_exif(image: ImageFile) -> bytes | None:
+    """The EXIF block behind the pixels of a PNG (PNG 3, 11.3.4.4), which Pillow sees when it has decoded them."""
+    assert image.fp is not None  # until it is decoded
+    image.fp.seek(max(0, image.fp.seek(0, io.SEEK_END) - TAIL))
+    data = image.fp.read()
+    at = data.rfind(b"eXIf")
+    end = at + 4 + int.from_bytes(data[max(0, at - 4) : at])
+    is_chunk = at >= 4 and zlib.crc32(data[at:end]) == int.from_bytes(data[end : end + 4])
+    return data[at + 4 : end] if is_chunk else None
+
+
+def _orientation(image: Image.Image, block: bytes | None) -> int:
+    # a TIFF's orientation is a tag of the format itself, which the decoder has already applied to the size
+    if image.format == "TIFF" or not block:
         return 1
     exif = Image.Exif()
     try:
@@ -122,12 +289,18 @@ def _exif_orientation(block: bytes | None) -> int:
     return value if value in UPRIGHT else 1
 
 
-def _decode_jpeg(path: Path, data: bytes) -> NDArray[np.uint8]:
-    # An end marker follows the last scan of every complete file. OpenCV before 5 paints what is missing grey instead.
-    complete = data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
-    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if complete else None
-    if pixels is None:
+def _decode_jpeg(path: Path, data: bytes, mode: str) -> NDArray[np.uint8]:
+    whole = jpeg.with_end(data)
+    pixels: NDArray[Any] | None = None
+    if whole is not None and mode not in ("RGB", "L"):
+        pixels = _decode(path, whole)
+    elif whole is not None:
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        try:
+            pixels = cv2.imdecode(np.frombuffer(whole, np.uint8), flags)
+        except cv2.error as error:
+            raise DataError(f"{path}: OpenCV does not decode it ({error.err}); cut it into smaller files") from error
+    if pixels is None or (jpeg.is_grey_at_end(pixels) and jpeg.ends_early(data)):
         raise DataError(f"{path}: the JPEG is truncated or damaged; replace the file")
     return np.asarray(pixels, np.uint8)
 
@@ -136,18 +309,39 @@ def _decode(path: Path, data: bytes) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                if image.mode in ("I", "F"):
-                    raise DataError(f"{path}: 32-bit pixels have no known range; convert the image to 8 or 16 bits")
-                if image.mode.startswith("I;16"):
-                    grey = (np.asarray(image) >> 8).astype(np.uint8)
-                    return np.repeat(grey[..., None], 3, axis=2)
-                return np.array(image.convert("RGB"))
-    except DataError:
+            with _open(io.BytesIO(data)) as image:
+                with _unlimited() if image.width * image.height > LARGEST else nullcontext():
+                    image.load()
+                return _to_rgb(image, str(path))
+    except (DataError, MemoryError):
         raise
     except Exception as error:
+        if (sentence := _unread(path, data)) is not None:
+            raise DataError(f"{path}: {sentence}") from error
         raise DataError(f"{path}: the image is truncated or damaged ({_reason(error)}); replace the file") from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
+    """The stored pixels of an image of Pillow."""
+    # Pillow holds what has 16 bits as 32 where it scales it (PPM), and before its version 11 in PNG too
+    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode in ("I", "F") and not wide:
+        raise DataError(f"{name}: 32-bit pixels have no known range; convert the image to 8 or 16 bits")
+    if wide:
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    try:
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+    except ValueError as error:
+        raise DataError(f"{name}: pixels of mode {image.mode} can't be converted; save the image as RGB") from error
+    if rgb.width * rgb.height <= BAND:
+        return np.array(rgb)
+    pixels = np.empty((rgb.height, rgb.width, 3), np.uint8)
+    rows = max(1, BAND // rgb.width)
+    for top in range(0, rgb.height, rows):  # a large picture is not held twice
+        bottom = min(top + rows, rgb.height)
+        pixels[top:bottom] = np.asarray(rgb.crop((0, top, rgb.width, bottom)))
+    return pixels
 
 
 def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:

@@ -126,17 +126,17 @@ def split_of(index: Index, settings: Mapping[str, Any]) -> Split:
     return made
 
 
-def keep(split: Split, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint keeps of a split, in plain values."""
-    return {"split": split.to_plain(), "asked": {name: settings[name] for name in ("val_fraction", "fold")}}
+def keep(split: Split | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint keeps of a split, in plain values; None where the data set has its own."""
+    return {"split": split and split.to_plain(), "asked": {name: settings[name] for name in ("val_fraction", "fold")}}
 
 
-def kept(state: Mapping[str, Any], settings: Mapping[str, Any]) -> Split:
+def kept(state: Mapping[str, Any], settings: Mapping[str, Any]) -> Split | None:
     """The split that a checkpoint has kept; where the settings now ask for another, a warning says that it stays."""
     if any(settings[name] != value for name, value in state["asked"].items()):
         before, now = (", ".join(f"{name} {s[name]}" for name in state["asked"]) for s in (state["asked"], settings))
         rank_zero_warn(f"The run goes on with its own split, of {before}; for one of {now} begin a new run.")
-    return Split.of_plain(state["split"])
+    return state["split"] and Split.of_plain(state["split"])
 
 
 def check_division(fraction: float, part: str | None, val_split: str | None) -> None:

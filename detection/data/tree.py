@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
-from detection.data.images import EXTENSIONS
-from detection.data.records import DataError
+from detection.data.images import EXTENSIONS, UNREAD
+from detection.data.records import DataError, Defect
 
 NOT_DATA = {"__MACOSX", "__pycache__", "$RECYCLE.BIN"}  # besides hidden folders; what archives and systems leave behind
 PICTURES = {"images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "data"}
@@ -37,6 +37,7 @@ class Tree:
         root: the resolved root.
         files: paths relative to the root, forward slashes, sorted.
         outside: links that lead out of the root and are not followed.
+        hidden: folders with pictures that are not looked into, such as `.ipynb_checkpoints`.
     """
 
     def __init__(self, root: Path) -> None:
@@ -47,6 +48,7 @@ class Tree:
             raise DataError(f"{root}: the data root is not a folder; pass the folder that holds the data set")
         self.root = root.resolve()
         self.outside: list[str] = []
+        self.hidden: list[str] = []
         self.files = sorted(self._walk("", set()))
         self._files = set(self.files)
         holding = {os.path.dirname(name) for name in self.files}
@@ -66,6 +68,8 @@ class Tree:
         for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
             if entry.name.startswith(".") or entry.name in NOT_DATA:
+                if entry.is_dir() and any(suffix(inner) in EXTENSIONS for inner in os.listdir(entry.path)):
+                    self.hidden.append(name)
                 continue
             if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(self.root):
                 self.outside.append(name)
@@ -98,6 +102,30 @@ class Tree:
     def pictures(self) -> list[str]:
         """Every picture of a kind that is read."""
         return [name for name in self.files if suffix(name) in EXTENSIONS]
+
+    @cached_property
+    def unread(self) -> list[str]:
+        """Every picture of a kind that is known, but not read."""
+        return [name for name in self.files if suffix(name) in UNREAD]
+
+    def remarks(self, labelled: Container[str] = ()) -> list[Defect]:
+        """Notes on pictures that nobody reads: in hidden folders, and of kinds that are not read.
+
+        Args:
+            labelled: pictures that are reported one by one, as they have labels.
+        """
+        notes = [
+            Defect(name, "folder", "it holds pictures", "hidden folders are not read; move them", "note")
+            for name in self.hidden
+        ]
+        kinds: dict[str, list[str]] = {}
+        for name in self.unread:
+            if name not in labelled:
+                kinds.setdefault(suffix(name), []).append(name)
+        for kind, names in kinds.items():
+            problem = f"{len(names)} pictures are {kind}, a kind that is not read"
+            notes.append(Defect(names[0], "pictures", problem, f"they are left out; {UNREAD[kind]}", "note"))
+        return notes
 
     def with_suffix(self, ending: str) -> list[str]:
         """Every file whose extension is this one, in any case."""

@@ -16,7 +16,7 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml.ElementTree import fromstring
 
 from detection.data.checks import nearest, short
-from detection.data.images import EXTENSIONS
+from detection.data.images import EXTENSIONS, UNREAD
 from detection.data.pairing import pair
 from detection.data.records import DataError, Defect
 from detection.data.tree import LABELS, Tree, base_of, cleaned, loose, role_of, role_of_path, suffix
@@ -56,11 +56,12 @@ class VocLayout:
         if xml is None:
             xml = self._nearest(self._below(annotations, ".xml", "annotations"), annotations)
         self.base = common_base(xml)
-        kept = [name for name in self._below(images, None, "images") if suffix(name) in EXTENSIONS]
+        kept = [name for name in self._below(images, None, "images") if suffix(name) in (*EXTENSIONS, *UNREAD)]
         self.pairs = pair(kept, xml)
         self.picture = {label: pictures[0] for label, pictures in self.pairs.pictures.items()}
         self.others = {label: pictures[1:] for label, pictures in self.pairs.pictures.items()}
         self._ask_the_files(kept)
+        self.defects += tree.remarks(labelled=set(self.picture.values()))
         self.xml = [name for name in xml if name not in self._foreign]
         for picture, how in self.pairs.loosely.items():
             label = self.pairs.label[picture]

@@ -64,6 +64,10 @@ class YoloLayout:
         if names is None:
             names = self._listed_names()
         self.pairs = self._pair()
+        first = {pictures[0] for pictures in self.pairs.pictures.values()}
+        # Labelled pictures of a kind that is not read are listed too, so that the reader names them.
+        self.all_pictures = sorted({*tree.pictures, *(first & set(tree.unread))})
+        self.defects += tree.remarks(labelled=first)
         self.names = self._used_numbers() if names is None else names
         for name, count in Counter(self.names.values()).items():
             if count > 1:
@@ -144,7 +148,7 @@ class YoloLayout:
         inside = set(files)
         lists = {name for name in files if suffix(name) == ".txt" and self._is_list(name)}
         labels = [name for name in files if suffix(name) == ".txt" and name not in lists and name != self.source]
-        return pair([name for name in self.tree.pictures if name in inside], labels)
+        return pair([name for name in (*self.tree.pictures, *self.tree.unread) if name in inside], labels)
 
     def _is_list(self, name: str) -> bool:
         """Whether a text file is none with labels by its name: class names, a list of pictures, a read-me."""
@@ -254,7 +258,7 @@ class YoloLayout:
 
     def _below(self, folder: str) -> list[str]:
         inside = set(self.tree.below(folder))
-        return [name for name in self.tree.pictures if name in inside]
+        return [name for name in self.all_pictures if name in inside]
 
     def _listed(self, file: str, defects: list[Defect]) -> list[str]:
         """The pictures of a list file, whose lines are relative to one of several folders."""
@@ -281,7 +285,7 @@ class YoloLayout:
         """Pictures by the role of their folder. A folder where no picture has a label is none of the data set's."""
         labelled = {os.path.dirname(name) for name in self.pairs.label}
         folders: dict[str, list[str]] = {}
-        for name in self.tree.pictures:
+        for name in self.all_pictures:
             role = role_of_path(name) or ""
             if os.path.dirname(name) in labelled or (role and name.startswith(f"{self.base}/" if self.base else "")):
                 folders.setdefault(role, []).append(name)

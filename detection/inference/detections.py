@@ -69,10 +69,15 @@ class Detections:
             raise ValueError("the detector finds boxes alone: there are no masks")
         return np.array([rle.decode(mask) for mask in self.masks], np.bool_).reshape(-1, *self.size)
 
-    def draw(self, image: NDArray[np.uint8]) -> Image.Image:
-        """The image `(H, W, 3)` with boxes, names, scores and masks, in its own size, or larger where no name fits."""
+    def draw(self, image: NDArray[np.uint8], side: int | None = None) -> Image.Image:
+        """The image `(H, W, 3)` with boxes, names, scores and masks.
+
+        Args:
+            image: of the detections.
+            side: longer side of the result in pixels; None keeps the image's own size, or a larger where no name fits.
+        """
         masks = None if self.masks is None else list(self.masks)
-        return draw_objects(image, self.boxes, self.labels, self.class_names, self.scores, masks, side=None)
+        return draw_objects(image, self.boxes, self.labels, self.class_names, self.scores, masks, side=side)
 
     def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """One entry of a COCO results file for each detection.

@@ -23,7 +23,7 @@ from torch import Tensor
 from detection.batch import Batch, Target
 from detection.data.augment import resized_size
 from detection.data.dataset import Sample, collate
-from detection.data.images import read_image
+from detection.data.images import from_array, from_pil, read_image
 from detection.inference.detections import Detections
 from detection.inference.tta import TestTimeAugmentation
 from detection.interop import CheckpointError, load_detector
@@ -31,7 +31,7 @@ from detection.models.two_stage import FasterRCNN
 from detection.training.module import encode_detections
 from detection.weights import read_saved
 
-ImageLike: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | Tensor
+ImageLike: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | NDArray[np.uint16] | Tensor
 Precision = Literal["32", "bf16", "16"]
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
 
@@ -95,8 +95,9 @@ class Detector:
         """Detections of one image.
 
         Args:
-            image: a path, a PIL image, `(H, W, 3)` uint8 RGB as array, or `(3, H, W)` uint8 or float in [0, 1] as
-                tensor.
+            image: a path, a PIL image, an array `(H, W, 3)` RGB or `(H, W)` grey, or a tensor `(3, H, W)` RGB; of
+                whole numbers of 8 or 16 bits, tensors also float in [0, 1]. Of 16 bits the high byte counts, and a
+                PIL image with EXIF is turned, both as in files.
 
         Raises:
             DataError: a file that can't be read.
@@ -144,7 +145,7 @@ def to_pixels(image: ImageLike) -> NDArray[np.uint8]:
     if isinstance(image, str | Path):
         return read_image(Path(image))
     if isinstance(image, Image.Image):
-        return np.array(image.convert("RGB"))
+        return from_pil(image)
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f"an image as tensor must be (3, H, W) in RGB order, not {tuple(image.shape)}")
@@ -152,12 +153,8 @@ def to_pixels(image: ImageLike) -> NDArray[np.uint8]:
             if not (image.amin() >= 0 and image.amax() <= 1):
                 raise ValueError("an image as float tensor must be in [0, 1]: divide by 255, or give uint8")
             image = (image * 255).round().to(torch.uint8)
-        array = image.permute(1, 2, 0).cpu().numpy()
-    else:
-        array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or min(array.shape) < 1:
-        raise ValueError(f"an image as array must be (H, W, 3) uint8 in RGB order, not {array.shape} {array.dtype}")
-    return np.ascontiguousarray(array)
+        return from_array(image.permute(1, 2, 0).cpu().numpy())
+    return from_array(np.asarray(image))
 
 
 def _device(name: str) -> torch.device:

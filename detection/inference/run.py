@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,14 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from detection.data.images import LARGEST
 from detection.inference.detections import Detections
 from detection.inference.detector import Detector
-from detection.inference.sources import Images, Pixels, Video
+from detection.inference.sources import ANNOTATED, RESULTS, Images, Pixels, Video
 from detection.inference.tiles import Tiles
 
+DRAWN = 8000  # pixels of the longer side of the picture of an image beyond LARGEST
+WRITTEN = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")  # kinds of pictures that every viewer shows
 COLUMNS = ("image", "class", "score", "x1", "y1", "x2", "y2")
 
 
@@ -32,6 +35,7 @@ class Summary:
         images: how many images or frames were looked at.
         counts: detections of each class.
         problems: one line for each file that could not be read.
+        notes: one line for what was read in part or in another way, or is not a picture that is read.
         folder: where the results are.
     """
 
@@ -39,6 +43,7 @@ class Summary:
     images: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def predict(
@@ -64,7 +69,8 @@ def predict(
         score_thresh: detections below it are left out.
         classes: those wanted; None for all.
         batch_size: images (or tiles) a batch.
-        tiles: look at each image in tiles.
+        tiles: look at each image in tiles. One of more than `LARGEST` pixels is looked at in tiles of the detector's
+            `min_size` where none are given.
         limit: stop after so many images.
         pictures: whether pictures are wanted.
     """
@@ -74,18 +80,19 @@ def predict(
     document: dict[str, Any] = {"images": [], "annotations": []}
     pairs = zip(detector.category_ids, detector.class_names, strict=True)
     document["categories"] = [{"id": number, "name": name} for number, name in pairs]
-    with _bar() as bar, (folder / "predictions.csv").open("w", newline="") as file:
+    with _bar() as bar, (folder / RESULTS[1]).open("w", newline="") as file:
         task = bar.add_task("detecting", total=min(len(source), limit or len(source)) or limit)
         table = csv.writer(file)
         table.writerow(COLUMNS)
         try:
-            for name, pixels, found in _detect(detector, islice(source, limit), batch_size, tiles):
+            images = islice(source, limit)
+            for name, pixels, found in _detect(detector, images, batch_size, tiles, summary.notes):
                 found = found.above(score_thresh)
                 found = found.of(classes) if classes is not None else found
                 _record(document, name, found, detector.category_ids)
                 table.writerows(_rows(name, found))
                 if writer is not None:
-                    writer.write(name, found.draw(pixels))
+                    writer.write(name, found.draw(pixels, DRAWN if _is_huge(pixels) else None))
                 for kind in found.names:
                     summary.counts[kind] = summary.counts.get(kind, 0) + 1
                 summary.images += 1
@@ -95,8 +102,9 @@ def predict(
         finally:
             if writer is not None:
                 writer.close()
-            (folder / "predictions.json").write_text(json.dumps(document, allow_nan=False))
+            (folder / RESULTS[0]).write_text(json.dumps(document, allow_nan=False))
     summary.problems += source.problems
+    summary.notes += source.notes
     return summary
 
 
@@ -106,22 +114,34 @@ def _bar() -> Progress:
 
 
 def _detect(
-    detector: Detector, images: Iterable[tuple[str, Pixels]], batch_size: int, tiles: Tiles | None
+    detector: Detector, images: Iterable[tuple[str, Pixels]], batch_size: int, tiles: Tiles | None, notes: list[str]
 ) -> Iterator[tuple[str, Pixels, Detections]]:
-    images = iter(images)
-    while batch := list(islice(images, batch_size if tiles is None else 1)):
-        if tiles is None:
-            found = detector.predict([pixels for _, pixels in batch], batch_size)
-        else:
-            found = [detect_tiled(detector, pixels, tiles, batch_size) for _, pixels in batch]
-        yield from ((name, pixels, one) for (name, pixels), one in zip(batch, found, strict=True))
+    for in_tiles, group in groupby(images, lambda pair: tiles is not None or _is_huge(pair[1])):
+        while batch := list(islice(group, 1 if in_tiles else batch_size)):
+            if in_tiles:
+                chosen = tiles or Tiles(detector.min_size)
+                found = [detect_tiled(detector, pixels, chosen, batch_size) for _, pixels in batch]
+            else:
+                found = detector.predict([pixels for _, pixels in batch], batch_size)
+            if in_tiles and tiles is None:
+                size = " x ".join(map(str, found[0].size))
+                how = f"looked at in tiles of {chosen.size} (--tile sets it), drawn with {DRAWN} pixels"
+                notes.append(f"{batch[0][0]}: {size} pixels (height x width), {how}")
+            yield from ((name, pixels, one) for (name, pixels), one in zip(batch, found, strict=True))
+
+
+def _is_huge(pixels: Pixels) -> bool:
+    return pixels.shape[0] * pixels.shape[1] > LARGEST
 
 
 def detect_tiled(detector: Detector, pixels: Pixels, tiles: Tiles, batch_size: int = 8) -> Detections:
-    """Detections of an image `(H, W, 3)` looked at in tiles."""
+    """Detections of an image `(H, W, 3)` looked at in tiles, `batch_size` of them at a time."""
     height, width = pixels.shape[:2]
     windows = tiles.windows(height, width)
-    parts = detector.predict([pixels[y1:y2, x1:x2] for x1, y1, x2, y2 in windows], batch_size)
+    parts: list[Detections] = []
+    for i in range(0, len(windows), batch_size):  # each batch is copied
+        batch = windows[i : i + batch_size]
+        parts += detector.predict([pixels[y1:y2, x1:x2] for x1, y1, x2, y2 in batch], batch_size)
     return parts[0] if len(parts) == 1 else tiles.merge(parts, windows, (height, width))
 
 
@@ -141,13 +161,13 @@ def _rows(name: str, found: Detections) -> Iterator[list[Any]]:
 
 
 class _Pictures:
-    """Annotated images, each under the name of its original."""
+    """Annotated images, each under the name of its original, with .png behind where few viewers know its kind."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def write(self, name: str, picture: Image.Image) -> None:
-        path = self.folder / name
+        path = self.folder / (name if name.lower().endswith(WRITTEN) else f"{name}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, quality=90)
 
@@ -176,5 +196,5 @@ class _Film:
 
 def _writer(folder: Path, source: Images | Video) -> _Pictures | _Film:
     if isinstance(source, Images):
-        return _Pictures(folder / "annotated")
+        return _Pictures(folder / ANNOTATED)
     return _Film(folder / f"{Path(source.name).stem}_annotated.mp4", source.fps)

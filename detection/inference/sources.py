@@ -1,4 +1,4 @@
-"""Where pictures come from: an image, a folder, a pattern, a video, a camera."""
+"""Where pictures come from: an image, a folder, a pattern, a video, a stream, a camera."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from detection.data.images import EXTENSIONS, read_image
+from detection.data.images import EXTENSIONS, UNREAD, read_image, remarks
 from detection.data.records import DataError
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+RESULTS, ANNOTATED = ("predictions.json", "predictions.csv"), "annotated"  # what a run writes into its folder
+FASTEST = 240.0  # frames a second; streams that don't know theirs say 1000 or 90000
 Pixels = NDArray[np.uint8]
 
 
@@ -23,18 +26,21 @@ class Images:
 
     Args:
         paths: of the files.
+        notes: what was seen when they were looked for.
 
     Attributes:
         root: folder that all of them lie in; names are relative to it.
         problems: one line for each file that was left out.
+        notes: one line for each file that is read in part, or each kind that is not.
     """
 
     fps = 0.0
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], notes: list[str] | None = None) -> None:
         self.paths = paths
         self.root = Path(os.path.commonpath([path.absolute().parent for path in paths]))
         self.problems: list[str] = []
+        self.notes = notes or []
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -43,32 +49,51 @@ class Images:
         """Name and `(H, W, 3)` uint8 RGB of each."""
         for path in self.paths:
             try:
-                pixels = read_image(path)
+                pixels = read_image(path, huge=True)
+                self.notes += [f"{path}: {problem}" for problem, _ in remarks(path)]
             except DataError as error:
                 self.problems.append(str(error))
+                continue
+            except MemoryError:
+                self.problems.append(f"{path}: there is no memory for the whole of it; cut it into smaller files")
                 continue
             yield path.absolute().relative_to(self.root).as_posix(), pixels
 
 
 class Video:
-    """The frames of a video file, or of a camera until it is interrupted.
+    """The frames of a video file, or of a stream or camera until it ends or is interrupted.
 
     Args:
-        source: path of a file, or number of a camera.
+        source: path of a file, URL of a stream, or number of a camera.
+
+    Attributes:
+        name: of the file or camera, or the end of the URL, which may hold a password.
+        problems: one line where frames are missing.
+        notes: one line where a stream has ended.
 
     Raises:
         DataError: it can't be opened.
     """
 
-    def __init__(self, source: Path | int) -> None:
-        self.name = f"camera{source}" if isinstance(source, int) else source.name
+    def __init__(self, source: Path | str | int) -> None:
         self.problems: list[str] = []
+        self.notes: list[str] = []
+        self._is_live = not isinstance(source, Path)
+        if isinstance(source, int):
+            self.name, what = f"camera{source}", f"there is no camera {source}"
+        elif isinstance(source, Path):
+            self.name, what = source.name, f"{source}: not a readable video"
+        else:
+            url = urlsplit(source)
+            self.name = Path(url.path).name or url.hostname or "stream"
+            what = f"{url.scheme}://{url.hostname}{url.path}: there is no film or stream"
         self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
         if not self._capture.isOpened():
-            what = f"there is no camera {source}" if isinstance(source, int) else f"{source}: not a readable video"
             raise DataError(f"{what}; OpenCV can't open it")
-        self.fps = self._capture.get(cv2.CAP_PROP_FPS) or 25.0
-        self._count = 0 if isinstance(source, int) else max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+        fps = self._capture.get(cv2.CAP_PROP_FPS)
+        self.fps = fps if 0 < fps <= FASTEST else 25.0
+        count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        self._count = 0 if isinstance(source, int) else max(0, int(count))
 
     def __len__(self) -> int:
         """Frames that the file says it has; 0 where nobody knows."""
@@ -86,25 +111,55 @@ class Video:
         self._capture.release()
         if number < self._count:
             self.problems.append(f"{self.name}: only {number} of {self._count} frames could be read")
+        elif self._is_live and not self._count:  # OpenCV does not tell the one from the other
+            self.notes.append(f"{self.name}: the stream ended or broke off after {number} frames")
 
 
 def open_source(source: str) -> Images | Video:
-    """What a path, a pattern or the number of a camera stands for.
+    """What a path, a pattern, the URL of a stream or the number of a camera stands for.
+
+    Of a folder all pictures below it are read, but no hidden ones and no annotated ones of an earlier run.
 
     Raises:
         DataError: there is nothing, or no image in it.
     """
+    if "://" in source:
+        return Video(source)
     path = Path(source).expanduser()
     if path.is_dir():
-        paths = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in EXTENSIONS and p.is_file()]
-        if not paths:
-            raise DataError(f"{path}: no image in this folder; known are {', '.join(EXTENSIONS)}")
-        return Images(paths)
+        return _below(path)
     if path.is_file():
         return Video(path) if path.suffix.lower() in VIDEOS else Images([path])
     if source.isdigit():
         return Video(int(source))
     matches = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
+    matches = [match for match in matches if not any(_is_output(parent) for parent in match.parents)]
     if not matches:
         raise DataError(f"{source}: no such file, folder or pattern")
     return Images(matches)
+
+
+def _below(root: Path) -> Images:
+    paths, notes, rest = list[Path](), list[str](), dict[str, list[str]]()
+    for place, folders, files in os.walk(root):
+        folder = Path(place)
+        notes += [f"{folder / name}: pictures of an earlier run" for name in folders if _is_output(folder / name)]
+        folders[:] = [n for n in folders if not n.startswith(".") and not _is_output(folder / n)]
+        for name in files:
+            suffix = Path(name).suffix.lower()
+            if suffix in EXTENSIONS and not name.startswith("."):
+                paths.append(folder / name)
+            elif suffix in UNREAD or suffix in VIDEOS:
+                rest.setdefault(suffix, []).append(name)
+    for suffix, names in sorted(rest.items()):
+        way = UNREAD.get(suffix, "name each as --source")
+        shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+        notes.append(f"{root}: {len(names)} {suffix} files: {shown}; {way}")
+    if not paths:
+        also = f" ({'; '.join(notes)})" if notes else ""
+        raise DataError(f"{root}: no image in this folder{also}; known are {', '.join(EXTENSIONS)}")
+    return Images(sorted(paths), [f"not read: {note}" for note in notes])
+
+
+def _is_output(folder: Path) -> bool:
+    return folder.name == ANNOTATED and all((folder.parent / name).is_file() for name in RESULTS)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import box_iou
 
+from detection import anchors
+from detection.cli.advice import grid_of
 from detection.data.anchor_fit import Boxes, Grid, best_iou, covers, propose, recall
 from detection.data.audit import Audit, audit, find_splits, look_across, statistics
 from detection.data.audit_report import picture_sheet
@@ -42,6 +45,17 @@ def test_best_iou_equals_a_search_over_all_anchors(grid: Grid) -> None:
     anchors = torch.cat(levels)
     resized = torch.from_numpy(boxes.xyxy) * torch.tensor([new_width / width, new_height / height] * 2)
     expected = box_iou(resized.float(), anchors).amax(1)
+    np.testing.assert_allclose(best_iou(boxes, grid), expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("ratios", [(0.5, 1.5), (1.0,)])
+def test_best_iou_of_anchors_in_the_middle_of_cells(ratios: tuple[float, ...]) -> None:
+    boxes, strides = scatter(80, 6, 400), (8, 16)
+    options: dict[str, Any] = {"offset": 0.5, "round_anchors": False}
+    generator = anchors.AnchorGenerator([[24, 41.3], [48, 80]], ratios, **options, ratio_is_width_over_height=True)
+    grid = Grid.of(generator, strides, 480, 640)
+    laid = torch.cat(generator([(60, 80), (30, 40)], strides, (480, 640)))
+    expected = box_iou(torch.from_numpy(boxes.xyxy).float(), laid).amax(1)
     np.testing.assert_allclose(best_iou(boxes, grid), expected.numpy(), atol=1e-4)
 
 
@@ -191,6 +205,54 @@ def test_script_exit_codes_json_and_sheet(
     said = " ".join(capsys.readouterr().err.split())
     assert "no pictures with annotations in VOC" in said and "there is COCO" in said and "leave the format out" in said
     assert check_data("--root", str(root / "none"), "--format", "yolo") == 2
+
+
+def test_the_anchors_that_it_prints_are_taken_back_and_judged(
+    tmp_path: Path, shared_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ("--root", str(shared_data / "cells"), "--split", "train", "--min-size", "240", "--max-size", "400")
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    check_data(*data, "--json", str(first))
+    output = capsys.readouterr().out
+    command = f"python scripts/fit.py --data.root {shared_data / 'cells'} --data.train_split train --data.min_size 240 "
+    assert output.splitlines()[-1] == f"Next: {command}--data.max_size 400"
+    (tmp_path / "plain.yaml").write_text("model: {detector: detection.models.zoo.fasterrcnn_resnet50_fpn}")
+    check_data(*data, "--config", str(tmp_path / "plain.yaml"))
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" --model.detector.rpn_anchor_generator auto")
+    block = output.partition("\nmodel:\n")[2].partition("\n\n")[0]
+    (tmp_path / "anchors.yaml").write_text(f"model:\n{block}\n")
+    check_data(*data, "--json", str(second), "--config", str(tmp_path / "anchors.yaml"))
+    output = capsys.readouterr().out
+    assert "proposed" not in output and "rpn_anchor_generator" not in output
+    assert output.splitlines()[-1].startswith(f"Next: python scripts/fit.py --config {tmp_path / 'anchors.yaml'} ")
+    ((before,), (after,)) = (json.loads(file.read_text()) for file in (first, second))
+    assert after["anchors"]["recall"] == before["anchors"]["proposal_recall"] != before["anchors"]["recall"]
+    assert after["anchors"]["grid"] == before["anchors"]["proposal"] and "proposal" not in after["anchors"]
+
+
+@pytest.mark.parametrize(
+    ("detector", "message"),
+    [
+        ("{class_path: detection.no_builder}", "has no no_builder"),
+        ("{init_args: {rpn_anchor_generator: {class_path: torch.nn.ReLU}}}", "anchors of a ReLU can't be judged"),
+        (
+            "{init_args: {rpn_anchor_generator: {class_path: detection.AnchorGenerator, init_args: {sizes: [[8]]}}}}",
+            r"these of 1 levels can't be judged on strides \(4, 8, 16, 32, 64\)",
+        ),
+    ],
+)
+def test_anchors_that_cannot_be_judged(detector: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"model: {{detector: {detector}}}")
+    with pytest.raises(DataError, match=message):
+        grid_of(tmp_path / "config.yaml", (240, 400))
+
+
+def test_anchors_are_judged_at_the_strides_of_the_detector(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {detector: detection.models.relatives.fasterrcnn_resnet_c4}")
+    sizes = ((32, 64, 128, 256, 512),)
+    assert grid_of(tmp_path / "config.yaml", (240, 400)) == Grid(sizes, (16,), min_size=240, max_size=400)
+    flags = grid_of(None, (240, 400), [8, 16], [1.0], [4, 8])
+    assert flags == Grid(((8,), (16,)), (4, 8), (1.0,), 240, 400)
 
 
 def test_sheet_without_a_picture_is_an_error(tmp_path: Path) -> None:

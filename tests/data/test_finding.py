@@ -57,6 +57,7 @@ READ = {  # format, pictures and objects of training, of validation where there 
     "y_case": ("yolo", 2, 2),
     "y_cvat11": ("yolo", 4, None),
     "y_emptytest": ("yolo", 2, 2),
+    "y_formats": ("yolo", 7, 7),
     "y_ipynb": ("yolo", 2, 1),
     "y_labelstudio": ("yolo", 4, None),
     "y_listsub": ("yolo", 2, 2),
@@ -219,3 +220,21 @@ def test_variants_are_read_right(case: tuple[str, Style]) -> None:
     format, style = case
     with tempfile.TemporaryDirectory() as folder:
         check(Path(folder), format, WRITERS[format](Path(folder), style), style)
+
+
+def test_what_nobody_reads_is_named(tmp_path: Path) -> None:
+    """Pictures of unread kinds, with labels and without, and pictures in hidden folders."""
+    WRITERS["yolo"](tmp_path, Style())
+    (tmp_path / "images/train/a.png").unlink()
+    (tmp_path / "images/train/a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(64))
+    (tmp_path / "images/train/z.psd").write_bytes(b"8BPS")
+    (tmp_path / "images/.ipynb_checkpoints").mkdir()
+    (tmp_path / "images/.ipynb_checkpoints/b-checkpoint.png").write_bytes((tmp_path / "images/val/d.png").read_bytes())
+    split = find(tmp_path).stage("train")
+    assert split is not None
+    index = split.read(None, False)
+    assert [record.file_name for record in index.records] == ["images/train/b.png", "images/train/c.png"]
+    said = {(defect.severity, defect.file): str(defect) for defect in index.defects}
+    assert "HEIC is not read" in said["broken", "images/train/a.heic"]
+    assert "1 pictures are .psd, a kind that is not read" in said["note", "images/train/z.psd"]
+    assert "hidden folders are not read" in said["note", "images/.ipynb_checkpoints"]
