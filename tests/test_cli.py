@@ -284,6 +284,13 @@ def test_short_names_are_completed() -> None:
     assert flags[-1] == "detection.models.zoo.fasterrcnn_resnet50_fpn"
 
 
+def test_flags_override_a_configuration_wherever_they_stand() -> None:
+    config = str(CONFIGS / "voc.yaml")
+    assert expand(["--model.lr", "0.5", "--config", "voc"]) == ["--config", config, "--model.lr", "0.5"]
+    args = ["--config=voc", "--name", "a", "-c", "debug", "--name=b"]
+    assert expand(args)[3:] == ["--name", "a", "--name=b"] and expand(args)[0] == f"--config={config}"
+
+
 def test_another_builder_takes_classes_and_sizes_from_the_data(data: Path) -> None:
     flags = ["--model.detector", "fasterrcnn_mobilenet_v3_large_320_fpn", "--data.min_size=[64,96]"]
     cli = FitCLI([*flags, "--data.max_size", "200", "--trainer.accelerator", "cpu", *coco_flags(data)])
