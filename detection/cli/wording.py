@@ -47,7 +47,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 def is_about_names(message: str) -> bool:
     """Whether a flag or a key is unknown, and not the value of a known one wrong."""
-    return re.search(r"[Uu]nrecognized arguments|is not accepted|[Nn]o action for|not found", message) is not None
+    return re.search(r"[Uu]nrecognized arguments|is not accepted|does not accept option|not found", message) is not None
 
 
 def in_words(message: str) -> str:
