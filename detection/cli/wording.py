@@ -55,7 +55,7 @@ def in_words(message: str) -> str:
     key = re.match(r'Parser key "([\w.]+)":', message)
     if key and (name := re.search(r"dot import path string: (\S+)", message)):
         return f"--{key[1]}: there is no class {name[1]}"
-    value = re.search(r"(?:Got value|Given value): ?(.*)$", message)
+    value = re.search(r".*(?:Got value|Given value): ?(.*)$", message)  # the last is what was typed
     if key is None or value is None or "class_path" in message:
         return message
     wanted = list[str]()
