@@ -11,12 +11,12 @@ from detection.cli.wording import check_ranges
 from detection.data.records import DataError
 from detection.inference import Detector, Tiles, predict
 from detection.inference.detector import Precision
-from detection.inference.sources import open_source
+from detection.inference.sources import Listed, open_source
 
 
-def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thresh: float = 0.5,
+def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thresh: float | None = None,
          classes: list[str] | None = None, batch_size: int = 8, tile: int | None = None, overlap: float = 0.2,
-         limit: int | None = None, pictures: bool = True, device: str = "auto",
+         limit: int | None = None, pictures: bool = True, annotations: Path | None = None, device: str = "auto",
          precision: Precision = "32", trust: list[str] = []) -> None:  # noqa: B006  # fmt: skip
     """Write annotated images or a video, predictions.json (COCO) and predictions.csv.
 
@@ -24,13 +24,15 @@ def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thre
         ckpt: checkpoint of scripts/fit.py, or .safetensors of scripts/convert.py.
         source: image, folder, pattern such as 'photos/*.jpg' (quoted), video, URL of a stream, or number of a camera.
         output: folder to write to.
-        score_thresh: detections below it are left out.
+        score_thresh: detections below it are left out; 0.5, or 0 with `annotations`, by default.
         classes: those wanted, e.g. '[car, person]'; all by default.
         batch_size: images, or tiles, a batch.
         tile: side in pixels of tiles to look at one by one, for large images.
         overlap: of neighbouring tiles, as a share of their side.
         limit: stop after so many images or frames.
         pictures: false leaves the annotated images or video out.
+        annotations: COCO file, e.g. image_info_test-dev2017.json, whose images in the folder `source` are looked at;
+            detections_bbox.json then has the ids of that file.
         device: auto, cpu, cuda, cuda:1, mps.
         precision: of the network: 32, bf16 or 16.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
@@ -42,8 +44,12 @@ def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thre
     detector_of = detector.class_names
     if unknown := [name for name in classes or () if name not in detector_of]:
         raise DataError(f"{ckpt}: there is no class '{unknown[0]}'; there are: {', '.join(detector_of)}")
-    done = predict(detector, open_source(source), output, score_thresh, classes, batch_size, tiles, limit, pictures)
+    found_in = open_source(source) if annotations is None else Listed(annotations, Path(source).expanduser())
+    lowest = score_thresh if score_thresh is not None else 0.5 if annotations is None else 0.0
+    done = predict(detector, found_in, output, lowest, classes, batch_size, tiles, limit, pictures)
     print(f"{done.images} images, {sum(done.counts.values())} objects: {done.counts}; results in {output}")
+    if done.left_out:
+        print(f"in no JSON, as {annotations} lacks the class: {done.left_out}", file=sys.stderr)
     if done.notes:
         print(*done.notes, sep="\n", file=sys.stderr)
     if done.problems:

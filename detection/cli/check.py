@@ -16,11 +16,11 @@ from rich.console import Console
 from detection.cli.advice import detector_in, grid_of, next_steps, own_sizes
 from detection.cli.configuration import sizes_of
 from detection.cli.wording import Flags
-from detection.data.audit import audit, find_splits, look_across, write_json
+from detection.data.audit import audit, look_across, splits_in, splits_named, write_json
 from detection.data.audit_report import picture_sheet, print_audit
 from detection.data.datamodule import DetectionDataModule
-from detection.data.finding import Stage
-from detection.data.reading import check_split
+from detection.data.finding import Stage, find
+from detection.data.reading import check_records
 from detection.data.records import DataError, Index
 from detection.recipes import EVERYTHING, import_from_working_directory, rebuild
 
@@ -58,8 +58,16 @@ def main() -> int:
         if args.config and not args.root:
             data = data_of(args.config)
             splits, shown = splits_of(data), sizes_of(data)
+        elif args.annotations or args.images:
+            splits = splits_named(args.root, args.format, args.annotations, args.images, args.split)
         else:
-            splits = find_splits(args.root, args.format, args.annotations, args.images, args.split)
+            layout = find(args.root, args.format)
+            print(f"{layout.root}: {layout}")
+            for other in layout.others:
+                print(f"  also there, not read: {other}; --format or another --root chooses it")
+            if layout.stage("train") and not layout.stage("val"):
+                print("  no validation split: training sets a fifth of the images aside (data.val_fraction)")
+            splits = splits_in(layout, args.split)
         sides = (args.min_size or shown[0], args.max_size or shown[1])
         grid = grid_of(args.config, sides, args.anchor_sizes, args.anchor_ratios, args.strides)
         audits = [audit(name, read, grid) for name, read in splits.items()]
@@ -104,7 +112,7 @@ def splits_of(data: DetectionDataModule) -> dict[str, Callable[[], Index]]:
     def read(split: Stage) -> Index:
         _ = data.class_names  # which the training split names for all
         index = data.read(split)
-        check_split(index, split)
+        check_records(index, split)  # `audit` judges the split as a whole, with the rest
         return index
 
     named = [split for split in get_args(Stage) if split != "test" or data.hparams["test_split"]]

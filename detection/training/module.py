@@ -21,7 +21,7 @@ from detection.drift import present_recipe
 from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.results import encode_masks
 from detection.interop.files import take_sizes
-from detection.models.fast import accelerate
+from detection.models.fast import REPEATABLE, accelerate, exchange
 from detection.models.masks import paste_masks
 from detection.models.transform import ImageTransform
 from detection.models.two_stage import FasterRCNN
@@ -177,7 +177,8 @@ class DetectionModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse to learn masks from data that is read without them; compile what is to be trained."""
-        settings = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+        data = getattr(self.trainer, "datamodule", None)
+        settings, self.metric.frequencies = getattr(data, "hparams", {}), getattr(data, "frequencies", None)
         choose_precision(self.trainer)
         if stage == "fit":
             self._describe_detector(settings)
@@ -187,6 +188,8 @@ class DetectionModule(L.LightningModule):
         for part in list(self.detector.modules()):  # itself, or one inside it, as in test-time augmentation
             if self.fast and isinstance(part, FasterRCNN):
                 accelerate(part, self.trainer.strategy.root_device)
+        if torch.are_deterministic_algorithms_enabled() and self.trainer.strategy.root_device.type != "cpu":
+            exchange(self.detector, REPEATABLE)  # also in place of plain parts, which torchvision refuses to run
         if self.compiled and stage == "fit":
             compile_parts(self.detector)
 
