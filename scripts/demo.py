@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from detection.cli.flags import run_command
-from detection.cli.wording import check_ranges
+from detection.cli.flags import check_ranges, run_command
 
 
 def main(ckpt: Path, port: int = 7860, host: str = "127.0.0.1", device: str = "auto",

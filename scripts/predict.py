@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-from math import inf
 from pathlib import Path
 
-from detection.cli.flags import run_command
-from detection.cli.wording import check_ranges
+from detection.cli.flags import check_ranges, run_command
 from detection.data.records import DataError
 from detection.inference import Detector, Tiles, predict
 from detection.inference.detector import Precision
@@ -37,8 +35,7 @@ def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thre
         precision: of the network: 32, bf16 or 16.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
-    check_ranges(score_thresh=(score_thresh, 0, 1), batch_size=(batch_size, 1, inf), limit=(limit, 1, inf),
-                 tile=(tile, 1, inf), overlap=(overlap, 0, 0.99))  # fmt: skip
+    check_ranges(score_thresh=(score_thresh, 0, 1), batch_size=(batch_size, 1), limit=(limit, 1))
     detector = Detector.from_checkpoint(ckpt, device, precision, trust)
     tiles = Tiles(tile, overlap) if tile is not None else None
     detector_of = detector.class_names

@@ -105,18 +105,3 @@ class Flags(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
         complain(message, self._option_string_actions)
-
-
-def check_ranges(**limits: tuple[float | None, float, float]) -> None:
-    """Refuse numbers of a command line that make no sense.
-
-    Args:
-        **limits: name of the flag -> its value, the least and the most.
-
-    Raises:
-        ValueError: one is outside of its range.
-    """
-    for name, (value, least, most) in limits.items():
-        if value is not None and not least <= value <= most:
-            wanted = f"at least {least:g}" if most == float("inf") else f"from {least:g} to {most:g}"
-            raise ValueError(f"--{name} is {value:g}: it must be {wanted}")

@@ -197,12 +197,10 @@ class DetectionModule(L.LightningModule):
         """Let checkpoints have the detector as it is: with its data's sizes, and with changes since it was built."""
         transform = getattr(self.detector, "transform", None)
         if isinstance(transform, ImageTransform) and {"min_size", "max_size"} <= data.keys():
-            before = (transform.min_size, transform.max_size)
+            before = f"{transform.min_size} and {transform.max_size}"
             if take_sizes(self.detector, data["min_size"], data["max_size"]):
-                now = (transform.min_size, transform.max_size)
-                log.warning(
-                    "images are resized as the data says, min_size and max_size %s; the detector had %s", now, before
-                )
+                now = f"{transform.min_size} and {transform.max_size}"
+                log.warning("images are resized as the data says, to %s; the detector had %s", now, before)
         if isinstance(self.detector, FasterRCNN):
             try:
                 recipe = present_recipe(self.detector)
