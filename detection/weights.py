@@ -51,12 +51,14 @@ class Saved:
         recipe: how to rebuild the detector; see `detection.recipes`. None in files that others wrote.
         class_names: of the foreground, label 1 first, if the file says so.
         category_ids: of the data set, one for each class name, likewise.
+        sizes: `min_size` and `max_size` of the data that a run was trained on.
     """
 
     tensors: dict[str, Tensor]
     recipe: dict[str, Any] | None = None
     class_names: list[str] | None = None
     category_ids: list[int] | None = None
+    sizes: tuple[Any, int] | None = None
 
 
 def is_given(weights: Weights) -> bool:
@@ -134,7 +136,9 @@ def read_saved(path: Path) -> Saved:
     settings = content.get("hyper_parameters", {})
     tensors = find_state(content, path)
     own = {name.removeprefix("detector."): value for name, value in tensors.items() if name.startswith("detector.")}
-    return Saved(upgrade_names(own or tensors), settings.get("detector"), settings.get("class_names"))
+    data = content.get("datamodule_hyper_parameters") or {}
+    sizes = (data["min_size"], data["max_size"]) if {"min_size", "max_size"} <= data.keys() else None
+    return Saved(upgrade_names(own or tensors), settings.get("detector"), settings.get("class_names"), sizes=sizes)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

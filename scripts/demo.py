@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from detection.cli.flags import run_command
+from detection.cli.flags import check_ranges, run_command
 
 
 def main(ckpt: Path, port: int = 7860, host: str = "127.0.0.1", device: str = "auto",
@@ -21,10 +21,11 @@ def main(ckpt: Path, port: int = 7860, host: str = "127.0.0.1", device: str = "a
         device: auto, cpu, cuda, cuda:1, mps.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
+    check_ranges(port=(port, 0, 65535))
     from detection.demo import serve
 
     serve(ckpt, host, port, device, trust)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, ValueError))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from detection.cli.wording import Flags
 from detection.data.download import DATASETS, download
 from detection.data.records import DataError
 
 
 def main() -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Flags(description=__doc__)
     parser.add_argument("dataset", choices=sorted(DATASETS))
     parser.add_argument("--root", type=Path, required=True, help="folder to put the data set in")
     parser.add_argument("--keep", action="store_true", help="keep the archives after unpacking")

@@ -8,4 +8,4 @@ from detection.cli.evaluate import evaluate
 from detection.cli.flags import run_command
 
 if __name__ == "__main__":
-    sys.exit(run_command(evaluate))
+    sys.exit(run_command(evaluate, ValueError))

@@ -6,9 +6,10 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-from detection.cli.flags import run_command
+from detection.cli.flags import check_ranges, run_command
 from detection.data.records import DataError
 from detection.data.spectral import PixelFormat
+from detection.inference import Detector
 from detection.inference.sources import Images, open_source
 from detection.interop import load_detector
 from detection.interop.export import ExportError, compare, onnx_runner, to_onnx, to_torch, torch_runner, write_facts
@@ -24,12 +25,13 @@ def main(ckpt: Path, output: Path, images: str | None = None, count: int = 20, c
     Args:
         ckpt: checkpoint of scripts/fit.py, or .safetensors of scripts/convert.py.
         output: .onnx, or .pt2 for torch.export.
-        images: image, folder or pattern to check the file on; the figures are noted in an ONNX file.
+        images: image, folder or pattern to check the file on, against predict.py; an ONNX file notes the figures.
         count: check on so many.
         compiled: write a .pt2 file of machine code for this machine's CPU, by AOTInductor.
         tolerance: largest difference of a coordinate, in pixels, that passes the check.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
+    check_ranges(count=(count, 1), tolerance=(tolerance, 0))
     model, saved = load_detector(ckpt, trust), read_saved(ckpt)
     if output.suffix not in (".onnx", ".pt2"):
         raise ExportError(f"{output}: write .onnx or .pt2")
@@ -45,7 +47,8 @@ def main(ckpt: Path, output: Path, images: str | None = None, count: int = 20, c
     source = open_source(images, PixelFormat.of(model))
     if not isinstance(source, Images):
         raise DataError(f"{images}: the check takes images, not a video")
-    parity = compare(model, run, [pixels for _, pixels in islice(source, count)])
+    names = saved.class_names or ["?"] * (model.num_classes - 1)
+    parity = compare(Detector(model, names, device="cpu"), run, [pixels for _, pixels in islice(source, count)])
     print(parity)
     if output.suffix == ".onnx":
         write_facts(output, {"parity": parity.as_dict()})
@@ -54,4 +57,4 @@ def main(ckpt: Path, output: Path, images: str | None = None, count: int = 20, c
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, ExportError, ImportError))
+    sys.exit(run_command(main, ValueError, ImportError))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from detection.cli.flags import run_command
+from detection.cli.flags import check_ranges, run_command
 from detection.data.records import DataError
 from detection.inference import Detector, Tiles, predict
 from detection.inference.detector import Precision
@@ -35,6 +35,7 @@ def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thre
         precision: of the network: 32, bf16 or 16.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
+    check_ranges(score_thresh=(score_thresh, 0, 1), batch_size=(batch_size, 1), limit=(limit, 1))
     detector = Detector.from_checkpoint(ckpt, device, precision, trust)
     tiles = Tiles(tile, overlap) if tile is not None else None
     detector_of, form = detector.class_names, detector.form

@@ -178,7 +178,8 @@ def test_onnx_of_any_format_finds_what_the_model_finds(form: PixelFormat, tmp_pa
     for height, width in ((60, 80), (96, 50)):  # coarse noise, as in the test of RGB
         coarse = rng.integers(0, form.highest, (height // 8, width // 8, form.channels)).astype(form.dtype)
         images.append(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC))
-    parity = compare(model, onnx_runner(tmp_path / "d.onnx"), images)
+    detector = Detector(model, [f"class {i}" for i in range(1, model.num_classes)], device="cpu")
+    parity = compare(detector, onnx_runner(tmp_path / "d.onnx"), images)
     logging.disable(logging.NOTSET)
     assert parity.detections > 20 and parity.unmatched <= 0.02 * parity.detections
     assert parity.box < 1e-2 and parity.score < 1e-4

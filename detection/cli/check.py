@@ -15,6 +15,7 @@ from rich.console import Console
 
 from detection.cli.advice import detector_in, grid_of, next_steps, own_sizes
 from detection.cli.configuration import sizes_of
+from detection.cli.wording import Flags
 from detection.data.audit import audit, look_across, splits_in, splits_named, write_json
 from detection.data.audit_report import picture_sheet, print_audit
 from detection.data.datamodule import DetectionDataModule
@@ -32,7 +33,7 @@ Exit code 0: clean; 1: the loader repairs or leaves out some records; 2: somethi
 
 def main() -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Flags(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="configuration to check, its data and anchors")
     parser.add_argument("--root", type=Path, help="folder of the data set; with --config in place of its data")
     parser.add_argument("--format", choices=("coco", "voc", "yolo"), help="of the annotations (default: found)")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detection.batch import Id
+from detection.cli.flags import check_ranges
 from detection.data.checks import Folder
 from detection.data.datamodule import DetectionDataModule
 from detection.data.images import picture, read_image
@@ -61,6 +62,7 @@ def evaluate(
         masks: false compares the boxes of a detector of masks alone, for data that has none.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
+    check_ranges(batch_size=(batch_size, 1), devices=(devices, 1))
     if (ckpt is None) == (results is None):
         raise DataError("name what to evaluate: --ckpt, a checkpoint, or --results, a COCO results file")
     if results is not None:

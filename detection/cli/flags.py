@@ -8,6 +8,7 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
+from detection.cli.wording import CommandParser
 from detection.errors import complaint
 
 TRUST = "--trust"
@@ -39,6 +40,21 @@ def run_command(command: Callable[..., Any] | Mapping[str, Any], *expected: type
     args, trust = take_trust(sys.argv[1:])
     args += [f"{TRUST}=[{','.join(trust)}]"] if trust else []
     try:
-        return complaint(lambda: auto_cli(command, args=args, as_positional=False))
+        return complaint(lambda: auto_cli(command, args=args, as_positional=False, parser_class=CommandParser))
     except expected as error:
         return f"error: {error}"
+
+
+def check_ranges(**limits: tuple[float | None, float] | tuple[float | None, float, float]) -> None:
+    """Refuse numbers of a command line that make no sense.
+
+    Args:
+        **limits: name of the flag -> its value, the least and, where there is one, the most.
+
+    Raises:
+        ValueError: one is outside of its range.
+    """
+    for name, (value, least, *most) in limits.items():
+        if value is not None and (not value >= least or any(value > limit for limit in most)):
+            wanted = f"from {least:g} to {most[0]:g}" if most else f"at least {least:g}"
+            raise ValueError(f"--{name} is {value:g}: it must be {wanted}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -78,7 +79,7 @@ class DetectionDataModule(L.LightningDataModule):
         proposals: give each image the proposals of this source, for detectors that learn none (Fast R-CNN, R-CNN).
         max_unreadable: training images, on each device, that may become unreadable during a run and are replaced by
             others, with a warning; one more is an error. In evaluation the first is.
-        seed: of the order and the augmentation.
+        seed: of the order and the augmentation; None is that of `seed_everything`, else 0.
         channels: of the images. With 3 channels of 8 bits, whatever can be is made RGB: grey repeated, transparency
             dropped. With any other number all files must have it, see `detection.data.spectral`.
         depth: bits of a channel. 16 are kept as they are, and all files must have them.
@@ -120,7 +121,7 @@ class DetectionDataModule(L.LightningDataModule):
         masks: bool = False,
         proposals: ProposalSource | None = None,
         max_unreadable: int = 10,
-        seed: int = 0,
+        seed: int | None = None,
         timeout: int = 50,
         reader: Reader | None = None,
         val_fraction: float = 0.2,
@@ -138,13 +139,22 @@ class DetectionDataModule(L.LightningDataModule):
         sizes = [min_size] if isinstance(min_size, int) else min_size
         if batch_size < 1 or max_size < 1 or not sizes or min(sizes) < 1:
             raise ValueError(f"batch_size {batch_size}, min_size {min_size} and max_size {max_size} must be positive")
+        chances = {"hflip": hflip, "vflip": vflip, "photometric": photometric, "mosaic": mosaic}
+        chances |= {"copy_paste": copy_paste, "min_visibility": min_visibility, "repeat_threshold": repeat_threshold}
+        for name, chance in chances.items():
+            if not 0 <= chance <= 1:
+                raise ValueError(f"data.{name} is {chance}: it must be from 0 to 1")
+        for name, count in {"num_workers": num_workers, "max_unreadable": max_unreadable, "timeout": timeout}.items():
+            if count < 0:
+                raise ValueError(f"data.{name} is {count}: it must be 0 or more")
+        if scale_jitter is not None and not 0 < scale_jitter[0] <= scale_jitter[1]:
+            raise ValueError(f"data.scale_jitter is {scale_jitter}: give two factors above 0, the smaller first")
         if size_divisible < 32 or size_divisible % 32:
             raise ValueError(f"size_divisible {size_divisible} must be a multiple of 32, the coarsest stride")
         if proposals and (mosaic or masks):
             raise ValueError("proposals go with neither mosaics nor masks: leave `mosaic` and `masks` out")
-        if not 0 <= min_visibility <= 1:
-            raise ValueError(f"min_visibility {min_visibility} must be a share, from 0 to 1")
         check_division(val_fraction, fold, val_split)
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # where Lightning keeps its own
         # Plain values, as a checkpoint and the command line have them, stand in for the part itself.
         self.proposals: ProposalSource | None = rebuild(proposals) if isinstance(proposals, Mapping) else proposals
         proposals = getattr(proposals, "recipe", proposals)

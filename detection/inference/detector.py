@@ -29,7 +29,7 @@ from detection.inference.tta import TestTimeAugmentation
 from detection.interop import CheckpointError, load_detector
 from detection.models.two_stage import FasterRCNN
 from detection.training.module import encode_detections
-from detection.weights import read_saved, read_torch
+from detection.weights import read_saved
 
 ImageLike: TypeAlias = str | Path | Image.Image | Pixels | Tensor
 Precision = Literal["32", "bf16", "16"]
@@ -63,7 +63,7 @@ class Detector:
     ) -> None:
         if model.num_classes != len(class_names) + 1:
             raise ValueError(f"{len(class_names)} class names are given for {model.num_classes - 1} classes")
-        self.device = torch.device(_best_device() if device == "auto" else device)
+        self.device = _device(device)
         copied = model.for_inference(self.device) if isinstance(model, FasterRCNN) else model.eval().to(self.device)
         self.model: FasterRCNN | TestTimeAugmentation = copied
         self.class_names = tuple(class_names)
@@ -92,12 +92,7 @@ class Detector:
         saved = read_saved(path)
         if saved.class_names is None:
             raise CheckpointError(f"{path}: does not name its classes; write it with save_detector(..., class_names)")
-        data: dict[str, Any] = {}
-        if path.suffix != ".safetensors":
-            data = read_torch(path).get("datamodule_hyper_parameters") or {}
-        sizes = data.get("min_size")
-        min_size = max(sizes) if isinstance(sizes, (list, tuple)) else sizes
-        return cls(model, saved.class_names, saved.category_ids, min_size, data.get("max_size"), device, precision)
+        return cls(model, saved.class_names, saved.category_ids, device=device, precision=precision)
 
     def __call__(self, image: ImageLike) -> Detections:
         """Detections of one image.
@@ -180,5 +175,17 @@ def to_pixels(image: ImageLike, form: PixelFormat = RGB) -> Pixels:
     return np.ascontiguousarray(array)
 
 
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(name: str) -> torch.device:
+    """The device of a name, tried out; `auto` is the first GPU, or the CPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else None
+    try:
+        device = device or torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        has = f"cuda:0 to cuda:{torch.cuda.device_count() - 1} and cpu" if torch.cuda.is_available() else "cpu"
+        raise ValueError(f"--device {name}: this machine has no such device that PyTorch can use, but {has}") from error
+    return device
