@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -30,9 +30,9 @@ Exit code 0: clean; 1: the loader repairs or leaves out some records; 2: somethi
 """
 
 
-def main() -> int:
-    """Run the command line; returns the exit code."""
-    parser = Flags(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(args: Sequence[str]) -> int:
+    """Run the command with its flags; returns the exit code."""
+    parser = Flags("detection check", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="configuration to check, its data and anchors")
     parser.add_argument("--root", type=Path, help="folder of the data set; with --config in place of its data")
     parser.add_argument("--format", choices=("coco", "voc", "yolo"), help="of the annotations (default: found)")
@@ -50,29 +50,29 @@ def main() -> int:
     parser.add_argument("--strides", type=int, nargs="+", help="one a level (default: the detector's)")
     parser.add_argument("--json", type=Path, help="write everything found to this file")
     parser.add_argument("--sheet", type=Path, help="write a picture sheet of samples with boxes to this file")
-    args = parser.parse_args()
-    if not args.config and not args.root:
+    given = parser.parse_args(args)
+    if not given.config and not given.root:
         parser.error("name the data: --root, or --config")
     try:
         shown = own_sizes()
-        if args.config and not args.root:
-            data = data_of(args.config)
+        if given.config and not given.root:
+            data = data_of(given.config)
             splits, shown = splits_of(data), sizes_of(data)
         else:
-            splits = find_splits(args.root, args.format, args.annotations, args.images, args.split)
-        sides = (args.min_size or shown[0], args.max_size or shown[1])
-        grid = grid_of(args.config, sides, args.anchor_sizes, args.anchor_ratios, args.strides)
+            splits = find_splits(given.root, given.format, given.annotations, given.images, given.split)
+        sides = (given.min_size or shown[0], given.max_size or shown[1])
+        grid = grid_of(given.config, sides, given.anchor_sizes, given.anchor_ratios, given.strides)
         audits = [audit(name, read, grid) for name, read in splits.items()]
         look_across(audits)
         for found in audits:
             print_audit(found, Console())
-        if args.json:
-            write_json(audits, args.json)
-        if args.sheet:
-            picture_sheet(audits, args.sheet)
-        asked = {"format": args.format, "train_split": args.annotations or args.split, "train_images": args.images}
-        asked |= {"min_size": args.min_size, "max_size": args.max_size}
-        print(next_steps(audits, args.root, args.config, asked, detector_in(args.config).get("class_path")))
+        if given.json:
+            write_json(audits, given.json)
+        if given.sheet:
+            picture_sheet(audits, given.sheet)
+        asked = {"format": given.format, "train_split": given.annotations or given.split, "train_images": given.images}
+        asked |= {"min_size": given.min_size, "max_size": given.max_size}
+        print(next_steps(audits, given.root, given.config, asked, detector_in(given.config).get("class_path")))
     except DataError as error:
         print(error, file=sys.stderr)
         return 2

@@ -75,6 +75,7 @@ class DetectionDataModule(L.LightningDataModule):
             others, with a warning; one more is an error. In evaluation the first is.
         seed: of the order and the augmentation; None is that of `seed_everything`, else 0.
         timeout: seconds after which loaders' processes that bring no batch are an error; 0 waits for ever.
+        reader: reads a split in the place of `format`: a callable of your own, see `docs/settings.md`.
     """
 
     def __init__(
