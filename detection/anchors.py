@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from detection.kept import Kept
 from detection.recipes import recorded
 
 
@@ -56,7 +57,7 @@ class AnchorGenerator(nn.Module):
             ratios = [tuple(1 / r for r in level) for level in ratios]
         self.offset, self.infer_strides = offset, infer_strides
         self._cells = [cell_anchors(s, r, round_anchors) for s, r in zip(self.sizes, ratios, strict=True)]
-        self._cache: dict[tuple[object, ...], list[Tensor]] = {}
+        self._own, self._laid = Kept[list[Tensor]](), Kept[list[Tensor]]()  # by device; by device and sizes
 
     def num_anchors_per_location(self) -> list[int]:
         """The number of anchors a cell of each level, k; torchvision has this method, too."""
@@ -92,19 +93,15 @@ class AnchorGenerator(nn.Module):
             (image_size[0] // h, image_size[1] // w) if self.infer_strides else (stride, stride)
             for (h, w), stride in zip(shapes, strides, strict=True)
         ]
-        key = (tuple(shapes), tuple(steps), str(device))
-        if key not in self._cache:
-            if len(self._cache) >= 16:  # sizes change from batch to batch: keep the last few
-                self._cache.pop(next(iter(self._cache)))
-            # Cached tensors outlive the call, so they must not be inference tensors, which training can't use.
-            with torch.inference_mode(False):
-                levels = zip(self._cells, shapes, steps, strict=True)
-                self._cache[key] = [self._lay(cell, shape, step).to(device) for cell, shape, step in levels]
-        return self._cache[key]
+        cells = self._own(str(device), lambda: [cell.to(device) for cell in self._cells])
+        levels = zip(cells, shapes, steps, strict=True)
+        return self._laid((tuple(shapes), tuple(steps), str(device)), lambda: [self._lay(*level) for level in levels])
 
     def _lay(self, cell: Tensor, shape: tuple[int, int], step: tuple[int, int]) -> Tensor:
-        y = (torch.arange(shape[0], dtype=torch.float32) + self.offset) * step[0]
-        x = (torch.arange(shape[1], dtype=torch.float32) + self.offset) * step[1]
+        y, x = (
+            (torch.arange(count, dtype=torch.float32, device=cell.device) + self.offset) * pixels
+            for count, pixels in zip(shape, step, strict=True)
+        )
         grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
         shifts = torch.stack((grid_x, grid_y, grid_x, grid_y), dim=-1)
         return (shifts[:, :, None] + cell).reshape(-1, 4)

@@ -3,7 +3,7 @@
 Shape shorthand:
     B: images in the batch     H, W: padded height and width     N: objects of one image
     G: objects an image, padded to the largest count of the batch     P: proposals an image, likewise
-    m, n: height and width of a stored mask     C: classes without background
+    m, n: height and width of a stored mask     C: classes without background     I: ignore regions, likewise
 Boxes are `(x1, y1, x2, y2)` float32 pixels; label 0 is background and never appears in ground truth.
 """
 
@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+Id: TypeAlias = int | str  # of an image or a category, as the annotation file spells it
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +24,22 @@ class Target:
     """Ground truth of one image, in the *original* pixels of its file: what evaluation compares with.
 
     Attributes:
-        image_id: the data set's own id of the image.
+        image_id: the id of the image, as the annotation file spells it.
         file_name: path of the image relative to the data root, for messages and exports.
         size: `(height, width)` of the original image in pixels.
         boxes: `(N, 4)` float32 xyxy.
         labels: `(N,)` int64 in `[1, C]`.
         areas: `(N,)` float32, the annotation's area in original pixels (mask area where there is one, as COCO has it).
-        iscrowd: `(N,)` bool, COCO crowd regions: matched as "ignore", never trained on.
+        iscrowd: `(N,)` bool, COCO crowd regions and ignore regions: matched as "ignore", never trained on.
         difficult: `(N,)` bool, VOC difficult objects: ignored by VOC evaluation, by default not trained on.
         masks: one COCO RLE dictionary (`{"size": [h, w], "counts": bytes}`) an object, or None without masks.
+        checked: `(C,)` bool, the classes that were looked for in the image, or None for all. Detections of the others
+            are not counted.
+        partial: `(C,)` bool, the classes of which some objects may not be annotated, or None for none. Detections of
+            these that match no object are not counted.
     """
 
-    image_id: int
+    image_id: Id
     file_name: str
     size: tuple[int, int]
     boxes: Tensor
@@ -42,6 +48,8 @@ class Target:
     iscrowd: Tensor
     difficult: Tensor
     masks: list[dict[str, Any]] | None = None
+    checked: Tensor | None = None
+    partial: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +71,10 @@ class Batch:
         proposals: `(B, P, 4)` float32 xyxy in the pixels of `images`, best first, or None, for detectors that learn
             none themselves; rows that are not valid hold zeros.
         proposals_valid: `(B, P)` bool.
+        gt_ignored: `(B, I, 4)` float32 xyxy in the pixels of `images`, or None: ignore regions and crowds, in which
+            background is not taught; padding holds zeros.
+        labelled: `(B, C)` bool, or None for all: the classes that were looked for in each image and of which all
+            objects are annotated. Background may be an object of the others.
         objects_given, objects_dropped: how many objects went into the augmentation, and how many did not come out.
         unreadable: the error of each image that could not be read; another image has taken its place.
     """
@@ -78,6 +90,8 @@ class Batch:
     gt_mask_windows: Tensor | None = None
     proposals: Tensor | None = None
     proposals_valid: Tensor | None = None
+    gt_ignored: Tensor | None = None
+    labelled: Tensor | None = None
     objects_given: int = 0
     objects_dropped: int = 0
     unreadable: tuple[str, ...] = ()
@@ -137,7 +151,8 @@ def pad_objects(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tens
     gt_labels = torch.zeros((len(boxes), count), dtype=torch.int64, device=device)
     gt_valid = torch.zeros((len(boxes), count), dtype=torch.bool, device=device)
     for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
-        gt_boxes[i, : len(box)], gt_labels[i, : len(box)], gt_valid[i, : len(box)] = box, label, True
+        gt_boxes[i, : len(box)], gt_labels[i, : len(box)] = box, label
+        gt_valid[i, : len(box)].fill_(True)
     return gt_boxes, gt_labels, gt_valid
 
 

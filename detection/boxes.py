@@ -9,7 +9,7 @@ Everything here runs in float32, whatever the precision of the network around it
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -51,7 +51,8 @@ def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
 def resize_boxes(boxes: Tensor, old: Tensor, new: Tensor) -> Tensor:
     """Scale boxes `(..., N, 4)` from images of size `old` to size `new`, both `(..., 2)` as (height, width)."""
     ratio = new.to(torch.float32) / old.to(torch.float32)
-    return boxes * ratio[..., [1, 0, 1, 0]].unsqueeze(-2)
+    width_first = ratio.flip(-1)
+    return boxes * torch.cat((width_first, width_first), dim=-1).unsqueeze(-2)
 
 
 def is_large_enough(boxes: Tensor, min_size: float) -> Tensor:
@@ -88,15 +89,22 @@ class BoxCoder:
         centre, size = _centre_and_size(boxes.float())
         shift = (gt_centre - centre) / size
         scale = torch.log(gt_size / size)
-        return torch.cat((shift, scale), dim=-1) * shift.new_tensor(self.weights)
+        return _in_columns(torch.mul, torch.cat((shift, scale), dim=-1), self.weights)
 
     def decode(self, deltas: Tensor, boxes: Tensor) -> Tensor:
         """Boxes `(..., N, 4)` in pixels that `deltas` `(..., N, 4)` describe relative to `boxes` `(..., N, 4)`."""
-        deltas = deltas.float() / deltas.new_tensor(self.weights, dtype=torch.float32)
+        deltas = _in_columns(torch.div, deltas.float(), self.weights)
         centre, size = _centre_and_size(boxes.float())
         new_centre = deltas[..., :2] * size + centre
         half = 0.5 * torch.exp(deltas[..., 2:].clamp(max=self.max_log_ratio)) * size
         return torch.cat((new_centre - half, new_centre + half), dim=-1)
+
+
+def _in_columns(operate: Callable[[Tensor, float], Tensor], rows: Tensor, numbers: Sequence[float]) -> Tensor:
+    """Rows `(..., 4)`, each column by its number. As a tensor the numbers would be a copy that the host waits for."""
+    if len(set(numbers)) == 1:
+        return rows if numbers[0] == 1 else operate(rows, numbers[0])
+    return torch.stack([operate(x, n) for x, n in zip(rows.unbind(-1), numbers, strict=True)], dim=-1)
 
 
 def _centre_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,27 +128,28 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float
     Returns:
         `(M,)` int64 indices of the boxes that are kept, best score first.
     """
-    if boxes.device.type == "cpu":
-        # The CPU kernel is quadratic in the number of boxes, so that each group by itself is faster.
-        order = torch.argsort(groups, stable=True)
-        counts = torch.bincount(groups + 1).tolist()
-        parts = [part for part in order.split(counts)[1:] if len(part)]
+    order = torch.argsort(groups, stable=True)
+    counts = torch.bincount(groups + 1).tolist()
+    parts = [part for part in order.split(counts)[1:] if len(part)]
 
-        def thin(part: Tensor) -> Tensor:
-            return part[nms(boxes[part], scores[part], iou_thresh)]
+    def thin(part: Tensor) -> Tensor:
+        return part[nms(boxes[part], scores[part], iou_thresh)]
 
-        if len(boxes) >= MANY_BOXES:  # it runs on one thread, too
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                kept = list(pool.map(thin, parts))
-        else:
-            kept = [thin(part) for part in parts]
-        keep = torch.cat(kept) if kept else order
-        return keep[torch.argsort(scores[keep], descending=True, stable=True)]
-    return _nms_apart(boxes, scores, groups, iou_thresh)
+    if len(boxes) >= MANY_BOXES and boxes.device.type == "cpu":  # there it runs on one thread
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            kept = list(pool.map(thin, parts))
+    else:
+        kept = [thin(part) for part in parts]
+    keep = torch.cat(kept) if kept else order
+    return keep[torch.argsort(scores[keep], descending=True, stable=True)]
 
 
-def _nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
-    """The same in one kernel call, for accelerators: each group is moved so far that no two of them overlap."""
+def nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
+    """As `grouped_nms` in one call of the kernel: each group is moved so far that no two of them overlap.
+
+    For accelerators, which wait between calls. A CPU's kernel is quadratic in the number of boxes, so that each group
+    by itself is faster there.
+    """
     # In float32 the boxes of the last of a thousand groups would be off by a tenth of a pixel.
     exact = torch.float32 if boxes.device.type == "mps" else torch.float64
     boxes, scores = boxes.to(exact), scores.to(exact)

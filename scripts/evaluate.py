@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: `python scripts/evaluate.py --ckpt RUN`."""
+"""Evaluate a checkpoint on any data, or a COCO results file: `python scripts/evaluate.py --ckpt RUN`."""
 
 import sys
 

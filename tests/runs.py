@@ -29,7 +29,7 @@ TINY = [
 
 def scene_flags(root: Path) -> list[str]:
     """Flags to read the scenes drawn in `root`."""
-    flags = ["--data.format", "coco", "--data.root", str(root)]
+    flags = ["--name", "quickstart", "--data.format", "coco", "--data.root", str(root)]
     for split, (file, images) in scenes.SPLITS.items():
         flags += [f"--data.{split}_split", file, f"--data.{split}_images", images]
     return flags

@@ -142,6 +142,6 @@ def test_cache_stays_small_and_right() -> None:
     generator = AnchorGenerator([(10,)], (1.0,))
     for side in range(1, 40):
         assert len(generator([(side, 2)], [5], (side * 5, 10))[0]) == 2 * side
-    assert len(generator._cache) <= 16
+    assert len(generator._laid.made) == 16
     assert len(generator([(1, 2)], [5], (5, 10))[0]) == 2
     assert generator([(1, 2)], [7], (7, 14))[0][1, 0] == 2  # another stride is another entry

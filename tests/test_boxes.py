@@ -12,13 +12,13 @@ from torch import Tensor
 from torchvision import ops
 from torchvision.models.detection._utils import BoxCoder as ReferenceCoder
 
-from detection import boxes as box_arithmetic
 from detection.boxes import (
     BoxCoder,
     box_area,
     clip_boxes,
     grouped_nms,
     is_large_enough,
+    nms_apart,
     pairwise_iou,
     resize_boxes,
     soft_nms,
@@ -182,11 +182,11 @@ def test_one_launch_of_nms_equals_one_for_each_group() -> None:
     groups = torch.randint(64 * 90, (3000,), generator=generator).repeat(2)
     scores = torch.randperm(6000, generator=generator) / 6000
     expected = grouped_nms(boxes, scores, groups, 0.5)
-    assert torch.equal(box_arithmetic._nms_apart(boxes, scores, groups, 0.5), expected)
+    assert torch.equal(nms_apart(boxes, scores, groups, 0.5), expected)
     assert 1500 < len(expected) < 4500
     shift = (groups * (boxes.amax() - boxes.amin() + 1))[:, None]
     assert not torch.equal(ops.nms(boxes + shift, scores, 0.5), expected)  # what is guarded against
-    assert len(box_arithmetic._nms_apart(boxes[:0], scores[:0], groups[:0], 0.5)) == 0
+    assert len(nms_apart(boxes[:0], scores[:0], groups[:0], 0.5)) == 0
 
 
 def test_soft_nms_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +70,15 @@ def test_best_epoch_is_kept_and_survives_a_checkpoint() -> None:
     restored = Results()
     restored.load_state_dict(results.state_dict())
     assert (restored.best_step, restored.best) == (1, {"val/map": 0.4, "val/ap/cat": 0.4})
+
+
+def test_validation_without_an_object_is_no_result(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    logging.getLogger("detection").propagate = True  # other tests have set up the command line's output
+    results = Results()
+    run = trainer(callback_metrics={"val/map": -1.0, "val/loss": 0.5}, global_step=1, current_epoch=0)
+    results.on_validation_end(run, Module())  # type: ignore[arg-type]
+    assert results.best == {} and "step 1: validation loss 0.500" in caplog.text and "mAP" not in caplog.text
 
 
 def test_table_has_a_row_for_each_class_and_figure() -> None:

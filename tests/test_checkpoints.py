@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -177,3 +178,44 @@ def test_moved_run_still_knows_its_best(tmp_path: Path) -> None:
     assert new.best_model_score == 0.5
     assert new.best_model_path == new.kth_best_model_path == str(tmp_path / "new" / "best.ckpt")
     assert list(new.best_k_models) == [new.best_model_path]
+
+
+class Validates(L.LightningModule):
+    """Logs the next of some mAPs after each epoch."""
+
+    def __init__(self, figures: list[float]) -> None:
+        super().__init__()
+        self.layer, self.figures = torch.nn.Linear(1, 1), iter(figures)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.layer(batch).sum()
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        pass
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/map", next(self.figures))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(("figures", "best"), [([-1.0, -1.0], None), ([-1.0, 0.0, -1.0], 1), ([0.2, -1.0], 0)])
+def test_validation_without_an_object_crowns_no_checkpoint(
+    figures: list[float], best: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    keep = KeepBest(tmp_path)
+    trainer = L.Trainer(max_epochs=len(figures), callbacks=[keep], num_sanity_val_steps=0, **options)
+    loader = torch.utils.data.DataLoader(torch.ones(2, 1))
+    trainer.fit(Validates(figures), loader, loader)
+    said = [record.getMessage() for record in caplog.records if "no object that counts" in record.getMessage()]
+    assert said == [
+        "the validation images have no object that counts, so no best.ckpt is kept; last.ckpt is the newest"
+    ]
+    assert (tmp_path / "best.ckpt").exists() == (best is not None)
+    if best is None:
+        assert keep.best_model_path == "" and keep.best_model_score is None
+    else:
+        assert torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] == best
+        assert keep.best_model_score == max(figures)

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ SMALL = [
 
 
 def coco_flags(root: Path) -> list[str]:
-    flags = ["--data.format", "coco", "--data.root", str(root)]
+    flags = ["--name", "quickstart", "--data.format", "coco", "--data.root", str(root)]
     for split, (file, images) in scenes.SPLITS.items():
         flags += [f"--data.{split}_split", file, f"--data.{split}_images", images]
     return flags
@@ -123,6 +124,25 @@ def test_a_run_that_is_never_validated_is_saved_after_each_epoch(rarely: list[st
     (folder,) = (tmp_path / "quickstart").iterdir()
     last = torch.load(folder / "last.ckpt", weights_only=True)
     assert last["epoch"] == 0 and last["global_step"] == 2
+
+
+def test_a_validation_split_without_objects_is_refused_unless_none_is_wanted(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    path = tmp_path / "data" / scenes.SPLITS["val"][0]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    flags = ["--trainer.max_steps", "1", "--data.batch_size", "2", "--output", str(tmp_path), "--wandb", "off"]
+    flags += [*SMALL, *coco_flags(tmp_path / "data")]
+    assert main(flags) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    words = "the val split: none of 3 images has an object; there is nothing to validate on: name the right split, or"
+    assert f"{words} train without (--trainer.limit_val_batches 0)" in line
+    assert main([*flags, "--name", "without", "--trainer.limit_val_batches", "0"]) == 0
+    (folder,) = (tmp_path / "without").iterdir()
+    readme = (folder / "README.md").read_text()
+    assert sorted(path.name for path in folder.glob("*.ckpt")) == ["last.ckpt"]
+    assert f"{folder}/last.ckpt" in readme and "best.ckpt" not in readme
 
 
 def test_training_on_from_a_file_keeps_classes_of_the_same_name(
@@ -284,6 +304,13 @@ def test_short_names_are_completed() -> None:
     assert flags[-1] == "detection.models.zoo.fasterrcnn_resnet50_fpn"
 
 
+def test_flags_override_a_configuration_wherever_they_stand() -> None:
+    config = str(CONFIGS / "voc.yaml")
+    assert expand(["--model.lr", "0.5", "--config", "voc"]) == ["--config", config, "--model.lr", "0.5"]
+    args = ["--config=voc", "--name", "a", "-c", "debug", "--name=b"]
+    assert expand(args)[3:] == ["--name", "a", "--name=b"] and expand(args)[0] == f"--config={config}"
+
+
 def test_another_builder_takes_classes_and_sizes_from_the_data(data: Path) -> None:
     flags = ["--model.detector", "fasterrcnn_mobilenet_v3_large_320_fpn", "--data.min_size=[64,96]"]
     cli = FitCLI([*flags, "--data.max_size", "200", "--trainer.accelerator", "cpu", *coco_flags(data)])
@@ -427,7 +454,18 @@ def half_empty_data(root: Path) -> tuple[Path, int]:
 def test_two_processes_of_which_one_sees_no_object(tmp_path: Path) -> None:
     root, seed = half_empty_data(tmp_path)
     (tmp_path / "watch.py").write_text(WATCH)
-    flags = ["--data.format", "coco", "--data.root", str(root), "--data.batch_size", "4", "--data.seed", str(seed)]
+    flags = [
+        "--config",
+        "quickstart",
+        "--data.format",
+        "coco",
+        "--data.root",
+        str(root),
+        "--data.batch_size",
+        "4",
+        "--data.seed",
+        str(seed),
+    ]
     flags += ["--data.train_split", "all.json", "--data.val_split", "all.json", "--output", "runs"]
     flags += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "1"]
     flags += ["--trainer.callbacks+=watch.Watch"]

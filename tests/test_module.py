@@ -15,6 +15,7 @@ from detection.benchmarks.peers import TorchvisionDetector
 from detection.inference.tta import TestTimeAugmentation
 from detection.models.backbones import Backbone, resnet_fpn
 from detection.models.compose import mask_rcnn
+from detection.models.fast.fast_pooling import GatherPooler
 from detection.models.fast.sparse_rpn import SparseRPN
 from detection.models.rcnn import whole_image
 from detection.models.roi_heads import TwoFCHead
@@ -105,6 +106,17 @@ def test_setup_takes_the_quick_forms_wherever_the_detector_is() -> None:
         module.trainer = SimpleNamespace(datamodule=None, strategy=strategy)  # type: ignore[assignment]
         module.setup("test")
         assert (type(inner.rpn) is SparseRPN) == fast
+    strategy.root_device = torch.device("cuda")
+    for fast in (True, False):  # what torchvision refuses to repeat is exchanged in either case
+        module = make_module(fast=fast)
+        module.trainer = SimpleNamespace(datamodule=None, strategy=strategy)  # type: ignore[assignment]
+        torch.use_deterministic_algorithms(True)
+        try:
+            module.setup("test")
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert type(module.detector.roi_heads.box_roi_pool) is GatherPooler
+        assert (type(module.detector.rpn) is SparseRPN) == fast
     peer = TorchvisionDetector(resnet_fpn("resnet18", out_channels=16), 3)
     module = DetectionModule(peer, ["a", "b"])  # type: ignore[arg-type]
     module.trainer = SimpleNamespace(datamodule=None, strategy=strategy)  # type: ignore[assignment]

@@ -18,6 +18,7 @@ from detection.cli.fit import LOGGERS, FitCLI, main
 from detection.data import scenes
 from detection.inference import Detector
 from detection.training.checkpoints import RUN_FOLDER
+from detection.training.precision import WeightPrecision
 from tests.runs import ROOT, TINY, scene_flags
 from tests.test_drift import build
 
@@ -50,6 +51,7 @@ def args(data: Path, tmp_path: Path) -> list[str]:
         (["--model.lr=-1"], "model.lr is -1.0"),
         (["--data.hflip", "2"], "data.hflip is 2.0: it must be from 0 to 1"),
         (["--data.batch_size", "0"], "batch_size 0"),
+        (["--trainer.val_check_interval", "0"], "trainer.val_check_interval is 0"),
         (["--data.classes", "[bal]"], "did you mean 'ball'?"),
         (["--trainer.val_check_interval", "100"], "must be less than or equal to the number of the training batches"),
         (["--trainer.max_epochs=-1", "--trainer.max_steps=-1", "--trainer.max_time", "00:00:01:00"], "end of the run"),
@@ -81,6 +83,8 @@ def test_it_is_one_sentence_and_no_folder(
         (["--model.lr", "abc"], "--model.lr takes a number, not abc", "did you mean"),
         (["--config", "bcdd"], "did you mean --config bccd?", "None"),
         (["--trainer.precision", "bf16-mixd"], "did you mean bf16-mixed?", "class"),
+        (["--model.schedule.warmup_steps", "{a: 1}"], "--model.schedule.warmup_steps takes a whole number", "Union"),
+        (["--data.scale_jitter_size", "true"], "--data.scale_jitter_size takes a whole number, not true", "None"),
         (["--model.optimizer", "AdanW"], "did you mean AdamW?", "dot import"),
     ],
 )
@@ -115,14 +119,20 @@ def test_it_trains(flags: list[str], args: list[str]) -> None:
     assert detector.model.roi_heads.box_predictor.cls_score.weight.dtype == torch.float32
 
 
-def test_float64_is_the_same_network_and_boxes_keep_their_pixels(args: list[str]) -> None:
+def test_float64_weights_give_the_same_maps_and_leave_anchors_alone() -> None:
     """In bfloat16 an anchor's corner at 300 would be right to a pixel: anchors are no weights."""
-    losses = {}
-    for precision in ("32-true", "64-true"):
-        cli = FitCLI([*args, "--trainer.precision", precision, "--trainer.max_steps", "1"])
-        cli.fit()
-        losses[precision] = float(cli.trainer.callback_metrics["train/loss"])
-    assert losses["64-true"] == pytest.approx(losses["32-true"], rel=1e-4)
+    model, images = build().eval(), [torch.rand(3, 60, 80)]
+    batch = model.transform(images, None, 4)
+    with torch.no_grad():
+        expected = [m.clone() for m in model.extract(batch).maps]
+        anchors = [cells.clone() for cells in model.rpn.anchor_generator._cells]
+        WeightPrecision("64-true", torch.float64).convert_module(model)
+        found = model.extract(batch).maps
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-5)
+    for got, want in zip(model.rpn.anchor_generator._cells, anchors, strict=True):
+        assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
 def test_float16_is_clipped(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

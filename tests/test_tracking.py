@@ -110,7 +110,17 @@ SMALL = [
 @pytest.mark.slow
 def test_a_run_is_recorded_whole_and_goes_on_as_the_same_run(tmp_path: Path) -> None:
     data = scenes.draw(tmp_path / "scenes", train=8, val=3)
-    flags = ["--data.format", "coco", "--data.root", str(data), "--output", str(tmp_path / "runs"), *SMALL]
+    flags = [
+        "--config",
+        "quickstart",
+        "--data.format",
+        "coco",
+        "--data.root",
+        str(data),
+        "--output",
+        str(tmp_path / "runs"),
+        *SMALL,
+    ]
     for split, (file, images) in scenes.SPLITS.items():
         flags += [f"--data.{split}_split", file, f"--data.{split}_images", images]
     assert main([*flags, "--trainer.max_epochs", "1", "--log_model", "true"]) == 0

@@ -35,6 +35,14 @@ def profile(mode: Literal["train", "infer"] = "train", network: Literal["resnet5
     report(measure_stages(mode, network, size, batch_size, bf16, rounds, device), json)
 
 
+def forms(network: Literal["resnet50", "efficientnet_lite0"] = "resnet50", size: int = 320, batch_size: int = 2,
+          bf16: bool = False, rounds: int = 7, device: str = "cpu", json: Path | None = None) -> None:  # fmt: skip
+    """Time of a training step without each quick form; see `detection.benchmarks.speed`."""
+    from detection.benchmarks.speed import measure_forms
+
+    report(measure_forms(network, size, batch_size, bf16, rounds, device), json)
+
+
 def flat(network: Literal["resnet50", "efficientnet_lite0"] = "efficientnet_lite0", size: int = 320,
          batch_size: int = 2, rounds: int = 3, device: str = "cpu", json: Path | None = None) -> None:  # fmt: skip
     """Time of a training step against the number of boxes and of classes; see `detection.benchmarks.speed`."""
@@ -86,6 +94,7 @@ COMMANDS = {
     "train": train,
     "infer": infer,
     "profile": profile,
+    "forms": forms,
     "flat": flat,
     "data": data,
     "eval": evaluation,

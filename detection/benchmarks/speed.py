@@ -22,7 +22,7 @@ from detection.benchmarks.peers import TorchvisionDetector
 from detection.models import zoo
 from detection.models.backbones import efficientnet_lite0_fpn
 from detection.models.compose import COCO_CATEGORIES
-from detection.models.fast import accelerate
+from detection.models.fast import accelerate, forms_for
 from detection.models.two_stage import TwoStageDetector
 
 Network = Literal["resnet50", "efficientnet_lite0"]
@@ -82,6 +82,19 @@ def measure_flatness(network: Network, size: int, batch_size: int, rounds: int, 
     return rows
 
 
+def measure_forms(
+    network: Network, size: int, batch_size: int, bf16: bool, rounds: int, device: str
+) -> list[dict[str, Any]]:
+    """Milliseconds of a training step with all quick forms of a device, and with each of them left out in turn.
+
+    A form whose absence costs less than 3 % is one to remove from `detection.models.fast`. Arguments as for
+    `measure_speed`.
+    """
+    steps = contenders("train", network, size, batch_size, bf16, device, one_left_out=True)
+    times = {name: 1000 * median(values) for name, values in _take_turns(steps, rounds, device).items()}
+    return [{"forms": name, "train_ms": ms, "ratio": ms / times["ours"]} for name, ms in times.items()]
+
+
 def contenders(
     mode: Mode,
     network: Network,
@@ -92,6 +105,7 @@ def contenders(
     objects: int = OBJECTS,
     classes: int = COCO_CATEGORIES,
     plain: bool = False,
+    one_left_out: bool = False,
 ) -> dict[str, Callable[[], Any]]:
     """A step of each detector on the same images, ready to be called; other arguments as for `measure_speed`.
 
@@ -99,6 +113,7 @@ def contenders(
         objects: ground truth boxes an image.
         classes: with background.
         plain: ours in its plain form too.
+        one_left_out: in training ours without each of its quick forms, too.
     """
     torch.manual_seed(0)
     theirs, ours = _build(network, size, classes)
@@ -118,6 +133,12 @@ def contenders(
 
     forms = {"plain": deepcopy(ours)} if plain else {}
     if mode == "train":
+        chosen, parts = forms_for(device), {type(part) for part in ours.modules()} | {ours.rpn.nms}
+        for left_out, quick in chosen.items() if one_left_out else ():
+            if left_out not in parts:
+                continue
+            others = {part: form for part, form in chosen.items() if part is not left_out}
+            forms[f"without {quick.__name__}"] = accelerate(deepcopy(ours), device, others)
         forms = {"ours": accelerate(ours, device), **forms}
         steps = {name: _step(form, partial(run, form), fused=True) for name, form in forms.items()}
         return {"torchvision": _step(theirs, lambda: theirs(floats, targets), fused=False), **steps}

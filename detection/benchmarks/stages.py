@@ -32,7 +32,7 @@ STAGES: dict[str, list[tuple[Any, str]]] = {
     "anchors": [(AnchorGenerator, "__call__")],
     "RPN head": [(rpn.RPNHead, "forward"), (sparse_rpn, "head_at")],
     "proposals": [(rpn.RegionProposalNetwork, "propose")],
-    "NMS": [(rpn, "grouped_nms"), (roi_heads, "grouped_nms")],
+    "NMS": [(rpn.RegionProposalNetwork, "suppress"), (roi_heads.RoIHeads, "nms_per_class")],
     "assignment": [(Matcher, "__call__"), (BalancedSampler, "__call__"), (roi_heads.RoIHeads, "sample")],
     "RoI pool": [(RoIPooler, "forward")],
     "box head": [(roi_heads.TwoFCHead, "forward"), (roi_heads.FastRCNNPredictor, "forward")],

@@ -1,4 +1,4 @@
-"""The command line of `scripts/check_data.py`: what is wrong in a data set, and what is in it."""
+"""The command `check`: what is wrong in a data set, and what is in it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rich.console import Console
 from detection.cli.advice import detector_in, grid_of, next_steps, own_sizes
 from detection.cli.configuration import sizes_of
 from detection.cli.wording import Flags
-from detection.data.audit import audit, find_splits, look_across, write_json
+from detection.data.audit import audit, look_across, splits_in, splits_named, write_json
 from detection.data.audit_report import picture_sheet, print_audit
 from detection.data.datamodule import DetectionDataModule
-from detection.data.finding import Stage
-from detection.data.reading import check_split
+from detection.data.finding import Stage, find
+from detection.data.reading import check_records
 from detection.data.records import DataError, Index
 from detection.recipes import EVERYTHING, import_from_working_directory, rebuild
 
@@ -30,7 +30,7 @@ Exit code 0: clean; 1: the loader repairs or leaves out some records; 2: somethi
 """
 
 
-def main(args: Sequence[str]) -> int:
+def main(flags: Sequence[str]) -> int:
     """Run the command with its flags; returns the exit code."""
     parser = Flags("detection check", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="configuration to check, its data and anchors")
@@ -50,29 +50,37 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--strides", type=int, nargs="+", help="one a level (default: the detector's)")
     parser.add_argument("--json", type=Path, help="write everything found to this file")
     parser.add_argument("--sheet", type=Path, help="write a picture sheet of samples with boxes to this file")
-    given = parser.parse_args(args)
-    if not given.config and not given.root:
+    args = parser.parse_args(flags)
+    if not args.config and not args.root:
         parser.error("name the data: --root, or --config")
     try:
         shown = own_sizes()
-        if given.config and not given.root:
-            data = data_of(given.config)
+        if args.config and not args.root:
+            data = data_of(args.config)
             splits, shown = splits_of(data), sizes_of(data)
+        elif args.annotations or args.images:
+            splits = splits_named(args.root, args.format, args.annotations, args.images, args.split)
         else:
-            splits = find_splits(given.root, given.format, given.annotations, given.images, given.split)
-        sides = (given.min_size or shown[0], given.max_size or shown[1])
-        grid = grid_of(given.config, sides, given.anchor_sizes, given.anchor_ratios, given.strides)
+            layout = find(args.root, args.format)
+            print(f"{layout.root}: {layout}")
+            for other in layout.others:
+                print(f"  also there, not read: {other}; --format or another --root chooses it")
+            if layout.stage("train") and not layout.stage("val"):
+                print("  no validation split: training sets a fifth of the images aside (data.val_fraction)")
+            splits = splits_in(layout, args.split)
+        sides = (args.min_size or shown[0], args.max_size or shown[1])
+        grid = grid_of(args.config, sides, args.anchor_sizes, args.anchor_ratios, args.strides)
         audits = [audit(name, read, grid) for name, read in splits.items()]
         look_across(audits)
         for found in audits:
             print_audit(found, Console())
-        if given.json:
-            write_json(audits, given.json)
-        if given.sheet:
-            picture_sheet(audits, given.sheet)
-        asked = {"format": given.format, "train_split": given.annotations or given.split, "train_images": given.images}
-        asked |= {"min_size": given.min_size, "max_size": given.max_size}
-        print(next_steps(audits, given.root, given.config, asked, detector_in(given.config).get("class_path")))
+        if args.json:
+            write_json(audits, args.json)
+        if args.sheet:
+            picture_sheet(audits, args.sheet)
+        asked = {"format": args.format, "train_split": args.annotations or args.split, "train_images": args.images}
+        asked |= {"min_size": args.min_size, "max_size": args.max_size}
+        print(next_steps(audits, args.root, args.config, asked, detector_in(args.config).get("class_path")))
     except DataError as error:
         print(error, file=sys.stderr)
         return 2
@@ -104,7 +112,7 @@ def splits_of(data: DetectionDataModule) -> dict[str, Callable[[], Index]]:
     def read(split: Stage) -> Index:
         _ = data.class_names  # which the training split names for all
         index = data.read(split)
-        check_split(index, split)
+        check_records(index, split)  # `audit` judges the split as a whole, with the rest
         return index
 
     named = [split for split in get_args(Stage) if split != "test" or data.hparams["test_split"]]

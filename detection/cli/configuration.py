@@ -102,6 +102,7 @@ def complete(args: Sequence[str]) -> Given:
             f"{unknown} has no {CONFIG}, so the settings of its run are not known: give --config with them, or begin "
             f"another run with its weights, with --weights {unknown}"
         )
+    expanded = _configs_first(expanded)
     if not all(path.parent == PRESETS for path in configs):
         return Given(expanded, None, (EVERYTHING, *trust))
     if default.parent == CONFIGS:
@@ -111,6 +112,16 @@ def complete(args: Sequence[str]) -> Given:
     trusted = name_only_known(own, trust)
     check_parts(default, (A_RUN, *trusted))
     return Given(expanded, default, (A_RUN, *trusted))
+
+
+def _configs_first(args: Sequence[str]) -> list[str]:
+    """The arguments with configurations before all others, which override them wherever they stand."""
+    configs, others, taking = list[str](), list[str](), False
+    for arg in args:
+        taken = taking or arg in ("-c", "--config") or arg.startswith(("-c=", "--config="))
+        (configs if taken else others).append(arg)
+        taking = not taking and arg in ("-c", "--config")
+    return [*configs, *others]
 
 
 def name_only_known(own: Iterable[str], trust: Iterable[str] = ()) -> tuple[str, ...]:

@@ -1,71 +1,184 @@
-"""The command `evaluate`: the figures of a checkpoint on the data it was trained with."""
+"""The command `evaluate`: a checkpoint on any data, or a results file, to figures and a report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
+from numpy.typing import NDArray
 
-from detection.cli.flags import chosen, run_command
-from detection.cli.wording import check_ranges
+from detection.batch import Id
+from detection.cli.flags import check_ranges, chosen, run_command
+from detection.data.checks import Folder
 from detection.data.datamodule import DetectionDataModule
 from detection.data.images import read_image
 from detection.data.records import DataError
+from detection.evaluation.coco_files import compare_files
 from detection.evaluation.collect import CollectDetections
-from detection.evaluation.mean_ap import MeanAP
-from detection.evaluation.report import write_evaluation
+from detection.evaluation.mean_ap import IouType, MeanAP
+from detection.evaluation.report import LoadImage, write_evaluation
+from detection.evaluation.results import ImageResult
 from detection.training.module import DetectionModule
-from detection.weights import readable
+from detection.weights import read_torch, readable
+
+Form = Literal["coco", "voc", "yolo"]
 
 
 def evaluate(
-    ckpt: Path,
-    split: Literal["val", "test"] = "val",
-    root: str | None = None,
+    ckpt: Path | None = None,
+    results: Path | None = None,
+    split: str = "val",
+    root: Path | None = None,
+    format: Form | None = None,
+    annotations: Path | None = None,
+    images: Path | None = None,
     output: Path | None = None,
     batch_size: int | None = None,
     accelerator: str = "auto",
+    devices: int = 1,
+    masks: bool = True,
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
     trust: list[str] = [],  # noqa: B006
 ) -> None:
-    """Write figures, COCO results JSON, plots and an HTML report; the figures are those that training logged.
+    """Write figures, COCO results JSON, plots and an HTML report.
 
     Args:
-        ckpt: run's folder, or its checkpoint; model, classes and data settings come from it.
-        split: split of that data; `test` must have been named in training.
-        root: folder of the data, if it has moved.
-        output: folder to write to; beside the checkpoint by default.
-        batch_size: images a batch; that of training by default.
+        ckpt: run's folder, or its checkpoint; model, classes and sizes come from it, and data that is not named here.
+        results: COCO results file, in place of a checkpoint; goes with `annotations` alone.
+        split: val or test of the training data; of other data the name of one of its splits, or all.
+        root: folder of the training data, if it has moved; with another `split`, `format` or `annotations`, of other
+            data, whose classes are compared by name.
+        format: of other data, coco, voc or yolo, where more than one is there.
+        annotations: COCO file of other data, relative to `root`, or to here without `root`.
+        images: folder of its images, likewise.
+        output: folder to write to; beside the checkpoint, or the results, by default.
+        batch_size: images a batch on each device; that of training by default.
         accelerator: as of Lightning's trainer: cpu, gpu or auto.
-        precision: likewise.
+        devices: GPUs, or processes of the CPU, that share the images; the figures are those of one.
+        precision: as of Lightning's trainer: 32-true or bf16-mixed.
+        masks: false compares the boxes of a detector of masks alone, for data that has none.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
-    check_ranges(batch_size=(batch_size, 1, inf))
+    check_ranges(batch_size=(batch_size, 1), devices=(devices, 1))
+    if (ckpt is None) == (results is None):
+        raise DataError("name what to evaluate: --ckpt, a checkpoint, or --results, a COCO results file")
+    if results is not None:
+        if annotations is None:
+            raise DataError(f"{results}: name the COCO file that the results are compared with: --annotations")
+        base = root or Path()
+        _evaluate_file(results, base / annotations, base / images if images else root, output, masks)
+        return
+    assert ckpt is not None
     ckpt = chosen(ckpt)
     module = DetectionModule.load_from_checkpoint(ckpt, trust, map_location="cpu")
-    changes: Any = {k: v for k, v in {"root": root, "batch_size": batch_size}.items() if v is not None}
-    with readable(ckpt):
-        data = DetectionDataModule.load_from_checkpoint(ckpt, trust, classes=module.class_names, **changes)
-    if split == "test" and data.hparams["test_split"] is None:
+    changes = _other_data(split, root, format, annotations, images)
+    moved = ({} if root is None else {"root": str(root)}) | ({} if batch_size is None else {"batch_size": batch_size})
+    moved |= {} if masks else {"masks": False}
+    data = _data_of(ckpt, trust, module, moved | changes)
+    if not changes and split == "test" and data.hparams["test_split"] is None:
         raise DataError(f"{ckpt}: the model was trained without naming a test split; use --split val")
-    data.prepare_data()
-    data.setup("validate" if split == "val" else "test")
-    loader: Any = data.val_dataloader() if split == "val" else data.test_dataloader()
-    metric = MeanAP(module.class_names, module.hparams["detections_per_img"], module.metric.iou_type)
+    data.predict_split = "test" if not changes and split == "test" else "val"
+    kinds: tuple[IouType, ...] = module.metric.iou_type if masks else ("bbox",)
+    metric = MeanAP(module.class_names, module.hparams["detections_per_img"], kinds)
     settings: dict[str, Any] = {"logger": False, "callbacks": [CollectDetections(metric)], "precision": precision}
-    L.Trainer(accelerator=accelerator, devices=1, **settings).predict(module, loader, return_predictions=False)
-    folder, home = output or ckpt.parent / f"evaluation_{split}", loader.dataset.root
-    facts = {"checkpoint": ckpt.name, "data": home.name, "split": split, "precision": precision}
-    figures = write_evaluation(folder, metric, data.category_ids, lambda r: read_image(home / r.file_name, r.size),
-                               f"Evaluation of {ckpt.resolve().parent.name}", facts)  # fmt: skip
-    for name, value in figures.items():
-        print(f"{name:<12}{value:8.4f}")
-    print(f"report: {folder / 'report.html'}")
+    settings |= {"devices": devices, "strategy": "ddp" if devices > 1 else "auto", "use_distributed_sampler": False}
+    trainer = L.Trainer(accelerator=accelerator, **settings)
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    if not trainer.is_global_zero:
+        metric.compute()  # which sends what this process has seen to the one that writes
+        return
+    dataset: Any = data.predict_dataloader().dataset
+    metric.frequencies = dataset.frequencies
+    home, name = dataset.root, split if annotations is None else annotations.stem
+    facts = {"checkpoint": ckpt.name, "data": home.name, "split": name, "precision": precision}
+    title = f"Evaluation of {ckpt.resolve().parent.name}"
+    folder = output or ckpt.parent / f"evaluation_{name}"
+    _write(folder, metric, dataset.category_ids, lambda r: read_image(home / r.file_name, r.size), title, facts)
 
 
 def main(args: Sequence[str]) -> str | None:
     """Run the command with its flags; returns the sentence on what went wrong, if anything did."""
     return run_command("evaluate", evaluate, args, ValueError)
+
+
+def _data_of(ckpt: Path, trust: list[str], module: DetectionModule, settings: dict[str, Any]) -> DetectionDataModule:
+    """The data of the checkpoint's training with these settings in place of its own."""
+    settings = {"classes": module.class_names} | settings
+    if "min_size" in (read_torch(ckpt).get("datamodule_hyper_parameters") or {}):  # of a `DetectionDataModule`
+        with readable(ckpt):
+            return DetectionDataModule.load_from_checkpoint(ckpt, trust, **settings)
+    if "val_split" not in settings:
+        raise DataError(
+            f"{ckpt}: it was trained with loaders that can't be made again; name data: --annotations, or --root and "
+            "--format"
+        )
+    shape = module.detector.transform
+    sizes = {"min_size": shape.min_size[-1], "max_size": shape.max_size}
+    return DetectionDataModule(**sizes | {"masks": module.detector.has_masks} | settings)
+
+
+def _other_data(
+    split: str, root: Path | None, format: Form | None, annotations: Path | None, images: Path | None
+) -> dict[str, Any]:
+    """The settings of data that was not trained on, as its validation split; none where the training data is meant."""
+    if format is None and annotations is None:
+        if images is not None:
+            raise DataError("--images goes with --annotations, a COCO file")
+        if split in ("val", "test"):
+            return {}
+        if root is None:
+            raise DataError(f"the training data has no split '{split}', but val and test; for other data name --root")
+    other: dict[str, Any] = {"reader": None, "fold": None, "labelled": None}
+    if annotations is not None:
+        if format in ("voc", "yolo"):
+            raise DataError(f"--annotations names a COCO file, but --format is {format}: leave one of them out")
+        other |= {"format": "coco", "val_split": str(annotations), "val_images": str(images or "")}
+        if root is None:  # then both are relative to here, and no image may leave its folder
+            other |= {"root": str(images or annotations.parent), "val_split": str(annotations.resolve())}
+            other["val_images"] = ""
+        return other
+    if root is None:
+        raise DataError(f"data of format {format} needs --root, its folder")
+    return other | {"format": format, "val_split": split, "val_images": ""}
+
+
+def _evaluate_file(results: Path, annotations: Path, images: Path | None, output: Path | None, masks: bool) -> None:
+    """The figures of a results file; pictures in the report where the folder of images is named."""
+    compared = compare_files(annotations, results, masks=masks)
+    for note in compared.notes:
+        print(f"note: {note}")
+    place = None if images is None else Folder(images)
+
+    def load(result: ImageResult) -> NDArray[np.uint8]:
+        assert place is not None
+        return read_image(place.locate(result.file_name, str(annotations)))
+
+    facts = {"results": results.name, "annotations": annotations.name}
+    folder, title = output or results.parent / f"evaluation_{results.stem}", f"Evaluation of {results.name}"
+    _write(folder, compared.metric, compared.category_ids, load if place else None, title, facts)
+
+
+def _write(
+    folder: Path,
+    metric: MeanAP,
+    category_ids: Sequence[Id | None],
+    load: LoadImage | None,
+    title: str,
+    facts: dict[str, str],
+) -> None:
+    """The report on disk; the figures, those of each class, and what was left out, in the terminal."""
+    figures = write_evaluation(folder, metric, category_ids, load, title, facts)
+    for name, value in figures.items():
+        print(f"{name:<12}{value:8.4f}")
+    width = max(map(len, metric.class_names))
+    for name, value in metric.per_class().items():
+        print(f"  {name:<{width}}{value:8.4f}")
+    absent = {name for name, number in zip(metric.class_names, category_ids, strict=True) if number is None}
+    left_out = {name: count for name, count in metric.absent_detections().items() if name in absent}
+    if left_out:
+        counts = ", ".join(f"{name} {count}" for name, count in left_out.items())
+        print(f"not exported, as the annotations lack the class: {counts}")
+    print(f"report: {folder / 'report.html'}")

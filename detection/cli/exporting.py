@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from math import inf
 from pathlib import Path
 
-from detection.cli.flags import chosen, run_command
-from detection.cli.wording import check_ranges
+from detection.cli.flags import check_ranges, chosen, run_command
 from detection.data.records import DataError
 from detection.inference import Detector
 from detection.inference.sources import Images, open_source
@@ -39,10 +37,9 @@ def export(
         tolerance: largest difference of a coordinate, in pixels, that passes the check.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
-    check_ranges(count=(count, 1, inf), tolerance=(tolerance, 0, inf))
+    check_ranges(count=(count, 1), tolerance=(tolerance, 0))
     ckpt = chosen(ckpt)
     model, saved = load_detector(ckpt, trust), read_saved(ckpt)
-    names = saved.class_names or [f"class {label}" for label in range(1, model.num_classes)]
     if output.suffix not in (".onnx", ".pt2"):
         raise ExportError(f"{output}: write .onnx or .pt2")
     if output.suffix == ".onnx":
@@ -57,8 +54,8 @@ def export(
     source = open_source(images)
     if not isinstance(source, Images):
         raise DataError(f"{images}: the check takes images, not a video")
-    detector = Detector(model, names, device="cpu")
-    parity = compare(detector, run, [pixels for _, pixels in islice(source, count)])
+    names = saved.class_names or ["?"] * (model.num_classes - 1)
+    parity = compare(Detector(model, names, device="cpu"), run, [pixels for _, pixels in islice(source, count)])
     print(parity)
     if output.suffix == ".onnx":
         write_facts(output, {"parity": parity.as_dict()})

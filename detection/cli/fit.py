@@ -167,6 +167,9 @@ class FitCLI(LightningCLI):
             raise ValueError(
                 "--resume goes on with a run and its optimiser, --weights begins another: give one of them"
             )
+        interval = self.config.trainer.val_check_interval
+        if isinstance(interval, int | float) and interval <= 0:
+            raise ValueError(f"trainer.val_check_interval is {interval}: give a share of the epoch, or some batches")
         if (folder := self.config.trainer.default_root_dir) is not None:
             raise ValueError(f"a run's folder is OUTPUT/NAME/TIME: give --output {folder} in the place of "
                              "--trainer.default_root_dir")  # fmt: skip

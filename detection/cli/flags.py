@@ -70,3 +70,18 @@ def run_command(
         )
     except expected as error:
         return f"error: {error}"
+
+
+def check_ranges(**limits: tuple[float | None, float] | tuple[float | None, float, float]) -> None:
+    """Refuse numbers of a command line that make no sense.
+
+    Args:
+        **limits: name of the flag -> its value, the least and, where there is one, the most.
+
+    Raises:
+        ValueError: one is outside of its range.
+    """
+    for name, (value, least, *most) in limits.items():
+        if value is not None and (not value >= least or any(value > limit for limit in most)):
+            wanted = f"from {least:g} to {most[0]:g}" if most else f"at least {least:g}"
+            raise ValueError(f"--{name} is {value:g}: it must be {wanted}")

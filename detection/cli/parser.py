@@ -47,7 +47,7 @@ class Parser(LightningArgumentParser):
         twice = re.search(r"Option '(lr|weight_decay)' is not accepted", message)
         if twice and "model.optimizer" in message:
             return f" (it is --model.{twice[1]})"
-        for old, new in MOVED.items():
+        for old, new in MOVED.items() if "NestedArg" not in message else ():
             if re.search(rf"\bmodel\.{old}\b|\bstring: {old}\b|\bmodel\.(optimizer|schedule).*\b{old}\b", message):
                 return f" (optimiser and schedule are parts now: instead of {old} write {new})"
         if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
@@ -80,6 +80,11 @@ class Parser(LightningArgumentParser):
 
 def shorten(message: str) -> str:
     """What is wrong with a part, out of jsonargparse's list of all types that it is not."""
+    value = re.match(
+        r'Parser key "([\w.]+)": .*? Parser key "([\w.]+)": (Expected a .*?\. Got value: .*?)\. Got value', message
+    )
+    if value:  # of an argument of a part
+        return f'Parser key "{value[1]}.{value[2]}": {value[3]}'
     causes = message.rpartition("Errors: - ")[2].split(" - ")
     named = [cause for cause in causes if "given class_path" in cause]
     if "Errors: - " not in message or not named:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from detection.cli.flags import chosen, run_command
-from detection.cli.wording import check_ranges
+from detection.cli.flags import check_ranges, chosen, run_command
 
 
 def show(ckpt: Path, port: int = 7860, host: str = "127.0.0.1", device: str = "auto", trust: list[str] = []) -> None:  # noqa: B006

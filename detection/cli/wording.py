@@ -47,7 +47,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 def is_about_names(message: str) -> bool:
     """Whether a flag or a key is unknown, and not the value of a known one wrong."""
-    return re.search(r"[Uu]nrecognized arguments|is not accepted|[Nn]o action for|not found", message) is not None
+    return re.search(r"[Uu]nrecognized arguments|is not accepted|does not accept option|not found", message) is not None
 
 
 def in_words(message: str) -> str:
@@ -55,7 +55,7 @@ def in_words(message: str) -> str:
     key = re.match(r'Parser key "([\w.]+)":', message)
     if key and (name := re.search(r"dot import path string: (\S+)", message)):
         return f"--{key[1]}: there is no class {name[1]}"
-    value = re.search(r"(?:Got value|Given value): ?(.*)$", message)
+    value = re.search(r".*(?:Got value|Given value): ?(.*)$", message)  # the last is what was typed
     if key is None or value is None or "class_path" in message:
         return message
     wanted = list[str]()
@@ -105,18 +105,3 @@ class Flags(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
         complain(message, self._option_string_actions)
-
-
-def check_ranges(**limits: tuple[float | None, float, float]) -> None:
-    """Refuse numbers of a command line that make no sense.
-
-    Args:
-        **limits: name of the flag -> its value, the least and the most.
-
-    Raises:
-        ValueError: one is outside of its range.
-    """
-    for name, (value, least, most) in limits.items():
-        if value is not None and not least <= value <= most:
-            wanted = f"at least {least:g}" if most == float("inf") else f"from {least:g} to {most:g}"
-            raise ValueError(f"--{name} is {value:g}: it must be {wanted}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -23,9 +22,11 @@ from numpy.typing import NDArray
 from detection.data import coco, voc
 from detection.data.anchor_fit import AREAS, Boxes, Grid, fitted, recall
 from detection.data.duplicates import gradients, near_duplicates
-from detection.data.finding import Format, find
+from detection.data.finding import Format, Layout, Stage
 from detection.data.images import EXTENSIONS, UPRIGHT, image_size, orientation_of, read_image, remarks
-from detection.data.records import DataError, Defect, Index, Record
+from detection.data.judging import half_labelled, judge, judge_splits, kind_of, shown
+from detection.data.records import DataError, Defect, Index, Record, plain_name
+from detection.data.tree import role_of
 
 VERDICTS = ("clean", "repairable", "broken")
 
@@ -59,9 +60,9 @@ class Audit:
         """Defects of a kind together: (severity, problem, fix, count, the first of them), worst first."""
         groups: dict[tuple[str, str], list[Defect]] = {}
         for defect in self.defects:
-            groups.setdefault((defect.severity, _kind(defect.problem)), []).append(defect)
+            groups.setdefault((defect.severity, kind_of(defect.problem)), []).append(defect)
         rows = [
-            (severity, kind, _kind(found[0].fix), len(found), found[0]) for (severity, kind), found in groups.items()
+            (severity, kind, kind_of(found[0].fix), len(found), found[0]) for (severity, kind), found in groups.items()
         ]
         return sorted(rows, key=lambda row: (("broken", "repairable", "note").index(row[0]), -row[3]))
 
@@ -76,27 +77,34 @@ class Audit:
         }
 
 
-def find_splits(
-    root: Path, kind: Format | None, annotations: str | None = None, images: str | None = None, split: str | None = None
+def splits_in(layout: Layout, split: str | None = None) -> dict[str, Callable[[], Index]]:
+    """What there is to check in a data set that was found: `{name: function that reads it}`, or the split named."""
+    splits = [layout.split(split)] if split is not None else layout.splits.values()
+    return {found.name or "all": partial(found.read, None, layout.masks) for found in splits}
+
+
+def splits_named(
+    root: Path, kind: Format | None, annotations: str | None, images: str | None, split: str | None
 ) -> dict[str, Callable[[], Index]]:
-    """What there is to check below a root: `{name: function that reads it}`.
+    """The same for files that are named.
 
     Args:
         root: folder of the data set.
-        kind: the format of the annotations; None finds it.
-        annotations: a COCO file or a VOC folder to read in place of what is found.
+        kind: the format of the annotations; None goes by the name of the file.
+        annotations: a COCO file or a VOC folder.
         images: the folder of images; None finds it.
-        split: the only one wanted; None is all.
+        split: a list of VOC; None is every XML file.
+
+    Raises:
+        DataError: of a format that has no such file or folder.
     """
-    if annotations is not None and (kind == "coco" or (kind is None and annotations.endswith(".json"))):
+    if kind == "yolo" or (kind == "coco" and annotations is None):
+        what = "its folders follow from data.yaml" if kind == "yolo" else "name the file with --annotations too"
+        raise DataError(f"{root}: {kind} data can't be read so: {what}")
+    if annotations is not None and (kind == "coco" or annotations.endswith(".json")):
         return {annotations: partial(coco.read_coco, root, annotations, images or "", masks=True)}
-    if kind in ("voc", None) and (annotations is not None or images is not None):
-        masks = (root / "SegmentationObject").is_dir()
-        read = partial(voc.read_voc, root, split, masks=masks, annotations=annotations, images=images)
-        return {split or "all XML files": read}
-    layout = find(root, kind)
-    splits = [layout.split(split)] if split is not None else layout.splits.values()
-    return {found.name or "all": partial(found.read, None, layout.masks) for found in splits}
+    masks = (root / "SegmentationObject").is_dir()
+    return {split or "all XML files": partial(voc.read_voc, root, split, None, masks, annotations, images)}
 
 
 def audit(name: str, read: Callable[[], Index], grid: Grid | None = None) -> Audit:
@@ -115,13 +123,27 @@ def audit(name: str, read: Callable[[], Index], grid: Grid | None = None) -> Aud
         return Audit(name, None, [*error.defects, refused])
     grid = grid or Grid()
     defects, contents = _look_at_images(index)
-    defects = [*index.defects, *defects, *_look_at_objects(index), *_look_at_the_set(index)]
+    judged = judge(index, _stage_of(name))
+    defects = [*judged, *index.defects, *defects, *_look_at_objects(index), *_look_at_the_set(index)]
     return Audit(name, index, defects, statistics(index), _fit(index, grid), contents)
 
 
+def _stage_of(name: str) -> Stage:
+    """What a split is for, as its name or its file's says; training where it says nothing."""
+    stages: dict[str | None, Stage] = {"val": "val", "test": "test"}
+    return stages.get(role_of(name), "train")
+
+
 def look_across(audits: list[Audit]) -> None:
-    """Add what only the splits together show to the last audit: images that are in two of them."""
+    """Add what only the splits together show.
+
+    Each audit gets the objects whose classes training lacks; the last gets the images that are in two splits.
+    """
     audits[-1].defects += _shared({found.name: found.contents for found in audits})
+    trained = next((a.index for a in audits if role_of(a.name) in ("train", "trainval") and a.index is not None), None)
+    for found in audits:
+        if trained is not None and found.index is not None and (stage := _stage_of(found.name)) != "train":
+            found.defects += judge_splits(trained, found.index, stage)
 
 
 def _shared(splits: Mapping[str, Mapping[str, str]]) -> list[Defect]:
@@ -131,14 +153,10 @@ def _shared(splits: Mapping[str, Mapping[str, str]]) -> list[Defect]:
         both = [file for content, file in later.items() if content in earlier]
         union = ("trainval" in first) != ("trainval" in second) and "test" not in first + second
         if both and not union:
-            problem = f"{len(both)} of its {len(later)} images are in '{first}' too: {_shown(both)}"
+            problem = f"{len(both)} of its {len(later)} images are in '{first}' too: {shown(both)}"
             fix = "kept in both; don't train on what you evaluate with"
             defects.append(Defect(second, "split", problem, fix, "note"))
     return defects
-
-
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def statistics(index: Index) -> dict[str, Any]:
@@ -192,25 +210,29 @@ def _fit(index: Index, grid: Grid) -> dict[str, Any]:
 def _look_at_images(index: Index) -> tuple[list[Defect], dict[str, str]]:
     """Decode every image; near duplicates by the signs of a thumbnail's gradients, and the files by their digest."""
     defects: list[Defect] = []
-    contents: dict[str, str] = {}
-    hashes, names = [], []
+    copies: dict[str, list[Record]] = {}
+    hashes, records = [], []
     for record in index.records:
         path, where = index.root / record.file_name, f"image {record.image_id}"
         try:
             pixels = read_image(path, (record.height, record.width))
             defects += _orientation(record, path)
             defects += [Defect(record.file_name, where, what, fix, "note") for what, fix in remarks(path)]
-            contents[hashlib.sha256(path.read_bytes()).hexdigest()] = record.file_name
+            copies.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), []).append(record)
         except DataError as error:
             problem = str(error).removeprefix(f"{path}: ").split(";")[0]
             defects.append(Defect(record.file_name, where, problem, "replace the file or delete its record", "broken"))
             continue
         hashes.append(gradients(pixels))
-        names.append(record.file_name)
-    for second, earlier in near_duplicates(hashes):
+        records.append(record)
+    for second, alike in near_duplicates(hashes):
+        earlier, later = records[alike[0]], records[second]
+        same_name = Path(earlier.file_name).name == Path(later.file_name).name
+        other = same_name and not np.array_equal(earlier.boxes, later.boxes)
+        problem = f"it looks like {earlier.file_name}" + (", which has its name but other objects" if other else "")
         fix = "kept; see that one of them is not in another split"
-        defects.append(Defect(names[second], "image", f"it looks like {names[earlier[0]]}", fix, "note"))
-    return defects, contents
+        defects.append(Defect(later.file_name, "image", problem, fix, "note"))
+    return [*half_labelled(copies.values()), *defects], {key: own[-1].file_name for key, own in copies.items()}
 
 
 def _orientation(record: Record, path: Path) -> list[Defect]:
@@ -262,7 +284,7 @@ def _look_at_the_set(index: Index) -> list[Defect]:
         defects.append(Defect("classes", "classes", problem, "kept; leave them out with classes", "note"))
     plain: dict[str, str] = {}
     for name in index.classes:
-        other = plain.setdefault(re.sub(r"[\W_]+", "", name.casefold()).rstrip("s"), name)
+        other = plain.setdefault(plain_name(name), name)
         if other != name:
             problem = f"the names '{other}' and '{name}' are nearly alike"
             defects.append(
@@ -275,15 +297,9 @@ def _look_at_the_set(index: Index) -> list[Defect]:
     for folder, names in listed.items():
         files = {n for n in os.listdir(index.root / folder) if os.path.splitext(n)[1].lower() in EXTENSIONS}
         if rest := sorted(files - names):
-            problem = f"{len(rest)} images are not in this split: {_shown(rest)}"
+            problem = f"{len(rest)} images are not in this split: {shown(rest)}"
             defects.append(Defect(folder or ".", "folder", problem, "they are not read", "note"))
     return defects
-
-
-def _kind(text: str) -> str:
-    """A problem without its particulars, so that like ones can be counted together."""
-    names = "|".join(EXTENSIONS).replace(".", r"\.")
-    return re.sub(r"-?\d+(\.\d+)?(e[+-]?\d+)?", "#", re.sub(rf"'[^']*'|\S+/\S+\.\w+|\S+({names})\b", "...", text))
 
 
 def write_json(audits: list[Audit], path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from detection.batch import Id
 from detection.data.images import image_size
 from detection.data.records import DataError, Defect, Index, Record, Severity
 
@@ -49,9 +50,15 @@ class Folder:
         except (OSError, ValueError):
             inside = False
         if not inside:
-            shown = ascii(short(name))
+            shown = ascii(short(name)) + (" (through a link)" if self._is_link(path) else "")
             raise DataError(f"{source}: the path {shown} is not inside {self.root}; use a path relative to the root")
         return self.root / path
+
+    def _is_link(self, path: Path) -> bool:
+        """Whether a path that stays inside as it is written has a link in it."""
+        if path.is_absolute() or ".." in path.parts or "\0" in str(path):
+            return False
+        return any(Path(self.root, *path.parts[:end]).is_symlink() for end in range(1, len(path.parts) + 1))
 
 
 def short(text: str, limit: int = 300) -> str:
@@ -67,6 +74,7 @@ class Objects:
         file, record: where defects are reported, e.g. the annotation file and `"image 42"`.
         width, height: pixels of the image.
         defects: the index's list, appended to.
+        written: every box as it was written, also those that are left out.
     """
 
     file: str
@@ -76,6 +84,7 @@ class Objects:
     defects: list[Defect]
     rows: list[tuple[list[float], int, float, bool, bool, int]] = field(default_factory=list)
     segments: list[Any] = field(default_factory=list)
+    written: list[Sequence[float]] = field(default_factory=list)
 
     def report(self, what: str, problem: str, fix: str, severity: Severity = "repairable") -> None:
         """Write down a defect of the object `what`."""
@@ -105,6 +114,7 @@ class Objects:
         x1, y1, x2, y2 = box
         if not np.isfinite(box).all():
             return self.report(what, "box has a coordinate that is not finite", "the box is left out; redraw it")
+        self.written.append(box)
         if x2 <= x1 or y2 <= y1:
             side = "width" if x2 <= x1 else "height"
             sign = "zero" if (x2 == x1 if side == "width" else y2 == y1) else "negative"
@@ -123,23 +133,26 @@ class Objects:
         self.rows.append((clipped, label, area, iscrowd, difficult, number))
         self.segments.append(segment)
 
-    def finish(self, image_id: int, file_name: str, masks: bool) -> Record:
+    def finish(self, image_id: Id, file_name: str, masks: bool) -> Record:
         """The record of the image with everything added so far."""
         boxes, labels, areas, iscrowd, difficult, numbers = (
             (list(c) for c in zip(*self.rows, strict=True)) if self.rows else [[]] * 6
         )
+        kept = np.asarray(boxes, np.float32).reshape(-1, 4)
+        written = np.asarray(self.written, np.float32).reshape(-1, 4)
         return Record(
             image_id=image_id,
             file_name=file_name,
             width=self.width,
             height=self.height,
-            boxes=np.asarray(boxes, np.float32).reshape(-1, 4),
+            boxes=kept,
             labels=np.asarray(labels, np.int64),
             areas=np.asarray(areas, np.float32),
             iscrowd=np.asarray(iscrowd, np.bool_),
             difficult=np.asarray(difficult, np.bool_),
             annotation_ids=np.asarray(numbers, np.int64),
             segments=self.segments if masks else None,
+            written=None if np.array_equal(written, kept) else written,
         )
 
 

@@ -1,7 +1,8 @@
 """Reads COCO instances JSON (https://cocodataset.org/#format-data), with the dirt that real exports carry.
 
-Boxes are `[x, y, width, height]` in 0-based continuous pixels. Ids need not be contiguous, may start at 0 and may be
-strings; they are mapped to labels `1..C` in ascending order of category id, the order of published COCO models.
+Boxes are `[x, y, width, height]` in 0-based continuous pixels. Ids need not be contiguous, may start at 0, be of any
+size, and be strings; they are kept as the file spells them, so that what is exported names the same images and
+categories. Labels `1..C` are in ascending order of category id, the order of published COCO models.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from detection.batch import Id
 from detection.data import rle
 from detection.data.checks import Objects, checked_size, choose_classes, finish_index, short
 from detection.data.coco_layout import PictureFinder
+from detection.data.federated import frequencies, image_name, mark
+from detection.data.judging import one_record_per_picture
 from detection.data.records import DataError, Defect, Index, Record
 from detection.data.tree import Tree
 
@@ -28,7 +32,8 @@ def read_coco(
 ) -> Index:
     """Read one COCO file.
 
-    Every object left out and every value repaired is a defect of the index. Images without objects are kept.
+    Every object left out and every value repaired is a defect of the index. Images without objects are kept. An
+    annotation with `"ignore": 1` is a region like a crowd. LVIS files are read too, see `detection.data.federated`.
 
     Args:
         root: folder of the data set, which no image may leave.
@@ -52,26 +57,30 @@ def read_file(
 ) -> Index:
     """Read one COCO file below a root that was listed; see `read_coco`."""
     path = tree.root / annotations
-    content = _load(path)
-    names = [item["file_name"] for item in content["images"] if isinstance(item, dict) and _is_name(item)]
+    content = load_file(path)
+    names = [image_name(item) for item in content["images"] if isinstance(item, dict) and _is_name(item)]
     reader = _Reader(tree, str(annotations), PictureFinder(tree, str(annotations), names, images), masks)
     labels, index = reader.categories(content["categories"], classes)
+
+    def label_of(category: Any) -> int | None:
+        key = _key(category)
+        return None if key is None else labels.get(key)
+
+    entries = {label_of(item.get("id")): item for item in content["categories"] if isinstance(item, dict)}
+    index.frequencies = frequencies(entries[label] for label in range(1, len(index.classes) + 1))
     by_image = reader.group(content["annotations"])
-    known: set[int | str] = set()
-    seen: dict[str, str] = {}
+    known: set[Id] = set()
     for position, image in enumerate(content["images"]):
-        record = reader.image(position, image, by_image, labels, known, seen)
+        record = reader.image(position, image, by_image, labels, known)
         if record is not None:
-            index.records.append(record)
+            index.records.append(mark(record, image, label_of, len(index.classes), reader.report))
     for key in by_image.keys() - known:
         fix = "its annotations are left out; correct image_id or add the image"
         reader.report(f"image {key}", f"{len(by_image[key])} annotations name an image that is not listed", fix)
-    if any(isinstance(key, str) for key in known):
-        reader.report("images", "ids are not whole numbers", "images are numbered by position; exports use that number")
-        for number, record in enumerate(index.records):
-            record.image_id = number
+    reader.look_at("images", [record.image_id for record in index.records])
+    reader.look_at("categories", index.category_ids)
     reader.say_spellings()
-    return finish_index(index, str(path))
+    return one_record_per_picture(finish_index(index, str(path)))
 
 
 class _Reader:
@@ -81,21 +90,34 @@ class _Reader:
         self.tree, self.file, self.pictures, self.masks = tree, file, pictures, masks
         self.defects = tree.remarks(labelled=tree.unread)
         self.spelt: list[tuple[str, str]] = []  # names of pictures that are not those of their files
-        self.ids = Counter[int | str]()
+        self.ids = Counter[Id]()
 
     def report(self, record: str, problem: str, fix: str, severity: Any = "repairable") -> None:
         self.defects.append(Defect(self.file, short(record), short(problem), short(fix), severity))
 
-    def categories(self, items: list[Any], classes: Sequence[str] | None) -> tuple[dict[int | str, int], Index]:
+    def look_at(self, what: str, ids: Sequence[Id | None]) -> None:
+        """Note ids that we read and export as they are but pycocotools can't evaluate."""
+        fix = "they are read and exported as they are, but pycocotools "
+        if {type(value) for value in ids} >= {int, str}:
+            self.report(what, "some ids are numbers, some text", fix + "can't sort them; use one kind", "note")
+        numbers = [value for value in ids if isinstance(value, int)]
+        if numbers and min(numbers) < 2**63 <= max(numbers) < 2**64:
+            problem = "some ids are below 2^63, some not"
+            self.report(what, problem, fix + "rounds them to doubles and loses them; number them anew", "note")
+
+    def categories(self, items: list[Any], classes: Sequence[str] | None) -> tuple[dict[Id, int], Index]:
         """`{category key: label}`, 0 for classes that were not asked for, and the index to fill."""
-        names: dict[int | str, str] = {}
+        names: dict[Id, str] = {}
+        spelled: dict[Id, Id] = {}
         for position, item in enumerate(items):
             key = _key(item.get("id")) if isinstance(item, dict) else None
             name = item.get("name") if isinstance(item, dict) else None
             where = f"category {position if key is None else key}"
             if key is None:
-                self.report(where, "it has no id", "the category is left out; give it one")
+                problem = _no_id(item)
+                self.report(where, problem, "the category is left out; give it a whole number")
                 continue
+            spelled[key] = _spelled(item["id"])
             if not isinstance(name, str) or not name.strip():
                 self.report(where, "it has no name", f"it is called 'class {key}'; name it")
                 name = f"class {key}"
@@ -115,18 +137,13 @@ class _Reader:
         order = sorted(names, key=lambda key: (isinstance(key, str), key))
         chosen = choose_classes([names[key] for key in order], classes, f"{self.file}: categories")
         by_name = {name: key for key, name in names.items()}
-        numbers = [by_name[name] for name in chosen]
-        if any(isinstance(key, str) for key in order):
-            self.report(
-                "categories", "ids are not whole numbers", "exports use the position in ascending order, from 1"
-            )
-            numbers = [order.index(key) + 1 for key in numbers]
         labels = {key: chosen.index(name) + 1 if name in chosen else 0 for key, name in names.items()}
-        return labels, Index(self.tree.root, chosen, tuple(int(n) for n in numbers), [], self.defects)
+        own_ids = tuple(spelled[by_name[name]] for name in chosen)
+        return labels, Index(self.tree.root, chosen, own_ids, [], self.defects, form="xywh")
 
-    def group(self, items: list[Any]) -> dict[int | str, list[tuple[int, dict[str, Any]]]]:
+    def group(self, items: list[Any]) -> dict[Id, list[tuple[int, dict[str, Any]]]]:
         """The annotations of each image, each with its position in the file."""
-        by_image: dict[int | str, list[tuple[int, dict[str, Any]]]] = {}
+        by_image: dict[Id, list[tuple[int, dict[str, Any]]]] = {}
         for position, item in enumerate(items):
             key = _key(item.get("image_id")) if isinstance(item, dict) else None
             if key is None:
@@ -139,17 +156,16 @@ class _Reader:
         self,
         position: int,
         item: Any,
-        by_image: dict[int | str, list[tuple[int, dict[str, Any]]]],
-        labels: dict[int | str, int],
-        known: set[int | str],
-        names: dict[str, str],
+        by_image: dict[Id, list[tuple[int, dict[str, Any]]]],
+        labels: dict[Id, int],
+        known: set[Id],
     ) -> Record | None:
         """The record of one entry of `images`, or None where it can't be used."""
         item = item if isinstance(item, dict) else {}
-        key, name = _key(item.get("id")), item.get("file_name")
+        key, name = _key(item.get("id")), image_name(item)
         where = f"image at {position}" if key is None else f"image {key}"
         if key is None or key in known:
-            problem = "it has no id" if key is None else f"the id is used twice, now for {str(name)[:80]!r}"
+            problem = _no_id(item) if key is None else f"the id is used twice, now for {str(name)[:80]!r}"
             self.report(where, problem, "this image is left out; give it an id of its own", "broken")
             return None
         known.add(key)
@@ -157,9 +173,6 @@ class _Reader:
             self.report(where, "it has no file_name", "the image and its annotations are left out; add it", "broken")
             return None
         name, path = self.picture(str(name), where)
-        if name in names:
-            self.report(where, f"{name} is listed before as {names[name]}", "both are kept; delete one", "note")
-        names[name] = where
         width, height = _integer(item.get("width")), _integer(item.get("height"))
         stated = (height, width) if width and height and width > 0 and height > 0 else None
         usable = True
@@ -176,7 +189,7 @@ class _Reader:
                 self.annotation(objects, number, annotation, labels)
         if not usable:
             return None
-        return objects.finish(key if isinstance(key, int) else position, name, self.masks)
+        return objects.finish(_spelled(item["id"]), name, self.masks)
 
     def picture(self, written: str, where: str) -> tuple[str, Path]:
         """The file of an image, relative to the root and whole, which may be missing; no name leads out of the root."""
@@ -195,7 +208,7 @@ class _Reader:
             problem = f"{len(self.spelt)} names are not those of the files, first '{written}' of '{found}'"
             self.report("images", problem, "they are read; correct file_name", "note")
 
-    def annotation(self, objects: Objects, position: int, item: dict[str, Any], labels: dict[int | str, int]) -> None:
+    def annotation(self, objects: Objects, position: int, item: dict[str, Any], labels: dict[Id, int]) -> None:
         """Add one annotation to the objects of its image."""
         key, category = _key(item.get("id")), _key(item.get("category_id"))
         what = f"annotation at {position}" if key is None else f"annotation {key}"
@@ -222,11 +235,12 @@ class _Reader:
             area = _area(segment) if segment is not None else None
             if item.get("area") is not None:
                 objects.report(what, "area is not a positive number", "it is computed anew; correct it")
-        crowd = item.get("iscrowd", 0)
-        if crowd not in (0, 1, None):
-            objects.report(what, f"iscrowd is {str(crowd)[:20]!r}", "it counts as no crowd; use 0 or 1")
-        number = key if isinstance(key, int) else position
-        objects.add(what, bbox, labels[category], number, area, crowd == 1, segment=segment)
+        for name in ("iscrowd", "ignore"):
+            if item.get(name) not in (0, 1, None):
+                objects.report(what, f"{name} is {str(item[name])[:20]!r}", "it counts as 0; use 0 or 1")
+        number = key if isinstance(key, int) and abs(key) < 2**63 else position
+        ignored = item.get("iscrowd") == 1 or item.get("ignore") == 1
+        objects.add(what, bbox, labels[category], number, area, ignored, segment=segment)
 
     def segment(self, objects: Objects, what: str, value: Any) -> Any:
         """Polygons or a compressed RLE, or None (reported where masks are wanted) where neither can be had."""
@@ -263,8 +277,12 @@ class _Reader:
         return None
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """The JSON object of a file with its three lists."""
+def load_file(path: Path, lists: Sequence[str] = ("images", "annotations", "categories")) -> dict[str, Any]:
+    """The JSON object of a COCO file.
+
+    Raises:
+        DataError: it is missing or no JSON object, or lacks one of the `lists`.
+    """
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -277,7 +295,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: holds a {type(content).__name__}, not an object with images, annotations and categories"
         )
-    for key in ("images", "annotations", "categories"):
+    for key in lists:
         if not isinstance(content.get(key), list):
             problem = "is missing" if content.get(key) is None else f"is a {type(content[key]).__name__}, not a list"
             raise DataError(f"{path}: '{key}' {problem}; pass a COCO instances file")
@@ -287,24 +305,42 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _is_name(item: dict[str, Any]) -> bool:
-    name = item.get("file_name")
+    name = image_name(item)
     return isinstance(name, str) and bool(name.strip("/. "))
 
 
-def _key(value: Any) -> int | str | None:
+def _key(value: Any) -> Id | None:
     """An id as a whole number where it is one in any spelling, else as a string; None where it is no id."""
-    number = _integer(value)
+    number = _whole(value)
     if number is not None:
         return number
     return value.strip() if isinstance(value, str) and value.strip() else None
 
 
-def _integer(value: Any) -> int | None:
-    if isinstance(value, str) and len(value) < 20 and value.strip().lstrip("-").isdecimal():
+def _spelled(value: Any) -> Id:
+    """An id as those who compare with the file must spell it; to Python and pycocotools, 7.0 is 7."""
+    return value if isinstance(value, str) else int(value)
+
+
+def _no_id(item: Any) -> str:
+    """What is wrong with the id of an entry that has none that `_key` takes."""
+    value = item.get("id") if isinstance(item, dict) else None
+    return "it has no id" if value is None else f"its id is {str(value)[:40]!r}, neither a whole number nor text"
+
+
+def _whole(value: Any) -> int | None:
+    """A number of any size without a fraction, in any spelling, or None."""
+    if isinstance(value, str) and len(value) < 40 and value.strip().removeprefix("-").isdecimal():
         value = int(value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return value if type(value) is int and abs(value) < 2**63 else None
+    return value if type(value) is int else None
+
+
+def _integer(value: Any) -> int | None:
+    """A whole number that an array can hold, or None."""
+    number = _whole(value)
+    return number if number is not None and abs(number) < 2**63 else None
 
 
 def _number(value: Any) -> float | None:

@@ -15,13 +15,15 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
+from detection.batch import Id
 from detection.data import scenes
 from detection.data.augment import eval_transform, train_transform
+from detection.data.checks import choose_classes
 from detection.data.dataset import DetectionDataset, Sample, collate
 from detection.data.finding import Layout, Stage, find
 from detection.data.pipeline import Step, check_steps, moving, recipe_of
 from detection.data.proposals import ProposalCache, ProposalSource
-from detection.data.reading import Known, check_split, describe, draws_scenes, read_split, recipe_of_reader, splits_of
+from detection.data.reading import check_split, describe, draws_scenes, read_split, recipe_of_reader, splits_of
 from detection.data.records import Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
 from detection.data.splitting import Split, check_division, keep, kept, split_of
@@ -70,12 +72,17 @@ class DetectionDataModule(L.LightningDataModule):
         with_difficult: train on objects marked difficult too.
         keep_empty: train on images without objects too. Evaluation always has them.
         masks: read instance masks.
+        labelled: a YAML file, relative to `root`, that says which classes were labelled in which images, see
+            `detection.data.federated.label_by_file`; None for all classes in all images, or as the annotations say.
         proposals: give each image the proposals of this source, for detectors that learn none (Fast R-CNN, R-CNN).
         max_unreadable: training images, on each device, that may become unreadable during a run and are replaced by
             others, with a warning; one more is an error. In evaluation the first is.
         seed: of the order and the augmentation; None is that of `seed_everything`, else 0.
         timeout: seconds after which loaders' processes that bring no batch are an error; 0 waits for ever.
         reader: reads a split in the place of `format`: a callable of your own, see `docs/settings.md`.
+
+    Attributes:
+        predict_split: the split that `trainer.predict` goes through; `"test"` unless it is set.
     """
 
     def __init__(
@@ -115,6 +122,7 @@ class DetectionDataModule(L.LightningDataModule):
         reader: Reader | None = None,
         val_fraction: float = 0.2,
         fold: str | None = None,
+        labelled: str | None = None,
     ) -> None:
         super().__init__()
         if root is None and (format not in (None, "scenes") or reader is not None):
@@ -154,11 +162,12 @@ class DetectionDataModule(L.LightningDataModule):
         self.reader: Reader | None = rebuild(reader) if isinstance(reader, Mapping) else reader
         reader = recipe_of_reader(self.reader)
         self.save_hyperparameters()
+        self.predict_split: Stage = "test"
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
         self._split: Split | None = None
+        self._known: tuple[str, ...] | None = None
         self._divided: bool | None = None
-        self._known: Known | None = None
         self._layout: Layout | None = None
 
     @classmethod
@@ -183,21 +192,27 @@ class DetectionDataModule(L.LightningDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Foreground classes in the order of their labels; reads the training annotations at the first call."""
-        return list(self._classes()[0])
+        """Foreground classes in the order of their labels; unless `classes` names them, the training split is read."""
+        return list(self._classes())
 
     @property
-    def category_ids(self) -> list[int]:
-        """The data set's own id of each class."""
-        return list(self._classes()[1])
+    def category_ids(self) -> list[Id | None]:
+        """The training file's id of each class. Another split's may differ, see `DetectionDataset.category_ids`."""
+        return list((self._datasets.get("train") or self._train_list()).category_ids)
 
-    def _classes(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    @property
+    def frequencies(self) -> tuple[str, ...] | None:
+        """LVIS's group of each class, `"r"`, `"c"` or `"f"`, or None where no split that was set up has them."""
+        return next((data.frequencies for data in self._datasets.values() if data.frequencies), None)
+
+    def _classes(self) -> tuple[str, ...]:
         if self._known is None:
             if self._draws_scenes:
-                self._known = scenes.CLASSES, tuple(range(1, len(scenes.CLASSES) + 1))
+                self._known = scenes.CLASSES
+            elif (classes := self.hparams["classes"]) is not None:  # what evaluates needs no training split
+                self._known = choose_classes(classes, classes, "data")
             else:
-                whole = self._train_list()
-                self._known = whole.classes, whole.category_ids
+                self._known = self._train_list().classes
         return self._known
 
     def prepare_data(self) -> None:
@@ -210,7 +225,7 @@ class DetectionDataModule(L.LightningDataModule):
         if self.proposals is not None and self.trainer is not None:
             # Here, while other ranks wait without a time limit; without a trainer `setup` does it.
             stage = self.trainer.state.fn
-            for split in splits_of(stage.value if stage else "fit"):
+            for split in self._needed(stage.value if stage else "fit"):
                 self._prepare_proposals(self.read(split), split)
 
     def _prepare_proposals(self, index: Index, split: Stage) -> ProposalCache | None:
@@ -224,7 +239,7 @@ class DetectionDataModule(L.LightningDataModule):
         """Read and check the splits that the stage needs; raises `DataError` before anything trains."""
         if self._divides and self.trainer is not None and self.trainer.world_size > 1:  # the first process has made it
             self._split = self.trainer.strategy.broadcast(self._split)
-        for split in splits_of(stage):
+        for split in self._needed(stage):
             if split not in self._datasets:
                 self._datasets[split] = self._dataset(split)
         self._train_index = None
@@ -245,7 +260,8 @@ class DetectionDataModule(L.LightningDataModule):
         return index if made is None else made.apply(index)[split != "train"]
 
     def _read(self, split: Stage) -> Index:
-        return read_split(self.hparams, self._root(), split, self._known, self.reader, self.layout)
+        known = None if split == "train" else self._known  # of training, all that `classes` names must be there
+        return read_split(self.hparams, self._root(), split, known, self.reader, self.layout)
 
     def layout(self) -> Layout:
         """The data set below the root, found and said at the first call; raises `DataError` where there is none."""
@@ -307,9 +323,9 @@ class DetectionDataModule(L.LightningDataModule):
 
     def _dataset(self, split: Stage) -> DetectionDataset:
         hp = self.hparams
-        self._classes()  # the training split names the classes of all splits
+        self._classes()  # whose order is that of all splits
         index = self.read(split)
-        check_split(index, split)
+        check_split(index, split, hp["with_difficult"])
         if split == "train" and not hp["keep_empty"]:
             index = replace(index, records=[record for record in index.records if len(record.labels)])
         sizes = [hp["min_size"]] if isinstance(hp["min_size"], int) else list(hp["min_size"])
@@ -336,6 +352,12 @@ class DetectionDataModule(L.LightningDataModule):
         """Whether a few batches are to be learned by heart: then without augmentation, and validated on themselves."""
         return getattr(self.trainer, "overfit_batches", 0) > 0
 
+    def _needed(self, stage: str) -> tuple[Stage, ...]:
+        """What a stage needs: no validation split where none is wanted, or training images take its place."""
+        if stage == "fit" and (self._overfits or getattr(self.trainer, "limit_val_batches", None) == 0):
+            return ("train",)
+        return splits_of(stage, self.predict_split)
+
     def _train_batches(self) -> TrainBatchSampler:
         hp, store = self.hparams, self._datasets["train"].store
         options = (hp["batch_size"], hp["seed"], hp["group_by_aspect"], hp["repeat_threshold"])
@@ -350,7 +372,7 @@ class DetectionDataModule(L.LightningDataModule):
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Sample]:
-        return self._eval_loader("test")
+        return self._eval_loader(self.predict_split)
 
     def _eval_loader(self, split: Stage) -> DataLoader[Sample]:
         """Every image of the split, in order. Of W ranks, rank r has images r, r + W, ...; up to W - 1 images are

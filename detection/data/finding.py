@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias, get_args
 
 from detection.data import coco, coco_layout, voc, yolo
 from detection.data.checks import nearest
+from detection.data.federated import image_name
 from detection.data.records import DataError, Index
 from detection.data.tree import Tree, base_of, role_of
 from detection.data.voc_layout import VocLayout, common_base
@@ -94,13 +95,15 @@ class Layout:
         return val if stage == "val" else first.get("test") or val
 
     def split(self, name: str) -> Split:
-        """The split of a name, or of the word for it (`val` for `valid`).
+        """The split of a name, or of the word for it (`val` for `valid`); `all` where nothing names a split.
 
         Raises:
             DataError: there is none.
         """
         same = [split for key, split in self.splits.items() if role_of(key) and role_of(key) == role_of(name)]
-        found = self.splits.get(name) or (same[0] if len(same) == 1 else None)
+        found = self.splits.get("" if name == "all" and "" in self.splits else name) or (
+            same[0] if len(same) == 1 else None
+        )
         if found is None:
             known = [key for key in self.splits if key]
             hint = nearest(name, known) if known else "; nothing here names a split: leave the split's name out"
@@ -210,7 +213,7 @@ def _count(tree: Tree, file: str) -> int | None:
         images = json.loads(path.read_bytes())["images"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return len({str(image.get("file_name")) for image in images if isinstance(image, dict)})
+    return len({str(image_name(image)) for image in images if isinstance(image, dict)})
 
 
 def _voc(tree: Tree) -> Iterator[Layout]:

@@ -13,21 +13,25 @@ from numpy.typing import NDArray
 from detection.data.augment import ScaleJitter, View
 from detection.data.pipeline import boxes_around
 
+IGNORED = 0  # in the place of a label: an ignore region
+
 
 class Picture(NamedTuple):
-    """An image with its objects.
+    """An image with its objects, and the regions in which there may be others.
 
     Attributes:
         image: `(H, W, 3)` uint8 RGB.
         boxes: `(N, 4)` float32 xyxy pixels.
-        labels: `(N,)` int64.
+        labels: `(N,)` int64, `IGNORED` for regions.
         masks: `(N, H, W)` uint8 0/1, or None.
+        labelled: `(C,)` bool, the classes of which all objects are here, or None for all.
     """
 
     image: NDArray[np.uint8]
     boxes: NDArray[np.float32]
     labels: NDArray[np.int64]
     masks: NDArray[np.uint8] | None
+    labelled: NDArray[np.bool_] | None = None
 
 
 def mosaic(pictures: Sequence[Picture], rng: random.Random) -> Picture:
@@ -53,7 +57,9 @@ def mosaic(pictures: Sequence[Picture], rng: random.Random) -> Picture:
             masks.append(np.zeros((len(picture.boxes), height, width), np.uint8))
             masks[-1][:, y1:y2, x1:x2] = view.masks(picture.masks)
     labels = np.concatenate([picture.labels for picture in pictures])
-    return Picture(canvas, np.concatenate(boxes), labels, np.concatenate(masks) if masks else None)
+    known = [picture.labelled for picture in pictures if picture.labelled is not None]
+    everywhere = np.logical_and.reduce(known) if known else None
+    return Picture(canvas, np.concatenate(boxes), labels, np.concatenate(masks) if masks else None, everywhere)
 
 
 PASTE_SCALES = (0.5, 2.0)  # of the picture that gives, fitted into the one that takes
@@ -71,10 +77,11 @@ def copy_paste(picture: Picture, other: Picture, rng: random.Random) -> Picture:
     """
     if picture.masks is None or other.masks is None:
         raise ValueError("copy-paste cuts objects out by their masks, but the pictures have none")
-    if not len(other.boxes):
+    objects = np.flatnonzero(other.labels != IGNORED).tolist()
+    if not objects:
         return picture
     height, width = picture.image.shape[:2]
-    chosen = sorted(rng.sample(range(len(other.boxes)), rng.randint(1, len(other.boxes))))
+    chosen = sorted(rng.sample(objects, rng.randint(1, len(objects))))
     view = ScaleJitter(max(height, width), PASTE_SCALES)(other.image.shape[0], other.image.shape[1], rng)
     h, w = min(view.size[0], height), min(view.size[1], width)
     y, x = rng.randint(0, height - h), rng.randint(0, width - w)
@@ -92,4 +99,5 @@ def copy_paste(picture: Picture, other: Picture, rng: random.Random) -> Picture:
         np.concatenate([boxes, boxes_around(pasted)]),
         np.concatenate([picture.labels, other.labels[chosen]]),
         np.concatenate([masks, pasted]),
+        picture.labelled,
     )

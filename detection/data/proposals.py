@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
+from detection.batch import Id
 from detection.data.images import read_image
 from detection.data.records import DataError, Index, Record
 from detection.data.scenes import default_folder
@@ -248,7 +249,7 @@ class ProposalFiles:
             cache.write(record, own[: self.max_proposals])
 
 
-def read_results(path: Path, image_ids: Sequence[int]) -> tuple[Floats, list[int]]:
+def read_results(path: Path, image_ids: Sequence[Id]) -> tuple[Floats, list[int]]:
     """The boxes of a results file by image, best first.
 
     Args:

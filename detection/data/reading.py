@@ -2,66 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from inspect import isclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
+from detection.batch import Id
 from detection.data import scenes
 from detection.data.coco import read_coco
+from detection.data.federated import images_not_checked, label_by_file
 from detection.data.finding import Layout, Split, Stage, find
-from detection.data.records import DataError, Index, Record, merge, relabel
+from detection.data.judging import judge
+from detection.data.records import DataError, Index, Record, Severity, merge, relabel
 from detection.data.voc import read_voc
 from detection.parts import Reader
 from detection.recipes import describe as plain
-
-Known: TypeAlias = tuple[tuple[str, ...], tuple[int, ...]]  # the names of the classes, and the data set's ids of them
 
 
 def read_split(
     settings: Mapping[str, Any],
     root: Path,
     split: Stage,
-    known: Known | None = None,
+    known: Sequence[str] | None = None,
     reader: Reader | None = None,
     layout: Callable[[], Layout] | None = None,
 ) -> Index:
-    """The records of a split.
+    """The records of a split, with what `data.labelled` says of which classes were labelled in which image.
 
     Args:
         settings: of the data, as `DetectionDataModule` takes them.
         root: folder of the data set.
         split: `"test"` is the validation split where the settings name none.
-        known: the classes of the training split, which the labels will point into; None takes those that are read.
+        known: the classes of the training split, which the labels will point into; None takes those that are read. Ids
+            of images and categories stay those of the split's own file.
         reader: the user's own; None reads the format of the settings.
         layout: gives the data set that was found below the root; None finds it.
 
     Raises:
         DataError: nothing is found, or a split that the stage needs is not there.
     """
-    classes, masks = settings["classes"] if known is None else list(known[0]), settings["masks"]
+    index = _read(settings, root, split, known, reader, layout)
+    labelled = settings.get("labelled")
+    return index if labelled is None else label_by_file(index, root / labelled, settings["classes"] is None)
+
+
+def _read(
+    settings: Mapping[str, Any],
+    root: Path,
+    split: Stage,
+    known: Sequence[str] | None,
+    reader: Reader | None,
+    layout: Callable[[], Layout] | None,
+) -> Index:
+    """The records of a split, as its reader gives them."""
+    classes, masks = settings["classes"] if known is None else list(known), settings["masks"]
     name, images = settings[f"{split}_split"], settings[f"{split}_images"]
     if name is None and split == "test":
         name, images = settings["val_split"], settings["val_images"]
+    # Objects of other classes are left out as the user wishes, or else because the splits' classes don't meet.
+    left_out: Severity = "repairable" if settings["classes"] is None else "note"
     if reader is not None:
         name = name or ("train" if split == "train" else "val")
-        return _of_classes(_without_masks(check_index(reader(root, name), reader), masks), classes, known)
-    wanted = classes if split == "train" or known is None else None  # an evaluated split may lack a class
+        index = _without_masks(check_index(reader(root, name), reader), masks)
+        return relabel(index, known, left_out) if known is not None else _of_classes(index, classes)
+    # An evaluated split may lack a class of training, or number them otherwise.
+    translate = None if split == "train" else known
+    wanted = classes if translate is None else None
+    has_ids = True
     if draws_scenes(settings):
         root, name, images = scenes.location(root), *scenes.SPLITS["train" if split == "train" else "val"]
     if name is not None and settings["format"] == "voc" and ":" in name:
-        index = _read_folders(root, name, wanted, masks)
+        index, has_ids = _read_folders(root, name, wanted, masks), False
     elif name is not None and settings["format"] != "yolo" and name.endswith(".json"):
         index = read_coco(root, name, images, wanted, masks)
     else:
         found = layout() if layout is not None else find(root, settings["format"])
-        index = _named(found, name, split).read(wanted, masks)
-    # An evaluation file may list fewer categories than the training file, or number them otherwise.
-    return index if split == "train" or known is None else relabel(index, *known)
+        index, has_ids = _named(found, name, split).read(wanted, masks), found.format != "voc"
+    if translate is None:
+        return index
+    index = relabel(index, translate, left_out)
+    # XML has no ids: they are the labels, the same in all splits.
+    return index if has_ids else replace(index, category_ids=tuple(range(1, len(index.classes) + 1)))
 
 
 def draws_scenes(settings: Mapping[str, Any]) -> bool:
@@ -78,16 +103,13 @@ def _named(layout: Layout, name: str | None, stage: Stage) -> Split:
     return split
 
 
-def _of_classes(index: Index, classes: list[str] | None, known: Known | None) -> Index:
-    """What a reader of the user's gave, in the classes that are known, or wanted, or all."""
-    if known is not None:
-        return relabel(index, *known)
+def _of_classes(index: Index, classes: list[str] | None) -> Index:
+    """What a reader of the user's gave, in the classes that are wanted, or all."""
     if classes is None:
         return index
-    ids = dict(zip(index.classes, index.category_ids, strict=True))
-    if absent := [name for name in classes if name not in ids]:
-        raise DataError(f"{index.root}: there is no class '{absent[0]}'; there are: {', '.join(ids)}")
-    return relabel(index, classes, [ids[name] for name in classes])
+    if absent := [name for name in classes if name not in index.classes]:
+        raise DataError(f"{index.root}: there is no class '{absent[0]}'; there are: {', '.join(index.classes)}")
+    return relabel(index, classes)
 
 
 def _without_masks(index: Index, wanted: bool) -> Index:
@@ -116,7 +138,7 @@ def check_index(index: Any, reader: Any) -> Index:
         raise DataError(
             f"the reader {name} gave {len(index.classes)} classes but {len(index.category_ids)} category_ids"
         )
-    ids = set[int]()
+    ids = set[Id]()
     for record in index.records:
         if not isinstance(record, Record):
             raise DataError(
@@ -132,6 +154,11 @@ def check_index(index: Any, reader: Any) -> Index:
             if not isinstance(value, np.ndarray) or value.shape != wanted or value.dtype != kind:
                 found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
                 raise DataError(f"{where}: {field} is {found}, not an array of {kind} {wanted}; see Record.of")
+        for field in ("checked", "partial"):
+            flags = getattr(record, field)
+            if flags is not None and (flags.shape != (len(index.classes),) or flags.dtype != bool):
+                found = f"{flags.dtype} {flags.shape}"
+                raise DataError(f"{where}: {field} is {found}, not an array of bool ({len(index.classes)},), or None")
         if record.segments is not None and len(record.segments) != len(record.labels):
             raise DataError(f"{where}: {len(record.segments)} segments for {len(record.labels)} objects")
     return index
@@ -147,13 +174,28 @@ ARRAYS = {
 }
 
 
-def check_split(index: Index, split: str) -> None:
-    """What must hold before anything trains; a reader that keeps its promise never fails here."""
+def check_split(index: Index, split: str, with_difficult: bool = False) -> None:
+    """What must hold before anything trains: whole records, and a split that is worth it.
+
+    Args:
+        index: as read.
+        split: `train`, `val` or `test`.
+        with_difficult: whether training is on difficult objects too.
+
+    Raises:
+        DataError: in the words of `judging.judge` where the split as a whole can't be used.
+    """
+    check_records(index, split)
+    for defect in judge(index, split, with_difficult):
+        if defect.severity == "broken":
+            raise DataError(f"{index.root}: the {split} split: {defect.problem}; {defect.fix}", index.defects)
+
+
+def check_records(index: Index, split: str) -> None:
+    """What must hold of each record; a reader that keeps its promise never fails here."""
     count = len(index.classes)
     if not index.records:
         raise DataError(f"{index.root}: the {split} split holds no image; check its name and the folder")
-    if split == "train" and not any(len(record.labels) for record in index.records):
-        raise DataError(f"{index.root}: no image of the train split has an object; check the annotations")
     for record in index.records:
         boxes, where = record.boxes, f"{index.root / record.file_name}: image {record.image_id}"
         if ((record.labels < 1) | (record.labels > count)).any():
@@ -164,14 +206,18 @@ def check_split(index: Index, split: str) -> None:
 
 
 def describe(index: Index, split: str) -> str:
-    """A few lines for the log: images, objects by class, and what was repaired or left out."""
+    """A few lines for the log: images, objects by class, what the whole split shows, and what was repaired."""
     counts = torch.zeros(len(index.classes) + 1, dtype=torch.int64)
     for record in index.records:
         counts += torch.bincount(torch.from_numpy(record.labels), minlength=len(counts))
     empty = sum(not len(record.labels) for record in index.records)
     classes = ", ".join(f"{name} {n}" for name, n in zip(index.classes, counts[1:].tolist(), strict=True))
     lines = [f"{split}: {len(index.records)} images ({empty} without objects), {int(counts.sum())} objects: {classes}"]
-    repaired = [defect for defect in index.defects if defect.severity != "note"]
+    if partly := images_not_checked(index):
+        lines.append(f"{split}: in {partly} images not every class is labelled; background is not taught of those")
+    whole = [*(defect for defect in index.defects if defect.is_of_split), *judge(index, split)]
+    lines += [f"{split}: {defect.problem}; {defect.fix}" for defect in whole]
+    repaired = [defect for defect in index.defects if defect.severity != "note" and not defect.is_of_split]
     if repaired:
         lines += [f"{split}: {len(repaired)} records repaired or left out, the first of them:"]
         lines += [f"  {defect}" for defect in repaired[:3]] + ["  (scripts/check_data.py lists all)"]
@@ -179,9 +225,9 @@ def describe(index: Index, split: str) -> str:
     return "\n".join(lines)
 
 
-def splits_of(stage: str) -> tuple[Stage, ...]:
-    """What a stage of the trainer needs."""
-    needed: dict[str, tuple[Stage, ...]] = {"fit": ("train", "val"), "validate": ("val",)}
+def splits_of(stage: str, predicted: Stage = "test") -> tuple[Stage, ...]:
+    """What a stage of the trainer needs; `predicted` is what it predicts."""
+    needed: dict[str, tuple[Stage, ...]] = {"fit": ("train", "val"), "validate": ("val",), "predict": (predicted,)}
     return needed.get(stage, ("test",))
 
 

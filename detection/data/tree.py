@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
+from detection.data.checks import Folder
 from detection.data.images import EXTENSIONS, UNREAD
 from detection.data.records import DataError, Defect
 
@@ -30,7 +31,7 @@ ROLES = {
 ROLE_OF_WORD = {word: role for role, words in ROLES.items() for word in words}
 
 
-class Tree:
+class Tree(Folder):
     """The files below a data root, hidden ones left out.
 
     Attributes:
@@ -44,9 +45,7 @@ class Tree:
         root = Path(root).expanduser()
         if root.is_file():
             raise DataError(f"{root}: the data root is a file; pass the folder of the data set, such as {root.parent}")
-        if not root.is_dir():
-            raise DataError(f"{root}: the data root is not a folder; pass the folder that holds the data set")
-        self.root = root.resolve()
+        super().__init__(root)
         self.outside: list[str] = []
         self.hidden: list[str] = []
         self.files = sorted(self._walk("", set()))
@@ -156,33 +155,6 @@ class Tree:
         counts = {base: sum(self.file(name, (base,)) is not None for name in sample) for base in dict.fromkeys(bases)}
         best = max(counts, key=lambda base: counts[base], default=None)
         return best if best is not None and counts[best] else None
-
-    def locate(self, name: str, source: str) -> Path:
-        """The path of `name` below the root, which need not exist.
-
-        Args:
-            name: path relative to the root, with forward slashes.
-            source: who names it (file and record), for the message.
-
-        Raises:
-            DataError: `name` is absolute, climbs out with `..`, or is a link that leads out of the root.
-        """
-        path = Path(name)
-        drive = len(name) > 1 and name[1] == ":"
-        try:
-            inside = not ("\0" in name or path.is_absolute() or drive or ".." in path.parts)
-            inside = inside and Path(os.path.realpath(self.root / path)).is_relative_to(self.root)
-        except (OSError, ValueError):
-            inside = False
-        if not inside:
-            shown = ascii(name if len(name) <= 300 else f"{name[:300]}...")
-            link = (
-                " (a link that leads out)" if any(name == o or name.startswith(f"{o}/") for o in self.outside) else ""
-            )
-            raise DataError(
-                f"{source}: the path {shown} is not inside {self.root}{link}; use a path relative to the root"
-            )
-        return self.root / path
 
     def contents(self) -> str:
         """What lies here, for messages: the commonest kinds of files with their counts."""

@@ -230,6 +230,11 @@ class _Reader:
             if isinstance(box, str):
                 objects.report(what, box, "the box is left out; delete or redraw it")
                 continue
+            flaw, box = _flaw(box), [box[0] - 1, box[1] - 1, *box[2:]]
+            if flaw is not None:
+                objects.written.append(box)
+                objects.report(what, flaw, "the box is left out; delete or redraw it")
+                continue
             flag = (item.findtext("difficult") or "0").strip() or "0"
             if flag not in ("0", "1"):
                 objects.report(what, f"difficult is '{flag[:20]}'", "it counts as not difficult; use 0 or 1")
@@ -280,7 +285,7 @@ def _float(text: str | None) -> float | None:
 
 
 def _bndbox(item: Element) -> list[float] | str:
-    """0-based `[x1, y1, x2, y2]` of an object's bndbox (not of its parts'), or what is wrong with it."""
+    """`[xmin, ymin, xmax, ymax]` of an object's bndbox (not of its parts'), or what is missing in it."""
     bndbox = item.find("bndbox")
     if bndbox is None:
         return "it has no bndbox"
@@ -290,8 +295,13 @@ def _bndbox(item: Element) -> list[float] | str:
         if value is None:
             return f"{tag} is missing or not a finite number"
         corners.append(value)
+    return corners
+
+
+def _flaw(corners: list[float]) -> str | None:
+    """What is wrong with corners as written where one does not come after the other."""
     x1, y1, x2, y2 = corners
-    if x2 <= x1 or y2 <= y1:
-        side, low, high = ("width", x1, x2) if x2 <= x1 else ("height", y1, y2)
-        return f"box has {'zero' if low == high else 'negative'} {side} ({low:g} to {high:g})"
-    return [x1 - 1, y1 - 1, x2, y2]
+    if x2 > x1 and y2 > y1:
+        return None
+    side, low, high = ("width", x1, x2) if x2 <= x1 else ("height", y1, y2)
+    return f"box has {'zero' if low == high else 'negative'} {side} ({low:g} to {high:g})"

@@ -44,7 +44,8 @@ def read_layout(layout: YoloLayout, split: str, classes: Sequence[str] | None = 
     numbers = {name: number for number, name in layout.names.items()}
     pictures, defects = layout.pictures(split)
     reader = _Reader(layout, labels, [*layout.defects, *defects, *layout.orphans(split)])
-    index = Index(layout.tree.root, chosen, tuple(numbers[name] for name in chosen), [], reader.defects)
+    ids = tuple(numbers[name] for name in chosen)
+    index = Index(layout.tree.root, chosen, ids, [], reader.defects, form="cxcywh")
     for position, picture in enumerate(pictures):
         if (record := reader.record(position, picture)) is not None:
             index.records.append(record)

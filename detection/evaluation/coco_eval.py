@@ -46,6 +46,7 @@ class SortedBoxes:
         scores: `(n,)` of detections; empty for objects.
         crowd: `(n,)` of objects; empty for detections.
         masks: one RLE each, where masks are evaluated.
+        excused: `(n,)` of detections, those that are not counted if they match nothing; empty for objects.
     """
 
     image: Ints
@@ -54,9 +55,10 @@ class SortedBoxes:
     boxes: Floats
     areas: Floats
     rank: Ints
-    scores: NDArray[np.float32]
+    scores: Floats
     crowd: Bools
     masks: list[Rle] | None
+    excused: Bools
 
 
 @dataclass(slots=True)
@@ -68,7 +70,7 @@ class Pairs:
     iou: Floats
 
 
-def xywh(boxes: NDArray[np.float32]) -> Floats:
+def xywh(boxes: NDArray[Any]) -> Floats:
     """`(N, 4)` xyxy as x, y, width, height in double precision, so that x + width gives x2 back."""
     wide = boxes.astype(np.float64)
     return np.concatenate([wide[:, :2], wide[:, 2:] - wide[:, :2]], axis=1)
@@ -78,16 +80,27 @@ def sorted_detections(results: Sequence[ImageResult], limit: int, use_masks: boo
     """All detections, the best `limit` of each class and image."""
     image, place = _places([r.labels for r in results])
     label = _join([r.labels for r in results], np.int64)
-    scores = _join([r.scores for r in results], np.float32)
+    scores = _join([r.scores for r in results], np.float64)
     order = np.lexsort((-scores, image, label))  # stable: equal scores keep the detector's order
     first = np.flatnonzero(np.diff(label[order], prepend=-1) | np.diff(image[order], prepend=-1))
     rank = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
     order, rank = order[rank < limit], rank[rank < limit]
     masks = _pick([r.masks for r in results], order) if use_masks else None
-    boxes = _mask_boxes(masks) if masks else xywh(_join([r.boxes for r in results], np.float32).reshape(-1, 4))[order]
+    boxes = _mask_boxes(masks) if masks else xywh(_join([r.boxes for r in results], np.float64).reshape(-1, 4))[order]
     areas = np.asarray(mask_api.area(masks), dtype=np.float64) if masks else boxes[:, 2] * boxes[:, 3]
-    none = np.zeros(0, bool)
-    return SortedBoxes(image[order], label[order], place[order], boxes, areas, rank, scores[order], none, masks)
+    excused = _join([np.zeros(len(r.labels), bool) if r.excused is None else r.excused for r in results], np.bool_)
+    return SortedBoxes(
+        image=image[order],
+        label=label[order],
+        place=place[order],
+        boxes=boxes,
+        areas=areas,
+        rank=rank,
+        scores=scores[order],
+        crowd=np.zeros(0, bool),
+        masks=masks,
+        excused=excused[order],
+    )
 
 
 def sorted_objects(results: Sequence[ImageResult], use_masks: bool = False) -> SortedBoxes:
@@ -96,13 +109,21 @@ def sorted_objects(results: Sequence[ImageResult], use_masks: bool = False) -> S
     label = _join([r.gt_labels for r in results], np.int64)
     order = np.lexsort((image, label))
     masks = _pick([r.gt_masks for r in results], order) if use_masks else None
-    flat = _join([r.gt_boxes for r in results], np.float32).reshape(-1, 4)
+    flat = _join([r.gt_boxes for r in results], np.float64).reshape(-1, 4)
     boxes = _mask_boxes(masks) if masks else xywh(flat)[order]
     areas = _join([r.gt_areas for r in results], np.float64)[order]
     crowd = _join([r.gt_iscrowd for r in results], np.bool_)[order]
-    none = np.zeros(0, np.int64)
     return SortedBoxes(
-        image[order], label[order], place[order], boxes, areas, none, none.astype(np.float32), crowd, masks
+        image=image[order],
+        label=label[order],
+        place=place[order],
+        boxes=boxes,
+        areas=areas,
+        rank=np.zeros(0, np.int64),
+        scores=np.zeros(0, np.float64),
+        crowd=crowd,
+        masks=masks,
+        excused=np.zeros(0, bool),
     )
 
 
@@ -211,7 +232,10 @@ def evaluate(
     use_masks: bool = False,
     thresholds: Floats = IOU_THRESHOLDS,
 ) -> Curves:
-    """Match and accumulate as the official evaluator does; `results` must be in the order of image id."""
+    """Match and accumulate as the official evaluator does; `results` must be in the order of image id.
+
+    Detections that match nothing do not count where they lie outside of the area range, or are `excused`.
+    """
     dt, gt = sorted_detections(results, max(max_detections), use_masks), sorted_objects(results, use_masks)
     pairs = find_pairs(dt, gt, min(thresholds.min(), 1 - 1e-10))
     rows = np.unique(pairs.dt)
@@ -229,7 +253,7 @@ def evaluate(
             continue
         mine, picked = slice(dt_at[k], dt_at[k + 1]), slice(row_at[k], row_at[k + 1])
         hit = np.zeros((len(thresholds), len(AREAS), dt_at[k + 1] - dt_at[k]), bool)
-        skip = np.broadcast_to(_outside(dt.areas[mine]), hit.shape).copy()
+        skip = np.broadcast_to(_outside(dt.areas[mine]) | dt.excused[mine], hit.shape).copy()
         objects, columns = matched[:, :, picked], rows[picked] - dt_at[k]
         hit[:, :, columns] = objects >= 0
         on_ignored = ignore[np.arange(len(AREAS))[:, None], objects] if len(gt.crowd) else skip[:, :, columns]
@@ -242,7 +266,7 @@ def evaluate(
     return Curves(precision, recall, scores)
 
 
-def _accumulate(tp: Bools, fp: Bools, counted: Ints, score: NDArray[np.float32]) -> tuple[Floats, Floats, Floats]:
+def _accumulate(tp: Bools, fp: Bools, counted: Ints, score: Floats) -> tuple[Floats, Floats, Floats]:
     """Curves of one class from `(T, A, n)` true and false positives in falling order of score."""
     tps, fps = np.cumsum(tp, axis=-1, dtype=np.float64), np.cumsum(fp, axis=-1, dtype=np.float64)
     precision = np.maximum.accumulate((tps / (fps + tps + np.spacing(1)))[..., ::-1], axis=-1)[..., ::-1]

@@ -7,18 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from detection.batch import Id
 from detection.evaluation.coco_eval import xywh
 from detection.evaluation.results import ImageResult
 
 
 def coco_results(
-    results: Sequence[ImageResult], category_ids: Sequence[int], iou_type: Literal["bbox", "segm"] = "bbox"
+    results: Sequence[ImageResult], category_ids: Sequence[Id | None], iou_type: Literal["bbox", "segm"] = "bbox"
 ) -> list[dict[str, Any]]:
     """One entry a detection, image by image, in the detector's order (which decides between equal scores).
 
+    Ids are those of the annotation file that is compared with. Detections of classes which it lacks are left out: no
+    id could name them, and COCO's figures leave them out too.
+
     Args:
         results: images with their detections.
-        category_ids: the data set's id of label `i` is `category_ids[i - 1]`.
+        category_ids: the file's id of label `i` is `category_ids[i - 1]`, None where it lacks the class.
         iou_type: `"bbox"` gives boxes as x, y, width, height; `"segm"` gives masks alone, because the official
             evaluator takes an object's area from its box where an entry has one.
     """
@@ -26,7 +30,10 @@ def coco_results(
     for result in results:
         rows = zip(result.labels.tolist(), result.scores.tolist(), xywh(result.boxes).tolist(), strict=True)
         for i, (label, score, box) in enumerate(rows):
-            entry: dict[str, Any] = {"image_id": result.image_id, "category_id": category_ids[label - 1]}
+            category = category_ids[label - 1]
+            if category is None:
+                continue
+            entry: dict[str, Any] = {"image_id": result.image_id, "category_id": category}
             if iou_type == "bbox":
                 entry["bbox"] = box
             elif result.masks is None:
@@ -43,7 +50,7 @@ def coco_results(
 def write_coco_results(
     path: Path,
     results: Sequence[ImageResult],
-    category_ids: Sequence[int],
+    category_ids: Sequence[Id | None],
     iou_type: Literal["bbox", "segm"] = "bbox",
 ) -> int:
     """Write `coco_results` to a file whose folder exists; gives the number of detections written."""

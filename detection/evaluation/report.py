@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from detection.batch import Id
 from detection.evaluation import plots
 from detection.evaluation.analysis import (
     MISTAKES,
@@ -58,7 +59,7 @@ FOOTER = (
 def write_evaluation(
     folder: Path,
     metric: MeanAP,
-    category_ids: Sequence[int],
+    category_ids: Sequence[Id | None],
     load_image: LoadImage | None = None,
     title: str = "Evaluation",
     facts: Mapping[str, str] | None = None,
@@ -68,7 +69,7 @@ def write_evaluation(
     Args:
         folder: made if absent; files of an earlier evaluation are replaced.
         metric: has seen all images of the split, in one process.
-        category_ids: the data set's own id of each class, for the detections.
+        category_ids: the evaluated file's id of each class, for the detections; None where it lacks the class.
         load_image: gives the pixels `(H, W, 3)` RGB of an image; without it the report has no pictures.
         title, facts: head of the report, e.g. `{"checkpoint": "best.ckpt", "split": "test"}`.
 
@@ -234,11 +235,11 @@ def _picture(
     scale = min(1.0, SHOWN_SIDE / max(height, width))
     small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])
-    name = escape(result.file_name)
+    name, number = escape(result.file_name), escape(str(result.image_id))
     return (
         f'<figure><div class="frame"><img alt="{name}" src="{_data("image/jpeg", jpeg.tobytes())}">'
         f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none">{"".join(rects)}</svg></div>'
-        f"<figcaption><b>{name}</b><br>image {result.image_id}, weight of mistakes {weight:.1f}</figcaption></figure>"
+        f"<figcaption><b>{name}</b><br>image {number}, weight of mistakes {weight:.1f}</figcaption></figure>"
     )
 
 

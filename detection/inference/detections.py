@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from detection.batch import Id
 from detection.data import rle
 from detection.visualize import draw_objects
 
@@ -79,17 +80,21 @@ class Detections:
         masks = None if self.masks is None else list(self.masks)
         return draw_objects(image, self.boxes, self.labels, self.class_names, self.scores, masks, side=side)
 
-    def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    def to_coco(self, image_id: Id, category_ids: Sequence[Id | None] | None = None) -> list[dict[str, Any]]:
         """One entry of a COCO results file for each detection.
 
         Args:
             image_id: of the data set.
-            category_ids: of the data set, one for each of `class_names`; by default the labels.
+            category_ids: of the data set, one for each of `class_names`; by default the labels. Detections of a class
+                whose id is None are left out.
         """
-        ids = category_ids or range(1, len(self.class_names) + 1)
+        ids: Sequence[Id | None] = category_ids or range(1, len(self.class_names) + 1)
         entries: list[dict[str, Any]] = []
         for i, (x1, y1, x2, y2) in enumerate(self.boxes.tolist()):
-            entry: dict[str, Any] = {"image_id": image_id, "category_id": ids[int(self.labels[i]) - 1]}
+            category = ids[int(self.labels[i]) - 1]
+            if category is None:
+                continue
+            entry: dict[str, Any] = {"image_id": image_id, "category_id": category}
             entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(self.scores[i])}
             if self.masks is not None:
                 counts = self.masks[i]["counts"]

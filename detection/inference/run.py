@@ -16,10 +16,11 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from detection.batch import Id
 from detection.data.images import LARGEST
 from detection.inference.detections import Detections
 from detection.inference.detector import Detector
-from detection.inference.sources import ANNOTATED, RESULTS, Images, Pixels, Video
+from detection.inference.sources import ANNOTATED, RESULTS, Images, Listed, Pixels, Video
 from detection.inference.tiles import Tiles
 
 DRAWN = 8000  # pixels of the longer side of the picture of an image beyond LARGEST
@@ -35,6 +36,7 @@ class Summary:
         images: how many images or frames were looked at.
         counts: detections of each class.
         problems: one line for each file that could not be read.
+        left_out: detections of each class that the source's COCO file lacks, which are in no JSON.
         notes: one line for what was read in part or in another way, or is not a picture that is read.
         folder: where the results are.
     """
@@ -43,6 +45,7 @@ class Summary:
     images: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -61,6 +64,8 @@ def predict(
 
     Writes `predictions.json`, a COCO data set whose annotations have scores (and are a COCO results list),
     `predictions.csv`, a line a detection, and pictures: images under their names in `annotated`, a video as one.
+    For the images of a COCO file the ids are those of that file, and `detections_bbox.json` (and `_segm`) are written,
+    which the official evaluator and its servers take.
 
     Args:
         detector: finds.
@@ -78,8 +83,11 @@ def predict(
     summary = Summary(folder)
     writer = _writer(folder, source) if pictures else None
     document: dict[str, Any] = {"images": [], "annotations": []}
-    pairs = zip(detector.category_ids, detector.class_names, strict=True)
-    document["categories"] = [{"id": number, "name": name} for number, name in pairs]
+    listing = source.listing if isinstance(source, Listed) else None
+    category_ids = listing.category_ids(detector.class_names) if listing else list(detector.category_ids)
+    own = dict(zip(detector.class_names, category_ids, strict=True))
+    named = listing.categories.items() if listing else zip(category_ids, detector.class_names, strict=True)
+    document["categories"] = [{"id": number, "name": name} for number, name in named]
     with _bar() as bar, (folder / RESULTS[1]).open("w", newline="") as file:
         task = bar.add_task("detecting", total=min(len(source), limit or len(source)) or limit)
         table = csv.writer(file)
@@ -89,12 +97,14 @@ def predict(
             for name, pixels, found in _detect(detector, images, batch_size, tiles, summary.notes):
                 found = found.above(score_thresh)
                 found = found.of(classes) if classes is not None else found
-                _record(document, name, found, detector.category_ids)
+                _record(document, name, found, category_ids, source.ids[name] if isinstance(source, Listed) else None)
                 table.writerows(_rows(name, found))
                 if writer is not None:
                     writer.write(name, found.draw(pixels, DRAWN if _is_huge(pixels) else None))
                 for kind in found.names:
                     summary.counts[kind] = summary.counts.get(kind, 0) + 1
+                    if own[kind] is None:
+                        summary.left_out[kind] = summary.left_out.get(kind, 0) + 1
                 summary.images += 1
                 bar.advance(task)
         except KeyboardInterrupt:
@@ -103,6 +113,8 @@ def predict(
             if writer is not None:
                 writer.close()
             (folder / RESULTS[0]).write_text(json.dumps(document, allow_nan=False))
+            if listing:
+                _write_results(folder, document["annotations"])
     summary.problems += source.problems
     summary.notes += source.notes
     return summary
@@ -145,14 +157,30 @@ def detect_tiled(detector: Detector, pixels: Pixels, tiles: Tiles, batch_size: i
     return parts[0] if len(parts) == 1 else tiles.merge(parts, windows, (height, width))
 
 
-def _record(document: dict[str, Any], name: str, found: Detections, category_ids: Sequence[int]) -> None:
-    number = len(document["images"]) + 1
-    entry = {"id": number, "file_name": name, "width": found.size[1], "height": found.size[0]}
-    document["images"].append(entry)
-    for detection in found.to_coco(number, category_ids):
-        detection |= {"id": len(document["annotations"]) + 1, "iscrowd": 0}
-        detection["area"] = detection["bbox"][2] * detection["bbox"][3]
-        document["annotations"].append(detection)
+def _record(
+    document: dict[str, Any],
+    name: str,
+    found: Detections,
+    category_ids: Sequence[Id | None],
+    image_ids: Sequence[Id] | None = None,
+) -> None:
+    """Add an image under its ids, or counted through."""
+    for number in image_ids or (len(document["images"]) + 1,):
+        entry = {"id": number, "file_name": name, "width": found.size[1], "height": found.size[0]}
+        document["images"].append(entry)
+        for detection in found.to_coco(number, category_ids):
+            detection |= {"id": len(document["annotations"]) + 1, "iscrowd": 0}
+            detection["area"] = detection["bbox"][2] * detection["bbox"][3]
+            document["annotations"].append(detection)
+
+
+def _write_results(folder: Path, detections: list[dict[str, Any]]) -> None:
+    """COCO results of boxes and of masks, each alone: beside a box, the area of a mask would be that of the box."""
+    for kind, key in (("bbox", "bbox"), ("segm", "segmentation")):
+        if kind == "bbox" or any(key in entry for entry in detections):
+            keys = ("image_id", "category_id", key, "score")
+            rows = [{name: entry[name] for name in keys} for entry in detections]
+            (folder / f"detections_{kind}.json").write_text(json.dumps(rows, allow_nan=False))
 
 
 def _rows(name: str, found: Detections) -> Iterator[list[Any]]:

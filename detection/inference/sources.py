@@ -12,7 +12,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from detection.batch import Id
+from detection.data.checks import Folder
 from detection.data.images import EXTENSIONS, UNREAD, read_image, remarks
+from detection.data.listing import read_listing
 from detection.data.records import DataError
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -58,6 +61,41 @@ class Images:
                 self.problems.append(f"{path}: there is no memory for the whole of it; cut it into smaller files")
                 continue
             yield path.absolute().relative_to(self.root).as_posix(), pixels
+
+
+class Listed(Images):
+    """The images that a COCO file lists, annotated or not (`image_info_test-dev2017.json`), under its own ids.
+
+    Args:
+        annotations: the file; it names `images` and `categories`.
+        folder: that its `file_name` are relative to, which no image may leave.
+
+    Attributes:
+        listing: what the file names.
+        ids: those of each image, by its path relative to the folder; several where the file lists it several times.
+
+    Raises:
+        DataError: the file can't be read, or an image is not there.
+    """
+
+    def __init__(self, annotations: Path, folder: Path) -> None:
+        self.listing = read_listing(annotations)
+        place, self.ids = Folder(folder), dict[str, list[Id]]()
+        for number, entry in self.listing.images.items():
+            name, where = entry.get("file_name"), f"{annotations}: image {number}"
+            if not isinstance(name, str) or not name.strip("/. "):
+                raise DataError(f"{where}: it has no file_name; add it")
+            path = place.locate(name.replace("\\", "/"), where)
+            self.ids.setdefault(path.relative_to(place.root).as_posix(), []).append(number)
+        if not self.ids:
+            raise DataError(f"{annotations}: it lists no image; pass a file that does")
+        if missing := [name for name in self.ids if not (place.root / name).is_file()]:
+            raise DataError(
+                f"{annotations}: {len(missing)} of its {len(self.ids)} images are not in {folder}, first {missing[0]}; "
+                "name the folder that holds them, or restore them"
+            )
+        super().__init__([place.root / name for name in self.ids])
+        self.root = place.root
 
 
 class Video:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,8 @@ class TestTimeAugmentation(nn.Module):
     def _merge(self, views: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         heads = next(m for m in self.detector.roi_heads.modules() if hasattr(m, "nms_thresh"))
         joined = {name: torch.cat([view[name] for view in views]) for name in views[0]}
-        keep = grouped_nms(joined["boxes"], joined["scores"], joined["labels"], float(heads.nms_thresh))  # type: ignore[arg-type]
+        nms: Any = getattr(heads, "nms", grouped_nms)
+        keep = nms(joined["boxes"], joined["scores"], joined["labels"], float(heads.nms_thresh))  # type: ignore[arg-type]
         return {name: values[keep[: int(heads.detections_per_img)]] for name, values in joined.items()}  # type: ignore[arg-type]
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import roi_align
 
 from detection import losses
-from detection.batch import Batch
+from detection.batch import Batch, pad_objects
+from detection.models.pooling import align
 from detection.parts import Detections, FeatureMaps, Losses
 from detection.recipes import recorded
 
@@ -132,11 +132,7 @@ class MaskBranch(nn.Module):
         """
         if not self.has_masks:
             return detections
-        counts = [len(detection["labels"]) for detection in detections]
-        boxes = features.maps[0].new_zeros((len(detections), max(1, *counts), 4), dtype=torch.float32)
-        labels = torch.zeros(boxes.shape[:2], dtype=torch.int64, device=boxes.device)
-        for i, detection in enumerate(detections):
-            boxes[i, : counts[i]], labels[i, : counts[i]] = detection["boxes"], detection["labels"]
+        boxes, labels, _ = pad_objects(*([d[name] for d in detections] for name in ("boxes", "labels")))
         probabilities = self.mask_logits(features, boxes, labels).sigmoid()
         return [d | {"masks": p[: len(d["labels"])]} for d, p in zip(detections, probabilities, strict=True)]
 
@@ -156,14 +152,16 @@ def project_masks(gt_masks: Tensor, windows: Tensor, index: Tensor, boxes: Tenso
     """
     masks, rows = gt_masks.flatten(0, 1)[:, None].float() / 255, index.clamp(min=0)
     window = windows.flatten(0, 1)[rows]  # (B, M, 4)
-    cells = torch.tensor([masks.shape[-1], masks.shape[-2]] * 2, dtype=torch.float32, device=boxes.device)
-    scale = cells / (window[..., 2:] - window[..., :2]).repeat(1, 1, 2)
+    extent = window[..., 2:] - window[..., :2]
+    # A number divided by a tensor would be its reciprocal times the number, which is not the same to the last bit.
+    cells = torch.stack([torch.full_like(extent[..., 0], side) for side in masks.shape[:-3:-1]], dim=-1)
+    scale = (cells / extent).repeat(1, 1, 2)
     # torchvision takes the value of pixel i to lie at i, not at i + 0.5 (RoI Align without `aligned`), in masks of the
     # image's size. To give the same, the shift is half a pixel of the image, and not of the smaller mask.
     shift = (0.5 - window[..., :2].repeat(1, 1, 2)) * scale - 0.5
     placed = torch.where(index[..., None] >= 0, boxes * scale + shift, 0.0)
     rois = torch.cat((rows[..., None].to(placed), placed), dim=-1).flatten(0, 1)
-    return roi_align(masks, rois, side, 1.0)[:, 0].view(*index.shape, side, side)
+    return align(masks, rois, side, 1.0)[:, 0].view(*index.shape, side, side)
 
 
 def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:

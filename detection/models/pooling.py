@@ -66,11 +66,11 @@ class RoIPooler(nn.Module):
     def pool(self, maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, levels: Tensor) -> Tensor:
         """As `forward`, where the maps are chosen, the boxes finite, and `levels` `(B, P)` names the map of each."""
 
-        def align(feature: Tensor, rois: Tensor, stride: int) -> Tensor:
+        def pool(feature: Tensor, rois: Tensor, stride: int) -> Tensor:
             # In float32, as autocast has it: half precision would move the regions by whole cells.
-            return roi_align(feature.float(), rois, self.output_size, 1 / stride, self.sampling_ratio, self.aligned)
+            return align(feature.float(), rois, self.output_size, 1 / stride, self.sampling_ratio, self.aligned)
 
-        return pool_by_level(align, maps, strides, boxes, levels)
+        return pool_by_level(pool, maps, strides, boxes, levels)
 
 
 @recorded
@@ -93,11 +93,24 @@ class RoIPool(nn.Module):
         """Pool the maps at boxes `(B, P, 4)` in image pixels -> `(B * P, C, o, o)`."""
         maps, strides = finest(features, self.num_levels)
         boxes = boxes.float().nan_to_num(0.0, 0.0, 0.0)
+        return pool_by_level(self.pool, maps, strides, boxes, level_indices(boxes, strides))
 
-        def pool(feature: Tensor, rois: Tensor, stride: int) -> Tensor:
-            return roi_pool(feature.float(), rois, self.output_size, 1 / stride)
+    def pool(self, feature: Tensor, rois: Tensor, stride: int) -> Tensor:
+        """One map at regions that belong to it; arguments as those of the `pool` of `pool_by_level`."""
+        return roi_pool(feature.float(), rois, self.output_size, 1 / stride)
 
-        return pool_by_level(pool, maps, strides, boxes, level_indices(boxes, strides))
+
+def align(
+    feature: Tensor, rois: Tensor, side: int, scale: float, sampling_ratio: int = 0, aligned: bool = False
+) -> Tensor:
+    """Torchvision's `roi_align` of a map `(B, C, h, w)` at rois `(R, 5)` -> `(R, C, side, side)`.
+
+    Under deterministic algorithms torchvision leaves its kernel on an accelerator for a form that holds all samples in
+    memory. Only the kernel's gradient adds up in any order, so where there is none the kernel is right.
+    """
+    if feature.requires_grad and torch.is_grad_enabled():
+        return roi_align(feature, rois, side, scale, sampling_ratio, aligned)
+    return torch.ops.torchvision.roi_align(feature, rois, scale, side, side, sampling_ratio, aligned)
 
 
 def finest(features: FeatureMaps, num_levels: int | None) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -122,11 +135,11 @@ def pool_by_level(
         levels: `(B, P)`, which of the maps is each box's.
     """
     image = torch.arange(boxes.shape[0], device=boxes.device)[:, None].expand(boxes.shape[:2]).reshape(-1, 1)
-    level = levels.reshape(-1, 1)
+    image, level = image.to(boxes), levels.reshape(-1, 1)
     pooled = torch.zeros((), dtype=maps[0].dtype, device=boxes.device)
     for i, (feature, stride) in enumerate(zip(maps, strides, strict=True)):
+        own = level == i
         # Regions of other levels take part as a single cell, which costs little and keeps the shapes fixed.
-        rois = torch.cat((image.to(boxes), boxes.flatten(0, 1) * (level == i)), dim=1)
-        part = pool(feature, rois, stride).to(feature.dtype)
-        pooled = torch.where((level == i)[..., None, None], part, pooled)
+        part = pool(feature, torch.cat((image, boxes.flatten(0, 1) * own), dim=1), stride).to(feature.dtype)
+        pooled = torch.where(own[..., None, None], part, pooled)
     return pooled

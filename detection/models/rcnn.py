@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from detection.models.backbones import Backbone, Norm, ResNetName, Trunk, efficientnet_lite0_fpn, resnet_network
+from detection.models.pooling import align
 from detection.models.roi_heads import TwoFCHead
 from detection.parts import FeatureMaps
 from detection.recipes import recorded
@@ -74,9 +74,7 @@ class RegionWarp(nn.Module):
         boxes = torch.cat((boxes[..., :2] - margin, boxes[..., 2:] + margin), dim=-1)
         index = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
         rois = torch.cat((index[:, None].to(boxes), boxes.flatten(0, 1)), dim=1)
-        return roi_align(image.float(), rois, self.output_size, 1 / features.strides[0], 0, aligned=True).to(
-            image.dtype
-        )
+        return align(image.float(), rois, self.output_size, 1 / features.strides[0], aligned=True).to(image.dtype)
 
 
 class CNNHead(nn.Module):

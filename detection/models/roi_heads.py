@@ -31,7 +31,7 @@ from detection.fitting import (
     run,
     width_of,
 )
-from detection.matching import BalancedSampler, Matcher
+from detection.matching import BalancedSampler, Matcher, spare_ignored
 from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPooler
 from detection.parts import Detections, Factory, Factory2, FeatureMaps, Losses, Proposals
@@ -176,6 +176,7 @@ class RoIHeads(MaskBranch):
         self.box_loss = box_loss or losses.SmoothL1Loss()
         self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
         self.detections_per_img, self.soft_nms_sigma = detections_per_img, soft_nms_sigma
+        self.nms: Callable[..., Tensor] = grouped_nms
 
     @property
     def num_classes(self) -> int:
@@ -223,6 +224,7 @@ class RoIHeads(MaskBranch):
         Labels are 0 for background and -1 for what is ignored; matches are those of `Matcher`.
         """
         matched_idxs = self.matcher(batch.gt_boxes, batch.gt_valid, boxes)
+        matched_idxs = spare_ignored(matched_idxs, boxes, batch.gt_ignored)
         labels = batch.gt_labels.gather(1, matched_idxs.clamp(min=0))
         return torch.where(matched_idxs >= 0, labels, torch.where(matched_idxs == -1, 0, -1)), matched_idxs
 
@@ -271,7 +273,8 @@ class RoIHeads(MaskBranch):
         boxes = losses.box_loss_of_foreground(
             self.box_loss, own, sample.boxes.flatten(0, 1), gt_boxes, foreground, self.box_coder
         )
-        classes = self.class_loss(logits.flatten(0, 1).float(), labels)
+        logits = losses.merge_unlabelled(logits.float(), sample.labels, batch.labelled)
+        classes = self.class_loss(logits.flatten(0, 1), labels)
         return classes, torch.where(foreground, boxes, 0.0), foreground
 
     def detect(self, features: FeatureMaps, proposals: Proposals, image_sizes: Tensor) -> Detections:
@@ -302,14 +305,13 @@ class RoIHeads(MaskBranch):
         """
         if self.soft_nms_sigma is not None:
             return self._soft_nms_per_class(boxes, scores, usable, self.soft_nms_sigma)
-        image, _, label = usable.nonzero(as_tuple=True)
-        boxes, scores = boxes[usable], scores[usable]
-        keep = grouped_nms(boxes, scores, image * usable.shape[2] + label, self.nms_thresh)
-        detections = []
-        for i in range(len(usable)):
-            own = keep[image[keep] == i][: self.detections_per_img]
-            detections.append({"boxes": boxes[own], "labels": label[own] + 1, "scores": scores[own]})
-        return detections
+        place = image, _, label = usable.nonzero(as_tuple=True)
+        boxes, scores = boxes[place], scores[place]
+        keep = self.nms(boxes, scores, image * usable.shape[2] + label, self.nms_thresh)
+        keep = keep[image[keep].argsort(stable=True)]  # by image, in each the best first
+        counts = (image[keep] == torch.arange(len(usable), device=image.device)[:, None]).sum(dim=1).tolist()
+        best = [own[: self.detections_per_img] for own in keep.split(counts)]
+        return [{"boxes": boxes[own], "labels": label[own] + 1, "scores": scores[own]} for own in best]
 
     def _soft_nms_per_class(
         self, boxes: Tensor, scores: Tensor, usable: Tensor, sigma: float

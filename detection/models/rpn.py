@@ -21,7 +21,7 @@ from detection.anchors import Anchors, chosen_anchors
 from detection.batch import Batch
 from detection.boxes import BoxCoder, clip_boxes, grouped_nms, is_large_enough
 from detection.fitting import PartError, check_training, expect, finish, name_of, run
-from detection.matching import BalancedSampler, Matcher
+from detection.matching import BalancedSampler, Matcher, spare_ignored
 from detection.parts import Factory2, FeatureMaps, Losses, Proposals
 from detection.recipes import recorded
 
@@ -125,20 +125,19 @@ class RegionProposalNetwork(nn.Module):
         self.box_loss = box_loss or losses.SmoothL1Loss()
         self.pre_nms_top_n, self.post_nms_top_n = dict(pre_nms_top_n), dict(post_nms_top_n)
         self.nms_thresh, self.score_thresh = nms_thresh, score_thresh
+        self.nms: Callable[..., Tensor] = grouped_nms
 
     def forward(self, features: FeatureMaps, batch: Batch, with_losses: bool) -> tuple[Proposals, Losses]:
         """Proposals from all levels and, if asked for, `loss_objectness` and `loss_rpn_box_reg`.
 
         Gradients flow through the losses only: proposals are detached (section 3.2, approximate joint training).
         """
-        objectness, deltas = self.predict(features, with_losses)
-        anchors = self.lay_anchors(features, batch)
+        objectness, by_level = self.predict(features, with_losses)
+        deltas, anchors = torch.cat(by_level, 1), torch.cat(self.lay_anchors(features, batch))
         proposals = self.propose(objectness, deltas, anchors, batch.image_sizes)
         if not with_losses:
             return proposals, {}
-        return proposals, self.losses(
-            features, torch.cat(objectness, 1), torch.cat(deltas, 1), torch.cat(anchors), batch
-        )
+        return proposals, self.losses(features, torch.cat(objectness, 1), deltas, anchors, batch)
 
     def predict(self, features: FeatureMaps, with_losses: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Objectness logits `(B, h * w * k)` and deltas `(B, h * w * k, 4)` of each level, in the anchors' order."""
@@ -154,26 +153,26 @@ class RegionProposalNetwork(nn.Module):
         return self.anchor_generator(shapes, features.strides, image_size, features.maps[0].device)
 
     @torch.no_grad()
-    def propose(
-        self, objectness: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor], image_sizes: Tensor
-    ) -> Proposals:
+    def propose(self, objectness: Sequence[Tensor], deltas: Tensor, anchors: Tensor, image_sizes: Tensor) -> Proposals:
         """The best anchors of each level, moved by their deltas and clipped, then the best of them after NMS.
 
         Args:
             objectness: logits `(B, h * w * k)` of each level.
-            deltas: `(B, h * w * k, 4)` of each level.
-            anchors: `(h * w * k, 4)` of each level.
+            deltas: `(B, A, 4)`.
+            anchors: `(A, 4)`.
             image_sizes: `(B, 2)` as (height, width).
         """
         mode = "training" if self.training else "testing"
-        boxes, logits, levels = [], [], []
-        for level, (score, delta, anchor) in enumerate(zip(objectness, deltas, anchors, strict=True)):
-            top_score, top = score.float().topk(torch.sym_min(self.pre_nms_top_n[mode], score.shape[1]), dim=1)
-            boxes.append(self.box_coder.decode(delta.gather(1, top[..., None].expand(-1, -1, 4)), anchor[top]))
-            logits.append(top_score)
+        logits, picks, levels, first = [], [], [], 0
+        for level, score in enumerate(objectness):
+            best, top = score.float().topk(torch.sym_min(self.pre_nms_top_n[mode], score.shape[1]), dim=1)
+            logits.append(best)
+            picks.append(top + first)
             levels.append(torch.full_like(top, level))
-        candidates = clip_boxes(torch.cat(boxes, dim=1), image_sizes)  # (B, T, 4)
-        scores = torch.cat(logits, dim=1).sigmoid()
+            first += score.shape[1]
+        picked, scores = torch.cat(picks, dim=1), torch.cat(logits, dim=1).sigmoid()  # (B, T)
+        boxes = self.box_coder.decode(deltas.gather(1, picked[..., None].expand(-1, -1, 4)), anchors[picked])
+        candidates = clip_boxes(boxes, image_sizes)
         # Boxes that are not finite, from diverged weights, fail the comparison too. NMS would be wrong with them.
         usable = is_large_enough(candidates, self.min_size) & (scores >= self.score_thresh)
         kept = self.suppress(candidates, scores, torch.cat(levels, dim=1), usable)
@@ -196,7 +195,7 @@ class RegionProposalNetwork(nn.Module):
         # Candidates that are not usable are padding to NMS, so that all shapes are fixed.
         groups = torch.where(usable, images * num_levels + levels, -1)
         points = torch.where(usable[..., None], boxes, 0.0)
-        keep = grouped_nms(points.flatten(0, 1), scores.flatten(), groups.flatten(), self.nms_thresh)
+        keep = self.nms(points.flatten(0, 1), scores.flatten(), groups.flatten(), self.nms_thresh)
         survives = torch.zeros(usable.numel(), dtype=torch.bool, device=boxes.device)
         return survives.scatter_(0, keep, True).view_as(usable) & usable
 
@@ -215,7 +214,10 @@ class RegionProposalNetwork(nn.Module):
             batch: for its ground truth.
         """
         matched_idxs = self.matcher(batch.gt_boxes, batch.gt_valid, anchors)  # (B, A)
+        matched_idxs = spare_ignored(matched_idxs, anchors, batch.gt_ignored)
         labels = torch.where(matched_idxs >= 0, 1, torch.where(matched_idxs == -1, 0, -1))
+        if batch.labelled is not None:
+            labels = self.spare_unlabelled(labels, objectness, batch.labelled)
         sampled, valid = self.sampler(labels, lambda: self._hardness(objectness, labels))  # (B, S)
         logits, deltas = self.take(features, objectness, deltas, sampled)
         matched = matched_idxs.gather(1, sampled)
@@ -229,6 +231,22 @@ class RegionProposalNetwork(nn.Module):
             "loss_objectness": losses.mean_over(objects, valid.flatten(), valid),
             "loss_rpn_box_reg": losses.mean_over(boxes, foreground, valid),
         }
+
+    def spare_unlabelled(self, labels: Tensor, objectness: Tensor, labelled: Tensor) -> Tensor:
+        """The labels `(B, A)` without background that may be an object of a class that nobody looked for: -1.
+
+        Which background that is, the RPN says itself: in images where not every class is labelled, anchors with an
+        objectness >= 0.5 are no background. It learns from the others, and from the foreground of all images. To draw
+        no background at all of such images would leave none in LVIS, where every image is one. On drawn images AP was
+        42.0 so, 41.1 without their background, and 40.8 with all of it.
+
+        Args:
+            labels: 1 for foreground, 0 for background, -1 for neither.
+            objectness: logits `(B, A)`.
+            labelled: `(B, C)` bool, see `Batch`.
+        """
+        likely = ~labelled.all(dim=1, keepdim=True) & (objectness.detach() >= 0)
+        return torch.where(likely & (labels == 0), -1, labels)
 
     def take(self, features: FeatureMaps, objectness: Tensor, deltas: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `(B, S)` and deltas `(B, S, 4)` of the sampled anchors, with their gradients.

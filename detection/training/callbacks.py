@@ -202,12 +202,12 @@ class Results(L.Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if "val/map" not in metrics:
             return
-        if metrics["val/map"] > self.best.get("val/map", -2.0):
+        if metrics["val/map"] > self.best.get("val/map", -1.0):  # -1: there was no object to find
             self.best = {name: value for name, value in metrics.items() if name.startswith("val/")}
             self.best_step = trainer.global_step
         shown = {"train/loss": "loss", "val/loss": "validation loss", "val/map": "mAP", "val/map_50": "AP50"}
         shown |= {"val/segm_map": "mask mAP"}
-        figures = [f"{title} {metrics[name]:.3f}" for name, title in shown.items() if name in metrics]
+        figures = [f"{title} {metrics[name]:.3f}" for name, title in shown.items() if metrics.get(name, -1.0) != -1]
         if "images/s" in metrics:
             figures.append(f"{metrics['images/s']:.1f} images/s")
         if trainer.is_global_zero:

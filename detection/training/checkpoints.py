@@ -14,10 +14,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
 
 from detection.recipes import blame, describe, packages_of
 
@@ -253,13 +255,28 @@ def _sync_folder(folder: Path) -> None:
 
 
 class KeepBest(ModelCheckpoint):
-    """`best.ckpt` by validation mAP; a run whose folder was moved still knows which was the best."""
+    """`best.ckpt` by validation mAP; a run whose folder was moved still knows which was the best.
+
+    Where validation had no object that counts, so that mAP is -1, nothing is the best, and the log says so once.
+    """
 
     def __init__(self, folder: Path) -> None:
         options = {"auto_insert_metric_name": False, "enable_version_counter": False}  # no slash, no best-v1.ckpt
         # Not at the end of the epoch, or the `last.ckpt` of the validation would not know of it
         options["save_on_train_epoch_end"] = False
         super().__init__(folder, Path(BEST).stem, monitor="val/map", mode="max", **options)  # type: ignore[arg-type]
+        self._said = False
+
+    def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
+        """Whether the figure, which all ranks have alike, makes a checkpoint the best."""
+        if current is None or current >= 0:
+            return super().check_monitor_top_k(trainer, current)
+        if not self._said and trainer.is_global_zero:
+            log.warning(
+                "the validation images have no object that counts, so no %s is kept; %s is the newest", BEST, LAST
+            )
+        self._said = True
+        return False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         def moved(path: str) -> str:

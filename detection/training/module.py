@@ -21,7 +21,7 @@ from detection.drift import present_recipe
 from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.results import encode_masks
 from detection.interop.files import take_sizes
-from detection.models.fast import accelerate
+from detection.models.fast import REPEATABLE, accelerate, exchange
 from detection.models.masks import paste_masks
 from detection.models.transform import ImageTransform
 from detection.models.two_stage import FasterRCNN
@@ -177,7 +177,8 @@ class DetectionModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse to learn masks from data that is read without them; compile what is to be trained."""
-        settings = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+        data = getattr(self.trainer, "datamodule", None)
+        settings, self.metric.frequencies = getattr(data, "hparams", {}), getattr(data, "frequencies", None)
         choose_precision(self.trainer)
         if stage == "fit":
             self._describe_detector(settings)
@@ -187,6 +188,8 @@ class DetectionModule(L.LightningModule):
         for part in list(self.detector.modules()):  # itself, or one inside it, as in test-time augmentation
             if self.fast and isinstance(part, FasterRCNN):
                 accelerate(part, self.trainer.strategy.root_device)
+        if torch.are_deterministic_algorithms_enabled() and self.trainer.strategy.root_device.type != "cpu":
+            exchange(self.detector, REPEATABLE)  # also in place of plain parts, which torchvision refuses to run
         if self.compiled and stage == "fit":
             compile_parts(self.detector)
 
@@ -194,12 +197,10 @@ class DetectionModule(L.LightningModule):
         """Let checkpoints have the detector as it is: with its data's sizes, and with changes since it was built."""
         transform = getattr(self.detector, "transform", None)
         if isinstance(transform, ImageTransform) and {"min_size", "max_size"} <= data.keys():
-            before = (transform.min_size, transform.max_size)
+            before = f"{transform.min_size} and {transform.max_size}"
             if take_sizes(self.detector, data["min_size"], data["max_size"]):
-                now = (transform.min_size, transform.max_size)
-                log.warning(
-                    "images are resized as the data says, min_size and max_size %s; the detector had %s", now, before
-                )
+                now = f"{transform.min_size} and {transform.max_size}"
+                log.warning("images are resized as the data says, to %s; the detector had %s", now, before)
         if isinstance(self.detector, FasterRCNN):
             try:
                 recipe = present_recipe(self.detector)

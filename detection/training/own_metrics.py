@@ -93,13 +93,15 @@ def plain(result: ImageResult) -> tuple[Plain, Plain]:
 
     Returns:
         `boxes` `(D, 4)`, `scores`, `labels` and, where there are masks, `masks` `(D, h, w)` bool; and `boxes` `(N, 4)`,
-        `labels`, `iscrowd`, `area`, `image_id` and `masks`.
+        `labels`, `iscrowd`, `area`, `masks`, and `image_id` unless it is text or larger than a tensor can hold.
     """
     preds = {"boxes": result.boxes, "scores": result.scores, "labels": result.labels}
     found = {name: torch.from_numpy(value) for name, value in preds.items()}
     target = {"boxes": result.gt_boxes, "labels": result.gt_labels, "area": result.gt_areas}
     truth = {name: torch.from_numpy(value) for name, value in target.items()}
-    truth |= {"iscrowd": torch.from_numpy(result.gt_iscrowd).long(), "image_id": torch.tensor(result.image_id)}
+    truth["iscrowd"] = torch.from_numpy(result.gt_iscrowd).long()
+    if isinstance(result.image_id, int) and abs(result.image_id) < 2**63:
+        truth["image_id"] = torch.tensor(result.image_id)
     if result.masks is not None and result.gt_masks is not None:
         found["masks"], truth["masks"] = (_dense(masks, result.size) for masks in (result.masks, result.gt_masks))
     return found, truth

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from detection.benchmarks.speed import contenders
+from detection.benchmarks.speed import contenders, measure_forms
 from detection.benchmarks.stages import Stopwatch, measure_stages
 
 
@@ -63,3 +63,12 @@ def test_all_that_are_timed_find_the_same() -> None:
 def test_few_classes_and_many_boxes_can_be_timed() -> None:
     for step in contenders("train", "efficientnet_lite0", 64, 1, False, "cpu", objects=30, classes=2).values():
         step()
+
+
+@pytest.mark.slow
+def test_each_quick_form_is_left_out_once() -> None:
+    rows = measure_forms("efficientnet_lite0", 64, 1, False, 1, "cpu")
+    assert [row["forms"] for row in rows] == [
+        "torchvision", "ours", "without GatherPooler", "without SparseRPN", "without TrimmedRoIHeads",
+    ]  # fmt: skip
+    assert all(row["train_ms"] > 0 for row in rows)

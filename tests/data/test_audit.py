@@ -16,9 +16,10 @@ from torchvision.ops import box_iou
 from detection import anchors
 from detection.cli.advice import grid_of
 from detection.data.anchor_fit import Boxes, Grid, best_iou, covers, propose, recall
-from detection.data.audit import Audit, audit, find_splits, look_across, statistics
+from detection.data.audit import Audit, audit, look_across, splits_in, statistics
 from detection.data.audit_report import picture_sheet
 from detection.data.coco import read_coco
+from detection.data.finding import find
 from detection.data.records import DataError
 from detection.data.voc import read_voc
 
@@ -86,7 +87,7 @@ def dataset(root: Path) -> Path:
 
 
 def look(root: Path) -> Audit:
-    (found,) = (audit(name, read) for name, read in find_splits(root, "coco", None, None, None).items())
+    (found,) = (audit(name, read) for name, read in splits_in(find(root)).items())
     return found
 
 
@@ -142,7 +143,7 @@ def test_images_in_two_coco_splits_are_noted_by_content(tmp_path: Path) -> None:
     val["annotations"] = [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [5, 5, 30, 20]}]
     val["images"].append({"id": 8, "file_name": "extra.png", "width": 80, "height": 60})
     (root / "val.json").write_text(json.dumps(val))
-    audits = [audit(name, read) for name, read in find_splits(root, "coco", None, None, None).items()]
+    audits = [audit(name, read) for name, read in splits_in(find(root)).items()]
     before = len(audits[-1].defects)
     look_across(audits)
     (found,) = audits[-1].defects[before:]
@@ -153,7 +154,7 @@ def test_images_in_two_coco_splits_are_noted_by_content(tmp_path: Path) -> None:
 def test_overlap_of_the_lists_of_cells(shared_data: Path) -> None:
     """611 entries for 356 files; the counts are those of `comm -12` on the sorted lists."""
     audits = []
-    for name, read in find_splits(shared_data / "cells", None).items():
+    for name, read in splits_in(find(shared_data / "cells")).items():
         files = [record.file_name for record in read().records]
         audits.append(Audit(name, None, [], contents=dict(zip(files, files, strict=True))))
     look_across(audits)

@@ -123,8 +123,9 @@ def test_ids_in_any_spelling(tmp_path: Path) -> None:
     for annotation in data["annotations"]:
         annotation["image_id"] = "left"
     index = read_coco(write(tmp_path, data), "gt.json")
-    assert [record.image_id for record in index.records] == [0, 1] and len(index.records[0].boxes) == 2
-    assert "ids are not whole numbers" in problems(index)[0]
+    assert [record.image_id for record in index.records] == ["left", 7] and len(index.records[0].boxes) == 2
+    assert "some ids are numbers, some text" in problems(index)[0]
+    assert "pycocotools can't sort them" in index.defects[0].fix
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_bad_requests_fail_before_training(shared_data: Path, tmp_path: Path) ->
     with pytest.raises(ValueError, match="needs root"):
         DetectionDataModule(format="coco")
     with pytest.raises(DataError, match="RBCs"):
-        _ = DetectionDataModule(root=str(shared_data / "bccd"), format="voc", classes=["RBCs"]).class_names
+        DetectionDataModule(root=str(shared_data / "bccd"), format="voc", classes=["RBCs"]).setup("fit")
     with pytest.raises(DataError, match="nowhere"):
         DetectionDataModule(root=str(tmp_path / "nowhere"), format="coco").setup("fit")
 

@@ -238,3 +238,13 @@ def test_what_nobody_reads_is_named(tmp_path: Path) -> None:
     assert "HEIC is not read" in said["broken", "images/train/a.heic"]
     assert "1 pictures are .psd, a kind that is not read" in said["note", "images/train/z.psd"]
     assert "hidden folders are not read" in said["note", "images/.ipynb_checkpoints"]
+
+
+def test_a_polygon_far_away_is_named_and_not_filled(shared_data: Path) -> None:
+    """A coordinate of 1e12 would be rasterised for minutes."""
+    split = find(shared_data / "wild" / "c_rle").stage("train")
+    assert split is not None
+    index = split.read(None, True)
+    assert index.records[0].segments == [None, None]
+    assert any("1 of its polygons lie far outside the image" in defect.problem for defect in index.defects)
+    assert_on_pixels(index)

@@ -1,8 +1,10 @@
-"""`scripts/evaluate.py` gives the figures that training logged, from nothing but the checkpoint."""
+"""`scripts/evaluate.py`: the figures that training logged, those of other data, and those of a results file."""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,14 @@ import cv2
 import lightning as L
 import numpy as np
 import pytest
+import torch
 
-from detection import maskrcnn_efficientnet_lite0_fpn
+from detection import Detector, maskrcnn_efficientnet_lite0_fpn
+from detection.cli.evaluate import evaluate
+from detection.data.coco import read_coco
 from detection.data.datamodule import DetectionDataModule
+from detection.data.records import DataError
+from detection.data.writers import write_voc
 from detection.training.module import DetectionModule
 from detection.training.optimisation import CosineSchedule
 
@@ -85,6 +92,157 @@ def test_figures_are_those_of_training(trained, pycoco):
         assert own == pytest.approx(official, abs=1e-6) and len(own) == 12
     assert f"report: {out / 'report.html'}" in done.stdout
     assert (out / "report.html").is_file()
+
+
+def report_of(folder):
+    return json.loads((folder / "figures.json").read_text())["figures"]
+
+
+def elsewhere(trained, folder, ids=(5, 3)):
+    """The same images and objects in another folder, whose file numbers and orders everything otherwise."""
+    content = json.loads((trained / "objects.json").read_text())
+    for image in content["images"]:
+        (folder / "pictures").mkdir(exist_ok=True)
+        shutil.copy(trained / image["file_name"], folder / "pictures")
+        image["id"] += 2**40
+    other = {7: ids[0], 90: ids[1]}
+    for item in content["annotations"]:
+        item |= {"image_id": item["image_id"] + 2**40, "category_id": other[item["category_id"]]}
+    content["categories"] = [{"id": other[c["id"]], "name": c["name"]} for c in reversed(content["categories"])]
+    content["categories"].append({"id": 99, "name": "red"})
+    (folder / "other.json").write_text(json.dumps(content))
+    return folder / "other.json"
+
+
+@pytest.mark.slow
+def test_other_data_needs_nothing_of_the_training_data(trained, pycoco, tmp_path):
+    folder, logged = trained
+    file = elsewhere(folder, tmp_path)
+    ckpt = tmp_path / "moved.ckpt"
+    shutil.copy(folder / "last.ckpt", ckpt)
+    hidden = folder.with_name("hidden")
+    folder.rename(hidden)  # the training data is not there
+    try:
+        done = run("--ckpt", ckpt, "--root", tmp_path, "--annotations", "other.json", "--images", "pictures",
+                   "--accelerator", "cpu")  # fmt: skip
+    finally:
+        hidden.rename(folder)
+    assert done.returncode == 0, done.stderr
+    figures = report_of(tmp_path / "evaluation_other")
+    assert {name: figures[name] for name in logged} == pytest.approx(logged, abs=1e-6)
+    for kind in ("bbox", "segm"):
+        path = tmp_path / "evaluation_other" / f"detections_{kind}.json"
+        assert {entry["category_id"] for entry in json.loads(path.read_text())} == {3, 5}
+        official = pycoco(str(file), str(path), kind)["figures"]
+        own = {name.removeprefix(f"{kind}_"): value for name, value in figures.items() if name.startswith(kind)}
+        assert own == pytest.approx(official, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_figures_of_one(trained, tmp_path):
+    folder, _ = trained
+    found = []
+    for devices in (1, 2):
+        # Five a batch of twelve images: the shares of the processes are padded by an image that counts once.
+        out = tmp_path / str(devices)
+        done = run("--ckpt", folder / "last.ckpt", "--accelerator", "cpu", "--devices", devices, "--output", out,
+                   "--batch_size", 5)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("report:") == 1
+        entries = json.loads((out / "detections_bbox.json").read_text())
+        found.append(
+            (report_of(out), sorted((e["image_id"], e["category_id"], *np.round(e["bbox"], 2)) for e in entries))
+        )
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-6) and found[0][0]["bbox_map_50"] > 0
+    assert len(found[0][1]) == len(found[1][1])
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=0.02)
+
+
+@pytest.mark.slow
+def test_data_in_another_format(trained, tmp_path):
+    folder, logged = trained
+    index = read_coco(folder, "objects.json")
+    write_voc(index, tmp_path, "final")
+    done = run("--ckpt", folder / "last.ckpt", "--accelerator", "cpu", "--root", tmp_path, "--format", "voc", "--split",
+               "final", "--output", tmp_path / "out", "--masks", "false")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = report_of(tmp_path / "out")
+    assert figures["map_50"] == pytest.approx(logged["bbox_map_50"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_other_loaders_takes_named_data_alone(trained, tmp_path):
+    folder, _ = trained
+    content = torch.load(folder / "last.ckpt", weights_only=True)
+    content["datamodule_hyper_parameters"] = {"root": "elsewhere"}  # of a data module that is not ours
+    torch.save({key: value for key, value in content.items() if key != "sums"}, tmp_path / "other.ckpt")
+    with pytest.raises(DataError, match="trained with loaders that can't be made again; name data: --annotations"):
+        evaluate(tmp_path / "other.ckpt", accelerator="cpu")
+    evaluate(tmp_path / "other.ckpt", annotations=folder / "objects.json", accelerator="cpu", batch_size=1)
+    entries = json.loads((tmp_path / "evaluation_objects" / "detections_bbox.json").read_text())
+    best = max((entry for entry in entries if entry["image_id"] == 103), key=lambda entry: entry["score"])
+    found = Detector.from_checkpoint(tmp_path / "other.ckpt", "cpu")(folder / "3.png")  # in the model's own size, too
+    x1, y1, x2, y2 = found.boxes[0].tolist()
+    assert best["score"] == pytest.approx(float(found.scores[0]), abs=1e-5)
+    assert best["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=1e-2)
+
+
+def test_a_results_file_alone(tmp_path, pycoco, capsys):
+    rng = np.random.default_rng(0)
+    gt = {"images": [], "annotations": [], "categories": [{"id": 9, "name": "a"}, {"id": 4, "name": "b"}]}
+    dt = []
+    for image in ("x", "y<b>", "z"):
+        gt["images"].append({"id": image, "file_name": f"{image[0]}.png", "width": 64, "height": 48})
+        cv2.imwrite(str(tmp_path / f"{image[0]}.png"), rng.integers(0, 255, (48, 64, 3), np.uint8))
+        for category in (9, 4, 9):
+            box = [*rng.uniform(0, 20, 2), *rng.uniform(5, 20, 2)]
+            item = {"image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+            gt["annotations"].append(item | {"id": len(gt["annotations"]) + 1})
+            moved = (np.array(box) + rng.normal(0, 1.5, 4)).clip(0.5).tolist()
+            dt.append({"image_id": image, "category_id": category, "bbox": moved, "score": float(rng.random())})
+    dt.append(dt[4] | {"bbox": [40, 30, 10, 10], "score": 0.99})
+    (tmp_path / "gt.json").write_text(json.dumps(gt))
+    (tmp_path / "dt.json").write_text(json.dumps(dt))
+    evaluate(results=tmp_path / "dt.json", annotations=tmp_path / "gt.json", images=tmp_path)
+    official = pycoco(gt, dt)
+    out = tmp_path / "evaluation_dt"
+    assert report_of(out) == pytest.approx(official["figures"], abs=1e-12) and official["figures"]["map"] > 0.05
+    printed = capsys.readouterr().out
+    for k, name in enumerate("ba"):
+        assert f"  {name}{official['precision'][:, :, k, 0, 2].mean():8.4f}" in printed
+    page = (out / "report.html").read_text()
+    assert "image y&lt;b&gt;" in page and "y<b>" not in page and page.count("data:image/jpeg") >= 1
+    assert json.loads((out / "detections_bbox.json").read_text())[0]["image_id"] == "x"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({}, "name what to evaluate: --ckpt, a checkpoint, or --results"),
+        ({"ckpt": "a", "results": "b"}, "name what to evaluate"),
+        ({"results": "dets.json"}, "dets.json: name the COCO file"),
+        ({"results": "nowhere.json", "annotations": "none.json"}, "none.json: the annotation file is missing"),
+    ],
+)
+def test_what_is_missing_is_said(flags, sentence):
+    with pytest.raises(DataError, match=re.escape(sentence)):
+        evaluate(**{name: Path(value) for name, value in flags.items()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"split": "minival"}, "the training data has no split 'minival', but val and test"),
+        ({"images": Path("pictures")}, "--images goes with --annotations"),
+        ({"format": "voc"}, "data of format voc needs --root"),
+        ({"format": "yolo", "annotations": Path("x.json")}, "leave one of them out"),
+        ({"annotations": Path("x.json")}, "x.json: the annotation file is missing"),
+    ],
+)
+def test_data_that_is_named_badly_is_refused(trained, flags, sentence):
+    with pytest.raises(DataError, match=re.escape(sentence)):
+        evaluate(trained[0] / "last.ckpt", accelerator="cpu", **flags)
 
 
 @pytest.mark.slow

@@ -178,7 +178,7 @@ def fit(tmp_path: Path, data: list[str]) -> Fit:
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The flags for a small data set of drawn scenes."""
     root = scenes.draw(tmp_path_factory.mktemp("scenes"), train=8, val=3)
-    flags = ["--data.format", "coco", "--data.root", str(root)]
+    flags = ["--name", "quickstart", "--data.format", "coco", "--data.root", str(root)]
     for split, (file, images) in scenes.SPLITS.items():
         flags += [f"--data.{split}_split", file, f"--data.{split}_images", images]
     return flags

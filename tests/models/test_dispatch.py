@@ -18,9 +18,11 @@ from torch.utils._pytree import tree_iter
 
 from detection.batch import Batch
 from detection.losses import GIoULoss
-from detection.models import fast, roi_heads, rpn, zoo
+from detection.models import fast, roi_heads, zoo
 from detection.models.fast.fast_pooling import GatherPooler
+from detection.models.fast.sparse_rpn import SparseRPN
 from detection.models.pooling import RoIPooler
+from detection.models.rpn import RegionProposalNetwork
 from detection.models.two_stage import FasterRCNN
 from detection.parts import FeatureMaps, Proposals
 
@@ -67,17 +69,20 @@ class Watch(TorchDispatchMode):
 
 
 @contextmanager
-def watching() -> Iterator[Watch]:
-    """Watch everything but `grouped_nms`, wherever the model calls it."""
+def watching(model: FasterRCNN) -> Iterator[Watch]:
+    """Watch everything but NMS, wherever the model calls it."""
     watch = Watch()
-    suppress, to_list, to_numpy = rpn.grouped_nms, Tensor.tolist, Tensor.numpy
+    to_list, to_numpy = Tensor.tolist, Tensor.numpy
 
-    def allowed(*args: Any) -> Tensor:
-        watch.allowed = True
-        try:
-            return suppress(*args)
-        finally:
-            watch.allowed = False
+    def allowing(nms: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allowed(*args: Any) -> Tensor:
+            watch.allowed = True
+            try:
+                return nms(*args)
+            finally:
+                watch.allowed = False
+
+        return allowed
 
     def spied(read: Callable[..., Any], name: str) -> Callable[..., Any]:
         """On the CPU these two read the memory without any operation that could be watched."""
@@ -92,8 +97,9 @@ def watching() -> Iterator[Watch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "tolist", spied(to_list, "tolist"))
         patch.setattr(Tensor, "numpy", spied(to_numpy, "numpy"))
-        patch.setattr(rpn, "grouped_nms", allowed)
-        patch.setattr(roi_heads, "grouped_nms", allowed)
+        for part in model.modules():
+            if hasattr(part, "nms"):
+                patch.setattr(part, "nms", allowing(part.nms))
         with watch:
             yield watch
 
@@ -146,10 +152,10 @@ def test_a_training_step_depends_on_no_value(
 ) -> None:
     model = BUILDERS[builder]().train()
     # On the CPU places that nothing fills are counted, and so read, to leave them out: that is not looked at here.
-    monkeypatch.setattr(fast, "ON_CPU", {RoIPooler: GatherPooler})
+    monkeypatch.setattr(fast, "ON_CPU", {RoIPooler: GatherPooler, RegionProposalNetwork: SparseRPN})
     if form != "plain":
         fast.accelerate(model, "cpu" if form == "gather" else "cuda")
-    with watching() as watch:
+    with watching(model) as watch:
         losses, detections = model.run(make_batch(objects), with_losses=True, with_detections=False)
         torch.stack(list(losses.values())).sum().backward()
     assert not watch.dependent, f"data-dependent operations: {dict(watch.dependent)}"
@@ -207,13 +213,13 @@ def test_the_watch_notices(spy: str, small: FasterRCNN, monkeypatch: pytest.Monk
         return sample(features, proposals, batch)
 
     monkeypatch.setattr(model.roi_heads, "sample", spoilt)
-    with watching() as watch:
+    with watching(model) as watch:
         model.run(make_batch(), with_losses=True, with_detections=False)
     assert watch.dependent[name] > 0
 
 
 def test_the_watch_notices_what_the_backward_pass_does(small: FasterRCNN) -> None:
-    with watching() as watch:
+    with watching(small) as watch:
         losses, _ = small.run(make_batch(), with_losses=True, with_detections=False)
         assert not watch.dependent
         Peek.apply(torch.stack(list(losses.values())).sum()).backward()

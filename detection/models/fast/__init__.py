@@ -7,49 +7,77 @@ A quick form takes the place of exactly one plain class, so that a part of your 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 
+from detection.boxes import grouped_nms, nms_apart
 from detection.fitting import trial
 from detection.models.cascade import CascadeRoIHeads
-from detection.models.fast.fast_pooling import CanvasPooler, GatherPooler
+from detection.models.fast.fast_pooling import CanvasPooler, GatherPool, GatherPooler
 from detection.models.fast.folding import fold_for_good, fold_frozen_norms
 from detection.models.fast.on_cpu import ImageByImage, TrimmedCascade, TrimmedRoIHeads
 from detection.models.fast.packing import pack
 from detection.models.fast.sparse_rpn import SparseRPN
 from detection.models.norms import freeze_norms
-from detection.models.pooling import RoIPooler
+from detection.models.pooling import RoIPool, RoIPooler
 from detection.models.roi_heads import RoIHeads
 from detection.models.rpn import RegionProposalNetwork, RPNHead
 from detection.models.two_stage import TwoStageDetector
 from detection.parts import FeatureMaps
 
-Twins = dict[type[nn.Module], type[nn.Module]]
-ON_CPU: Twins = {RoIPooler: GatherPooler, RoIHeads: TrimmedRoIHeads, CascadeRoIHeads: TrimmedCascade}
-ON_ACCELERATOR: Twins = {RoIPooler: CanvasPooler}
+Forms = Mapping[Any, Any]  # a plain class or function, and the quick one
+ON_CPU: Forms = {
+    RoIPooler: GatherPooler,
+    RegionProposalNetwork: SparseRPN,
+    RoIHeads: TrimmedRoIHeads,
+    CascadeRoIHeads: TrimmedCascade,
+}
+ON_ACCELERATOR: Forms = {RoIPooler: CanvasPooler, RegionProposalNetwork: SparseRPN, grouped_nms: nms_apart}
+# Where PyTorch is to be deterministic: the gradients of RoI Align and RoI Pool as sums in a fixed order.
+REPEATABLE: Forms = {RoIPooler: GatherPooler, RoIPool: GatherPool}
 
 
-def accelerate(detector: TwoStageDetector, device: torch.device | str) -> TwoStageDetector:
-    """Replace plain parts of a detector by the quick forms for a device.
+def forms_for(device: torch.device | str) -> Forms:
+    """What takes the place of what on a device.
+
+    Whether PyTorch is to be deterministic counts at this moment (`torch.use_deterministic_algorithms`, which
+    `trainer.deterministic` sets).
+    """
+    if torch.device(device).type == "cpu":  # deterministic as it is
+        return ON_CPU
+    return {**ON_ACCELERATOR, **REPEATABLE} if torch.are_deterministic_algorithms_enabled() else ON_ACCELERATOR
+
+
+def accelerate(detector: TwoStageDetector, device: torch.device | str, forms: Forms | None = None) -> TwoStageDetector:
+    """Replace plain parts of a detector by the quick forms for a device, and fold its frozen normalisation.
 
     Parameters and buffers, and their names, stay the same. Doing it again changes nothing.
 
     Args:
         detector: changed in place.
         device: where it will run.
+        forms: in the place of `forms_for(device)`, for a measurement of each.
     """
     _fold(detector)
-    twins = ON_CPU if torch.device(device).type == "cpu" else ON_ACCELERATOR
+    exchange(detector, forms_for(device) if forms is None else forms)
+    return detector
+
+
+def exchange(detector: nn.Module, forms: Forms) -> None:
+    """Replace plain parts, and their NMS, in place."""
     made: dict[int, nn.Module] = {}  # a part that several others hold stays one object
     for parent in list(detector.modules()):
         for name, child in list(parent.named_children()):
-            kind = SparseRPN if _has_plain_head(child) else twins.get(type(child))
-            if kind is not None:
+            kind = forms.get(type(child))
+            if kind is not None and (kind is not SparseRPN or type(child.head) is RPNHead):
                 setattr(parent, name, made.setdefault(id(child), _as(child, kind)))
-    return detector
+    for part in detector.modules():
+        if isinstance(part, RegionProposalNetwork | RoIHeads):
+            part.nms = forms.get(part.nms, part.nms)
 
 
 def for_inference(detector: TwoStageDetector, device: torch.device | str | None = None) -> TwoStageDetector:
@@ -76,10 +104,6 @@ def _as(part: Any, kind: Any) -> Any:
     twin = kind.__new__(kind)
     twin.__dict__ = dict(part.__dict__)
     return twin
-
-
-def _has_plain_head(part: nn.Module) -> bool:
-    return type(part) is RegionProposalNetwork and type(part.head) is RPNHead
 
 
 def _fold(detector: TwoStageDetector) -> None:

@@ -12,12 +12,15 @@ Shape shorthand:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from detection.kept import table
+from detection.models.fast.fast_pooling import all_cells, sides
 from detection.models.rpn import RegionProposalNetwork, RPNHead
 from detection.parts import FeatureMaps
 
@@ -46,10 +49,8 @@ def head_at(head: RPNHead, maps: Sequence[Tensor], anchors: Tensor) -> tuple[Ten
         anchors: `(B, S)` int64 into A.
     """
     per_cell = head.bbox_pred.out_channels // 4
-    shapes = [(feature.shape[-2], feature.shape[-1]) for feature in maps]
-    level, row, column = _cells(anchors // per_cell, shapes)
     reach = len(head.conv)  # cells that the convolutions see to each side
-    hidden, exists = _patches(maps, shapes, level, row, column, reach)
+    hidden, exists = _patches(maps, *_cells(head, anchors // per_cell, maps), reach)
     for layer in head.conv:
         conv: Any = layer[0]  # type: ignore[index]
         # Beyond the edge of a map a convolution reads zeros. The one before it gave something else there: its bias.
@@ -62,36 +63,34 @@ def head_at(head: RPNHead, maps: Sequence[Tensor], anchors: Tensor) -> tuple[Ten
     return logits, deltas.view(*anchors.shape, 4)
 
 
-def _patches(
-    maps: Sequence[Tensor], shapes: Sequence[tuple[int, int]], level: Tensor, row: Tensor, column: Tensor, reach: int
-) -> tuple[Tensor, Tensor]:
+def _cells(head: RPNHead, cells: Tensor, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Where cells `(B, S)` are that are numbered through all levels, finest first.
+
+    Returns:
+        The map of each, `(4, B, S)` int64: its height, its width, its first row in `all_cells`, and its first cell
+        among those of one image; and the row and column in that map, `(2, B, S)`.
+    """
+    widths, heights = sides(maps)
+    first = tuple(accumulate((h * w for h, w in zip(heights, widths, strict=True)), initial=0))[:-1]
+    facts = table(head, (heights, widths, tuple(len(maps[0]) * n for n in first), first), cells.device)
+    level = facts[:, torch.bucketize(cells, facts[3, 1:], right=True)]
+    within = cells - level[3]
+    return level, torch.stack((within // level[1], within % level[1]))
+
+
+def _patches(maps: Sequence[Tensor], level: Tensor, place: Tensor, reach: int) -> tuple[Tensor, Tensor]:
     """A patch around each of the cells, `(R, C, n, n)`, and which of its cells lie on the map, bool `(R, 1, n, n)`.
 
     Args:
         maps: `(B, C, h, w)` of each level.
-        shapes: `(h, w)` of each level.
-        level, row, column: `(B, S)` int64 of each cell.
+        level, place: of each cell, see `_cells`.
         reach: cells to each side, n = 2 * reach + 1.
     """
-    steps = torch.arange(-reach, reach + 1, device=row.device)
-    rows, columns = row[..., None] + steps, column[..., None] + steps  # (B, S, n)
-    patches, exists = maps[0].new_zeros(()), torch.zeros(1, dtype=torch.bool, device=row.device)
-    for i, (feature, (height, width)) in enumerate(zip(maps, shapes, strict=True)):
-        inside = [(place >= 0) & (place < size) for place, size in ((rows, height), (columns, width))]
-        own = (inside[0][..., :, None] & inside[1][..., None, :]) & (level == i)[..., None, None]  # (B, S, n, n)
-        image = torch.arange(len(feature), device=row.device)[:, None, None, None]
-        cell = (image * height + rows[..., :, None]) * width + columns[..., None, :]
-        values = F.embedding(torch.where(own, cell, 0).flatten(0, 1), feature.permute(0, 2, 3, 1).flatten(0, 2))
-        own = own.flatten(0, 1)[..., None]  # (R, n, n, 1)
-        patches, exists = patches + values * own, exists | own
-    return patches.permute(0, 3, 1, 2), exists.permute(0, 3, 1, 2)
-
-
-def _cells(cells: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Level, row and column, each `(B, S)`, of cells `(B, S)` that are numbered through all levels, finest first."""
-    counts = [height * width for height, width in shapes]
-    starts = torch.tensor([0, *counts], device=cells.device).cumsum(0)
-    level = torch.bucketize(cells, starts[1:-1], right=True)
-    within = cells - starts[level]
-    width = torch.tensor([width for _, width in shapes], device=cells.device)[level]
-    return level, within // width, within % width
+    height, width, first = level[:3, ..., None, None]  # (B, S, 1, 1)
+    steps = torch.arange(-reach, reach + 1, device=place.device)
+    row, column = place[0, ..., None, None] + steps[:, None], place[1, ..., None, None] + steps
+    exists = (row >= 0) & (row < height) & (column >= 0) & (column < width)  # (B, S, n, n)
+    image = torch.arange(len(place[0]), device=place.device)[:, None, None, None]
+    cell = torch.where(exists, first + (image * height + row) * width + column, 0).flatten(0, 1)
+    exists = exists.flatten(0, 1)[:, None]
+    return F.embedding(cell, all_cells(maps)).permute(0, 3, 1, 2) * exists, exists

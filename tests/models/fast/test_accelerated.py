@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from detection.batch import Batch
+from detection.models import fast
 from detection.models.backbones import resnet_fpn
 from detection.models.compose import cascade_rcnn, fast_rcnn, faster_rcnn, mask_rcnn
 from detection.models.fast import accelerate
-from detection.models.fast.fast_pooling import CanvasPooler, GatherPooler
+from detection.models.fast.fast_pooling import CanvasPooler, GatherPool, GatherPooler
 from detection.models.fast.folding import FoldedConv2d, FoldedNorm
 from detection.models.fast.on_cpu import TrimmedCascade, TrimmedRoIHeads
 from detection.models.fast.sparse_rpn import SparseRPN
 from detection.models.masks import MaskHead
-from detection.models.pooling import RoIPooler
+from detection.models.pooling import RoIPool, RoIPooler
 from detection.models.relatives import rcnn_resnet
 from detection.models.roi_heads import RoIHeads, TwoFCHead
 from detection.models.rpn import RegionProposalNetwork
@@ -152,6 +153,37 @@ def test_a_step_has_the_losses_and_gradients_of_the_plain_detector(name: str, de
     for key, gradient in wanted_gradients.items():
         difference = float((gradients[key] - gradient).norm() / gradient.norm().clamp(min=1e-3))
         assert difference < 1e-5, f"{key}: {difference:.1e}"
+
+
+@pytest.mark.parametrize("name", [*DETECTORS, "Fast R-CNN with RoI Pool"])
+def test_what_runs_where_pytorch_is_deterministic_repeats_and_learns_the_same(name: str) -> None:
+    """The forms for an accelerator, here. Gradients with weights and maps in float64, as above."""
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        forms = fast.forms_for("cuda")
+        for form in (None, forms, forms):
+            model = make(name.removesuffix(" with RoI Pool"))
+            if name.endswith("RoI Pool"):
+                model.roi_heads.box_roi_pool = RoIPool()
+            model.double()
+            if form is not None:
+                accelerate(model, "cuda", form)
+                kinds = {type(part) for part in model.modules()}
+                assert not kinds & set(form) and (kinds & {GatherPooler, GatherPool} or name == "R-CNN")
+            torch.manual_seed(1)
+            losses, _ = model.train().run(make_batch(0), with_losses=True, with_detections=False)
+            torch.stack(list(losses.values())).sum().backward()
+            gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            results.append(losses | gradients)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    wanted, found, again = results
+    assert wanted.keys() == found.keys() == again.keys()
+    for key, value in wanted.items():
+        assert torch.equal(found[key], again[key]), key
+        difference = (found[key] - value).detach().norm() / value.detach().norm().clamp(min=1e-3)
+        assert float(difference) < 1e-5, key
 
 
 @pytest.mark.parametrize("device", DEVICES)

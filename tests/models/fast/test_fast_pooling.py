@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import roi_align
 
-from detection.models.fast.fast_pooling import CanvasPooler, GatherPooler, build_canvas
-from detection.models.pooling import RoIPooler
+from detection.models.fast.fast_pooling import CanvasPooler, GatherPool, GatherPooler, build_canvas
+from detection.models.pooling import RoIPool, RoIPooler
 from tests.models.test_pooling import HEIGHT, STRIDES, WIDTH, make_features, pool, random_boxes, special_boxes
 
 KINDS = [CanvasPooler, GatherPooler]
@@ -64,3 +66,41 @@ def test_the_canvas_holds_every_level_with_its_edges_repeated() -> None:
         y, x = int(y), int(x)
         padded = F.pad(feature, (1, 1, 1, 1), mode="replicate")
         assert torch.equal(canvas[:, :, y - 1 : y + h + 1, x - 1 : x + w + 1], padded)
+
+
+@pytest.mark.parametrize("boxes", [special_boxes(), random_boxes(11, 40), boxes_beyond()])
+def test_max_pooling_by_an_index_gives_the_bits_of_the_kernel(boxes: Tensor) -> None:
+    found: list[list[Tensor]] = []
+    for each in (RoIPool, GatherPool):
+        features = [f.requires_grad_() for f in make_features(channels=4, seed=3)]
+        pooled = pool(each(7, 4), features, boxes, STRIDES)
+        share = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(2))
+        found.append([pooled, *torch.autograd.grad(pooled, features, share)])
+    assert found[0][0].abs().max() > 1 and torch.equal(found[0][0], found[1][0])
+    for given, wanted in zip(found[1][1:], found[0][1:], strict=True):
+        torch.testing.assert_close(given, wanted, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [GatherPooler, GatherPool])
+def test_gradients_in_a_fixed_order_are_sums_of_float64(kind: type[GatherPooler] | type[GatherPool]) -> None:
+    """Of torchvision's kernel, or of its choice. 3000 regions that overlap: a cell adds up some hundred numbers."""
+    generator = torch.Generator().manual_seed(0)
+    feature = torch.randn((1, 4, 24, 32), generator=generator)
+    boxes = torch.rand((1, 3000, 2, 2), generator=generator).sort(dim=2).values.flatten(2) * torch.tensor([128, 96] * 2)
+    share = torch.randn((3000, 4, 7, 7), generator=generator)
+    rois = F.pad(boxes[0], (1, 0))
+    if kind is GatherPooler:
+        exact = feature.double().requires_grad_()
+        pooled = roi_align(exact, rois.double(), 7, 0.25, 2)
+        wanted = torch.autograd.grad(pooled, exact, share.double())[0].numpy()
+    else:  # in float64 the kernel would round some bins to other cells, so its choice of the largest is taken
+        cell = torch.ops.torchvision.roi_pool(feature, rois, 0.25, 7, 7)[1]
+        channel = torch.arange(4)[:, None, None].expand_as(cell)
+        wanted = np.zeros((4, 24 * 32))
+        np.add.at(wanted, (channel[cell >= 0].numpy(), cell[cell >= 0].numpy()), share[cell >= 0].double().numpy())
+    given = []
+    for _ in range(2):
+        single = feature.clone().requires_grad_()
+        given.append(torch.autograd.grad(pool(kind(7), [single], boxes, [4]), single, share)[0])
+    assert torch.equal(*given) and abs(wanted).max() > 20
+    np.testing.assert_allclose(given[0].numpy(), wanted.reshape(feature.shape), atol=2e-4, rtol=1e-5)
