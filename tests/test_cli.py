@@ -331,7 +331,7 @@ def test_what_the_user_sets_stays() -> None:
 def test_help_is_quick_complete_and_leaves_cuda_alone() -> None:
     code = f"""
 import runpy, sys, torch
-sys.argv = [{str(ROOT / "scripts" / "fit.py")!r}, "--help"]
+sys.argv = [{str(ROOT / "scripts" / "fit.py")!r}, "--help", "all"]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as stop:

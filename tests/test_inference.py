@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 
 import cv2
@@ -20,6 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detection import maskrcnn_efficientnet_lite0_fpn, save_detector
+from detection.cli.predict import predict_in
 from detection.data import rle
 from detection.data.augment import eval_transform
 from detection.data.coco import read_coco
@@ -438,15 +438,10 @@ def test_mask_of_a_window_moves():
 
 
 def test_script_says_what_is_wrong(model, tmp_path, photos, capsys):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-    try:
-        import predict as script
-    finally:
-        sys.path.pop(0)
     save_detector(tmp_path / "d.safetensors", model, NAMES)
     with pytest.raises(DataError, match="no class 'green'"):
-        script.main(tmp_path / "d.safetensors", str(photos), classes=["green"])
-    script.main(tmp_path / "d.safetensors", str(photos), tmp_path / "out", score_thresh=0.0, device="cpu")
+        predict_in(tmp_path / "d.safetensors", str(photos), classes=["green"])
+    predict_in(tmp_path / "d.safetensors", str(photos), tmp_path / "out", score_thresh=0.0, device="cpu")
     shown = capsys.readouterr()
     assert "2 images, 10 objects" in shown.out and "damaged.jpg" in shown.err
 

@@ -1,10 +1,10 @@
-"""The command line of `scripts/check_data.py`: what is wrong in a data set, and what is in it."""
+"""The command `check`: what is wrong in a data set, and what is in it."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -31,9 +31,9 @@ Exit code 0: clean; 1: the loader repairs or leaves out some records; 2: somethi
 """
 
 
-def main() -> int:
-    """Run the command line; returns the exit code."""
-    parser = Flags(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(flags: Sequence[str]) -> int:
+    """Run the command with its flags; returns the exit code."""
+    parser = Flags("detection check", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="configuration to check, its data and anchors")
     parser.add_argument("--root", type=Path, help="folder of the data set; with --config in place of its data")
     parser.add_argument("--format", choices=("coco", "voc", "yolo"), help="of the annotations (default: found)")
@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--strides", type=int, nargs="+", help="one a level (default: the detector's)")
     parser.add_argument("--json", type=Path, help="write everything found to this file")
     parser.add_argument("--sheet", type=Path, help="write a picture sheet of samples with boxes to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(flags)
     if not args.config and not args.root:
         parser.error("name the data: --root, or --config")
     try:

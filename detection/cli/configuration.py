@@ -13,6 +13,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from detection.cli.fit_help import CONFIGS, PRESETS
 from detection.cli.flags import take_trust
 from detection.cli.folder import CONFIG
 from detection.data.anchor_fit import generator_for
@@ -32,8 +33,6 @@ from detection.recipes import (
     trusted_names,
 )
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-PRESETS = CONFIGS / "presets"  # go behind another configuration
 QUICKSTART, OWN_DATA = "quickstart", "own_data"
 AUTO = "auto"  # of `rpn_anchor_generator`: anchors that fit the data
 # Whose classes the configuration in a run's folder may name: it may have come with somebody's checkpoint.

@@ -1,4 +1,4 @@
-"""The command line of `scripts/fit.py`: LightningCLI without subcommands, with our run folder, callbacks and errors."""
+"""The command `fit`: LightningCLI without subcommands, with our run folder, callbacks and errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.logging import RichHandler
 
-from detection.cli.configuration import CONFIGS, PRESETS, complete, fit_anchors_to_data, fit_detector_to_data, plain
+from detection.cli.configuration import complete, fit_anchors_to_data, fit_detector_to_data, plain
+from detection.cli.fit_help import description, explain_all
 from detection.cli.folder import SaveConfig, never_validates, remove, say_changes, write_readme
 from detection.cli.parser import Parser
 from detection.data.datamodule import DetectionDataModule
@@ -45,12 +46,6 @@ from detection.training.tuning import Find
 log = logging.getLogger(__name__)
 
 set_parsing_settings(import_path_denylist=[])  # jsonargparse's own, such as `os`, is an error and no warning
-DESCRIPTION = """Train a detector. Without arguments: the quickstart, on scenes that are drawn on the spot.
-
---config takes a YAML file, or the name of one of this package's: {configs}. Any other flag overrides it.
-Presets go behind it as a second --config: {presets}.
---trust NAME ... goes with --resume: the run's configuration and checkpoint may use the code of these packages.
-"""
 
 
 class FitCLI(LightningCLI):
@@ -64,14 +59,13 @@ class FitCLI(LightningCLI):
         given = complete(args)
         self.resumed, self.trust = given.resumed, given.trust
         self._start: Start | None = None
-        names, presets = (", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) for folder in (CONFIGS, PRESETS))
         try:
-            self._build(given.args, names, presets)
+            self._build(given.args)
         except BaseException:
             self.clean_up()
             raise
 
-    def _build(self, args: list[str], configs: str, presets: str) -> None:
+    def _build(self, args: list[str]) -> None:
         super().__init__(
             DetectionModule,
             DetectionDataModule,
@@ -79,7 +73,7 @@ class FitCLI(LightningCLI):
             seed_everything_default=0,
             parser_class=Parser,
             # An abbreviation that works today is ambiguous when a flag is added.
-            parser_kwargs={"description": DESCRIPTION.format(configs=configs, presets=presets), "allow_abbrev": False},
+            parser_kwargs={"description": description(), "allow_abbrev": False, "prog": "detection fit"},
             args=args,
             run=False,
             auto_configure_optimizers=False,
@@ -130,6 +124,7 @@ class FitCLI(LightningCLI):
             "--wandb", type=WandbMode, default="auto", help="`auto`: online when logged in, else offline."
         )
         parser.add_argument("--log_model", type=bool, default=False, help="Keep best.ckpt in W&B too, as an artifact.")
+        explain_all(parser)
 
     def instantiate_classes(self) -> None:
         """Build the data first: it knows the classes and image sizes that the detector needs.

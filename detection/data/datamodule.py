@@ -84,6 +84,7 @@ class DetectionDataModule(L.LightningDataModule):
             dropped. With any other number all files must have it, see `detection.data.spectral`.
         depth: bits of a channel. 16 are kept as they are, and all files must have them.
         timeout: seconds after which loaders' processes that bring no batch are an error; 0 waits for ever.
+        reader: reads a split in the place of `format`: a callable of your own, see `docs/settings.md`.
 
     Attributes:
         predict_split: the split that `trainer.predict` goes through; `"test"` unless it is set.
