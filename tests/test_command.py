@@ -101,7 +101,7 @@ def test_every_flag_of_fit_is_explained(capsys: pytest.CaptureFixture[str], monk
     assert len(known) > 100
     assert [action.option_strings for action in known if len(action.help or "") < 10] == []
     shown = {name for names in fit_help.SHOWN.values() for name in names}
-    assert shown <= {action.option_strings[-1].lstrip("-") for action in known}
+    assert shown <= {action.dest for action in known}
     (flips,) = [action.help for action in known if "--data.vflip" in action.option_strings]
     assert flips.startswith("probability of each")
 

@@ -106,7 +106,7 @@ def explain_all(parser: argparse.ArgumentParser) -> None:
     """Put texts to flags that have none, as jsonargparse takes none of arguments that are described together."""
     known = texts("data", "model")
     for action in parser._actions:
-        text = known.get(action.option_strings[-1].lstrip("-")) if action.option_strings else None
+        text = known.get(action.dest)
         if text is not None and (not action.help or text in OWN_TEXTS.values()):
             action.help = text.replace("%", "%%")
 
@@ -127,7 +127,8 @@ def docstring(path: Path, name: str) -> str:
     tree = ast.parse(path.read_text())
     (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
     methods = [node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
-    said = [text for node in (found, *methods) if (text := ast.get_docstring(node)) and "Args:\n" in text]
+    nodes: list[ast.ClassDef | ast.FunctionDef] = [found, *methods]
+    said = [text for node in nodes if (text := ast.get_docstring(node)) and "Args:\n" in text]
     return said[0]
 
 

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
@@ -90,7 +90,10 @@ def complain(message: str, options: Iterable[str]) -> NoReturn:
 
 
 class CommandParser(ArgumentParser):  # type: ignore[misc]
-    """The parser of the scripts whose flags are a function's arguments."""
+    """The parser of the commands whose flags are a function's arguments; it takes no abbreviations, as `fit`'s."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with code 2."""
@@ -100,7 +103,10 @@ class CommandParser(ArgumentParser):  # type: ignore[misc]
 
 
 class Flags(argparse.ArgumentParser):
-    """argparse's parser, which says the nearest flag too."""
+    """argparse's parser, which says the nearest flag too, and takes no abbreviations."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
