@@ -64,7 +64,7 @@ class BackbonePart(Protocol):
     """
 
     def __call__(self, images: Tensor) -> Mapping[str, Tensor]:
-        """Normalised images `(B, 3, H, W)` -> `{name: (B, C, h, w)}`, finest first."""
+        """Normalised images `(B, 3, H, W)`, or with the data's channels, -> `{name: (B, C, h, w)}`, finest first."""
         ...
 
 

@@ -240,6 +240,7 @@ def run(minutes: float, output: Path, docs: Path | None, rehearse: bool | None, 
         raise RunError(f"--only {sorted(unknown)[0]}: there is no such section; there are {', '.join(SECTIONS)}")
     rehearse = not torch.cuda.is_available() if rehearse is None else rehearse
     if rehearse:
+        minutes = max(minutes, 30.0)  # it is to reach its end, however slow the machine
         sys.stderr.write("this is a rehearsal on the CPU, in tiny sizes: its figures mean nothing\n")
     beside = [Path("shared/data/bccd"), Path("../shared/data/bccd")]
     tests = Path(__file__).resolve().parents[2] / "tests" / "gpu"

@@ -191,7 +191,7 @@ def draw(
         masks.append((rows[:, :, None] & columns[:, None]).byte() if with_masks else rows.new_zeros(0))
     padded, image_sizes = pad_images(images)
     image_sizes = image_sizes.to(device)
-    stored = {}
+    stored: dict[str, Any] = {}
     if with_masks:
         full = [torch.full((OBJECTS, MASK_SIDE, MASK_SIDE), 255, dtype=torch.uint8, device=device) for _ in images]
         stored = dict(zip(("gt_masks", "gt_mask_windows"), pad_masks(full, boxes, OBJECTS), strict=True))

@@ -27,6 +27,7 @@ from detection.data.images import read_image
 from detection.data.mixing import IGNORED, Picture, copy_paste, mosaic
 from detection.data.proposals import ProposalCache
 from detection.data.records import DataError, Index, Record
+from detection.data.spectral import RGB, PixelFormat, Pixels
 
 ImageTransform = Callable[..., Augmented]
 
@@ -168,7 +169,7 @@ class Sample(NamedTuple):
     """One image of a batch to be.
 
     Attributes:
-        pixels: `(h, w, 3)` uint8 RGB, which `collate` resizes straight into the batch.
+        pixels: `(h, w, C)` uint8 or uint16, which `collate` resizes straight into the batch.
         size: `(height, width)` it will have there.
         boxes: `(N, 4)` float32 xyxy in the pixels of the resized image; only objects to train on.
         labels: `(N,)` int64.
@@ -181,7 +182,7 @@ class Sample(NamedTuple):
         unreadable: the errors of images in whose place others were drawn.
     """
 
-    pixels: NDArray[np.uint8]
+    pixels: Pixels
     size: tuple[int, int]
     boxes: Tensor
     labels: Tensor
@@ -196,8 +197,8 @@ class Sample(NamedTuple):
 
     @property
     def image(self) -> Tensor:
-        """The resized image `(3, *size)` uint8 RGB."""
-        planes = np.empty((3, *self.size), np.uint8)
+        """The resized image `(C, *size)`, of the type of `pixels`."""
+        planes = np.empty((self.pixels.shape[2], *self.size), self.pixels.dtype)
         resize_into(self.pixels, planes)
         return torch.from_numpy(planes)
 
@@ -215,6 +216,7 @@ class DetectionDataset(Dataset[Sample]):
         copy_paste: probability of pasting objects of a random other image onto the image, see `augment.copy_paste`.
         max_unreadable: how many images that can't be read are replaced by others in one sample before it is an error.
             The seed draws the others. 0, the default, is for evaluation, whose figures would silently change.
+        form: channels and depth of the images.
 
     A key is an index, or `(index, seed)` as the batch samplers of this package give it: then every random choice
     follows from the seed, in whatever worker it is made. A plain index draws its seed from torch's generator, which a
@@ -230,6 +232,7 @@ class DetectionDataset(Dataset[Sample]):
         proposals: ProposalCache | None = None,
         copy_paste: float = 0.0,
         max_unreadable: int = 0,
+        form: PixelFormat = RGB,
     ) -> None:
         if copy_paste and all(segment is None for record in index.records for segment in record.segments or ()):
             raise DataError(f"{index.root}: copy_paste needs masks, but no object has one; read them or leave it out")
@@ -245,6 +248,7 @@ class DetectionDataset(Dataset[Sample]):
         self.proposals = proposals
         self.copy_paste = copy_paste
         self.max_unreadable = max_unreadable
+        self.form = form
         self.store = RecordStore(index.records)
 
     def __len__(self) -> int:
@@ -295,7 +299,7 @@ class DetectionDataset(Dataset[Sample]):
         while True:
             record = self.store[i]
             try:
-                image = read_image(self.root / record.file_name, (record.height, record.width))
+                image = read_image(self.root / record.file_name, (record.height, record.width), form=self.form)
                 break
             except DataError as error:
                 if len(unreadable) >= self.max_unreadable:
@@ -320,7 +324,9 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
     """Samples to a `Batch`, images padded to a multiple of `divisor`; in a worker straight into shared memory."""
     sizes = [sample.size for sample in samples]
     height, width = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
-    images = shared.empty((len(samples), 3, height, width))
+    pixels = samples[0].pixels
+    dtype = torch.uint16 if pixels.dtype == np.uint16 else torch.uint8
+    images = shared.empty((len(samples), pixels.shape[2], height, width), dtype)
     for slot, sample, (h, w) in zip(images.numpy(), samples, sizes, strict=True):
         resize_into(sample.pixels, slot[:, :h, :w])
         slot[:, h:], slot[:, :h, w:] = 0, 0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from detection.batch import Batch, Target, pad_objects
 from detection.boxes import resize_boxes
+from detection.data.spectral import RGB, PixelFormat
 from detection.evaluation.results import encode_masks
 from detection.models.transform import check_images, check_targets
 from detection.models.two_stage import FasterRCNN
@@ -39,7 +40,7 @@ def as_batch(given: Any, detector: FasterRCNN, image_ids: Sequence[int], trains:
     if isinstance(given, Batch):
         return given
     images, targets = _images_and_targets(given)
-    check_images(images)
+    check_images(images, detector.transform.channels, detector.transform.image_depth)
     if targets is None:
         return detector.transform(images, None, detector.num_classes)
     check_targets(images, targets, detector.num_classes)
@@ -131,6 +132,12 @@ def images_per_step(trainer: L.Trainer, images_per_batch: int | None) -> int:
             "is scaled: give DetectionModule(images_per_batch=...), those on each device"
         )
     return int(images_per_batch * trainer.world_size * trainer.accumulate_grad_batches)
+
+
+def image_format(trainer: L.Trainer) -> PixelFormat:
+    """Channels and depth of the files in `image_folder`."""
+    form = getattr(getattr(trainer.val_dataloaders, "dataset", None), "form", None)
+    return form if isinstance(form, PixelFormat) else RGB
 
 
 def image_folder(trainer: L.Trainer) -> Path | None:
