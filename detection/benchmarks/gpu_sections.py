@@ -46,7 +46,7 @@ COMPARED: dict[str, Any] = {
 # The largest differences from torchvision in float32, where both are in float32.
 ALLOWED = {"losses": 1e-5, "scores": 1e-5, "boxes": 1e-3, "masks": 1e-4}
 # In bf16, whose numbers have 8 bits, other proposals are chosen than in float32, and single losses hang on a few of
-# them (torchvision's too). So the sum is compared, which is what trains: relatively with that of torchvision in float32.
+# them (torchvision's too). So the sum is compared, which is what trains, with that of torchvision in float32.
 ALLOWED_IN_HALF = 0.02
 WAITS = ("nms_apart", "grouped_nms", "nms_per_class")  # functions in which the host may wait for the device
 HEAVY = ("convolution", "convolution_backward", "addmm", "mm", "bmm")

@@ -66,6 +66,7 @@ def learn(rank: int, world: int, backend: str, device: str, folder: Path) -> Non
     dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     if device == "cuda":
         torch.cuda.set_device(0)
+        torch.backends.cudnn.allow_tf32 = False  # kernels may differ with the batch, and TF32 keeps 11 bits
     module = DistributedDataParallel(Losses(make_module()).to(device))
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.00003, momentum=0.9)
     for number in range(3):
