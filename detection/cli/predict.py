@@ -1,0 +1,91 @@
+"""The command line of `scripts/predict.py`: images, videos or a camera's pictures to pictures, JSON and CSV."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lightning.fabric import Fabric
+
+from detection.data.records import DataError
+from detection.inference import Detector, Tiles, predict
+from detection.inference.detector import Precision
+from detection.inference.sources import Images, Listed, Video, open_source
+
+
+def main(
+    ckpt: Path,
+    source: str,
+    output: Path = Path("predictions"),
+    score_thresh: float | None = None,
+    classes: list[str] | None = None,
+    batch_size: int = 8,
+    tile: int | None = None,
+    overlap: float = 0.2,
+    limit: int | None = None,
+    pictures: bool = True,
+    annotations: Path | None = None,
+    device: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    precision: Precision = "32",
+    trust: list[str] = [],  # noqa: B006
+) -> None:
+    """Write annotated images or a video, predictions.json (COCO) and predictions.csv.
+
+    Args:
+        ckpt: checkpoint of scripts/fit.py, or .safetensors of scripts/convert.py.
+        source: image, folder, pattern such as 'photos/*.jpg' (quoted), video, URL of a stream, or number of a camera.
+        output: folder to write to.
+        score_thresh: detections below it are left out; 0.5, or 0 with `annotations`, by default.
+        classes: those wanted, e.g. '[car, person]'; all by default.
+        batch_size: images, or tiles, a batch.
+        tile: side in pixels of tiles to look at one by one, for large images.
+        overlap: of neighbouring tiles, as a share of their side.
+        limit: stop after so many images or frames.
+        pictures: false leaves the annotated images or video out.
+        annotations: COCO file, e.g. image_info_test-dev2017.json, whose images in the folder `source` are looked at;
+            detections_bbox.json then has the ids of that file.
+        device: auto, cpu, cuda, cuda:1, mps.
+        devices: GPUs, or processes of the CPU, that share the images; the files are those of one. A video or a stream
+            stays on one.
+        num_nodes: machines with so many devices each, which all see `source` and `output`.
+        precision: of the network: 32, bf16 or 16.
+        trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
+    """
+    found_in = open_source(source) if annotations is None else Listed(annotations, Path(source).expanduser())
+    fabric = _processes(device, devices, num_nodes, found_in) if devices * num_nodes > 1 else None
+    detector = Detector.from_checkpoint(ckpt, str(fabric.device) if fabric else device, precision, trust)
+    tiles = Tiles(tile, overlap) if tile is not None else None
+    detector_of = detector.class_names
+    if unknown := [name for name in classes or () if name not in detector_of]:
+        raise DataError(f"{ckpt}: there is no class '{unknown[0]}'; there are: {', '.join(detector_of)}")
+    lowest = score_thresh if score_thresh is not None else 0.5 if annotations is None else 0.0
+    if fabric is not None:
+        fabric.launch()  # only now, so that one process alone says what is wrong
+    shared = fabric is not None
+    done = predict(detector, found_in, output, lowest, classes, batch_size, tiles, limit, pictures, shared)
+    if fabric is not None and not fabric.is_global_zero:
+        return
+    print(f"{done.images} images, {sum(done.counts.values())} objects: {done.counts}; results in {output}")
+    if done.left_out:
+        print(f"in no JSON, as {annotations} lacks the class: {done.left_out}", file=sys.stderr)
+    if done.notes:
+        print(*done.notes, sep="\n", file=sys.stderr)
+    if done.problems:
+        print(f"{len(done.problems)} not read:", *done.problems, sep="\n  ", file=sys.stderr)
+    if not done.images:
+        raise DataError(f"{source}: nothing in it could be read")
+
+
+def _processes(device: str, devices: int, num_nodes: int, source: Images | Video) -> Fabric:
+    """What starts the other processes, or finds those of torchrun and srun."""
+    if not isinstance(source, Images):
+        raise DataError(
+            f"{source.name}: frames come one after the other, so a video or a stream stays on one device: leave "
+            "--devices and --num_nodes out"
+        )
+    if device not in ("auto", "cpu", "cuda"):
+        raise DataError(f"--device {device} is one device, but {devices * num_nodes} are to share the images: leave "
+                        "--device out, or give cpu or cuda")  # fmt: skip
+    return Fabric(accelerator=device, devices=devices, num_nodes=num_nodes, strategy="ddp")
