@@ -80,7 +80,9 @@ def test_no_step_waits_for_a_figure_that_is_logged(monkeypatch: pytest.MonkeyPat
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     quiet |= {"enable_checkpointing": False, "devices": 1, "use_distributed_sampler": False}
     run = L.Trainer(max_steps=2, callbacks=[Throughput(), Look()], **quiet)  # type: ignore[arg-type]
-    run.fit(make_module(), DataLoader([make_batch(0), make_batch(1)], batch_size=None))  # type: ignore[arg-type]
+    module = make_module()
+    module.images_per_batch = 4
+    run.fit(module, DataLoader([make_batch(0), make_batch(1)], batch_size=None))  # type: ignore[arg-type]
     (_, (bar, figures), last) = shown
     assert bar == {} and {"train/loss", "images/s", "lr", "memory/process_gib"} <= figures.keys()
     assert {value.device.type for value in figures.values()} == {"cpu"}

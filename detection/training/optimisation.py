@@ -193,10 +193,14 @@ def build_optimizer(factory: OptimizerFactory, groups: Sequence[Group], lr: floa
                 f"model.optimizer: {name} takes no {setting}, but model.{setting} is {value:g}; set it to 0"
             )
     options = {"lr": lr} | ({"weight_decay": weight_decay} if takes(factory, "weight_decay") else {})
+    return factory(groups, **options, **fused(factory))  # type: ignore[arg-type]
+
+
+def fused(factory: Callable[..., Any]) -> dict[str, bool]:
+    """The argument that lets an optimiser move all parameters at once, where it has that and nothing else is said."""
     chosen = {p.name: p.default for p in signature(factory).parameters.values()}
-    if chosen.get("fused", False) is None and not chosen.get("foreach") and not chosen.get("differentiable"):
-        options["fused"] = True
-    return factory(groups, **options)  # type: ignore[arg-type]
+    has = chosen.get("fused", False) is None and not chosen.get("foreach") and not chosen.get("differentiable")
+    return {"fused": True} if has else {}
 
 
 def takes(factory: Callable[..., Any], argument: str) -> bool:
