@@ -19,7 +19,7 @@ from detection.models.backbones import resnet_fpn
 from detection.models.timm_backbones import timm_fpn
 from detection.training.optimisation import build_optimizer, state_per_parameter
 from detection.training.sharing import SyncNorms
-from tests.runs import ROOT, TINY, differences, scene_flags, state
+from tests.runs import ROOT, differences, scene_flags, state
 
 WATCH = """
 import json
@@ -87,7 +87,6 @@ def test_one_process_has_the_optimiser_alone() -> None:
 def fit(folder: Path, root: Path, optimizer: str, epochs: int, *flags: str) -> Path:
     (folder / "watch.py").write_text(WATCH)
     (folder / "vit.yaml").write_text(VIT.replace("OPTIMIZER", optimizer))
-    own = [word for word in TINY if not word.startswith("--model.")]
     command = [sys.executable, str(ROOT / "scripts" / "fit.py"), "--config", "vit.yaml", *scene_flags(root), *flags]
     command += ["--data.min_size", "64", "--data.max_size", "96", "--data.batch_size", "2", "--data.num_workers", "0"]
     command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -98,8 +97,6 @@ def fit(folder: Path, root: Path, optimizer: str, epochs: int, *flags: str) -> P
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (folder / "runs" / "quickstart").iterdir()
     return run
-
-
 
 
 @pytest.mark.slow

@@ -89,7 +89,12 @@ def predict(
     folder.mkdir(parents=True, exist_ok=True)
     writer = _writer(folder, source) if pictures else None
     part = _share(source, batch_size, limit) if shared else source
-    files, seen, notes, stopped = _Files(folder, detector, source, not shared or dist.get_rank() == 0), list[_Found](), list[str](), list[str]()
+    files, seen, notes, stopped = (
+        _Files(folder, detector, source, not shared or dist.get_rank() == 0),
+        list[_Found](),
+        list[str](),
+        list[str](),
+    )
     with _bar() as bar, files:
         task = bar.add_task("detecting", total=min(len(part), limit or len(part)) or limit)
         count = 0
