@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from detection.data import rle
+from detection.data.spectral import Pixels, false_colour
 
-Pixels = NDArray[np.uint8]
 PALETTE = (  # for the first classes; neighbours differ most
     (66, 117, 245), (255, 179, 38), (222, 60, 205), (77, 214, 92), (240, 68, 56), (46, 217, 230),
     (146, 88, 222), (214, 232, 60), (255, 145, 178), (22, 148, 130), (196, 124, 62), (150, 172, 200),
@@ -49,7 +49,7 @@ def draw_objects(
     """The image with its objects, scaled so that its longer side is `side` pixels; text grows with that, not with it.
 
     Args:
-        image: `(H, W, 3)` uint8 RGB.
+        image: `(H, W, 3)` uint8 RGB; any other channels and 16 bits are shown in false colour.
         boxes: `(N, 4)` xyxy in pixels of `image`.
         labels: `(N,)` from 1 on.
         class_names: of label 1 first.
@@ -57,6 +57,7 @@ def draw_objects(
         masks: COCO RLE of each object, in the size of `image`; its pixels take on half of the class's colour.
         side: longer side of the result; None keeps the image's own size, unless that has no room for text.
     """
+    image = false_colour(image)
     side = side or max(SMALLEST_SIDE, *image.shape[:2])
     scale = side / max(image.shape[:2])
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))

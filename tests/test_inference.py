@@ -21,12 +21,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detection import maskrcnn_efficientnet_lite0_fpn, save_detector
-from detection.cli.predict import main
+from detection.cli.predict import predict_in
 from detection.data import rle
 from detection.data.augment import eval_transform
 from detection.data.coco import read_coco
 from detection.data.dataset import DetectionDataset, collate
 from detection.data.records import DataError
+from detection.data.spectral import RGB
 from detection.inference import Detections, Detector, Tiles, predict
 from detection.inference.run import detect_tiled
 from detection.inference.sources import Listed, open_source
@@ -287,6 +288,7 @@ def test_frames_are_noted_and_odd_kinds_are_drawn_as_png(tmp_path):
 
 def test_huge_pictures_are_looked_at_in_tiles(photos, tmp_path, monkeypatch):
     class Near(Blobs):
+        form = RGB
         min_size, seen = 100, []
 
         def predict(self, images, batch_size=8):
@@ -440,12 +442,12 @@ def test_mask_of_a_window_moves():
 def test_script_says_what_is_wrong(model, tmp_path, photos, capsys):
     save_detector(tmp_path / "d.safetensors", model, NAMES)
     with pytest.raises(DataError, match="no class 'green'"):
-        main(tmp_path / "d.safetensors", str(photos), classes=["green"])
+        predict_in(tmp_path / "d.safetensors", str(photos), classes=["green"])
     with pytest.raises(DataError, match="--device cuda:1 is one device, but 4 are to share"):
-        main(tmp_path / "d.safetensors", str(photos), device="cuda:1", devices=2, num_nodes=2)
+        predict_in(tmp_path / "d.safetensors", str(photos), device="cuda:1", devices=2, num_nodes=2)
     with pytest.raises(DataError, match=r"a video or a stream stays on one device: leave --devices"):
-        main(tmp_path / "d.safetensors", str(film(tmp_path / "clip.mp4", "mp4v")), devices=2)
-    main(tmp_path / "d.safetensors", str(photos), tmp_path / "out", score_thresh=0.0, device="cpu")
+        predict_in(tmp_path / "d.safetensors", str(film(tmp_path / "clip.mp4", "mp4v")), devices=2)
+    predict_in(tmp_path / "d.safetensors", str(photos), tmp_path / "out", score_thresh=0.0, device="cpu")
     shown = capsys.readouterr()
     assert "2 images, 10 objects" in shown.out and "damaged.jpg" in shown.err
 

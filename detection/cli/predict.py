@@ -1,19 +1,21 @@
-"""The command line of `scripts/predict.py`: images, videos or a camera's pictures to pictures, JSON and CSV."""
+"""The command `predict`: detections in images, videos or a camera's pictures, as files."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.fabric import Fabric
 
+from detection.cli.flags import check_ranges, chosen, run_command
 from detection.data.records import DataError
 from detection.inference import Detector, Tiles, predict
 from detection.inference.detector import Precision
-from detection.inference.sources import Images, Listed, Video, open_source
+from detection.inference.sources import Images, Listed, open_source
 
 
-def main(
+def predict_in(
     ckpt: Path,
     source: str,
     output: Path = Path("predictions"),
@@ -34,7 +36,7 @@ def main(
     """Write annotated images or a video, predictions.json (COCO) and predictions.csv.
 
     Args:
-        ckpt: checkpoint of scripts/fit.py, or .safetensors of scripts/convert.py.
+        ckpt: run's folder, its checkpoint, or .safetensors of scripts/convert.py.
         source: image, folder, pattern such as 'photos/*.jpg' (quoted), video, URL of a stream, or number of a camera.
         output: folder to write to.
         score_thresh: detections below it are left out; 0.5, or 0 with `annotations`, by default.
@@ -53,15 +55,24 @@ def main(
         precision: of the network: 32, bf16 or 16.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
-    found_in = open_source(source) if annotations is None else Listed(annotations, Path(source).expanduser())
-    fabric = _processes(device, devices, num_nodes, found_in) if devices * num_nodes > 1 else None
+    check_ranges(score_thresh=(score_thresh, 0, 1), batch_size=(batch_size, 1), limit=(limit, 1))
+    check_ranges(devices=(devices, 1), num_nodes=(num_nodes, 1))
+    ckpt = chosen(ckpt)
+    fabric = _processes(device, devices, num_nodes) if devices * num_nodes > 1 else None
     detector = Detector.from_checkpoint(ckpt, str(fabric.device) if fabric else device, precision, trust)
     tiles = Tiles(tile, overlap) if tile is not None else None
-    detector_of = detector.class_names
+    detector_of, form = detector.class_names, detector.form
     if unknown := [name for name in classes or () if name not in detector_of]:
         raise DataError(f"{ckpt}: there is no class '{unknown[0]}'; there are: {', '.join(detector_of)}")
+    listed = Listed(annotations, Path(source).expanduser(), form) if annotations is not None else None
+    found_in = listed or open_source(source, form)
     lowest = score_thresh if score_thresh is not None else 0.5 if annotations is None else 0.0
     if fabric is not None:
+        if not isinstance(found_in, Images):
+            raise DataError(
+                f"{found_in.name}: frames come one after the other, so a video or a stream stays on one device: leave "
+                "--devices and --num_nodes out"
+            )
         fabric.launch()  # only now, so that one process alone says what is wrong
     shared = fabric is not None
     done = predict(detector, found_in, output, lowest, classes, batch_size, tiles, limit, pictures, shared)
@@ -78,14 +89,16 @@ def main(
         raise DataError(f"{source}: nothing in it could be read")
 
 
-def _processes(device: str, devices: int, num_nodes: int, source: Images | Video) -> Fabric:
+def _processes(device: str, devices: int, num_nodes: int) -> Fabric:
     """What starts the other processes, or finds those of torchrun and srun."""
-    if not isinstance(source, Images):
-        raise DataError(
-            f"{source.name}: frames come one after the other, so a video or a stream stays on one device: leave "
-            "--devices and --num_nodes out"
-        )
     if device not in ("auto", "cpu", "cuda"):
-        raise DataError(f"--device {device} is one device, but {devices * num_nodes} are to share the images: leave "
-                        "--device out, or give cpu or cuda")  # fmt: skip
+        raise DataError(
+            f"--device {device} is one device, but {devices * num_nodes} are to share the images: leave --device out, "
+            "or give cpu or cuda"
+        )
     return Fabric(accelerator=device, devices=devices, num_nodes=num_nodes, strategy="ddp")
+
+
+def main(args: Sequence[str]) -> str | None:
+    """Run the command with its flags; returns the sentence on what went wrong, if anything did."""
+    return run_command("predict", predict_in, args, ValueError)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from detection.batch import Id
 from detection.data import rle
+from detection.data.spectral import Pixels
 from detection.visualize import draw_objects
 
 
@@ -70,8 +71,8 @@ class Detections:
             raise ValueError("the detector finds boxes alone: there are no masks")
         return np.array([rle.decode(mask) for mask in self.masks], np.bool_).reshape(-1, *self.size)
 
-    def draw(self, image: NDArray[np.uint8], side: int | None = None) -> Image.Image:
-        """The image `(H, W, 3)` with boxes, names, scores and masks.
+    def draw(self, image: Pixels, side: int | None = None) -> Image.Image:
+        """The image `(H, W, C)` with boxes, names, scores and masks.
 
         Args:
             image: of the detections.

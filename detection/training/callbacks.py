@@ -22,7 +22,7 @@ from rich.table import Table
 from detection.batch import Batch
 from detection.data.images import read_image
 from detection.evaluation.results import spread
-from detection.training.loaders import image_folder
+from detection.training.loaders import image_folder, image_format
 from detection.training.module import DetectionModule
 from detection.training.optimisation import rates
 from detection.visualize import draw_objects, side_by_side
@@ -151,7 +151,7 @@ class PredictionPictures(L.Callback):
             return
         pairs = []
         for result in spread(pl_module.metric.results, self.count):
-            image = read_image(root / result.file_name, result.size)
+            image = read_image(root / result.file_name, result.size, form=image_format(trainer))
             shown = result.scores >= self.score_thresh
             masks = [result.masks[i] for i in np.flatnonzero(shown)] if result.masks is not None else None
             found = (result.boxes[shown], result.labels[shown], names, result.scores[shown], masks)

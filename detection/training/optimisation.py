@@ -178,8 +178,10 @@ def layer_scales(detector: nn.Module, layer_decay: float) -> dict[str, tuple[str
     }
 
 
-def build_optimizer(factory: OptimizerFactory, groups: Sequence[Group], lr: float, weight_decay: float) -> Optimizer:
-    """The optimiser over the groups, `fused` where it has that and nothing else is said.
+def build_optimizer(
+    factory: OptimizerFactory, groups: Sequence[Group], lr: float, weight_decay: float, fused: bool = True
+) -> Optimizer:
+    """The optimiser over the groups, `fused` where it has that, it is wanted, and nothing else is said.
 
     Raises:
         ValueError: the factory sets what `DetectionModule` sets, or knows no weight decay and is to have some.
@@ -193,14 +195,21 @@ def build_optimizer(factory: OptimizerFactory, groups: Sequence[Group], lr: floa
                 f"model.optimizer: {name} takes no {setting}, but model.{setting} is {value:g}; set it to 0"
             )
     options = {"lr": lr} | ({"weight_decay": weight_decay} if takes(factory, "weight_decay") else {})
-    return factory(groups, **options, **fused(factory))  # type: ignore[arg-type]
+    if fused and takes_fused(factory):
+        options["fused"] = True
+    return factory(groups, **options)  # type: ignore[arg-type]
 
 
-def fused(factory: Callable[..., Any]) -> dict[str, bool]:
-    """The argument that lets an optimiser move all parameters at once, where it has that and nothing else is said."""
+def takes_fused(factory: Callable[..., Any]) -> bool:
+    """Whether an optimiser can move all parameters at once, and nothing else is said."""
     chosen = {p.name: p.default for p in signature(factory).parameters.values()}
-    has = chosen.get("fused", False) is None and not chosen.get("foreach") and not chosen.get("differentiable")
-    return {"fused": True} if has else {}
+    return chosen.get("fused", False) is None and not chosen.get("foreach") and not chosen.get("differentiable")
+
+
+def settings_of(optimizer: Optimizer, factory: OptimizerFactory) -> list[dict[str, Any]]:
+    """What the settings say of each group: rate, decay and the factory's arguments, but nothing that is state."""
+    names = {"lr", "weight_decay", *getattr(factory, "keywords", {})}
+    return [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
 
 
 def takes(factory: Callable[..., Any], argument: str) -> bool:

@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 
 from detection.errors import RunError
 from detection.recipes import recorded
-from detection.training.optimisation import OptimizerFactory, fused
+from detection.training.optimisation import OptimizerFactory, takes_fused
 
 
 class SyncNorms(TorchSyncBatchNorm):
@@ -51,17 +51,33 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
         params: groups of parameters.
         lr, weight_decay: of a group without its own, see `OptimizerFactory`.
         optimizer: whose state is divided, as `model.optimizer` takes it.
+        fused: let it move all its parameters at once, where it can.
     """
 
     def __new__(  # type: ignore[misc]
-        cls, params: Iterable[Any], lr: float, weight_decay: float, optimizer: OptimizerFactory = AdamW
+        cls,
+        params: Iterable[Any],
+        lr: float,
+        weight_decay: float,
+        optimizer: OptimizerFactory = AdamW,
+        fused: bool | None = None,
     ) -> Optimizer:
         """The optimiser alone where there is nobody to share with."""
         if not (dist.is_available() and dist.is_initialized()):
-            return optimizer(params, lr=lr, weight_decay=weight_decay, **fused(optimizer))
+            return optimizer(params, lr=lr, weight_decay=weight_decay, **_fused(optimizer, fused))
         return super().__new__(cls)
 
     def __init__(
-        self, params: Iterable[Any], lr: float, weight_decay: float, optimizer: OptimizerFactory = AdamW
+        self,
+        params: Iterable[Any],
+        lr: float,
+        weight_decay: float,
+        optimizer: OptimizerFactory = AdamW,
+        fused: bool | None = None,
     ) -> None:
-        super().__init__(params, optimizer, lr=lr, weight_decay=weight_decay, **fused(optimizer))  # type: ignore[arg-type]
+        rates = {"lr": lr, "weight_decay": weight_decay}
+        super().__init__(params, optimizer, **rates, **_fused(optimizer, fused))  # type: ignore[arg-type]
+
+
+def _fused(optimizer: OptimizerFactory, wanted: bool | None) -> dict[str, bool]:
+    return {"fused": True} if wanted and takes_fused(optimizer) else {}
