@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from detection.selective_search import SelectiveSearch
     from detection.training.module import DetectionModule
     from detection.training.optimisation import CosineSchedule, MultiStepSchedule
+    from detection.training.sharing import ShardedOptimizer
 
 _HOMES = {
     "anchors": "AnchorGenerator",
@@ -106,6 +107,7 @@ _HOMES = {
     "selective_search": "SelectiveSearch",
     "training.module": "DetectionModule",
     "training.optimisation": "CosineSchedule MultiStepSchedule",
+    "training.sharing": "ShardedOptimizer",
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names.split()}
 __all__ = sorted(_MODULES)

@@ -1,4 +1,4 @@
-"""Throughput counts training time only; the table shows what was logged."""
+"""Throughput counts training time only; no figure is waited for; the table shows what was logged."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.data import DataLoader
 
 from detection.batch import Batch
-from detection.training.callbacks import Results, Throughput, result_table
+from detection.training.callbacks import Bar, Results, Throughput, result_table
+from detection.training.module import DetectionModule
+from tests.test_distributed import make_batch, make_module
 
 
 class Module:
@@ -23,6 +27,9 @@ class Module:
 
     def log(self, name: str, value: float, **options: Any) -> None:
         self.logged[name] = value
+
+    def log_dict(self, values: dict[str, float], **options: Any) -> None:
+        self.logged |= values
 
 
 def trainer(**values: Any) -> Any:
@@ -56,6 +63,30 @@ def test_throughput_counts_all_devices_and_no_validation(monkeypatch: pytest.Mon
         "data/unreadable": 1,
         "lr": 0.25,
     }
+
+
+def test_no_step_waits_for_a_figure_that_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device of tensors without values a number is lost, as on a GPU it is waited for; a bar reads at once."""
+    monkeypatch.setattr(DetectionModule, "device", property(lambda module: torch.device("meta")))
+    shown: list[Any] = []
+
+    class Look(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            shown.append((dict(trainer.progress_bar_metrics), dict(trainer.callback_metrics)))
+
+        def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            shown.append(Bar().get_metrics(trainer, module))
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    quiet |= {"enable_checkpointing": False, "devices": 1, "use_distributed_sampler": False}
+    run = L.Trainer(max_steps=2, callbacks=[Throughput(), Look()], **quiet)  # type: ignore[arg-type]
+    module = make_module()
+    module.images_per_batch = 4
+    run.fit(module, DataLoader([make_batch(0), make_batch(1)], batch_size=None))  # type: ignore[arg-type]
+    (_, (bar, figures), last) = shown
+    assert bar == {} and {"train/loss", "images/s", "lr", "memory/process_gib"} <= figures.keys()
+    assert {value.device.type for value in figures.values()} == {"cpu"}
+    assert last["loss"] > 0 and last["images/s"] > 0
 
 
 def test_best_epoch_is_kept_and_survives_a_checkpoint() -> None:

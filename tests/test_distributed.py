@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from detection.batch import Batch, pad_objects
 from detection.models.backbones import resnet_fpn
 from detection.models.compose import mask_rcnn
 from detection.training.module import DetectionModule
+from detection.training.optimisation import MultiStepSchedule
 
 STEPS = 20
 
@@ -113,5 +120,83 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(found["losses"], torch.tensor(losses), rtol=1e-5, atol=1e-5)
 
 
+CLIP = 1.0  # less than the norm of any step's gradients
+
+
+class Watch(L.Callback):
+    """Gradients' norms before they are clipped, and the weights after each batch."""
+
+    def __init__(self) -> None:
+        self.norms: list[Tensor] = []
+        self.weights: list[Tensor] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        self.norms.append(torch.nn.utils.get_total_norm(gradients))
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self.weights.append(flat(pl_module))
+
+
+def flat(module: torch.nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
+
+
+def fit(rank: int | None, clip: float | None = CLIP) -> dict[str, Tensor]:
+    """Two steps of two accumulated batches each, clipped and averaged, by Lightning's trainer."""
+    torch.set_num_threads(1)
+    module, watch = make_module(), Watch()
+    module.images_per_batch, module.lr = (4 if rank is None else 2), 0.05
+    module.schedule = MultiStepSchedule(warmup_steps=0)
+    batches = [make_batch(step) if rank is None else part_of(make_batch(step), rank) for step in range(4)]
+    processes: dict[str, Any] = {"devices": 1}
+    if rank is not None:
+        processes = {"devices": 2, "strategy": DDPStrategy(process_group_backend="gloo")}
+    trainer = L.Trainer(
+        max_steps=2,
+        accumulate_grad_batches=2,
+        gradient_clip_val=clip,
+        callbacks=[watch, EMAWeightAveraging(decay=0.5)],
+        accelerator="cpu",
+        use_distributed_sampler=False,
+        **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+        **processes,
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    # At the end of training the average is in the place of the weights.
+    return {"norms": torch.stack(watch.norms), "weights": torch.stack(watch.weights), "average": flat(module)}
+
+
+@pytest.mark.slow
+def test_accumulation_clipping_and_average_of_two_processes_equal_those_of_one(tmp_path: Path) -> None:
+    """Two steps: gradients' norms, weights after each batch and their average, to a thousandth of what they moved."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "NODE_RANK": "0"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, __file__]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path), "fit"], env=environment | {"LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    start, one, unclipped = flat(make_module()), fit(None), fit(None, clip=None)
+    assert [process.wait(300) for process in processes] == [0, 0]
+    weights = one["weights"]
+    assert torch.equal(weights[0], start) and torch.equal(weights[1], weights[2])  # a step is two batches
+    assert one["norms"].min() > 2 * CLIP and (unclipped["weights"][-1] - weights[-1]).abs().max() > 1e-3
+    torch.testing.assert_close(one["average"], (weights[1] + weights[3]) / 2)
+    moved = float((weights[3] - start).abs().max())
+    assert moved > 1e-3
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(found["norms"], one["norms"], rtol=1e-4, atol=0)
+        for name in ("weights", "average"):
+            torch.testing.assert_close(found[name], one[name], rtol=0, atol=moved / 1000)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    if sys.argv[3:] == ["fit"]:
+        torch.save(fit(int(sys.argv[1])), Path(sys.argv[2]) / f"{sys.argv[1]}.pt")
+    else:
+        main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
 import sys
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 
 import cv2
@@ -441,9 +443,45 @@ def test_script_says_what_is_wrong(model, tmp_path, photos, capsys):
     save_detector(tmp_path / "d.safetensors", model, NAMES)
     with pytest.raises(DataError, match="no class 'green'"):
         predict_in(tmp_path / "d.safetensors", str(photos), classes=["green"])
+    with pytest.raises(DataError, match="--device cuda:1 is one device, but 4 are to share"):
+        predict_in(tmp_path / "d.safetensors", str(photos), device="cuda:1", devices=2, num_nodes=2)
+    with pytest.raises(DataError, match=r"a video or a stream stays on one device: leave --devices"):
+        predict_in(tmp_path / "d.safetensors", str(film(tmp_path / "clip.mp4", "mp4v")), devices=2)
     predict_in(tmp_path / "d.safetensors", str(photos), tmp_path / "out", score_thresh=0.0, device="cpu")
     shown = capsys.readouterr()
     assert "2 images, 10 objects" in shown.out and "damaged.jpg" in shown.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("annotated", [False, True])
+def test_two_processes_write_what_one_writes(model, tmp_path, annotated):
+    """Seven images of different sizes, the last unreadable, in batches of two: shares of four and three files."""
+    save_detector(tmp_path / "d.safetensors", model, NAMES)
+    rng, folder = np.random.default_rng(0), tmp_path / "photos"
+    folder.mkdir()
+    sizes = [(60, 80), (50, 90), (64, 64), (40, 70), (33, 47), (60, 60), (70, 50)]
+    for i, (height, width) in enumerate(sizes):
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(folder / f"{i}.png")
+    (folder / "6.png").write_bytes(b"no image")
+    entries = [{"id": f"x{i}", "file_name": f"{i}.png", "width": w, "height": h} for i, (h, w) in enumerate(sizes)]
+    info = {"images": [*entries[5::-1], entries[6], entries[0] | {"id": "again"}]}
+    info["categories"] = [{"id": 3, "name": "blue"}, {"id": 1, "name": "red"}]
+    (tmp_path / "info.json").write_text(json.dumps(info))
+    flags = ["--ckpt", tmp_path / "d.safetensors", "--source", folder, "--device", "cpu", "--batch_size", 2]
+    flags += ["--score_thresh", 0, *(["--annotations", tmp_path / "info.json"] if annotated else [])]
+    found, said = [], []
+    for devices in (1, 2):
+        out = tmp_path / f"out{devices}"
+        command = [sys.executable, "scripts/predict.py", *map(str, flags), "--output", out, "--devices", str(devices)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+        assert done.returncode == 0, done.stderr
+        found.append({str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()})
+        said.append(done.stdout.replace(str(out), ""))
+        assert done.stderr.count("6.png") == 1
+    assert said[0] == said[1] and "6 images, 30 objects" in said[0]
+    assert found[0].keys() == found[1].keys() and len(found[0]) == (10 if annotated else 8)
+    different = [name for name in found[0] if found[0][name] != found[1][name]]
+    assert different == []
 
 
 def listed(tmp_path, ids=("b", "a"), categories=((3, "blue"), (12, "other"), (1, "red"))):

@@ -40,6 +40,7 @@ def evaluate(
     batch_size: int | None = None,
     accelerator: str = "auto",
     devices: int = 1,
+    num_nodes: int = 1,
     masks: bool = True,
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
     trust: list[str] = [],  # noqa: B006
@@ -59,11 +60,12 @@ def evaluate(
         batch_size: images a batch on each device; that of training by default.
         accelerator: as of Lightning's trainer: cpu, gpu or auto.
         devices: GPUs, or processes of the CPU, that share the images; the figures are those of one.
+        num_nodes: machines with so many devices each, which all see the data and `output`.
         precision: as of Lightning's trainer: 32-true or bf16-mixed.
         masks: false compares the boxes of a detector of masks alone, for data that has none.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
-    check_ranges(batch_size=(batch_size, 1), devices=(devices, 1))
+    check_ranges(batch_size=(batch_size, 1), devices=(devices, 1), num_nodes=(num_nodes, 1))
     if (ckpt is None) == (results is None):
         raise DataError("name what to evaluate: --ckpt, a checkpoint, or --results, a COCO results file")
     if results is not None:
@@ -85,7 +87,8 @@ def evaluate(
     kinds: tuple[IouType, ...] = module.metric.iou_type if masks else ("bbox",)
     metric = MeanAP(module.class_names, module.hparams["detections_per_img"], kinds)
     settings: dict[str, Any] = {"logger": False, "callbacks": [CollectDetections(metric)], "precision": precision}
-    settings |= {"devices": devices, "strategy": "ddp" if devices > 1 else "auto", "use_distributed_sampler": False}
+    strategy = "ddp" if devices * num_nodes > 1 else "auto"
+    settings |= {"devices": devices, "num_nodes": num_nodes, "strategy": strategy, "use_distributed_sampler": False}
     trainer = L.Trainer(accelerator=accelerator, **settings)
     trainer.predict(module, datamodule=data, return_predictions=False)
     if not trainer.is_global_zero:

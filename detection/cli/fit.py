@@ -40,6 +40,7 @@ from detection.training.module import DetectionModule
 from detection.training.optimisation import COSINE, SGD_MOMENTUM, state_per_parameter
 from detection.training.resume import INTERRUPTED, Interrupted, KeepLast
 from detection.training.safety import Guard, check_start, end_other_ranks, end_with_parent
+from detection.training.sharing import SyncNorms
 from detection.training.tracking import ProposalRecall, SampledForeground, Tracking
 from detection.training.tuning import Find
 
@@ -198,7 +199,7 @@ class FitCLI(LightningCLI):
         # What Lightning makes of `ddp` and `auto`: gradients lie in the buffers that are sent, and not twice in memory
         StrategyRegistry.register("ddp", DDPStrategy, override=True, start_method="popen", gradient_as_bucket_view=True)
         settings: dict[str, Any] = {"default_root_dir": str(self.folder)}
-        settings["plugins"] = [*_listed(given.plugins), WholeFiles()]
+        settings["plugins"] = [*_listed(given.plugins), WholeFiles(), *([SyncNorms()] if given.sync_batchnorm else [])]
         settings["enable_progress_bar"] = self._shows_bar(given) and not self.config.find
         self.guard = Guard(self.folder, self.datamodule.hparams["timeout"])
         if self.config.find:

@@ -6,11 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.fabric import Fabric
+
 from detection.cli.flags import check_ranges, chosen, run_command
 from detection.data.records import DataError
 from detection.inference import Detector, Tiles, predict
 from detection.inference.detector import Precision
-from detection.inference.sources import Listed, open_source
+from detection.inference.sources import Images, Listed, open_source
 
 
 def predict_in(
@@ -26,6 +28,8 @@ def predict_in(
     pictures: bool = True,
     annotations: Path | None = None,
     device: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
     precision: Precision = "32",
     trust: list[str] = [],  # noqa: B006
 ) -> None:
@@ -45,12 +49,17 @@ def predict_in(
         annotations: COCO file, e.g. image_info_test-dev2017.json, whose images in the folder `source` are looked at;
             detections_bbox.json then has the ids of that file.
         device: auto, cpu, cuda, cuda:1, mps.
+        devices: GPUs, or processes of the CPU, that share the images; the files are those of one. A video or a stream
+            stays on one.
+        num_nodes: machines with so many devices each, which all see `source` and `output`.
         precision: of the network: 32, bf16 or 16.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
     check_ranges(score_thresh=(score_thresh, 0, 1), batch_size=(batch_size, 1), limit=(limit, 1))
+    check_ranges(devices=(devices, 1), num_nodes=(num_nodes, 1))
     ckpt = chosen(ckpt)
-    detector = Detector.from_checkpoint(ckpt, device, precision, trust)
+    fabric = _processes(device, devices, num_nodes) if devices * num_nodes > 1 else None
+    detector = Detector.from_checkpoint(ckpt, str(fabric.device) if fabric else device, precision, trust)
     tiles = Tiles(tile, overlap) if tile is not None else None
     detector_of, form = detector.class_names, detector.form
     if unknown := [name for name in classes or () if name not in detector_of]:
@@ -58,7 +67,17 @@ def predict_in(
     listed = Listed(annotations, Path(source).expanduser(), form) if annotations is not None else None
     found_in = listed or open_source(source, form)
     lowest = score_thresh if score_thresh is not None else 0.5 if annotations is None else 0.0
-    done = predict(detector, found_in, output, lowest, classes, batch_size, tiles, limit, pictures)
+    if fabric is not None:
+        if not isinstance(found_in, Images):
+            raise DataError(
+                f"{found_in.name}: frames come one after the other, so a video or a stream stays on one device: leave "
+                "--devices and --num_nodes out"
+            )
+        fabric.launch()  # only now, so that one process alone says what is wrong
+    shared = fabric is not None
+    done = predict(detector, found_in, output, lowest, classes, batch_size, tiles, limit, pictures, shared)
+    if fabric is not None and not fabric.is_global_zero:
+        return
     print(f"{done.images} images, {sum(done.counts.values())} objects: {done.counts}; results in {output}")
     if done.left_out:
         print(f"in no JSON, as {annotations} lacks the class: {done.left_out}", file=sys.stderr)
@@ -68,6 +87,16 @@ def predict_in(
         print(f"{len(done.problems)} not read:", *done.problems, sep="\n  ", file=sys.stderr)
     if not done.images:
         raise DataError(f"{source}: nothing in it could be read")
+
+
+def _processes(device: str, devices: int, num_nodes: int) -> Fabric:
+    """What starts the other processes, or finds those of torchrun and srun."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise DataError(
+            f"--device {device} is one device, but {devices * num_nodes} are to share the images: leave --device out, "
+            "or give cpu or cuda"
+        )
+    return Fabric(accelerator=device, devices=devices, num_nodes=num_nodes, strategy="ddp")
 
 
 def main(args: Sequence[str]) -> str | None:

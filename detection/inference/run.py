@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import distributed as dist
 
 from detection.batch import Id
 from detection.data.images import LARGEST
@@ -59,6 +60,7 @@ def predict(
     tiles: Tiles | None = None,
     limit: int | None = None,
     pictures: bool = True,
+    shared: bool = False,
 ) -> Summary:
     """Detect in all of a source; Ctrl-C ends it early, with whole files.
 
@@ -78,46 +80,119 @@ def predict(
             `min_size` where none are given.
         limit: stop after so many images.
         pictures: whether pictures are wanted.
+        shared: whether every process of `torch.distributed` calls this, to look at a share of the image files. Each
+            writes its pictures; the first writes the results, which are those of one process, and gives their summary.
+
+    Raises:
+        ValueError: frames are to be shared, or the processes see different numbers of files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    summary = Summary(folder)
     writer = _writer(folder, source) if pictures else None
-    document: dict[str, Any] = {"images": [], "annotations": []}
-    listing = source.listing if isinstance(source, Listed) else None
-    category_ids = listing.category_ids(detector.class_names) if listing else list(detector.category_ids)
-    own = dict(zip(detector.class_names, category_ids, strict=True))
-    named = listing.categories.items() if listing else zip(category_ids, detector.class_names, strict=True)
-    document["categories"] = [{"id": number, "name": name} for number, name in named]
-    with _bar() as bar, (folder / RESULTS[1]).open("w", newline="") as file:
-        task = bar.add_task("detecting", total=min(len(source), limit or len(source)) or limit)
-        table = csv.writer(file)
-        table.writerow(COLUMNS)
+    part = _share(source, batch_size, limit) if shared else source
+    files, seen, notes, stopped = (
+        _Files(folder, detector, source, not shared or dist.get_rank() == 0),
+        list[_Found](),
+        list[str](),
+        list[str](),
+    )
+    with _bar() as bar, files:
+        task = bar.add_task("detecting", total=min(len(part), limit or len(part)) or limit)
+        count = 0
         try:
-            images = islice(source, limit)
-            for name, pixels, found in _detect(detector, images, batch_size, tiles, summary.notes):
+            for name, pixels, found in _detect(detector, islice(part, limit), batch_size, tiles, notes):
                 found = found.above(score_thresh)
                 found = found.of(classes) if classes is not None else found
-                _record(document, name, found, category_ids, source.ids[name] if isinstance(source, Listed) else None)
-                table.writerows(_rows(name, found))
+                if shared:
+                    seen.append((name, found))
+                else:
+                    files.add(name, found)
                 if writer is not None:
                     writer.write(name, found.draw(pixels, DRAWN if _is_huge(pixels) else None))
-                for kind in found.names:
-                    summary.counts[kind] = summary.counts.get(kind, 0) + 1
-                    if own[kind] is None:
-                        summary.left_out[kind] = summary.left_out.get(kind, 0) + 1
-                summary.images += 1
+                count += 1
                 bar.advance(task)
         except KeyboardInterrupt:
-            summary.problems.append(f"interrupted after {summary.images} images")
+            stopped = [f"interrupted after {count} images"]
         finally:
             if writer is not None:
                 writer.close()
-            (folder / RESULTS[0]).write_text(json.dumps(document, allow_nan=False))
-            if listing:
-                _write_results(folder, document["annotations"])
-    summary.problems += source.problems
-    summary.notes += source.notes
-    return summary
+        problems, notes = [*stopped, *part.problems], [*notes, *part.notes]
+        if shared:
+            assert isinstance(source, Images)
+            seen, problems, notes = _gather(seen, problems, notes, source)
+            for name, found in seen:
+                files.add(name, found)
+    files.summary.problems, files.summary.notes = problems, notes
+    return files.summary
+
+
+_Found = tuple[str, Detections]  # the name of an image, and what is in it
+
+
+def _share(source: Images | Video, batch_size: int, limit: int | None) -> Images:
+    if not isinstance(source, Images):
+        raise ValueError(f"{source.name}: frames come one after the other, so they stay on one device")
+    return source.share(dist.get_rank(), dist.get_world_size(), batch_size, limit)
+
+
+def _gather(
+    seen: list[_Found], problems: list[str], notes: list[str], source: Images
+) -> tuple[list[_Found], list[str], list[str]]:
+    """What all processes have seen, in the order of the source, on the first of them; its own share on each other."""
+    first, count = dist.get_rank() == 0, dist.get_world_size()
+    parts: list[Any] | None = [None] * count if first else None
+    dist.gather_object((seen, problems, notes, len(source)), parts, dst=0)
+    if parts is None:
+        return [], problems, notes
+    shares, all_problems, all_notes, counts = zip(*parts, strict=True)
+    if len(set(counts)) > 1:
+        raise ValueError(f"the processes see {', '.join(map(str, counts))} images: give all of them the same files")
+    place = {source.name_of(path): i for i, path in enumerate(source.paths)}
+    merged = sorted((found for share in shares for found in share), key=lambda found: place[found[0]])
+    return merged, [*chain(*all_problems)], [*chain(*all_notes)]
+
+
+class _Files:
+    """The results on disk: CSV as it comes, JSON in the end, and their summary.
+
+    Args:
+        folder: to write to.
+        detector: whose classes are counted.
+        source: of the images.
+        writes: false leaves the files to another process.
+    """
+
+    def __init__(self, folder: Path, detector: Detector, source: Images | Video, writes: bool) -> None:
+        self.summary, self.writes = Summary(folder), writes
+        self.source = source if isinstance(source, Listed) else None
+        listing, names = (self.source.listing if self.source else None), detector.class_names
+        self.category_ids = listing.category_ids(names) if listing else list(detector.category_ids)
+        self.own = dict(zip(names, self.category_ids, strict=True))
+        named = listing.categories.items() if listing else zip(self.category_ids, names, strict=True)
+        self.document: dict[str, Any] = {"images": [], "annotations": []}
+        self.document["categories"] = [{"id": number, "name": name} for number, name in named]
+
+    def __enter__(self) -> None:
+        if self.writes:
+            self.file = (self.summary.folder / RESULTS[1]).open("w", newline="")
+            self.table = csv.writer(self.file)
+            self.table.writerow(COLUMNS)
+
+    def add(self, name: str, found: Detections) -> None:
+        """Write an image, and count what is in it."""
+        _record(self.document, name, found, self.category_ids, self.source.ids[name] if self.source else None)
+        self.table.writerows(_rows(name, found))
+        self.summary.images += 1
+        for kind in found.names:
+            self.summary.counts[kind] = self.summary.counts.get(kind, 0) + 1
+            if self.own[kind] is None:
+                self.summary.left_out[kind] = self.summary.left_out.get(kind, 0) + 1
+
+    def __exit__(self, *_: object) -> None:
+        if self.writes:
+            self.file.close()
+            (self.summary.folder / RESULTS[0]).write_text(json.dumps(self.document, allow_nan=False))
+            if self.source:
+                _write_results(self.summary.folder, self.document["annotations"])
 
 
 def _bar() -> Progress:

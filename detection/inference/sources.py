@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 from urllib.parse import urlsplit
 
 import cv2
@@ -61,7 +63,27 @@ class Images:
             except MemoryError:
                 self.problems.append(f"{path}: there is no memory for the whole of it; cut it into smaller files")
                 continue
-            yield path.absolute().relative_to(self.root).as_posix(), pixels
+            yield self.name_of(path), pixels
+
+    def name_of(self, path: Path) -> str:
+        """Of one of the files, relative to the root."""
+        return path.absolute().relative_to(self.root).as_posix()
+
+    def share(self, rank: int, processes: int, batch_size: int, limit: int | None = None) -> Self:
+        """The files that one of several processes looks at: whole batches, as one process alone would make them.
+
+        Behind an unreadable file batches differ, and with them the last digits of what is found.
+
+        Args:
+            rank: of the process that looks at them, from 0.
+            processes: that share the files.
+            batch_size: files a batch.
+            limit: share only so many files, readable or not.
+        """
+        part = copy.copy(self)
+        part.paths = [path for i, path in enumerate(self.paths[:limit]) if i // batch_size % processes == rank]
+        part.problems, part.notes = [], list(self.notes) if rank == 0 else []
+        return part
 
 
 class Listed(Images):

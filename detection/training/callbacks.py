@@ -72,15 +72,13 @@ class Throughput(L.Callback):
         self._ended = now
         seconds, waiting, images, given, dropped = (sum(column) for column in zip(*self._steps, strict=True))
         self._unreadable += len(batch.unreadable)
-        pl_module.log("images/s", images / seconds, prog_bar=True, batch_size=1)
-        pl_module.log("time/data", waiting / seconds, batch_size=1)
-        pl_module.log("data/dropped_boxes", dropped / max(given, 1), batch_size=1)
-        pl_module.log("data/unreadable", float(self._unreadable), batch_size=1)
-        for name, rate in self._rates.items():
-            pl_module.log(name, rate, batch_size=1)
-        pl_module.log("memory/process_gib", resident_bytes() / 2**30, batch_size=1)
+        figures = {"images/s": images / seconds, "time/data": waiting / seconds, **self._rates}
+        figures |= {"data/dropped_boxes": dropped / max(given, 1), "data/unreadable": float(self._unreadable)}
+        figures["memory/process_gib"] = resident_bytes() / 2**30
         if torch.cuda.is_available():
-            pl_module.log("memory/gpu_peak_gib", torch.cuda.max_memory_allocated() / 2**30, batch_size=1)
+            figures["memory/gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        # Of a number Lightning makes a tensor on the GPU, and waits for the copy: a tensor stays where it is
+        pl_module.log_dict({name: torch.tensor(value) for name, value in figures.items()}, batch_size=1)
         if self._line_every and now - self._last_line > self._line_every and trainer.is_global_zero:
             self._last_line = now
             loss = float(trainer.callback_metrics.get("train/loss", torch.nan))
@@ -103,9 +101,12 @@ def resident_bytes() -> int:
 
 
 class Bar(RichProgressBar):
-    """A progress bar of loss, mAP and images per second."""
+    """A progress bar of loss, mAP and images per second.
 
-    NAMES: Mapping[str, str] = {"train/loss": "loss", "val_map": "mAP", "images/s": "images/s"}
+    They are read from what is logged. What is logged with `prog_bar` Lightning reads in every step, shown or not.
+    """
+
+    NAMES: Mapping[str, str] = {"train/loss": "loss", "val/map": "mAP", "images/s": "images/s"}
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=4)
@@ -115,8 +116,8 @@ class Bar(RichProgressBar):
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """The figures under short names; read twice a second, as each reading waits for the device."""
         if time.perf_counter() - self._read > 0.5:
-            metrics = super().get_metrics(trainer, pl_module)
-            self._shown = {short: metrics[name] for name, short in self.NAMES.items() if name in metrics}
+            metrics = trainer.callback_metrics
+            self._shown = {short: float(metrics[name]) for name, short in self.NAMES.items() if name in metrics}
             self._read = time.perf_counter()
         return self._shown
 

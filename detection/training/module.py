@@ -276,7 +276,8 @@ class DetectionModule(L.LightningModule):
         total = torch.stack(list(losses.values())).sum()
         self.step_losses = {name: value.detach() for name, value in losses.items()}
         self.log_dict({f"train/{name}": value for name, value in self.step_losses.items()}, batch_size=len(batch))
-        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(batch))
+        # Not with prog_bar: Lightning would read it in every step, and the host wait for the device
+        self.log("train/loss", total.detach(), batch_size=len(batch))
         return total
 
     def validation_step(  # type: ignore[override]

@@ -195,10 +195,15 @@ def build_optimizer(
                 f"model.optimizer: {name} takes no {setting}, but model.{setting} is {value:g}; set it to 0"
             )
     options = {"lr": lr} | ({"weight_decay": weight_decay} if takes(factory, "weight_decay") else {})
-    chosen = {p.name: p.default for p in signature(factory).parameters.values()}
-    if fused and chosen.get("fused", False) is None and not chosen.get("foreach") and not chosen.get("differentiable"):
+    if fused and takes_fused(factory):
         options["fused"] = True
     return factory(groups, **options)  # type: ignore[arg-type]
+
+
+def takes_fused(factory: Callable[..., Any]) -> bool:
+    """Whether an optimiser can move all parameters at once, and nothing else is said."""
+    chosen = {p.name: p.default for p in signature(factory).parameters.values()}
+    return chosen.get("fused", False) is None and not chosen.get("foreach") and not chosen.get("differentiable")
 
 
 def settings_of(optimizer: Optimizer, factory: OptimizerFactory) -> list[dict[str, Any]]:
