@@ -1,18 +1,24 @@
-"""Throughput counts training time only; the table shows what was logged."""
+"""Throughput counts training time only; the bar leaves the screen in order; the table shows what was logged."""
 
 from __future__ import annotations
 
+import io
 import logging
+import re
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
+import rich
 import torch
 from rich.console import Console
+from torch.utils.data import DataLoader
 
 from detection.batch import Batch
-from detection.training.callbacks import Results, Throughput, result_table
+from detection.training.callbacks import Bar, Results, Throughput, result_table, time_left
 
 
 class Module:
@@ -90,3 +96,72 @@ def test_table_has_a_row_for_each_class_and_figure() -> None:
     rows = [line.strip("│ ").split("│") for line in text.splitlines() if line.startswith("│")]
     found = {row[0].strip(): row[1].strip() for row in rows}
     assert found == {"cat": "0.250", "dog": "0.750", "AP": "0.500", "AP50": "0.875"}
+
+
+class Steps(L.LightningModule):
+    """Trains nothing, but logs what the bar and the table show."""
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log("train/loss", 1.25, prog_bar=True)
+        self.log("images/s", 123.4, prog_bar=True)
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log_dict({"val/map": 0.5, "val/ap/cat": 0.25, "val/ap/dog": 0.75})
+        self.log("val_map", 0.5, prog_bar=True, logger=False)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+
+
+@pytest.fixture
+def written() -> Iterator[io.StringIO]:
+    """What goes to rich's console, as if it were a terminal."""
+    yield (file := io.StringIO())
+    rich.reconfigure()
+
+
+def screen(text: str, width: int) -> list[str]:
+    """The lines of a terminal of that width, as far as rich moves its cursor: up, to the left, and erasing."""
+    lines, row, column = [""], 0, 0
+    for code, letter in re.findall(r"\x1b\[([?\d;]*[A-Za-z])|(.)", text, re.DOTALL):
+        if code.endswith("A"):
+            row -= int(code[:-1] or 1)
+        elif code == "2K":
+            lines[row] = ""
+        elif letter == "\r":
+            column = 0
+        elif letter:
+            if letter == "\n" or column == width:
+                row, column = row + 1, 0
+                lines += [""] * (row == len(lines))
+            if letter != "\n":
+                lines[row] = lines[row][:column].ljust(column) + letter + lines[row][column + 1 :]
+                column += 1
+    return [line.rstrip() for line in lines]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 160])
+def test_bar_is_one_line_and_leaves_the_table_whole(
+    width: int, written: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10.25 * 2**30)
+    bar = Bar()
+    bar._console_kwargs = {"file": written, "width": width, "force_terminal": True, "legacy_windows": False}
+    run = L.Trainer(max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[bar, Results()],
+                    enable_model_summary=False, num_sanity_val_steps=1)  # fmt: skip
+    run.fit(Steps(), DataLoader(torch.zeros(4)), DataLoader(torch.zeros(2)))  # type: ignore[arg-type]
+    lines = [line for line in screen(written.getvalue(), width) if line]
+    assert lines[0].startswith("epoch 3/3") and "4/4" in lines[0] and "0:00:00 left loss 1.250" in lines[0]
+    assert lines[0].endswith("loss 1.250 mAP 0.500 123 img/s 10.2 GiB" if width > 60 else "loss 1.250 mAP 0.500")
+    rows = [re.split(r"\s*│\s*", line.strip("│ ")) for line in lines if line.startswith("│")]
+    assert rows == [["cat", "0.250"], ["dog", "0.750"], ["AP", "0.500"]] and lines[-1].startswith("└")
+    assert not any("epoch" in line for line in lines[1:])
+
+
+def test_time_left_is_that_of_the_whole_run() -> None:
+    run = trainer(global_step=30, estimated_stepping_batches=3630)
+    assert time_left(run, first_step=20, seconds=10.0) == "1:00:00 left"
+    assert time_left(run, first_step=30, seconds=1.0) == ""  # nothing to judge by
+    run.estimated_stepping_batches = float("inf")
+    assert time_left(run, first_step=20, seconds=10.0) == ""

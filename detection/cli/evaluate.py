@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detection.batch import Id
+from detection.cli.output import set_up_output
 from detection.data.checks import Folder
 from detection.data.datamodule import DetectionDataModule
 from detection.data.images import read_image
@@ -60,6 +61,7 @@ def evaluate(
         masks: false compares the boxes of a detector of masks alone, for data that has none.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
+    set_up_output()
     if (ckpt is None) == (results is None):
         raise DataError("name what to evaluate: --ckpt, a checkpoint, or --results, a COCO results file")
     if results is not None:
@@ -161,14 +163,21 @@ def _write(
 ) -> None:
     """The report on disk; the figures, those of each class, and what was left out, in the terminal."""
     figures = write_evaluation(folder, metric, category_ids, load, title, facts)
+    width, sizes = max(map(len, figures)), metric.object_counts()
     for name, value in figures.items():
-        print(f"{name:<12}{value:8.4f}")
-    width = max(map(len, metric.class_names))
-    for name, value in metric.per_class().items():
-        print(f"  {name:<{width}}{value:8.4f}")
+        print(_line(name, width, value, sizes.get(name.rpartition("_")[2], sizes["all"])))
+    width, known = max(map(len, metric.class_names)), metric.per_class()
+    for name, count in metric.objects_per_class().items():
+        print(_line(f"  {name}", width + 2, known.get(name, -1.0), count))
     absent = {name for name, number in zip(metric.class_names, category_ids, strict=True) if number is None}
     left_out = {name: count for name, count in metric.absent_detections().items() if name in absent}
     if left_out:
         counts = ", ".join(f"{name} {count}" for name, count in left_out.items())
         print(f"not exported, as the annotations lack the class: {counts}")
     print(f"report: {folder / 'report.html'}")
+
+
+def _line(name: str, width: int, value: float, objects: int) -> str:
+    """A figure and on how many objects it rests; a dash where there are none, so that there is no figure."""
+    figure = f"{value:8.4f}" if value > -1 else f"{'-':>8}"
+    return f"{name:<{width}}{figure}{objects:8} object{'s' * (objects != 1)}"

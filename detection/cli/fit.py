@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,10 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
-from rich.logging import RichHandler
 
 from detection.cli.configuration import CONFIGS, PRESETS, complete, fit_anchors_to_data, fit_detector_to_data, plain
+from detection.cli.output import LOGGERS as LOGGERS
+from detection.cli.output import set_up_output
 from detection.cli.parser import Parser
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
@@ -234,40 +233,6 @@ Detect with it:  python scripts/predict.py --ckpt {best} --source IMAGES{flag}
 
 def _rank() -> int:
     return int(getattr(rank_zero_only, "rank", 0))  # Lightning's, known before the processes meet
-
-
-LOGGERS = ("detection", "lightning.pytorch", "lightning.fabric")
-NOISE = re.compile(
-    r"GPU available|TPU available|HPU available|.*Tip: |.*litlogger|Seed set to|.*Trainer.fit. stopped|"
-    r"Restor.*\.(lr_find|scale_batch_size)_|LR finder stopped early|`weights_only` was not set|Finished batch size"
-)
-MISLEADING = (
-    ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",  # on purpose: it checks the batch
-    ".*does not have many workers.*",  # more than the cores of this machine would be slower
-    ".*It is recommended to use `self.log.*sync_dist=True.*",  # the metric is the same on every rank
-    "(?s).*Jsonargparse|.*skip_none parameter was deprecated.*",  # Lightning's own calls
-    "(?s).*Dump of a value that does not round-trip: a tuple.*",  # defaults of albumentations, which takes lists too
-    ".*isinstance.treespec, LeafSpec.* is deprecated.*",
-    ".*number of training batches .* is smaller than the logging interval.*",
-    ".*Experiment logs directory .* exists and is not empty.*",
-    ".*Checkpoint directory .* exists and is not empty.*",  # config.yaml is written before
-    ".*no val dataloader.*limit_val_batches.*",
-)
-
-
-def set_up_output() -> None:
-    """Show our log and Lightning's warnings once (first rank), without what misleads or repeats."""
-    console = Console(stderr=True)
-    rich = RichHandler(show_path=False, show_level=False, log_time_format="%H:%M:%S")
-    handler = rich if console.is_terminal else logging.StreamHandler()
-    handler.addFilter(lambda record: not NOISE.match(record.getMessage()))
-    level = logging.INFO if _rank() == 0 else logging.ERROR
-    for name in LOGGERS:
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
-    for message in MISLEADING:
-        warnings.filterwarnings("ignore", message)
 
 
 def main(args: Sequence[str] | None = None) -> int:
