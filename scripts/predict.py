@@ -10,12 +10,14 @@ from detection.data.records import DataError
 from detection.inference import Detector, Tiles, predict
 from detection.inference.detector import Precision
 from detection.inference.sources import Listed, open_source
+from detection.visualize import Names
 
 
 def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thresh: float | None = None,
          classes: list[str] | None = None, batch_size: int = 8, tile: int | None = None, overlap: float = 0.2,
-         limit: int | None = None, pictures: bool = True, annotations: Path | None = None, device: str = "auto",
-         precision: Precision = "32", trust: list[str] = []) -> None:  # noqa: B006  # fmt: skip
+         limit: int | None = None, pictures: bool = True, labels: Names = "auto", line_width: int | None = None,
+         annotations: Path | None = None, device: str = "auto", precision: Precision = "32",
+         trust: list[str] = []) -> None:  # noqa: B006  # fmt: skip
     """Write annotated images or a video, predictions.json (COCO) and predictions.csv.
 
     Args:
@@ -29,6 +31,8 @@ def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thre
         overlap: of neighbouring tiles, as a share of their side.
         limit: stop after so many images or frames.
         pictures: false leaves the annotated images or video out.
+        labels: auto shrinks names, or leaves them out, where they would cover over a tenth of a picture; all; none.
+        line_width: of the boxes in pixels; a 300th of the picture's longer side by default.
         annotations: COCO file, e.g. image_info_test-dev2017.json, whose images in the folder `source` are looked at;
             detections_bbox.json then has the ids of that file.
         device: auto, cpu, cuda, cuda:1, mps.
@@ -42,7 +46,8 @@ def main(ckpt: Path, source: str, output: Path = Path("predictions"), score_thre
         raise DataError(f"{ckpt}: there is no class '{unknown[0]}'; there are: {', '.join(detector_of)}")
     found_in = open_source(source) if annotations is None else Listed(annotations, Path(source).expanduser())
     lowest = score_thresh if score_thresh is not None else 0.5 if annotations is None else 0.0
-    done = predict(detector, found_in, output, lowest, classes, batch_size, tiles, limit, pictures)
+    done = predict(detector, found_in, output, lowest, classes, batch_size, tiles, limit, pictures, labels,
+                   line_width)  # fmt: skip
     print(f"{done.images} images, {sum(done.counts.values())} objects: {done.counts}; results in {output}")
     if done.left_out:
         print(f"in no JSON, as {annotations} lacks the class: {done.left_out}", file=sys.stderr)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import rich
 import torch
@@ -18,7 +19,17 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from detection.batch import Batch
-from detection.training.callbacks import Bar, Results, Throughput, result_table, time_left
+from detection.evaluation.results import ImageResult
+from detection.training.callbacks import (
+    LEGEND,
+    Bar,
+    Results,
+    Throughput,
+    above,
+    judged_colours,
+    result_table,
+    time_left,
+)
 
 
 class Module:
@@ -116,7 +127,7 @@ class Steps(L.LightningModule):
 @pytest.fixture
 def written() -> Iterator[io.StringIO]:
     """What goes to rich's console, as if it were a terminal."""
-    yield (file := io.StringIO())
+    yield io.StringIO()
     rich.reconfigure()
 
 
@@ -148,8 +159,8 @@ def test_bar_is_one_line_and_leaves_the_table_whole(
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10.25 * 2**30)
     bar = Bar()
     bar._console_kwargs = {"file": written, "width": width, "force_terminal": True, "legacy_windows": False}
-    run = L.Trainer(max_epochs=3, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[bar, Results()],
-                    enable_model_summary=False, num_sanity_val_steps=1)  # fmt: skip
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "num_sanity_val_steps": 1}
+    run = L.Trainer(max_epochs=3, accelerator="cpu", callbacks=[bar, Results()], **quiet)  # type: ignore[arg-type]
     run.fit(Steps(), DataLoader(torch.zeros(4)), DataLoader(torch.zeros(2)))  # type: ignore[arg-type]
     lines = [line for line in screen(written.getvalue(), width) if line]
     assert lines[0].startswith("epoch 3/3") and "4/4" in lines[0] and "0:00:00 left loss 1.250" in lines[0]
@@ -165,3 +176,17 @@ def test_time_left_is_that_of_the_whole_run() -> None:
     assert time_left(run, first_step=30, seconds=1.0) == ""  # nothing to judge by
     run.estimated_stepping_batches = float("inf")
     assert time_left(run, first_step=20, seconds=10.0) == ""
+
+
+def test_pictures_colour_what_is_right_wrong_and_missed() -> None:
+    """A right one, one below the threshold whose object is missed then, one where nothing is, one on a crowd."""
+    boxes = np.array([[10, 10, 30, 30], [50, 50, 70, 70], [80, 0, 99, 20], [0, 60, 20, 90]], np.float32)
+    scores = np.array([0.9, 0.3, 0.8, 0.7], np.float32)
+    gt = np.array([[0, 60, 40, 99], [10, 10, 30, 30], [50, 50, 70, 70]], np.float32)
+    crowd = np.array([True, False, False])
+    result = ImageResult(1, "a.jpg", (100, 100), boxes, np.ones(4, int), scores, None, gt, np.ones(3, int),
+                         np.full(3, 400, np.float32), crowd, np.zeros(3, bool), None)  # fmt: skip
+    objects, found = judged_colours(above(result, 0.5), num_classes=2)
+    grey, right, wrong, missed = (LEGEND[name] for name in ("crowd, not judged", "right, found", "wrong", "missed"))
+    assert objects == [grey, right, missed] and found == [right, wrong, grey]
+    assert judged_colours(result, num_classes=2)[0] == [grey, right, right]

@@ -240,10 +240,35 @@ def test_video_in_video_out(tmp_path):
     np.testing.assert_allclose(lefts, [5 * i + 4 for i in range(9)], atol=2)
     capture = cv2.VideoCapture(str(tmp_path / "out" / "clip_annotated.mp4"))
     assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(12)
+    code = int(capture.get(cv2.CAP_PROP_FOURCC)).to_bytes(4, "little").lower()
+    said = [note for note in done.notes if "MPEG-4, which browsers don't play" in note]
+    assert (code in (b"avc1", b"h264")) != bool(said) and (not said or code in (b"mp4v", b"fmp4"))
     frames = []
     while (read := capture.read())[0]:
         frames.append(read[1])
     assert len(frames) == 9 and frames[0].shape == (212, 320, 3)  # room for names, sides even
+
+
+def test_video_is_h264_where_opencv_writes_it(tmp_path, monkeypatch):
+    class Writer:
+        def __init__(self, path, code, fps, size):
+            asked.append(int(code).to_bytes(4, "little"))
+
+        def isOpened(self):  # noqa: N802
+            return True
+
+        def write(self, frame):
+            asked.append(frame.shape)
+
+        def release(self):
+            pass
+
+    asked = []
+    path = film(tmp_path / "clip.mp4", "mp4v")
+    monkeypatch.setattr(cv2, "VideoWriter", Writer, raising=True)
+    Writer.fourcc = staticmethod(lambda *letters: int.from_bytes("".join(letters).encode(), "little"))
+    done = predict(Blobs(), open_source(str(path)), tmp_path / "out", limit=2)
+    assert asked == [b"avc1", (212, 320, 3), (212, 320, 3)] and not done.notes
 
 
 def test_folder_leaves_out_what_is_no_input_and_says_so(photos, tmp_path):

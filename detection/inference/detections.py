@@ -16,7 +16,7 @@ from PIL import Image
 
 from detection.batch import Id
 from detection.data import rle
-from detection.visualize import draw_objects
+from detection.visualize import Names, draw_objects
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +70,20 @@ class Detections:
             raise ValueError("the detector finds boxes alone: there are no masks")
         return np.array([rle.decode(mask) for mask in self.masks], np.bool_).reshape(-1, *self.size)
 
-    def draw(self, image: NDArray[np.uint8], side: int | None = None) -> Image.Image:
+    def draw(
+        self, image: NDArray[np.uint8], side: int | None = None, labels: Names = "auto", line_width: int | None = None
+    ) -> Image.Image:
         """The image `(H, W, 3)` with boxes, names, scores and masks.
 
         Args:
             image: of the detections.
             side: longer side of the result in pixels; None keeps the image's own size, or a larger where no name fits.
+            labels: `auto` shrinks names, or leaves them out, where they would cover the picture; `all`, `none`.
+            line_width: of the boxes, in pixels of the result; None takes a 300th of its longer side.
         """
         masks = None if self.masks is None else list(self.masks)
-        return draw_objects(image, self.boxes, self.labels, self.class_names, self.scores, masks, side=side)
+        objects = (self.boxes, self.labels, self.class_names, self.scores, masks)
+        return draw_objects(image, *objects, side=side, names=labels, line_width=line_width)
 
     def to_coco(self, image_id: Id, category_ids: Sequence[Id | None] | None = None) -> list[dict[str, Any]]:
         """One entry of a COCO results file for each detection.

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,20 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
+from PIL import ImageColor
 from rich import get_console
 from rich.progress import TaskID, TextColumn
 from rich.table import Table
 
 from detection.batch import Batch
 from detection.data.images import read_image
-from detection.evaluation.results import spread
+from detection.evaluation.analysis import BACKGROUND, IGNORED, RIGHT, analyse
+from detection.evaluation.plots import COLOURS, FAINT, MISSED
+from detection.evaluation.results import ImageResult, spread
 from detection.training.loaders import image_folder
 from detection.training.module import DetectionModule
 from detection.training.optimisation import rates
-from detection.visualize import draw_objects, side_by_side
+from detection.visualize import Colour, draw_objects, side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +179,8 @@ def time_left(trainer: L.Trainer, first_step: int, seconds: float) -> str:
 class PredictionPictures(L.Callback):
     """After each validation `predictions.jpg`: the same images each time, ground truth beside predictions.
 
+    Objects are found or missed, predictions right or wrong, judged at IoU .50 among those that are drawn.
+
     It reads the image files, which only `DetectionDataModule` knows; with other loaders there is no picture.
 
     Args:
@@ -202,15 +208,42 @@ class PredictionPictures(L.Callback):
         pairs = []
         for result in spread(pl_module.metric.results, self.count):
             image = read_image(root / result.file_name, result.size)
-            shown = result.scores >= self.score_thresh
-            masks = [result.masks[i] for i in np.flatnonzero(shown)] if result.masks is not None else None
-            found = (result.boxes[shown], result.labels[shown], names, result.scores[shown], masks)
-            truth = (result.gt_boxes, result.gt_labels, names, None, result.gt_masks)
-            pairs.append((draw_objects(image, *truth), draw_objects(image, *found)))
+            shown = above(result, self.score_thresh)
+            of_objects, of_found = judged_colours(shown, len(names))
+            truth = draw_objects(
+                image, shown.gt_boxes, shown.gt_labels, names, None, shown.gt_masks, colours=of_objects
+            )
+            found = (shown.boxes, shown.labels, names, shown.scores, shown.masks)
+            pairs.append((truth, draw_objects(image, *found, colours=of_found)))
         if pairs:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            sheet = side_by_side(pairs, ("ground truth", f"predictions with score >= {self.score_thresh}"))
+            titles = ("ground truth", f"predictions with score >= {self.score_thresh}")
+            sheet = side_by_side(pairs, titles, legend=LEGEND)
             sheet.save(self.path, quality=88)
+
+
+FOUND, WRONG, LOST, CROWD = (ImageColor.getrgb(c)[:3] for c in (COLOURS[RIGHT], COLOURS[BACKGROUND], MISSED, FAINT))
+LEGEND = {"right, found": FOUND, "wrong": WRONG, "missed": LOST, "crowd, not judged": CROWD}
+
+
+def above(result: ImageResult, score: float) -> ImageResult:
+    """The result with those detections alone that score at least `score`."""
+    keep = np.flatnonzero(result.scores >= score)
+    masks = None if result.masks is None else [result.masks[i] for i in keep]
+    return replace(
+        result, boxes=result.boxes[keep], labels=result.labels[keep], scores=result.scores[keep], masks=masks
+    )
+
+
+def judged_colours(result: ImageResult, num_classes: int) -> tuple[list[Colour], list[Colour]]:
+    """The colours of `LEGEND` of each object and of each detection of an image."""
+    judged = analyse([result], num_classes, limit=max(1, len(result.labels)))
+    objects, found = [CROWD] * len(result.gt_labels), [CROWD] * len(result.labels)
+    for place, is_found, is_crowd in zip(judged.gt.place, judged.found, judged.gt.crowd, strict=True):
+        objects[place] = CROWD if is_crowd else FOUND if is_found else LOST
+    for place, kind in zip(judged.dt.place, judged.kind, strict=True):
+        found[place] = FOUND if kind == RIGHT else CROWD if kind == IGNORED else WRONG
+    return objects, found
 
 
 class SplitFile(L.Callback):
