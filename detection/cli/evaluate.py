@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from detection.batch import Id
@@ -90,10 +93,16 @@ def evaluate(
         return
     dataset: Any = data.predict_dataloader().dataset
     home, name = dataset.root, split if annotations is None else annotations.stem
-    facts = {"checkpoint": ckpt.name, "data": home.name, "split": name, "precision": precision}
-    title = f"Evaluation of {ckpt.resolve().parent.name}"
+    run, kept = ckpt.resolve().parent, read_torch(ckpt)
+    facts = {"checkpoint": ckpt.name, "step": str(kept.get("global_step", "unknown")), "code": version()}
+    facts |= {"data": home.name, "split": name, "precision": precision}
+    config = run / "config.yaml"
+    settings = config.read_text() if config.is_file() else yaml.safe_dump(dict(kept.get("hyper_parameters", {})))
+    title = f"Evaluation of {run.parent.name}/{run.name}"
     folder = output or ckpt.parent / f"evaluation_{name}"
-    _write(folder, metric, dataset.category_ids, lambda r: read_image(home / r.file_name, r.size), title, facts)
+    _write(
+        folder, metric, dataset.category_ids, lambda r: read_image(home / r.file_name, r.size), title, facts, settings
+    )
 
 
 def _data_of(ckpt: Path, trust: list[str], module: DetectionModule, settings: dict[str, Any]) -> DetectionDataModule:
@@ -160,9 +169,10 @@ def _write(
     load: LoadImage | None,
     title: str,
     facts: dict[str, str],
+    settings: str = "",
 ) -> None:
     """The report on disk; the figures, those of each class, and what was left out, in the terminal."""
-    figures = write_evaluation(folder, metric, category_ids, load, title, facts)
+    figures = write_evaluation(folder, metric, category_ids, load, title, facts, settings)
     width, sizes = max(map(len, figures)), metric.object_counts()
     for name, value in figures.items():
         print(_line(name, width, value, sizes.get(name.rpartition("_")[2], sizes["all"])))
@@ -181,3 +191,18 @@ def _line(name: str, width: int, value: float, objects: int) -> str:
     """A figure and on how many objects it rests; a dash where there are none, so that there is no figure."""
     figure = f"{value:8.4f}" if value > -1 else f"{'-':>8}"
     return f"{name:<{width}}{figure}{objects:8} object{'s' * (objects != 1)}"
+
+
+def version() -> str:
+    """Of this package: the commit of its checkout, with `+` where files differ from it; else that of the package."""
+    here = Path(__file__).resolve()
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(here.parent), *args]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # or it would be the commit of what the package lies in
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return f"version {metadata.version('detection')}"
