@@ -135,7 +135,7 @@ def render(
 ) -> str:
     """The report as one HTML text that loads nothing."""
     rows, crowds = error_breakdown(judged), int(judged.gt.crowd.sum())
-    objects = f"{len(judged.gt.crowd)}{f', of which {crowds} of crowds, which nothing counts' if crowds else ''}"
+    objects = f"{len(judged.gt.crowd)}{f' ({crowds} of them crowds, not judged)' if crowds else ''}"
     head = {**facts, "images": str(len(results)), "objects": objects, "detections": str(len(judged.dt.label))}
     pair = '<div class="pair">{}{}</div>'.format
     curve = _section("Precision and recall", "Interpolated precision at IoU .50.", _plot(shown["precision_recall"]))
