@@ -31,7 +31,7 @@ from detection.recipes import RecipeError, import_from_working_directory, packag
 from detection.training import tuning
 from detection.training.callbacks import Bar, PredictionPictures, Results, SplitFile, Throughput
 from detection.training.checkpoints import BEST, LAST, RUN_FOLDER, KeepBest, Kept, WholeFiles, kept, start
-from detection.training.loggers import MetricsFile, Tracker, WandbMode
+from detection.training.loggers import RUN_FLAGS, MetricsFile, Tracker, WandbMode
 from detection.training.module import DetectionModule
 from detection.training.optimisation import COSINE, SGD_MOMENTUM, state_per_parameter
 from detection.training.resume import INTERRUPTED, Interrupted, KeepLast
@@ -113,6 +113,9 @@ class FitCLI(LightningCLI):
         parser.add_argument(
             "--wandb", type=WandbMode, default="auto", help="`auto`: online when logged in, else offline."
         )
+        for name, text in RUN_FLAGS.items():
+            kind = list[str] | None if name == "tags" else str | None
+            parser.add_argument(f"--wandb_{name}", type=kind, default=None, help=text)
         parser.add_argument("--log_model", type=bool, default=False, help="Keep best.ckpt in W&B too, as an artifact.")
 
     def instantiate_classes(self) -> None:
@@ -187,7 +190,8 @@ class FitCLI(LightningCLI):
         loggers: list[Logger] = [MetricsFile(self.folder)]
         if self.config.wandb != "off" and os.environ.get("WANDB_MODE") != "disabled":
             plain = yaml.safe_load(self.parser.dump(self.config))
-            loggers.append(Tracker(self.config.wandb, self.folder, plain))
+            shown = {name: self.config[f"wandb_{name}"] for name in RUN_FLAGS}
+            loggers.append(Tracker(self.config.wandb, self.folder, plain, shown))
         return loggers
 
     def fit(self) -> None:
