@@ -1,5 +1,6 @@
 # make fit    install and train the quickstart      make test   install and run all tests
 # make lint   ruff                                  make types  mypy
+# make settings  300 command lines at random: each trains or says in a sentence why not
 # make faults the fault matrix, to faults.md        make audit  packages against the advisory database
 # make docs   the site, to build/site
 #
@@ -15,7 +16,7 @@ CPU ?=
 BIN := $(VENV)/bin
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: fit test faults audit docs lint types check clean
+.PHONY: fit test settings faults audit docs lint types check clean
 
 fit: $(VENV)/.installed
 	$(BIN)/python scripts/fit.py $(ARGS)
@@ -23,6 +24,9 @@ fit: $(VENV)/.installed
 # A process of one thread on each core: two of two threads on two cores wait for each other.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+
+settings: $(VENV)/.installed-dev
+	RANDOM_SETTINGS=300 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_settings_at_random.py $(ARGS)
 
 # What is promised when disks fill, processes die and files are hostile: each row of the table is a real injection.
 faults: $(VENV)/.installed-dev

@@ -3,7 +3,7 @@
 Shape shorthand:
     B: images in the batch     H, W: padded height and width     N: objects of one image
     G: objects an image, padded to the largest count of the batch     P: proposals an image, likewise
-    m, n: height and width of a stored mask     C: classes without background
+    m, n: height and width of a stored mask     C: classes without background     I: ignore regions, likewise
 Boxes are `(x1, y1, x2, y2)` float32 pixels; label 0 is background and never appears in ground truth.
 """
 
@@ -30,9 +30,13 @@ class Target:
         boxes: `(N, 4)` float32 xyxy.
         labels: `(N,)` int64 in `[1, C]`.
         areas: `(N,)` float32, the annotation's area in original pixels (mask area where there is one, as COCO has it).
-        iscrowd: `(N,)` bool, COCO crowd regions: matched as "ignore", never trained on.
+        iscrowd: `(N,)` bool, COCO crowd regions and ignore regions: matched as "ignore", never trained on.
         difficult: `(N,)` bool, VOC difficult objects: ignored by VOC evaluation, by default not trained on.
         masks: one COCO RLE dictionary (`{"size": [h, w], "counts": bytes}`) an object, or None without masks.
+        checked: `(C,)` bool, the classes that were looked for in the image, or None for all. Detections of the others
+            are not counted.
+        partial: `(C,)` bool, the classes of which some objects may not be annotated, or None for none. Detections of
+            these that match no object are not counted.
     """
 
     image_id: Id
@@ -44,6 +48,8 @@ class Target:
     iscrowd: Tensor
     difficult: Tensor
     masks: list[dict[str, Any]] | None = None
+    checked: Tensor | None = None
+    partial: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,8 @@ class Batch:
     """Images padded to one size, with the ground truth to train on in the pixels of those images.
 
     Attributes:
-        images: `(B, 3, H, W)` uint8 RGB, each image in the top left corner, zeros to its right and below.
+        images: `(B, 3, H, W)` uint8 RGB, each image in the top left corner, zeros to its right and below. Of data with
+            other channels `(B, C, H, W)`, of 16-bit data uint16.
         image_sizes: `(B, 2)` int64, `(height, width)` of each image without padding.
         gt_boxes: `(B, G, 4)` float32 xyxy in the pixels of `images`; rows that are not valid hold zeros.
         gt_labels: `(B, G)` int64 in `[1, C]`; 0 where not valid.
@@ -65,6 +72,10 @@ class Batch:
         proposals: `(B, P, 4)` float32 xyxy in the pixels of `images`, best first, or None, for detectors that learn
             none themselves; rows that are not valid hold zeros.
         proposals_valid: `(B, P)` bool.
+        gt_ignored: `(B, I, 4)` float32 xyxy in the pixels of `images`, or None: ignore regions and crowds, in which
+            background is not taught; padding holds zeros.
+        labelled: `(B, C)` bool, or None for all: the classes that were looked for in each image and of which all
+            objects are annotated. Background may be an object of the others.
         objects_given, objects_dropped: how many objects went into the augmentation, and how many did not come out.
         unreadable: the error of each image that could not be read; another image has taken its place.
     """
@@ -80,6 +91,8 @@ class Batch:
     gt_mask_windows: Tensor | None = None
     proposals: Tensor | None = None
     proposals_valid: Tensor | None = None
+    gt_ignored: Tensor | None = None
+    labelled: Tensor | None = None
     objects_given: int = 0
     objects_dropped: int = 0
     unreadable: tuple[str, ...] = ()
@@ -109,11 +122,11 @@ def pad_images(images: Sequence[Tensor], divisor: int = 32) -> tuple[Tensor, Ten
     """Stack images of different sizes: zeros on the right and below, sides rounded up to a multiple of `divisor`.
 
     Args:
-        images: `(3, h, w)` tensors of one dtype.
+        images: `(C, h, w)` tensors of one dtype.
         divisor: the coarsest stride of the backbone, so that every level divides evenly.
 
     Returns:
-        images `(B, 3, H, W)` of the same dtype and image sizes `(B, 2)` int64 as (height, width).
+        images `(B, C, H, W)` of the same dtype and image sizes `(B, 2)` int64 as (height, width).
     """
     sizes = [tuple(image.shape[-2:]) for image in images]
     height, width = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
@@ -196,24 +209,34 @@ def check_batch(batch: Batch, num_classes: int) -> None:
             raise ValueError(f"{name}: object {box} {problem}: box {values}, label {int(labels[image, box])}")
 
 
-def check_images(images: Sequence[Tensor]) -> None:
-    """Raise a ValueError that names the first image which can't be one: wrong type, shape, range, or not finite."""
+def check_images(images: Sequence[Tensor], channels: int = 3, depth: int = 8) -> None:
+    """Raise a ValueError that names the first image which can't be one: wrong type, shape, range, or not finite.
+
+    Args:
+        images: `(channels, h, w)` tensors, float in [0, 1], or integers of `depth` bits.
+        channels, depth: of the detector.
+    """
+    shape, order = f"({channels}, h, w)", " in RGB order" if channels == 3 else ""
+    integers, highest = (torch.uint16, 65535) if depth == 16 else (torch.uint8, 255)
+    name = str(integers).removeprefix("torch.")
     if isinstance(images, Tensor) or not isinstance(images, Sequence):
-        raise ValueError(f"images must be a list of (3, h, w) tensors, not {type(images).__name__}: use list(images)")
+        raise ValueError(f"images must be a list of {shape} tensors, not {type(images).__name__}: use list(images)")
     if not images:
-        raise ValueError("the list of images is empty: give at least one (3, h, w) tensor")
+        raise ValueError(f"the list of images is empty: give at least one {shape} tensor")
     for i, image in enumerate(images):
-        if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3 or min(image.shape) < 1:
+        if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != channels or min(image.shape) < 1:
             found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-            raise ValueError(f"image {i} must be a (3, h, w) tensor in RGB order, not {found}")
-        if image.dtype != torch.uint8 and not image.is_floating_point():
-            raise ValueError(f"image {i} is {image.dtype}: give uint8 in [0, 255] or float in [0, 1]")
+            raise ValueError(f"image {i} must be a {shape} tensor{order}, not {found}")
+        if image.dtype != integers and not image.is_floating_point():
+            raise ValueError(f"image {i} is {image.dtype}: give {name} in [0, {highest}] or float in [0, 1]")
         if image.is_floating_point():
             peak = float(image.abs().amax())
             # Images that were normalised already stay within a few units; only 0 to 255 is far outside.
             if not peak <= 16:
                 wrong = "holds NaN or infinity" if peak != peak or peak == float("inf") else f"reaches {peak:g}"
-                raise ValueError(f"image {i} {wrong}: float images must be in [0, 1] (divide by 255, or give uint8)")
+                raise ValueError(
+                    f"image {i} {wrong}: float images must be in [0, 1] (divide by {highest}, or give {name})"
+                )
 
 
 def check_targets(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], num_classes: int) -> None:

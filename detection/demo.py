@@ -51,7 +51,7 @@ class Study:
     Args:
         detector: runs once, here.
         model: the same from `model_of`, for the pictures of the stages.
-        pixels: `(H, W, 3)` uint8 RGB.
+        pixels: `(H, W, C)` in the detector's format.
     """
 
     def __init__(self, detector: Detector, model: FasterRCNN, pixels: NDArray[Any]) -> None:
@@ -85,7 +85,7 @@ class Study:
 
     @property
     def image(self) -> torch.Tensor:
-        """`(3, H, W)` uint8."""
+        """`(C, H, W)`, of the type of `pixels`."""
         return torch.from_numpy(self.pixels).permute(2, 0, 1)
 
     @property
@@ -222,6 +222,9 @@ class Page:
                     self._pictures[title] = ui.element("img").classes("wide picture").props(f"alt={title}")
                     self._pictures[title].set_visibility(False)
 
+    def _look_at(self, path: Path) -> Study:
+        return Study(self._detector, self._model, read_image(path, form=self._detector.form))
+
     async def _take(self, event: events.UploadEventArguments) -> None:
         """Read an image, detect in it and show it; what can't be read leaves the page as it was."""
         self._uploads += 1
@@ -233,7 +236,7 @@ class Page:
             path = Path(folder) / "image"
             await event.file.save(path)
             try:
-                study = await asyncio.to_thread(lambda: Study(self._detector, self._model, read_image(path)))
+                study = await asyncio.to_thread(self._look_at, path)
             except (DataError, RuntimeError) as error:  # the latter: no memory for it
                 if number == self._uploads:
                     self._say(str(error).replace(str(path), name))

@@ -28,6 +28,10 @@ class RunError(RuntimeError):
         self.on_all_ranks = on_all_ranks
 
 
+class SettingsError(RunError):
+    """Settings that don't go together, or that a resumed run can't take: a mistake in flags or configuration."""
+
+
 # Whose messages are a sentence with the way out already.
 SAY_ENOUGH = (DataError, RunError, CheckpointError, RecipeError, FileNotFoundError, MisconfigurationException)
 

@@ -2,6 +2,7 @@
 
 Shape shorthand:
     B: images     G: ground truth boxes an image, padded     A: anchors or proposals an image     S: sampled ones
+    I: ignore regions an image, padded
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ BETWEEN_THRESHOLDS = -2
 
 # Elements of one block of an IoU matrix, 128 MB in float32: a batch with more is matched in blocks of anchors.
 MAX_IOU_ELEMENTS = 32 * 1024 * 1024
+
+# COCO does not count a detection at IoU .5 of which this share lies in a crowd; so it is not taught as background.
+IGNORED_SHARE = 0.5
 
 
 @recorded
@@ -97,6 +101,26 @@ class Matcher:
             foreground = foreground | forced
         unmatched = torch.where(best_iou < self.bg_iou_thresh, BELOW_LOW_THRESHOLD, BETWEEN_THRESHOLDS)
         return torch.where(foreground, best_gt, unmatched)
+
+
+def spare_ignored(matched_idxs: Tensor, boxes: Tensor, ignored: Tensor | None) -> Tensor:
+    """An assignment in which no background lies in an ignore region: it becomes `BETWEEN_THRESHOLDS`.
+
+    Args:
+        matched_idxs: `(B, A)`, what a matcher gave.
+        boxes: `(A, 4)` xyxy, the same for all images, or `(B, A, 4)`.
+        ignored: `(B, I, 4)` xyxy, see `Batch.gt_ignored`. Inside is a box of which `IGNORED_SHARE` lies in one region.
+    """
+    if ignored is None:
+        return matched_idxs
+    area = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1)
+    inside = torch.zeros_like(matched_idxs, dtype=torch.bool)
+    for region in ignored.unbind(1):  # one by one: a matrix of all would be as large as that of the ground truth
+        low = torch.maximum(boxes[..., :2], region[:, None, :2])
+        high = torch.minimum(boxes[..., 2:], region[:, None, 2:])
+        shared = (high - low).clamp(min=0).prod(dim=-1)
+        inside |= (shared >= IGNORED_SHARE * area) & (shared > 0)
+    return torch.where(inside & (matched_idxs == BELOW_LOW_THRESHOLD), BETWEEN_THRESHOLDS, matched_idxs)
 
 
 @recorded

@@ -64,7 +64,7 @@ class BackbonePart(Protocol):
     """
 
     def __call__(self, images: Tensor) -> Mapping[str, Tensor]:
-        """Normalised images `(B, 3, H, W)` -> `{name: (B, C, h, w)}`, finest first."""
+        """Normalised images `(B, 3, H, W)`, or with the data's channels, -> `{name: (B, C, h, w)}`, finest first."""
         ...
 
 
@@ -142,7 +142,10 @@ class ObjectnessLoss(Protocol):
 
 
 class ClassificationLoss(Protocol):
-    """A loss of each sampled region. The heads divide their sum by the number of sampled regions of the batch."""
+    """A loss of each sampled region. The heads divide their sum by the number of sampled regions of the batch.
+
+    Classes that were not looked for are part of the background in the logits, see `losses.merge_unlabelled`.
+    """
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits `(R, K)` float32 and labels `(R,)` int64 -> `(R,)`."""

@@ -223,7 +223,8 @@ def _propose(detector: FasterRCNN, batch: Batch, features: FeatureMaps) -> Propo
 
 def _pixels(batch: Batch) -> NDArray[Any]:
     height, width = batch.image_sizes[0].tolist()
-    return batch.images[0, :, :height, :width].permute(1, 2, 0).numpy()
+    pixels = batch.images[0, :, :height, :width].permute(1, 2, 0).numpy()
+    return pixels[..., np.arange(3) % pixels.shape[2]]  # floats in [0, 1]: of other channels the first three
 
 
 def _panels(batch: Batch, count: int) -> tuple[Figure, list[Axes]]:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from detection.data import rle
+from detection.data.spectral import Pixels, false_colour
 
-Pixels = NDArray[np.uint8]
 Colour = tuple[int, int, int]
 Names = Literal["auto", "all", "none"]
 PALETTE = (  # for the first classes; neighbours differ most
@@ -57,7 +57,7 @@ def draw_objects(
     """The image with its objects, scaled so that its longer side is `side` pixels; text grows with that, not with it.
 
     Args:
-        image: `(H, W, 3)` uint8 RGB.
+        image: `(H, W, 3)` uint8 RGB; any other channels and 16 bits are shown in false colour.
         boxes: `(N, 4)` xyxy in pixels of `image`.
         labels: `(N,)` from 1 on.
         class_names: of label 1 first.
@@ -70,6 +70,7 @@ def draw_objects(
         colours: RGB of each object; None takes those of the classes.
     """
     colours = colours if colours is not None else [class_colour(int(label)) for label in labels]
+    image = false_colour(image)
     side = side or max(SMALLEST_SIDE, *image.shape[:2])
     scale = side / max(image.shape[:2])
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
@@ -50,12 +51,14 @@ class Saved:
         recipe: how to rebuild the detector; see `detection.recipes`. None in files that others wrote.
         class_names: of the foreground, label 1 first, if the file says so.
         category_ids: of the data set, one for each class name, likewise.
+        sizes: `min_size` and `max_size` of the data that a run was trained on.
     """
 
     tensors: dict[str, Tensor]
     recipe: dict[str, Any] | None = None
     class_names: list[str] | None = None
     category_ids: list[int] | None = None
+    sizes: tuple[Any, int] | None = None
 
 
 def is_given(weights: Weights) -> bool:
@@ -133,7 +136,9 @@ def read_saved(path: Path) -> Saved:
     settings = content.get("hyper_parameters", {})
     tensors = find_state(content, path)
     own = {name.removeprefix("detector."): value for name, value in tensors.items() if name.startswith("detector.")}
-    return Saved(upgrade_names(own or tensors), settings.get("detector"), settings.get("class_names"))
+    data = content.get("datamodule_hyper_parameters") or {}
+    sizes = (data["min_size"], data["max_size"]) if {"min_size", "max_size"} <= data.keys() else None
+    return Saved(upgrade_names(own or tensors), settings.get("detector"), settings.get("class_names"), sizes=sizes)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -260,6 +265,47 @@ def load_matching(network: nn.Module, state: Mapping[str, Tensor], name: str) ->
     lacking = [key for key in missing if not key.endswith("num_batches_tracked")]
     if lacking:
         raise ValueError(f"the weights for {name} lack {len(lacking)} tensors, first {lacking[0]}")
+
+
+def widen(backbone: nn.Module, in_channels: int, image_mean: Sequence[float], image_std: Sequence[float]) -> nn.Module:
+    """Let a backbone's first convolution, made for RGB, take images of so many channels, in place.
+
+    The kernels of red, green and blue are repeated in turn, scaled so that the sum stays; for one channel they are
+    added (timm's `adapt_input_conv`). What was changed trains, even where the stem is frozen.
+
+    Args:
+        backbone: of any kind; one that takes these channels already stays as it is.
+        in_channels: of the images.
+        image_mean, image_std: must have as many values.
+
+    Raises:
+        ValueError: they don't, or there is no such convolution.
+    """
+    if not len(image_mean) == len(image_std) == in_channels:
+        raise ValueError(
+            f"images of {in_channels} channels need as many values of image_mean and image_std, not {len(image_mean)} "
+            f"and {len(image_std)}; scripts/check_data.py prints those of your images"
+        )
+    if in_channels != 3:
+        stem = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
+        if stem is None or stem.in_channels not in (3, in_channels):
+            raise ValueError(
+                f"{type(backbone).__name__} has no first convolution that could take {in_channels} channels"
+            )
+        if stem.in_channels == 3:
+            stem.weight = nn.Parameter(adapt_input_conv(in_channels, stem.weight.detach()))
+            stem.in_channels = in_channels
+    return backbone
+
+
+def fit_stem(state: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a detector of RGB for one of other channels, which `widen` has made; `fresh` is its `state_dict()`."""
+    fitted = dict(state)
+    for name, value in state.items():
+        slot = fresh.get(name, value)
+        if value.ndim == slot.ndim == 4 and value.shape[1] == 3 != slot.shape[1] and value.shape[0] == slot.shape[0]:
+            fitted[name] = adapt_input_conv(slot.shape[1], value)
+    return fitted
 
 
 def _frozen_variances(state: Mapping[str, Tensor]) -> list[str]:

@@ -1,11 +1,8 @@
-"""Measure this project against its peers, as ratios of medians taken in turns; see `benchmark.py --help`."""
-
-from __future__ import annotations
+"""Measure this project against its peers, as ratios of medians taken in turns; see `--help`."""
 
 import sys
 
-from detection.benchmarks.commands import COMMANDS
-from detection.cli.flags import run_command
+from detection.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(COMMANDS))
+    sys.exit(main(["benchmark", *sys.argv[1:]]))

@@ -1,10 +1,8 @@
-"""Finds what is wrong in a data set before training, and says what is in it; see `--help`."""
-
-from __future__ import annotations
+"""Find what is wrong in a data set before training, and say what is in it; see `--help`."""
 
 import sys
 
-from detection.cli.check import main
+from detection.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["check", *sys.argv[1:]]))

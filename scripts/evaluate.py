@@ -1,11 +1,8 @@
-"""Evaluate a checkpoint on any data, or a COCO results file: `python scripts/evaluate.py --ckpt RUN/best.ckpt`."""
-
-from __future__ import annotations
+"""Evaluate a checkpoint on any data, or a COCO results file: `python scripts/evaluate.py --ckpt RUN`."""
 
 import sys
 
-from detection.cli.evaluate import evaluate
-from detection.cli.flags import run_command
+from detection.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(evaluate))
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

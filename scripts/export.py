@@ -1,56 +1,8 @@
-"""Write a detector as ONNX or .pt2: `python scripts/export.py --ckpt RUN/best.ckpt --output detector.onnx`."""
-
-from __future__ import annotations
+"""Write a detector as ONNX or .pt2: `python scripts/export.py --ckpt RUN --output detector.onnx`."""
 
 import sys
-from itertools import islice
-from pathlib import Path
 
-from detection.cli.flags import run_command
-from detection.data.records import DataError
-from detection.inference.sources import Images, open_source
-from detection.interop import load_detector
-from detection.interop.export import ExportError, compare, onnx_runner, to_onnx, to_torch, torch_runner, write_facts
-from detection.weights import read_saved
-
-
-def main(ckpt: Path, output: Path, images: str | None = None, count: int = 20, compiled: bool = False,
-         tolerance: float = 0.01, trust: list[str] = []) -> None:  # noqa: B006  # fmt: skip
-    """Write the detector to a file that needs nothing of this package: uint8 pixels in, boxes in those pixels out.
-
-    Inputs and outputs are described by `detection.interop.export.ExportableDetector`.
-
-    Args:
-        ckpt: checkpoint of scripts/fit.py, or .safetensors of scripts/convert.py.
-        output: .onnx, or .pt2 for torch.export.
-        images: image, folder or pattern to check the file on; the figures are noted in an ONNX file.
-        count: check on so many.
-        compiled: write a .pt2 file of machine code for this machine's CPU, by AOTInductor.
-        tolerance: largest difference of a coordinate, in pixels, that passes the check.
-        trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
-    """
-    model, saved = load_detector(ckpt, trust), read_saved(ckpt)
-    if output.suffix not in (".onnx", ".pt2"):
-        raise ExportError(f"{output}: write .onnx or .pt2")
-    if output.suffix == ".onnx":
-        to_onnx(model, output, {"class_names": saved.class_names})
-        run = onnx_runner(output)
-    else:
-        to_torch(model, output, compiled)
-        run = torch_runner(output, compiled, model.has_masks)
-    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, not checked" if images is None else output)
-    if images is None:
-        return
-    source = open_source(images)
-    if not isinstance(source, Images):
-        raise DataError(f"{images}: the check takes images, not a video")
-    parity = compare(model, run, [pixels for _, pixels in islice(source, count)])
-    print(parity)
-    if output.suffix == ".onnx":
-        write_facts(output, {"parity": parity.as_dict()})
-    if parity.unmatched or parity.box > tolerance:
-        raise ExportError(f"{output}: its detections are not those of the model: {parity}")
-
+from detection.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, ExportError, ImportError))
+    sys.exit(main(["export", *sys.argv[1:]]))

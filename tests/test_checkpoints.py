@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import resource
 from collections.abc import Iterator
@@ -47,12 +48,30 @@ def files_no_larger_than(size: int) -> Iterator[None]:
 
 def test_run_folder_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = start(None, tmp_path)
-    first.folder.mkdir()
-    assert first.checkpoint is None
+    assert first == Start(first.folder, None, made=True) and first.folder.is_dir()
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    assert start(None, tmp_path) == first == start("auto", tmp_path)  # another rank of the same run
+    assert start(None, tmp_path) == first._replace(made=False)  # another rank of the same run
+    assert start("auto", tmp_path).folder == first.folder
     monkeypatch.setattr(rank_zero_only, "rank", 0)
-    assert start(None, tmp_path).folder != first.folder  # another run within the same second
+    names = [start(None, tmp_path, make=False).folder for _ in range(2)]  # of what leaves nothing on disk
+    assert names[0] == names[1] != first.folder and not names[0].exists()
+
+
+def test_runs_that_begin_at_once_have_a_folder_each(tmp_path: Path) -> None:
+    context, count = multiprocessing.get_context("fork"), 12
+    gate, said = context.Barrier(count), context.SimpleQueue()
+
+    def begin() -> None:
+        gate.wait(60)
+        said.put(start(None, tmp_path / "runs" / "x").folder.name)
+
+    processes = [context.Process(target=begin) for _ in range(count)]
+    for process in processes:
+        process.start()
+    names = [said.get() for _ in processes]
+    for process in processes:
+        process.join()
+    assert len(set(names)) == count and set(names) == {path.name for path in (tmp_path / "runs" / "x").iterdir()}
 
 
 def test_checkpoint_or_folder_is_taken_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -87,7 +106,7 @@ def test_missing_path_is_an_error(name: str, tmp_path: Path) -> None:
 
 def test_auto_takes_the_newest_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert start("auto", tmp_path).checkpoint is None
+    assert start("auto", tmp_path / "none").checkpoint is None
     assert "so a new one begins" in caplog.text
     for name in ("2026-01-02_03-04-05_9", "2026-01-02_03-04-05_10", "2026-01-01_00-00-00", "zebra"):
         save(tmp_path / name / "last.ckpt", 5)

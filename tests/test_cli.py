@@ -37,6 +37,7 @@ from detection.training.module import DetectionModule
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
+    *("--config", "quickstart"),
     *("--data.num_workers", "0"),
     *("--data.min_size", "64"),
     *("--model.detector.fpn_channels", "16"),
@@ -186,15 +187,16 @@ def test_saved_configuration_repeats_the_run(run: tuple[FitCLI, Path], data: Pat
     assert saved["data"]["root"] == str(data)
     assert saved["model"]["detector"]["init_args"]["num_classes"] is None  # follows from the data, then as now
     again = FitCLI(["--config", str(run[1] / "config.yaml")])
+    again.clean_up()
     assert again.config.as_dict()["data"] == run[0].config.as_dict()["data"]
     assert again.model.detector.num_classes == 1 + len(scenes.CLASSES)
 
 
 def test_resume_goes_on_in_the_same_folder(run: tuple[FitCLI, Path]) -> None:
-    before = read_metrics(run[1])
+    before, runs = read_metrics(run[1]), len(list(run[1].parent.iterdir()))
     assert main(["--trainer.max_epochs", "3", "--resume", str(run[1])]) == 0  # all else as in its config.yaml
     after = read_metrics(run[1])
-    assert len(list(run[1].parent.iterdir())) == 1
+    assert len(list(run[1].parent.iterdir())) == runs
     assert [{k: row[k] for k in before[0]} for row in after[: len(before)]] == before
     assert {row["epoch"] for row in after[len(before) :]} == {"2"}
     assert torch.load(run[1] / "last.ckpt", weights_only=True)["epoch"] == 2
@@ -302,6 +304,13 @@ def test_short_names_are_completed() -> None:
     assert flags[-1] == "detection.models.zoo.fasterrcnn_resnet50_fpn"
 
 
+def test_flags_override_a_configuration_wherever_they_stand() -> None:
+    config = str(CONFIGS / "voc.yaml")
+    assert expand(["--model.lr", "0.5", "--config", "voc"]) == ["--config", config, "--model.lr", "0.5"]
+    args = ["--config=voc", "--name", "a", "-c", "debug", "--name=b"]
+    assert expand(args)[3:] == ["--name", "a", "--name=b"] and expand(args)[0] == f"--config={config}"
+
+
 def test_another_builder_takes_classes_and_sizes_from_the_data(data: Path) -> None:
     flags = ["--model.detector", "fasterrcnn_mobilenet_v3_large_320_fpn", "--data.min_size=[64,96]"]
     cli = FitCLI([*flags, "--data.max_size", "200", "--trainer.accelerator", "cpu", *coco_flags(data)])
@@ -322,7 +331,7 @@ def test_what_the_user_sets_stays() -> None:
 def test_help_is_quick_complete_and_leaves_cuda_alone() -> None:
     code = f"""
 import runpy, sys, torch
-sys.argv = [{str(ROOT / "scripts" / "fit.py")!r}, "--help"]
+sys.argv = [{str(ROOT / "scripts" / "fit.py")!r}, "--help", "all"]
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except SystemExit as stop:

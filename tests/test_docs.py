@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -24,6 +25,8 @@ import yaml
 from PIL import Image
 
 import detection
+from detection.__main__ import COMMANDS
+from detection.__main__ import main as command
 from detection.cli import flags
 from detection.cli.check import data_of, splits_of
 from detection.cli.configuration import CONFIGS
@@ -38,7 +41,8 @@ EXAMPLES = ROOT / "examples"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 FENCE = re.compile(r"^( *)```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^\1```", re.M | re.S)
 STANDS_FOR = re.compile(r"<[^<>\n]+>")  # <time>
-BENCHMARKED = "scripts/benchmark.py"
+# `detection fit ...`, or `scripts/fit.py ...`, which is the same
+CALL = re.compile(rf"(?:\bscripts/(\w+)\.py|(?<![\w./-])detection ({'|'.join(COMMANDS)})(?![\w./]))([^&;]*)")
 
 
 class Block(NamedTuple):
@@ -61,20 +65,22 @@ def blocks(language: str) -> list[Block]:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """Script and arguments of each command line that calls one, also of those in tables and job scripts."""
+    """Command and arguments of each line that calls one, or a script; also of those in tables and job scripts."""
     texts = [block.text for block in blocks("bash")] + [path.read_text() for path in DOCS.rglob("*.sbatch")]
     for page in PAGES:
-        texts += [line for line in re.findall(r"`([^`\n]+)`", page.read_text()) if "scripts/" in line and " " in line]
+        texts += [line for line in re.findall(r"`([^`\n]+)`", page.read_text()) if CALL.search(line) and " " in line]
     found: dict[str, tuple[str, list[str]]] = {}
     for text in texts:
         for line in STANDS_FOR.sub("X", text.replace("\\\n", " ")).splitlines():
-            match = re.search(r"\b(scripts/\w+\.py)\b([^&;]*)", line)
+            match = CALL.search(line)
             if match and not line.lstrip().startswith("#"):
-                found.setdefault(" ".join(match[0].split()), (match[1], shlex.split(match[2], comments=True)))
+                name = {"check_data": "check"}.get(match[1], match[1] or match[2])
+                call = (name, shlex.split(match[3], comments=True))
+                found.setdefault(" ".join([name, *call[1]]), call)
     return list(found.values())
 
 
-COMMANDS = commands()
+CALLS = commands()
 YAML_BLOCKS = blocks("yaml")
 CONFIGURATIONS = [block for block in YAML_BLOCKS if not block.text.startswith("name: detection")]
 
@@ -102,20 +108,19 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_there_is_something_to_test() -> None:
-    assert len(COMMANDS) > 30 and len(CONFIGURATIONS) > 15
-    scripts = {script for script, _ in COMMANDS}
-    assert {f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")} - scripts <= {"scripts/download.py"}
+    assert len(CALLS) > 30 and len(CONFIGURATIONS) > 15
+    assert {*COMMANDS, "run_onnx"} - {name for name, _ in CALLS} <= {"download"}
 
 
-@pytest.mark.parametrize(("script", "arguments"), COMMANDS, ids=[" ".join([s, *a])[8:90] for s, a in COMMANDS])
+@pytest.mark.parametrize(("name", "arguments"), CALLS, ids=[" ".join([s, *a])[:82] for s, a in CALLS])
 def test_command_line_is_understood(
-    script: str, arguments: list[str], beside: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, arguments: list[str], beside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if script == "scripts/fit.py":
+    if name == "fit":
         code = parse_fit(arguments)
         assert code == 0
         return
-    if script == "scripts/run_onnx.py":
+    if name == "run_onnx":
         pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
 
     def parse_only(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
@@ -129,13 +134,13 @@ def test_command_line_is_understood(
         raise Parsed
 
     parse = argparse.ArgumentParser.parse_args
-    if "run_command" in (ROOT / script).read_text():
-        monkeypatch.setattr(flags, "auto_cli", parse_calls)
-    else:
+    monkeypatch.setattr(flags, "auto_cli", parse_calls)
+    if name in ("check", "download", "run_onnx"):
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.setattr(sys, "argv", ["run_onnx.py", *arguments])
+    alone = partial(runpy.run_path, str(ROOT / "scripts" / "run_onnx.py"), run_name="__main__")
     with pytest.raises(Parsed):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        alone() if name == "run_onnx" else command([name, *arguments])
 
 
 def parse_fit(arguments: list[str]) -> int:
@@ -221,7 +226,7 @@ def test_unknown_flags_and_keys_would_be_noticed(beside: Path, monkeypatch: pyte
     assert parse_fit(["--model.lrr", "1"]) == 2
     (beside / "wrong.yaml").write_text("model:\n  detector:\n    class_path: detection.NoSuchDetector\n")
     assert parse_fit(["--config", "wrong.yaml"]) == 2
-    for script, flag in (("scripts/predict.py", "--sauce"), ("scripts/check_data.py", "--rood")):
+    for script, flag in (("predict", "--sauce"), ("check", "--rood")):
         with pytest.raises((SystemExit, argparse.ArgumentError, jsonargparse.ArgumentError)):
             test_command_line_is_understood(script, [flag, "x"], beside, monkeypatch)
 

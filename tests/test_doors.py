@@ -19,6 +19,7 @@ from detection.data.augment import eval_transform
 from detection.data.dataset import DetectionDataset
 from detection.data.images import read_image
 from detection.data.records import DataError, Index, Record
+from detection.data.spectral import RGB
 from detection.inference.detector import to_pixels
 from detection.inference.sources import open_source
 
@@ -193,7 +194,8 @@ def by_upload(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     async def nothing(*_: Any) -> None: ...
 
     page = demo.Page.__new__(demo.Page)
-    page._detector = page._model = page._study = None
+    page._model = page._study = None
+    page._detector = SimpleNamespace(form=RGB)
     page._uploads = 0
     page._upload = SimpleNamespace(reset=lambda: None)
     page._count = SimpleNamespace(set_text=lambda text: None)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from detection import (
     AnchorGenerator,
+    Detector,
     RoIPool,
     TestTimeAugmentation,
     cascadercnn_efficientnet_lite0_fpn,
@@ -22,9 +23,11 @@ from detection import (
     maskrcnn_efficientnet_lite0_fpn,
     rcnn_efficientnet_lite0,
 )
+from detection.data.augment import resize_into
 from detection.data.images import read_image
 from detection.interop.export import (
     ExportError,
+    _resize_as_opencv,
     check_exportable,
     compare,
     onnx_runner,
@@ -56,6 +59,10 @@ def noise(sizes=SIZES):
         yield np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))
 
 
+def as_predicted(model):
+    return Detector(model, ["a", "b", "c"], device="cpu")
+
+
 def assert_same(parity):
     # Scores of random heads lie so close that rounding decides between a few boxes that overlap.
     assert parity.detections > 20 and parity.unmatched <= 0.02 * parity.detections
@@ -77,9 +84,31 @@ def exported(tmp_path_factory):
 @pytest.mark.slow
 def test_onnx_finds_what_the_model_finds(exported):
     model, path = exported
-    parity = compare(model, onnx_runner(path), list(noise()))
+    parity = compare(as_predicted(model), onnx_runner(path), list(noise()))
     assert_same(parity)
     assert parity.mask < 1e-2
+
+
+@pytest.mark.slow
+def test_onnx_takes_images_of_any_shape(exported):
+    """Down to a line of one pixel, which the size rule would shrink to nothing."""
+    model, path = exported
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 255, (*size, 3), np.uint8) for size in ((1, 5000), (5000, 1), (1, 1), (3, 400))]
+    parity = compare(as_predicted(model), onnx_runner(path), images)
+    assert parity.unmatched == 0 and parity.box < 1e-2 and parity.score < 1e-4
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pixels_in_the_graph_are_those_that_are_loaded(seed):
+    rng = np.random.default_rng(seed)
+    size, new = rng.integers(1, 300, 2), rng.integers(1, 400, 2)
+    new = size // 2 if seed % 5 == 0 and min(size) > 1 else new  # half the size is a case of its own in OpenCV
+    image = rng.integers(0, 256, (*size, 3), np.uint8)
+    loaded = np.zeros((3, *new), np.uint8)
+    resize_into(image, loaded)
+    planes, old = torch.from_numpy(image.transpose(2, 0, 1).copy())[None], torch.tensor(size, dtype=torch.float64)
+    assert (_resize_as_opencv(planes, old, tuple(new.tolist()))[0].numpy() == loaded).all()
 
 
 @pytest.mark.slow
@@ -101,7 +130,7 @@ def test_onnx_takes_batches_and_images_without_objects(exported):
 def test_onnx_on_real_images(exported, shared_data):
     model, path = exported
     files = sorted((shared_data / "bccd" / "JPEGImages").glob("*.jpg"))[:20]
-    parity = compare(model, onnx_runner(path), [read_image(file) for file in files])
+    parity = compare(as_predicted(model), onnx_runner(path), [read_image(file) for file in files])
     assert parity.images == 20
     assert_same(parity)
 
@@ -114,10 +143,10 @@ def test_standalone_runner_prints_the_same(exported, tmp_path):
     command = [sys.executable, "-I", SCRIPTS / "run_onnx.py", path, tmp_path / "photo.png", "--score-thresh", "0.3"]
     done = subprocess.run([*map(str, command), "--draw"], capture_output=True, text=True, check=True)
     lines = [line.split()[1:] for line in done.stdout.splitlines()]
-    (wanted,) = model.predict([torch.from_numpy(image.transpose(2, 0, 1).copy())])
-    assert [line[0] for line in lines] == ["abc"[label - 1] for label in wanted["labels"].tolist()]
+    wanted = as_predicted(model)(image)
+    assert [line[0] for line in lines] == list(wanted.names)
     boxes = np.array([line[2:] for line in lines], float)
-    np.testing.assert_allclose(boxes, wanted["boxes"].numpy(), atol=0.06)
+    np.testing.assert_allclose(boxes, wanted.boxes, atol=0.06)
     assert Image.open(tmp_path / "photo.png_detections.png").size == (130, 90)
 
 
@@ -125,7 +154,7 @@ def test_standalone_runner_prints_the_same(exported, tmp_path):
 def test_cascade_exports_to_torch(exported, tmp_path):  # behind the other, which silences the log
     model = decided(cascadercnn_efficientnet_lite0_fpn)
     to_torch(model, tmp_path / "detector.pt2")
-    parity = compare(model, torch_runner(tmp_path / "detector.pt2", False, False), list(noise()))
+    parity = compare(as_predicted(model), torch_runner(tmp_path / "detector.pt2", False, False), list(noise()))
     assert_same(parity)
 
 

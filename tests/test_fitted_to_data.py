@@ -232,11 +232,8 @@ def test_a_run_goes_on_with_its_own_anchors(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_that_the_check_ends_with_trains(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.argv", ["check_data.py", "--root", str(folder), "--min-size", "64", "--max-size", "96"])
-    assert check_data() < 2
+def test_the_command_that_the_check_ends_with_trains(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_data(["--root", str(folder), "--min-size", "64", "--max-size", "96"]) < 2
     python, script, *args = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("Next: "))
     assert (python, script) == ("python", "scripts/fit.py")
     small = ["--data.num_workers", "0", "--output", str(folder.parent / "runs"), "--trainer.max_steps", "1"]

@@ -6,8 +6,9 @@ import csv
 import json
 import re
 import sys
+from dataclasses import replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from io import BytesIO
 from threading import Thread
 
 import cv2
@@ -20,11 +21,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detection import maskrcnn_efficientnet_lite0_fpn, save_detector
+from detection.cli.predict import predict_in
 from detection.data import rle
 from detection.data.augment import eval_transform
 from detection.data.coco import read_coco
 from detection.data.dataset import DetectionDataset, collate
 from detection.data.records import DataError
+from detection.data.spectral import RGB
 from detection.inference import Detections, Detector, Tiles, predict
 from detection.inference.run import detect_tiled
 from detection.inference.sources import Listed, open_source
@@ -310,6 +313,7 @@ def test_frames_are_noted_and_odd_kinds_are_drawn_as_png(tmp_path):
 
 def test_huge_pictures_are_looked_at_in_tiles(photos, tmp_path, monkeypatch):
     class Near(Blobs):
+        form = RGB
         min_size, seen = 100, []
 
         def predict(self, images, batch_size=8):
@@ -380,7 +384,8 @@ def server(tmp_path):
 @pytest.mark.parametrize("name", ["clip.avi", "clip.mp4"])
 def test_films_of_a_server(server, tmp_path, name):
     done = predict(Blobs(), open_source(f"http://{server}/{name}"), tmp_path / "out")
-    assert (done.images, done.counts) == (9, {"red": 9}) and not done.problems and not done.notes
+    assert (done.images, done.counts) == (9, {"red": 9}) and not done.problems
+    assert all("MPEG-4" in note for note in done.notes)
     assert (tmp_path / "out" / "clip_annotated.mp4").is_file()
 
 
@@ -461,15 +466,10 @@ def test_mask_of_a_window_moves():
 
 
 def test_script_says_what_is_wrong(model, tmp_path, photos, capsys):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-    try:
-        import predict as script
-    finally:
-        sys.path.pop(0)
     save_detector(tmp_path / "d.safetensors", model, NAMES)
     with pytest.raises(DataError, match="no class 'green'"):
-        script.main(tmp_path / "d.safetensors", str(photos), classes=["green"])
-    script.main(tmp_path / "d.safetensors", str(photos), tmp_path / "out", score_thresh=0.0, device="cpu")
+        predict_in(tmp_path / "d.safetensors", str(photos), classes=["green"])
+    predict_in(tmp_path / "d.safetensors", str(photos), tmp_path / "out", score_thresh=0.0, device="cpu")
     shown = capsys.readouterr()
     assert "2 images, 10 objects" in shown.out and "damaged.jpg" in shown.err
 
@@ -566,3 +566,17 @@ def test_a_test_set_of_other_classes_is_refused(tmp_path):
     folder = listed(tmp_path, categories=((3, "cat"), (12, "dog")))
     with pytest.raises(DataError, match=r"none of the detector's classes \(red, blue\) .* \(cat, dog\)"):
         predict(Blobs(), Listed(tmp_path / "image_info.json", folder), tmp_path / "out")
+
+
+def test_detections_of_one_image_draw_themselves_in_a_notebook():
+    pixels = scene(60, 80)
+    model = maskrcnn_efficientnet_lite0_fpn(num_classes=3, weights_backbone=None, box_score_thresh=0.0)
+    kept = Detector(model, NAMES, min_size=64, max_size=64, device="cpu")(pixels)
+    assert (kept.pixels == pixels).all() and kept._repr_png_().startswith(b"\x89PNG")
+    found = replace(Blobs().predict([pixels])[0], pixels=pixels)
+    shown = Image.open(BytesIO(found._repr_png_()))
+    assert shown.size == (320, 240)
+    assert (np.asarray(shown) == np.asarray(found.draw(pixels, side=320))).all()
+    assert found.above(2.0).pixels is pixels and replace(found, pixels=None)._repr_png_() is None
+    with pytest.raises(ValueError, match="don't keep their image"):
+        replace(found, pixels=None).draw()

@@ -95,3 +95,13 @@ def test_online_without_a_key_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ValueError, match="wandb login"):
         Tracker("online", tmp_path / "a")
+
+
+def test_name_and_id_that_the_environment_sets_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "quickstart" / "2026-01-02_03-04-05"
+    own = Tracker("offline", folder)._wandb_init
+    assert own["name"] == "quickstart/2026-01-02_03-04-05" and str(own["id"]).startswith("quickstart-2026")
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    given = Tracker("offline", folder)._wandb_init
+    assert (given["name"], given["id"]) == ("mine", "abc123")

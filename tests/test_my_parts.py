@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+from detection import Detector
 from detection.data.datamodule import DetectionDataModule
 from detection.fitting import PartError
 from detection.interop import CheckpointError, load_detector
@@ -272,7 +273,11 @@ def test_own_proposer_goes_to_onnx(my_parts: Path, tmp_path: Path) -> None:
     export.to_onnx(module.detector, tmp_path / "lattice.onnx", {})
     generator = np.random.default_rng(0)
     images = [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((60, 80), (90, 70), (64, 96))]
-    parity = export.compare(module.detector, export.onnx_runner(tmp_path / "lattice.onnx"), images)
+    parity = export.compare(
+        Detector(module.detector, module.class_names, device="cpu"),
+        export.onnx_runner(tmp_path / "lattice.onnx"),
+        images,
+    )
     assert parity.detections > 0 and parity.unmatched == 0 and parity.box < 1e-2 and parity.score < 1e-4
 
 

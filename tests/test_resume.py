@@ -36,7 +36,7 @@ def make(data: Path, output: Path, *flags: str) -> FitCLI:
     """A run of two epochs of four steps, with an average of the weights."""
     fixed = ["--output", str(output), "--trainer.max_epochs", "2", "--data.num_workers", "0", "--save_every", "0"]
     average = ["--trainer.callbacks+=EMAWeightAveraging"]
-    return FitCLI([*TINY, *fixed, *average, *scene_flags(data), *flags])
+    return FitCLI(["--config", "quickstart", *TINY, *fixed, *average, *scene_flags(data), *flags])
 
 
 def only_folder(output: Path) -> Path:

@@ -84,7 +84,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [pair for pair in zip(TINY[::2], TINY[1::2], strict=True) if "box_head" not in pair[0]]
     flags = [word for pair in pairs for word in pair]
     flags += ["--trainer.max_steps", "2", "--data.num_workers", "1", "--wandb", "off"]
-    done = run("fit", "--config", "mine.yaml", *flags, *scene_flags(data), cwd=home)
+    done = run("fit", "--config", "mine.yaml", *flags, *scene_flags(data), "--name", "mine", cwd=home)
     assert done.returncode == 0, done.stderr
     assert (
         "--trust my_parts" in done.stderr and "--trust my_parts" in next(home.glob("runs/mine/*/README.md")).read_text()

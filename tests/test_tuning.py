@@ -79,6 +79,8 @@ def test_rate_is_in_the_unit_of_the_flag_and_nothing_changes(
             "SGD",
             "--model.lr_mult",
             "{rpn: 0.5}",
+            "--config",
+            "quickstart",
             *TINY,
             *scene_flags(data),
             "--data.num_workers",
@@ -120,7 +122,18 @@ def out_of_memory_above(images: int) -> Callable[..., Any]:
 
 
 def find_batch(data: Path, folder: Path) -> tuple[FitCLI, int]:
-    flags = ["--find", "batch_size", "--output", str(folder), *TINY, *scene_flags(data), "--data.num_workers", "0"]
+    flags = [
+        "--find",
+        "batch_size",
+        "--output",
+        str(folder),
+        "--config",
+        "quickstart",
+        *TINY,
+        *scene_flags(data),
+        "--data.num_workers",
+        "0",
+    ]
     cli = FitCLI(flags)
     before = {name: value.clone() for name, value in cli.model.state_dict().items()}
     size = tuning.largest_batch(cli.trainer, cli.model, cli.datamodule)
@@ -155,7 +168,7 @@ def test_not_even_two_images_fit(data: Path, tmp_path: Path, monkeypatch: pytest
 def test_what_can_not_be_found_is_refused_in_one_line(
     flags: list[str], expected: str, code: int, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*flags, *TINY, *scene_flags(data), "--output", str(tmp_path)]) == code
+    assert main([*flags, "--config", "quickstart", *TINY, *scene_flags(data), "--output", str(tmp_path)]) == code
     message = capsys.readouterr().err.strip().splitlines()
     assert message[-1].startswith("error: ") and expected in message[-1]
     assert not list(tmp_path.rglob("*.ckpt"))

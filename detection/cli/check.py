@@ -1,10 +1,10 @@
-"""The command line of `scripts/check_data.py`: what is wrong in a data set, and what is in it."""
+"""The command `check`: what is wrong in a data set, and what is in it."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -15,12 +15,14 @@ from rich.console import Console
 
 from detection.cli.advice import detector_in, grid_of, next_steps, own_sizes
 from detection.cli.configuration import sizes_of
+from detection.cli.wording import Flags
 from detection.data.audit import audit, look_across, splits_in, splits_named, write_json
 from detection.data.audit_report import picture_sheet, print_audit
 from detection.data.datamodule import DetectionDataModule
 from detection.data.finding import Stage, find
 from detection.data.reading import check_records
 from detection.data.records import DataError, Index
+from detection.data.spectral import PixelFormat
 from detection.recipes import EVERYTHING, import_from_working_directory, rebuild
 
 DESCRIPTION = """Finds what is wrong in a data set before training, and says what is in it.
@@ -29,15 +31,17 @@ Exit code 0: clean; 1: the loader repairs or leaves out some records; 2: somethi
 """
 
 
-def main() -> int:
-    """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(flags: Sequence[str]) -> int:
+    """Run the command with its flags; returns the exit code."""
+    parser = Flags("detection check", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="configuration to check, its data and anchors")
     parser.add_argument("--root", type=Path, help="folder of the data set; with --config in place of its data")
     parser.add_argument("--format", choices=("coco", "voc", "yolo"), help="of the annotations (default: found)")
     parser.add_argument("--split", help="the only split to check (default: all)")
     parser.add_argument("--annotations", help="COCO file or VOC folder, relative to the root (default: found)")
     parser.add_argument("--images", help="folder of images, relative to the root (default: found)")
+    parser.add_argument("--channels", type=int, default=3, help="of the images (default: 3, as RGB)")
+    parser.add_argument("--depth", type=int, choices=(8, 16), default=8, help="bits of a channel (default: 8)")
     parser.add_argument(
         "--min-size",
         type=int,
@@ -49,14 +53,14 @@ def main() -> int:
     parser.add_argument("--strides", type=int, nargs="+", help="one a level (default: the detector's)")
     parser.add_argument("--json", type=Path, help="write everything found to this file")
     parser.add_argument("--sheet", type=Path, help="write a picture sheet of samples with boxes to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(flags)
     if not args.config and not args.root:
         parser.error("name the data: --root, or --config")
     try:
-        shown = own_sizes()
+        shown, form = own_sizes(), PixelFormat(args.channels, args.depth)
         if args.config and not args.root:
             data = data_of(args.config)
-            splits, shown = splits_of(data), sizes_of(data)
+            splits, shown, form = splits_of(data), sizes_of(data), data.form
         elif args.annotations or args.images:
             splits = splits_named(args.root, args.format, args.annotations, args.images, args.split)
         else:
@@ -69,7 +73,7 @@ def main() -> int:
             splits = splits_in(layout, args.split)
         sides = (args.min_size or shown[0], args.max_size or shown[1])
         grid = grid_of(args.config, sides, args.anchor_sizes, args.anchor_ratios, args.strides)
-        audits = [audit(name, read, grid) for name, read in splits.items()]
+        audits = [audit(name, read, grid, form) for name, read in splits.items()]
         look_across(audits)
         for found in audits:
             print_audit(found, Console())

@@ -13,9 +13,13 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
+from detection.cli.fit_help import CONFIGS, PRESETS
 from detection.cli.flags import take_trust
+from detection.cli.folder import CONFIG
 from detection.data.anchor_fit import generator_for
+from detection.data.channels import measure_channels
 from detection.data.datamodule import DetectionDataModule
+from detection.data.spectral import RGB
 from detection.models import relatives, zoo
 from detection.recipes import (
     A_RUN,
@@ -29,8 +33,6 @@ from detection.recipes import (
     trusted_names,
 )
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-PRESETS = CONFIGS / "presets"  # go behind another configuration
 QUICKSTART, OWN_DATA = "quickstart", "own_data"
 AUTO = "auto"  # of `rpn_anchor_generator`: anchors that fit the data
 # Whose classes the configuration in a run's folder may name: it may have come with somebody's checkpoint.
@@ -63,18 +65,18 @@ def complete(args: Sequence[str]) -> Given:
     """Write out in full what may be short, and choose a configuration where none is given.
 
     Short are the name of a packaged configuration (`bccd` for its file) and of a builder (without its module). A
-    command line without `--config`, or with presets alone, uses the configuration of the run that it resumes. Without
-    `--resume` it uses the quickstart, or with `--data.root` the settings for own data, but not their detector where it
-    names another. What the configuration of a run
-    names is checked, as it may be somebody else's.
+    command line without `--config`, or with presets alone, uses the configuration of the run that it resumes, or whose
+    weights it takes. Else it uses the quickstart, or with `--data.root` the settings for own data, but not their
+    detector where it names another. What the configuration of a run names is checked, as it may be somebody else's.
 
     Raises:
-        RecipeError: it names a part of a package that is not trusted, or that can't be imported.
+        RecipeError: the run to resume has no configuration; or it names a part of a package that is not trusted, or
+            that can't be imported.
     """
     args, trust = take_trust(args)
     trust = list(trusted_names(trust))
     expanded, own, previous, default = list[str](), list[str](), "", CONFIGS / f"{QUICKSTART}.yaml"
-    configs, chosen = list[Path](), False
+    configs, chosen, unknown = list[Path](), False, None
     for arg in args:
         flag, equals, value = arg.partition("=") if arg.startswith("-") else (previous, "", arg)
         if flag in ("-c", "--config") and value:
@@ -91,9 +93,18 @@ def complete(args: Sequence[str]) -> Given:
         previous = arg
         if flag in ("--data.root", "--data.reader") and value and default.stem == QUICKSTART:
             default = CONFIGS / f"{OWN_DATA}.yaml"
-        if flag == "--resume" and value != "auto":
-            resumed = Path(value) if Path(value).is_dir() else Path(value).parent
-            default = resumed / "config.yaml" if (resumed / "config.yaml").is_file() else default
+        if flag in ("--resume", "--weights") and value and Path(value).exists():
+            run = Path(value) if Path(value).is_dir() else Path(value).parent
+            if (run / CONFIG).is_file():
+                default = run / CONFIG
+            elif flag == "--resume":
+                unknown = run
+    if unknown is not None and all(path.parent == PRESETS for path in configs):
+        raise RecipeError(
+            f"{unknown} has no {CONFIG}, so the settings of its run are not known: give --config with them, or begin "
+            f"another run with its weights, with --weights {unknown}"
+        )
+    expanded = _configs_first(expanded)
     if not all(path.parent == PRESETS for path in configs):
         return Given(expanded, None, (EVERYTHING, *trust))
     if default.parent == CONFIGS:
@@ -103,6 +114,16 @@ def complete(args: Sequence[str]) -> Given:
     trusted = name_only_known(own, trust)
     check_parts(default, (A_RUN, *trusted))
     return Given(expanded, default, (A_RUN, *trusted))
+
+
+def _configs_first(args: Sequence[str]) -> list[str]:
+    """The arguments with configurations before all others, which override them wherever they stand."""
+    configs, others, taking = list[str](), list[str](), False
+    for arg in args:
+        taken = taking or arg in ("-c", "--config") or arg.startswith(("-c=", "--config="))
+        (configs if taken else others).append(arg)
+        taking = not taking and arg in ("-c", "--config")
+    return [*configs, *others]
 
 
 def name_only_known(own: Iterable[str], trust: Iterable[str] = ()) -> tuple[str, ...]:
@@ -174,16 +195,19 @@ def plain(value: Any, trust: Sequence[str] = (EVERYTHING,)) -> Any:
 def fit_detector_to_data(detector: Namespace, data: DetectionDataModule) -> None:
     """Fill in the arguments of a detector that follow from the data, where they have the builder's own defaults."""
     sizes = data.hparams["min_size"]
-    follow = {
+    follow: dict[str, Any] = {
         "num_classes": len(data.class_names) + 1,
         "min_size": sizes if isinstance(sizes, int) else sorted(sizes),
         "max_size": data.hparams["max_size"],
     }
+    if data.form != RGB:
+        follow |= {"in_channels": data.form.channels, "image_depth": data.form.depth}
+        follow["image_mean"], follow["image_std"] = measure_channels(data.read("train"), data.form)
     if any(detector.init_args.get(name) for name in ("weights", "path")):
         follow["class_names"] = data.class_names  # to keep what the weights know of classes of the same name
     known = defaults(detector.class_path)
     for name, value in follow.items():
-        if name in detector.init_args and detector.init_args[name] == known.get(name):
+        if name in detector.init_args and plain(detector.init_args[name]) == plain(known.get(name)):
             detector.init_args[name] = value
 
 

@@ -1,4 +1,4 @@
-"""The command line of `scripts/evaluate.py`: a checkpoint on any data, or a results file, to figures and a report."""
+"""The command `evaluate`: a checkpoint on any data, or a results file, to figures and a report."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import yaml
 from numpy.typing import NDArray
 
 from detection.batch import Id
+from detection.cli.flags import check_ranges, chosen, run_command
 from detection.cli.output import set_up_output
 from detection.data.checks import Folder
 from detection.data.datamodule import DetectionDataModule
-from detection.data.images import read_image
+from detection.data.images import picture, read_image
 from detection.data.records import DataError
+from detection.data.spectral import Pixels
 from detection.evaluation.coco_files import compare_files
 from detection.evaluation.collect import CollectDetections
 from detection.evaluation.mean_ap import IouType, MeanAP
@@ -49,7 +51,7 @@ def evaluate(
     """Write figures, COCO results JSON, plots and an HTML report.
 
     Args:
-        ckpt: checkpoint of scripts/fit.py; model, classes and sizes come from it, and the data unless it is named here.
+        ckpt: run's folder, or its checkpoint; model, classes and sizes come from it, and data that is not named here.
         results: COCO results file, in place of a checkpoint; goes with `annotations` alone.
         split: val or test of the training data; of other data the name of one of its splits, or all.
         root: folder of the training data, if it has moved; with another `split`, `format` or `annotations`, of other
@@ -59,12 +61,14 @@ def evaluate(
         images: folder of its images, likewise.
         output: folder to write to; beside the checkpoint, or the results, by default.
         batch_size: images a batch on each device; that of training by default.
-        accelerator, precision: as of Lightning's trainer: cpu, gpu or auto; 32-true or bf16-mixed.
+        accelerator: as of Lightning's trainer: cpu, gpu or auto.
         devices: GPUs, or processes of the CPU, that share the images; the figures are those of one.
+        precision: as of Lightning's trainer: 32-true or bf16-mixed.
         masks: false compares the boxes of a detector of masks alone, for data that has none.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
     set_up_output()
+    check_ranges(batch_size=(batch_size, 1), devices=(devices, 1))
     if (ckpt is None) == (results is None):
         raise DataError("name what to evaluate: --ckpt, a checkpoint, or --results, a COCO results file")
     if results is not None:
@@ -74,6 +78,7 @@ def evaluate(
         _evaluate_file(results, base / annotations, base / images if images else root, output, masks)
         return
     assert ckpt is not None
+    ckpt = chosen(ckpt)
     module = DetectionModule.load_from_checkpoint(ckpt, trust, map_location="cpu")
     changes = _other_data(split, root, format, annotations, images)
     moved = ({} if root is None else {"root": str(root)}) | ({} if batch_size is None else {"batch_size": batch_size})
@@ -92,17 +97,25 @@ def evaluate(
         metric.compute()  # which sends what this process has seen to the one that writes
         return
     dataset: Any = data.predict_dataloader().dataset
+    metric.frequencies = dataset.frequencies
     home, name = dataset.root, split if annotations is None else annotations.stem
     run, kept = ckpt.resolve().parent, read_torch(ckpt)
     facts = {"checkpoint": ckpt.name, "step": str(kept.get("global_step", "unknown")), "code": version()}
     facts |= {"data": home.name, "split": name, "precision": precision}
     config = run / "config.yaml"
-    settings = config.read_text() if config.is_file() else yaml.safe_dump(dict(kept.get("hyper_parameters", {})))
+    said = config.read_text() if config.is_file() else yaml.safe_dump(dict(kept.get("hyper_parameters", {})))
     title = f"Evaluation of {run.parent.name}/{run.name}"
     folder = output or ckpt.parent / f"evaluation_{name}"
-    _write(
-        folder, metric, dataset.category_ids, lambda r: read_image(home / r.file_name, r.size), title, facts, settings
-    )
+
+    def load(result: ImageResult) -> Pixels:
+        return read_image(home / result.file_name, result.size, form=data.form)
+
+    _write(folder, metric, dataset.category_ids, load, title, facts, said)
+
+
+def main(args: Sequence[str]) -> str | None:
+    """Run the command with its flags; returns the sentence on what went wrong, if anything did."""
+    return run_command("evaluate", evaluate, args, ValueError)
 
 
 def _data_of(ckpt: Path, trust: list[str], module: DetectionModule, settings: dict[str, Any]) -> DetectionDataModule:
@@ -118,6 +131,7 @@ def _data_of(ckpt: Path, trust: list[str], module: DetectionModule, settings: di
         )
     shape = module.detector.transform
     sizes = {"min_size": shape.min_size[-1], "max_size": shape.max_size}
+    sizes |= {"channels": shape.channels, "depth": shape.image_depth}
     return DetectionDataModule(**sizes | {"masks": module.detector.has_masks} | settings)
 
 
@@ -132,7 +146,7 @@ def _other_data(
             return {}
         if root is None:
             raise DataError(f"the training data has no split '{split}', but val and test; for other data name --root")
-    other: dict[str, Any] = {"reader": None, "fold": None}
+    other: dict[str, Any] = {"reader": None, "fold": None, "labelled": None}
     if annotations is not None:
         if format in ("voc", "yolo"):
             raise DataError(f"--annotations names a COCO file, but --format is {format}: leave one of them out")
@@ -155,7 +169,7 @@ def _evaluate_file(results: Path, annotations: Path, images: Path | None, output
 
     def load(result: ImageResult) -> NDArray[np.uint8]:
         assert place is not None
-        return read_image(place.locate(result.file_name, str(annotations)))
+        return picture(place.locate(result.file_name, str(annotations)))
 
     facts = {"results": results.name, "annotations": annotations.name}
     folder, title = output or results.parent / f"evaluation_{results.stem}", f"Evaluation of {results.name}"

@@ -1,4 +1,4 @@
-"""The command line of `scripts/fit.py`: LightningCLI without subcommands, with our run folder, callbacks and errors."""
+"""The command `fit`: LightningCLI without subcommands, with our run folder, callbacks and errors."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ import lightning as L
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from detection.cli.configuration import CONFIGS, PRESETS, complete, fit_anchors_to_data, fit_detector_to_data, plain
+from detection.cli.configuration import complete, fit_anchors_to_data, fit_detector_to_data, plain
+from detection.cli.fit_help import description, explain_all
+from detection.cli.folder import SaveConfig, never_validates, remove, say_changes, write_readme
 from detection.cli.output import LOGGERS as LOGGERS
 from detection.cli.output import set_up_output
 from detection.cli.parser import Parser
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
-from detection.errors import RunError, explain
+from detection.errors import RunError, SettingsError, explain
+from detection.interop.files import take_weights
 from detection.recipes import RecipeError, import_from_working_directory, packages_of, rebuild
 from detection.training import tuning
 from detection.training.callbacks import Bar, PredictionPictures, Results, SplitFile, Throughput
-from detection.training.checkpoints import BEST, LAST, RUN_FOLDER, KeepBest, Kept, WholeFiles, kept, start
+from detection.training.checkpoints import BEST, LAST, RUN_FOLDER, KeepBest, Kept, Start, WholeFiles, kept, start
 from detection.training.loggers import RUN_FLAGS, MetricsFile, Tracker, WandbMode
 from detection.training.module import DetectionModule
 from detection.training.optimisation import COSINE, SGD_MOMENTUM, state_per_parameter
@@ -42,12 +45,6 @@ from detection.training.tuning import Find
 log = logging.getLogger(__name__)
 
 set_parsing_settings(import_path_denylist=[])  # jsonargparse's own, such as `os`, is an error and no warning
-DESCRIPTION = """Train a detector. Without arguments: the quickstart, on scenes that are drawn on the spot.
-
---config takes a YAML file, or the name of one of this package's: {configs}. Any other flag overrides it.
-Presets go behind it as a second --config: {presets}.
---trust NAME ... goes with --resume: the run's configuration and checkpoint may use the code of these packages.
-"""
 
 
 class FitCLI(LightningCLI):
@@ -60,17 +57,23 @@ class FitCLI(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         given = complete(args)
         self.resumed, self.trust = given.resumed, given.trust
-        names, presets = (", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) for folder in (CONFIGS, PRESETS))
+        self._start: Start | None = None
+        try:
+            self._build(given.args)
+        except BaseException:
+            self.clean_up()
+            raise
+
+    def _build(self, args: list[str]) -> None:
         super().__init__(
             DetectionModule,
             DetectionDataModule,
-            save_config_callback=SaveConfigCallback,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
             seed_everything_default=0,
             parser_class=Parser,
             # An abbreviation that works today is ambiguous when a flag is added.
-            parser_kwargs={"description": DESCRIPTION.format(configs=names, presets=presets), "allow_abbrev": False},
-            args=given.args,
+            parser_kwargs={"description": description(), "allow_abbrev": False, "prog": "detection fit"},
+            args=args,
             run=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # DetectionModule keeps what it needs by itself
@@ -102,6 +105,12 @@ class FitCLI(LightningCLI):
             help="Checkpoint or folder of a run to go on with; `auto`: the newest run of this --name, else a new one.",
         )
         parser.add_argument(
+            "--weights",
+            type=str | None,
+            default=None,
+            help="Begin with the weights of a run, a .ckpt, .safetensors or .pth, but a new optimiser and schedule.",
+        )
+        parser.add_argument(
             "--save_every", type=float, default=10.0, help="Minutes between saves of last.ckpt within an epoch."
         )
         parser.add_argument(
@@ -117,6 +126,7 @@ class FitCLI(LightningCLI):
             kind = list[str] | None if name == "tags" else str | None
             parser.add_argument(f"--wandb_{name}", type=kind, default=None, help=text)
         parser.add_argument("--log_model", type=bool, default=False, help="Keep best.ckpt in W&B too, as an artifact.")
+        explain_all(parser)
 
     def instantiate_classes(self) -> None:
         """Build the data first: it knows the classes and image sizes that the detector needs.
@@ -125,15 +135,17 @@ class FitCLI(LightningCLI):
         """
         if self.config.trainer.strategy != "auto" or self.config.trainer.devices != "auto":
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo's remarks on host names
-        if (parts := self.config.trainer.accumulate_grad_batches) < 1:
-            raise ValueError(f"trainer.accumulate_grad_batches is {parts}: it counts batches, so at least 1")
-        if self.config.find and (self.config.resume or self.config.trainer.fast_dev_run):
-            raise ValueError("--find looks before a run begins: leave --resume and --trainer.fast_dev_run out")
         if _rank() and RUN_FOLDER in os.environ:  # started by the first rank, not by a cluster's launcher
             end_with_parent(os.getppid())
-        self.folder, self.checkpoint = start(self.config.resume, Path(self.config.output) / self.config.name)
+        self._check_run()
+        leaves_nothing = self.config.find or self.config.trainer.fast_dev_run
+        self._start = start(self.config.resume, Path(self.config.output) / self.config.name, not leaves_nothing)
+        self.folder, self.checkpoint = self._start.folder, self._start.checkpoint
+        if self.checkpoint:
+            say_changes(self.folder, yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
         if self.config.find:  # under a name that `--resume auto` does not take for a run
             self.folder = self.folder.with_name(f"{self.folder.name}_find_{self.config.find}")
+        self.save_config_kwargs = {"folder": self.folder, "resumed": bool(self.checkpoint)}
         config = self.config.clone()
         self.datamodule = DetectionDataModule(**self._make_parts(config.pop("data")))
         going_on = kept(self.checkpoint) if self.checkpoint else Kept()
@@ -143,7 +155,37 @@ class FitCLI(LightningCLI):
         parts = self._make_parts(config.pop("model"))
         self.config_init = self.parser.instantiate(config)  # the trainer's callbacks, loggers, plugins
         self.model = DetectionModule(**parts, class_names=self.datamodule.class_names)
+        if self.config.weights and not self.checkpoint:
+            self._take_weights(Path(self.config.weights))
         self.trainer = self.instantiate_trainer()
+
+    def _check_run(self) -> None:
+        """Refuse flags of the run and the trainer that contradict each other."""
+        if (parts := self.config.trainer.accumulate_grad_batches) < 1:
+            raise ValueError(f"trainer.accumulate_grad_batches is {parts}: it counts batches, so at least 1")
+        if self.config.find and (self.config.resume or self.config.trainer.fast_dev_run):
+            raise ValueError("--find looks before a run begins: leave --resume and --trainer.fast_dev_run out")
+        if self.config.weights and self.config.resume not in (None, "auto"):
+            raise ValueError(
+                "--resume goes on with a run and its optimiser, --weights begins another: give one of them"
+            )
+        interval = self.config.trainer.val_check_interval
+        if isinstance(interval, int | float) and interval <= 0:
+            raise ValueError(f"trainer.val_check_interval is {interval}: give a share of the epoch, or some batches")
+        if (folder := self.config.trainer.default_root_dir) is not None:
+            raise ValueError(f"a run's folder is OUTPUT/NAME/TIME: give --output {folder} in the place of "
+                             "--trainer.default_root_dir")  # fmt: skip
+
+    def _take_weights(self, path: Path) -> None:
+        if path.is_dir():
+            path = next((path / name for name in (BEST, LAST) if (path / name).is_file()), path / BEST)
+        take_weights(self.model.detector, path, self.datamodule.class_names)
+        log.info("beginning with the weights of %s, with a new optimiser and schedule", path)
+
+    def clean_up(self) -> None:
+        """Take away the folder that was made for this run, unless it has trained."""
+        if self._start is not None and self._start.made:
+            remove(self._start.folder)
 
     def _make_parts(self, section: Namespace) -> dict[str, Any]:
         """The arguments of a section, its parts made as those of a checkpoint are: from recipes."""
@@ -160,12 +202,13 @@ class FitCLI(LightningCLI):
         settings: dict[str, Any] = {"default_root_dir": str(self.folder)}
         settings["plugins"] = [*_listed(given.plugins), WholeFiles()]
         settings["enable_progress_bar"] = self._shows_bar(given) and not self.config.find
+        self.guard = Guard(self.folder, self.datamodule.hparams["timeout"])
         if self.config.find:
             return super().instantiate_trainer(**settings, **tuning.SETTINGS, callbacks=[], **kwargs)
-        guard = Guard(self.folder, self.datamodule.hparams["timeout"])
-        settings["callbacks"] = [guard, *(given.callbacks or []), *self._callbacks(given)]
-        if given.logger is None or given.logger is True:
-            settings["logger"] = self._loggers()
+        settings["callbacks"] = [self.guard, *_listed(given.callbacks), *self._callbacks(given)]
+        if given.logger is not False:
+            own = given.logger is None or given.logger is True
+            settings["logger"] = self._loggers() if own else [MetricsFile(self.folder), *_listed(given.logger)]
         return super().instantiate_trainer(**settings, **kwargs)
 
     def _shows_bar(self, given: Namespace) -> bool:
@@ -182,7 +225,7 @@ class FitCLI(LightningCLI):
         ]
         if bar:
             callbacks.append(Bar())
-        if given.enable_checkpointing is not False:
+        if self._saves:
             callbacks += [KeepBest(self.folder), KeepLast(self.folder, self.config.save_every)]
         return callbacks
 
@@ -205,34 +248,27 @@ class FitCLI(LightningCLI):
         if _rank() == 0 and not self.config.trainer.fast_dev_run:
             slots = state_per_parameter(self.model.optimizer)
             check_start(self.folder, self.model, slots, 2 * self.datamodule.hparams["num_workers"])
-            readme = RUN_README + (CHECKPOINT_README if self.config.trainer.enable_checkpointing is not False else "")
-            packages = packages_of([dict(self.model.hparams), dict(self.datamodule.hparams)])
-            flag = f" --trust {' '.join(packages)}" if packages else ""
-            trust = f", trust={packages}" if packages else ""
-            best = (self.folder / (LAST if self.config.trainer.limit_val_batches == 0 else BEST)).as_posix()
-            names = {"folder": self.folder.as_posix(), "best": best, "flag": flag, "trust": trust}
-            (self.folder / "README.md").write_text(readme.format(**names))
+            never = never_validates(self.trainer)
+            if never and self._saves:
+                log.warning("%s: this run is never validated, so it keeps no %s, but %s", never, BEST, LAST)
+            self._write_readme(validated=not never)
             if not self.checkpoint:  # figures of a run that ended before its first checkpoint, and begins again
                 (self.folder / "metrics.csv").unlink(missing_ok=True)
         parameters = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         total, trained = sum(n for n, _ in parameters), sum(n for n, trains in parameters if trains)
         log.info("detector: %.1f M parameters, of which %.1f M train", total / 1e6, trained / 1e6)
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
+        if _rank() == 0 and not self.config.trainer.fast_dev_run:
+            self._write_readme(validated=(self.folder / BEST).is_file())
         log.info("the run is in %s", self.folder)
 
+    @property
+    def _saves(self) -> bool:
+        return self.config.trainer.enable_checkpointing is not False
 
-RUN_README = """A training run: `config.yaml` repeats it; curves: `metrics.csv`, `plots`; pictures: `predictions.jpg`.
-"""
-CHECKPOINT_README = """
-Go on with it:   python scripts/fit.py --resume {folder}{flag}    (stopped by a signal: exit code 75)
-Evaluate it:     python scripts/evaluate.py --ckpt {best}{flag}
-Detect with it:  python scripts/predict.py --ckpt {best} --source IMAGES{flag}
-
-    from detection import Detector
-
-    detector = Detector.from_checkpoint("{best}"{trust})
-    detections = detector("photo.jpg")  # its boxes, class names and scores, in its pixels
-"""
+    def _write_readme(self, validated: bool) -> None:
+        packages = packages_of([dict(self.model.hparams), dict(self.datamodule.hparams)])
+        write_readme(self.folder, packages, validated, self._saves)
 
 
 def _rank() -> int:
@@ -250,23 +286,38 @@ def main(args: Sequence[str] | None = None) -> int:
     except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, MisconfigurationException) as error:
         if os.environ.get("JSONARGPARSE_DEBUG"):
             raise
-        said = " ".join(str(error).split())
-        return _fail(RunError(f"these settings can't be built: {type(error).__name__}: {said} (JSONARGPARSE_DEBUG=true "
-                              "shows where)"))  # fmt: skip
+        return _fail(RunError(_unknown(error, "can't be built")))
     try:
         cli.fit()
     except Interrupted as stop:
         log.warning("%s", stop)
         return 0 if _rank() else INTERRUPTED  # Lightning kills all ranks when another one ends with an error
     except Exception as error:
-        sentence = explain(error)
+        begun, sentence = cli.guard.begun, explain(error)
+        if not begun:
+            cli.clean_up()
+            if sentence is None and not os.environ.get("JSONARGPARSE_DEBUG"):
+                sentence = _unknown(error, "can't be trained with")
         if sentence is not None and not (_rank() and getattr(error, "on_all_ranks", False)):
             sys.stderr.write(f"error: {sentence}{f' (rank {_rank()})' if _rank() else ''}\n")
         end_other_ranks(cli.trainer, error)
         if sentence is None:
             raise
-        return 2 if isinstance(error, DataError) else 1
+        return 2 if isinstance(error, DataError | SettingsError) or (not begun and _is_mistake(error)) else 1
     return 0
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether settings are to blame for what ended a run before its first step, and not the machine."""
+    return explain(error) is None or isinstance(error, ValueError | MisconfigurationException)
+
+
+def _unknown(error: Exception, what: str) -> str:
+    """A sentence on settings that a library refuses, of which nothing else is known."""
+    said = " ".join(str(error).split())
+    if isinstance(error, ValueError | MisconfigurationException):
+        return said
+    return f"these settings {what}: {type(error).__name__}: {said} (JSONARGPARSE_DEBUG=true shows where)"
 
 
 def _listed(value: Any) -> list[Any]:

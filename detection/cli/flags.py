@@ -1,14 +1,17 @@
-"""What the commands have in common on the command line: `--trust`, and how they end."""
+"""What the commands have in common on the command line: `--trust`, `--ckpt`, and how they end."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
 
+from detection.cli.wording import CommandParser
 from detection.errors import complaint
+from detection.training.checkpoints import BEST, LAST
 
 TRUST = "--trust"
 
@@ -26,19 +29,59 @@ def take_trust(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return left, names
 
 
-def run_command(command: Callable[..., Any] | Mapping[str, Any], *expected: type[Exception]) -> str | None:
-    """Run a function, or that of several which the first argument names, with the arguments of the command line.
+def chosen(ckpt: Path) -> Path:
+    """The checkpoint to work with: the file itself, or of a run's folder the best one, else the last; says which.
+
+    Raises:
+        FileNotFoundError: the folder has neither.
+    """
+    if not ckpt.is_dir():
+        return ckpt
+    found = next((ckpt / name for name in (BEST, LAST) if (ckpt / name).is_file()), None)
+    if found is None:
+        runs = sorted(path.parent for name in (BEST, LAST) for path in ckpt.glob(f"*/{name}"))
+        hint = f"; name one of its runs, such as {runs[-1]}" if runs else ": is it the folder of a run?"
+        raise FileNotFoundError(f"there is no {BEST} or {LAST} in {ckpt}{hint}")
+    print(f"{ckpt}: taking {found.name}", file=sys.stderr)
+    return found
+
+
+def run_command(
+    name: str, command: Callable[..., Any] | Mapping[str, Any], args: Sequence[str], *expected: type[Exception]
+) -> str | None:
+    """Run a function, or that of several which the first argument names, with flags.
 
     Args:
+        name: of the command.
         command: the function, or those of several names.
+        args: the flags.
         *expected: errors that explain themselves, beside those that `errors.explain` knows.
 
     Returns:
         the sentence on what went wrong, for `sys.exit`; None where all is well. What is a bug is raised.
     """
-    args, trust = take_trust(sys.argv[1:])
+    args, trust = take_trust(args)
     args += [f"{TRUST}=[{','.join(trust)}]"] if trust else []
     try:
-        return complaint(lambda: auto_cli(command, args=args, as_positional=False))
+        return complaint(
+            lambda: auto_cli(
+                command, args=args, as_positional=False, parser_class=CommandParser, prog=f"detection {name}"
+            )
+        )
     except expected as error:
         return f"error: {error}"
+
+
+def check_ranges(**limits: tuple[float | None, float] | tuple[float | None, float, float]) -> None:
+    """Refuse numbers of a command line that make no sense.
+
+    Args:
+        **limits: name of the flag -> its value, the least and, where there is one, the most.
+
+    Raises:
+        ValueError: one is outside of its range.
+    """
+    for name, (value, least, *most) in limits.items():
+        if value is not None and (not value >= least or any(value > limit for limit in most)):
+            wanted = f"from {least:g} to {most[0]:g}" if most else f"at least {least:g}"
+            raise ValueError(f"--{name} is {value:g}: it must be {wanted}")

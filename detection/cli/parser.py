@@ -6,13 +6,16 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+from lightning.pytorch import callbacks, loggers
 from lightning.pytorch.cli import LightningArgumentParser
 
-from detection.cli.configuration import defaults
+import detection
+from detection.cli.configuration import CONFIGS, PRESETS, defaults
+from detection.cli.wording import in_words, is_about_names, nearest
 from detection.models import relatives, zoo
 from detection.recipes import NEVER, advice
 from detection.training.optimisation import MOVED
@@ -36,7 +39,7 @@ class Parser(LightningArgumentParser):
             how = ", which is no part of a run" if package in NEVER else f": {advice(package)}"
             said = f"{self.resumed or 'the configuration'}: it names {denied[1]}{how}"
         else:
-            said = shorten(message) + self._suggest(message)
+            said = in_words(shorten(message)) + self._suggest(message)
         sys.stderr.write(f"error: {said}\n")
         raise SystemExit(2)
 
@@ -44,7 +47,7 @@ class Parser(LightningArgumentParser):
         twice = re.search(r"Option '(lr|weight_decay)' is not accepted", message)
         if twice and "model.optimizer" in message:
             return f" (it is --model.{twice[1]})"
-        for old, new in MOVED.items():
+        for old, new in MOVED.items() if "NestedArg" not in message else ():
             if re.search(rf"\bmodel\.{old}\b|\bstring: {old}\b|\bmodel\.(optimizer|schedule).*\b{old}\b", message):
                 return f" (optimiser and schedule are parts now: instead of {old} write {new})"
         if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
@@ -59,16 +62,29 @@ class Parser(LightningArgumentParser):
             return f" (did you mean --{'.'.join([*_keys(message), *near])}?)" if near else ""
         options = {option.lstrip("-") for option in self._option_string_actions if option.startswith("--")}
         known = options | {"trust"} | {f"model.detector.{name}" for name in vars(defaults(TYPICAL))}
-        quoted = [] if "Given value" in message else re.findall(r"['\"]([\w.+-]+)['\"]", message)
+        quoted = re.findall(r"['\"]([\w.+-]+)['\"]", message) if is_about_names(message) else []
         for word in re.findall(r"--([\w.+-]+)", message) + quoted:
-            if word not in known and (name := _nearest(word, known)):
+            if word not in known and (name := nearest(word, known)):
                 return f" (did you mean --{name}?)"
+        if file := re.search(r'"config": File does not exist: \'.*?([\w.-]+)\'', message):
+            packaged = [path.stem for folder in (CONFIGS, PRESETS) for path in folder.glob("*.yaml")]
+            near = difflib.get_close_matches(Path(file[1]).stem, packaged, 1, 0.6)
+            return f" (did you mean --config {near[0]}?)" if near else f"; packaged are {', '.join(sorted(packaged))}"
+        if absent := re.search(r"dot import path string: (\w+)", message):
+            homes = (torch.optim, callbacks, loggers, detection)
+            near = difflib.get_close_matches(absent[1], [n for home in homes for n in dir(home)], 1, 0.7)
+            return f" (did you mean {near[0]}?)" if near else ""
         builder = difflib.get_close_matches(message.split()[-1], {**vars(zoo), **vars(relatives)}, 1, 0.75)
         return f" (did you mean {builder[0]}?)" if builder else ""
 
 
 def shorten(message: str) -> str:
     """What is wrong with a part, out of jsonargparse's list of all types that it is not."""
+    value = re.match(
+        r'Parser key "([\w.]+)": .*? Parser key "([\w.]+)": (Expected a .*?\. Got value: .*?)\. Got value', message
+    )
+    if value:  # of an argument of a part
+        return f'Parser key "{value[1]}.{value[2]}": {value[3]}'
     causes = message.rpartition("Errors: - ")[2].split(" - ")
     named = [cause for cause in causes if "given class_path" in cause]
     if "Errors: - " not in message or not named:
@@ -79,13 +95,3 @@ def shorten(message: str) -> str:
 
 def _keys(message: str) -> list[str]:
     return re.findall(r'Parser key "([\w.]+)"', message)
-
-
-def _nearest(word: str, known: Iterable[str]) -> str | None:
-    """The option most like the word; or, where none is, the one whose last part is most like the word's."""
-    whole = difflib.get_close_matches(word, known, 1, 0.75)
-    if whole:
-        return whole[0]
-    by_last_part = {name.rpartition(".")[2]: name for name in sorted(known)}
-    last = difflib.get_close_matches(word.rpartition(".")[2], by_last_part, 1, 0.7)
-    return by_last_part[last[0]] if last else None

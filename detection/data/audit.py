@@ -26,6 +26,7 @@ from detection.data.finding import Format, Layout, Stage
 from detection.data.images import EXTENSIONS, UPRIGHT, image_size, orientation_of, read_image, remarks
 from detection.data.judging import half_labelled, judge, judge_splits, kind_of, shown
 from detection.data.records import DataError, Defect, Index, Record, plain_name
+from detection.data.spectral import RGB, ChannelStatistics, PixelFormat, false_colour
 from detection.data.tree import role_of
 
 VERDICTS = ("clean", "repairable", "broken")
@@ -42,6 +43,8 @@ class Audit:
         statistics: counts by name; see `statistics`.
         anchors: the grid asked about, its recall, and a proposal with its recall where it does not cover the boxes.
         contents: the image files by a digest of their bytes, to find them again in other splits.
+        form: channels and depth that the images must have.
+        channels: `image_mean` and `image_std` of the images, where they are no 8-bit RGB.
     """
 
     name: str
@@ -50,6 +53,8 @@ class Audit:
     statistics: dict[str, Any] = field(default_factory=dict)
     anchors: dict[str, Any] = field(default_factory=dict)
     contents: dict[str, str] = field(default_factory=dict)
+    form: PixelFormat = RGB
+    channels: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def code(self) -> int:
@@ -73,6 +78,7 @@ class Audit:
             "verdict": VERDICTS[self.code],
             "statistics": self.statistics,
             "anchors": self.anchors,
+            "channels": self.channels,
             "defects": [asdict(defect) for defect in self.defects],
         }
 
@@ -107,13 +113,14 @@ def splits_named(
     return {split or "all XML files": partial(voc.read_voc, root, split, None, masks, annotations, images)}
 
 
-def audit(name: str, read: Callable[[], Index], grid: Grid | None = None) -> Audit:
+def audit(name: str, read: Callable[[], Index], grid: Grid | None = None, form: PixelFormat = RGB) -> Audit:
     """Read a split and look at every image of it.
 
     Args:
         name: the split, for headings.
         read: returns its index or raises DataError, which becomes the audit's verdict.
         grid: the anchors that training would use.
+        form: channels and depth that the images must have.
     """
     try:
         index = read()
@@ -122,10 +129,14 @@ def audit(name: str, read: Callable[[], Index], grid: Grid | None = None) -> Aud
         refused = Defect(where, "data set", problem or where, "nothing can be read before that", "broken")
         return Audit(name, None, [*error.defects, refused])
     grid = grid or Grid()
-    defects, contents = _look_at_images(index)
+    measured = ChannelStatistics(form)
+    defects, contents = _look_at_images(index, measured)
     judged = judge(index, _stage_of(name))
     defects = [*judged, *index.defects, *defects, *_look_at_objects(index), *_look_at_the_set(index)]
-    return Audit(name, index, defects, statistics(index), _fit(index, grid), contents)
+    found = Audit(name, index, defects, statistics(index), _fit(index, grid), contents, form)
+    if measured.count:
+        found.channels = dict(zip(("image_mean", "image_std"), measured.mean_and_std(), strict=True))
+    return found
 
 
 def _stage_of(name: str) -> Stage:
@@ -207,7 +218,7 @@ def _fit(index: Index, grid: Grid) -> dict[str, Any]:
     return fit
 
 
-def _look_at_images(index: Index) -> tuple[list[Defect], dict[str, str]]:
+def _look_at_images(index: Index, measured: ChannelStatistics) -> tuple[list[Defect], dict[str, str]]:
     """Decode every image; near duplicates by the signs of a thumbnail's gradients, and the files by their digest."""
     defects: list[Defect] = []
     copies: dict[str, list[Record]] = {}
@@ -215,7 +226,9 @@ def _look_at_images(index: Index) -> tuple[list[Defect], dict[str, str]]:
     for record in index.records:
         path, where = index.root / record.file_name, f"image {record.image_id}"
         try:
-            pixels = read_image(path, (record.height, record.width))
+            pixels = read_image(path, (record.height, record.width), form=measured.form)
+            if measured.form != RGB:
+                measured.add(pixels)
             defects += _orientation(record, path)
             defects += [Defect(record.file_name, where, what, fix, "note") for what, fix in remarks(path)]
             copies.setdefault(hashlib.sha256(path.read_bytes()).hexdigest(), []).append(record)
@@ -223,7 +236,7 @@ def _look_at_images(index: Index) -> tuple[list[Defect], dict[str, str]]:
             problem = str(error).removeprefix(f"{path}: ").split(";")[0]
             defects.append(Defect(record.file_name, where, problem, "replace the file or delete its record", "broken"))
             continue
-        hashes.append(gradients(pixels))
+        hashes.append(gradients(false_colour(pixels)))
         records.append(record)
     for second, alike in near_duplicates(hashes):
         earlier, later = records[alike[0]], records[second]

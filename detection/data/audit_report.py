@@ -16,6 +16,7 @@ from rich.table import Table
 from detection.data.audit import VERDICTS, Audit
 from detection.data.images import read_image
 from detection.data.records import DataError, Index, Record
+from detection.data.spectral import PixelFormat, false_colour
 
 COLOURS = {"broken": "red", "repairable": "yellow", "note": "cyan", "clean": "green"}
 CELL, CAPTION = 360, 16  # pixels of a picture on the sheet and of the line below it
@@ -28,6 +29,7 @@ def print_audit(audit: Audit, console: Console, details: int = 3) -> None:
     _print_defects(audit, console, details)
     if audit.index is not None:
         _print_contents(audit.statistics, console)
+        _print_channels(audit, console)
         _print_anchors(audit.anchors, console)
 
 
@@ -65,6 +67,16 @@ def _print_contents(statistics: dict[str, Any], console: Console) -> None:
     areas = ", ".join(f"{name} {count}" for name, count in statistics["areas"].items())
     sizes = ", ".join(f"{size} ({count})" for size, count in statistics["image sizes"])
     console.print(f"Objects by area (small < 32 x 32 <= medium < 96 x 96 <= large): {areas}\nImage sizes: {sizes}")
+
+
+def _print_channels(audit: Audit, console: Console) -> None:
+    """Mean and standard deviation of each channel, as a configuration takes them."""
+    if audit.channels:
+        rows = [f"        {name}: {values}" for name, values in audit.channels.items()]
+        form = [f"  channels: {audit.form.channels}", f"  depth: {audit.form.depth}"]
+        console.print("Channels, which fit.py measures by itself where they are not given:")
+        lines = ["data:", *form, "model:", "  detector:", "    init_args:", *(row[2:] for row in rows)]
+        console.print("\n".join(lines), soft_wrap=True, highlight=False)
 
 
 def _print_anchors(anchors: dict[str, Any], console: Console) -> None:
@@ -105,7 +117,7 @@ def picture_sheet(audits: Sequence[Audit], path: Path, count: int = 12, columns:
         for audit in audits
         if audit.index is not None
         for record in _samples(audit, audit.index, count)
-        if (cell := _draw(audit.index, record)) is not None
+        if (cell := _draw(audit.index, record, audit.form)) is not None
     ]
     if not cells:
         raise DataError(f"{path}: no picture can be drawn; there is no image that can be read")
@@ -131,16 +143,16 @@ def _samples(audit: Audit, index: Index, count: int) -> list[Record]:
     return [*first, *(rest[i] for i in spread)]
 
 
-def _draw(index: Index, record: Record) -> Image.Image | None:
+def _draw(index: Index, record: Record, form: PixelFormat) -> Image.Image | None:
     """One cell of the sheet: the picture with its boxes and its name below; None where it can't be read."""
     try:
-        pixels = read_image(index.root / record.file_name, (record.height, record.width))
+        pixels = read_image(index.root / record.file_name, (record.height, record.width), form=form)
     except DataError:
         return None  # the audit has reported it
     scale = min((CELL - 4) / record.width, (CELL - 4) / record.height)
     size = (max(1, round(record.width * scale)), max(1, round(record.height * scale)))
     cell = Image.new("RGB", (CELL, size[1] + 4 + CAPTION), "white")
-    cell.paste(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR), (2, 2))
+    cell.paste(Image.fromarray(false_colour(pixels)).resize(size, Image.Resampling.BILINEAR), (2, 2))
     draw, font = ImageDraw.Draw(cell), ImageFont.load_default(11)
     for box, label, crowd in zip(record.boxes, record.labels, record.iscrowd, strict=True):
         hue = colorsys.hsv_to_rgb(0.618034 * int(label) % 1, 0.6, 1)

@@ -1,10 +1,10 @@
 """Augmentation and framing of one image with its objects: what is shown of it, how large, and which way round.
 
-Images stay uint8 (H, W, 3) from the file to the device, which normalises them once. A pipeline of albumentations comes
-first, where there is one (`detection.data.pipeline`). Flips and framing are written here, for image, boxes and masks at
-once, because albumentations spends half a millisecond on the boxes of each image, while decoding it takes one. Both say
-by its index which object each box is, so that labels can't fall out of step with boxes. Resizing comes last: here its
-size is chosen, and `collate` resizes straight into the batch.
+Images stay as the file has them, (H, W, C) uint8 or uint16, up to the device, which normalises them once. A pipeline of
+albumentations comes first, where there is one (`detection.data.pipeline`). Flips and framing are written here, for
+image, boxes and masks at once, because albumentations spends half a millisecond on the boxes of each image, while
+decoding it takes one. Both say by its index which object each box is, so that labels can't fall out of step with boxes.
+Resizing comes last: here its size is chosen, and `collate` resizes straight into the batch.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from detection.data.pipeline import ROUNDING, Pipeline, Step, colour_steps
+from detection.data.spectral import RGB, PixelFormat, Pixels
 
 
 def resized_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
@@ -100,7 +101,7 @@ class Augmented(NamedTuple):
     """What a `Transform` returns.
 
     Attributes:
-        image: `(h, w, 3)` uint8 RGB, still to be resized to `size`.
+        image: `(h, w, C)` pixels, still to be resized to `size`.
         size: `(height, width)` of the result.
         boxes: `(M, 4)` float32 xyxy in pixels of the result, inside it, at least `min_box_side` wide and high.
         kept: `(M,)` int64, which of the objects given each of them is.
@@ -108,7 +109,7 @@ class Augmented(NamedTuple):
         windows: `(M, 4)` float32 xyxy in pixels of the result, one a mask.
     """
 
-    image: NDArray[np.uint8]
+    image: Pixels
     size: tuple[int, int]
     boxes: NDArray[np.float32]
     kept: NDArray[np.int64]
@@ -120,9 +121,8 @@ class Augmented(NamedTuple):
         out = self
         for axis in [0] * horizontally + [1] * vertically:
             side = out.size[1 - axis]
-            out = out._replace(
-                image=np.asarray(cv2.flip(out.image, 1 - axis), np.uint8), boxes=_mirror(out.boxes, axis, side)
-            )
+            image: Any = cv2.flip(out.image, 1 - axis)  # without the axis of a single channel
+            out = out._replace(image=image.reshape(out.image.shape), boxes=_mirror(out.boxes, axis, side))
             if out.masks is not None and out.windows is not None:
                 masks = np.ascontiguousarray(np.flip(out.masks, 2 - axis))
                 out = out._replace(masks=masks, windows=_mirror(out.windows, axis, side))
@@ -201,7 +201,7 @@ class Transform:
 
     def __call__(
         self,
-        image: NDArray[np.uint8],
+        image: Pixels,
         boxes: NDArray[np.float32],
         masks: NDArray[np.uint8] | None = None,
         seed: int = 0,
@@ -209,7 +209,7 @@ class Transform:
         """Transform one image.
 
         Args:
-            image: `(H, W, 3)` uint8 RGB.
+            image: `(H, W, C)` uint8 or uint16.
             boxes: `(N, 4)` xyxy pixels; degenerate ones are dropped.
             masks: `(N, H, W)` uint8 0/1.
             seed: decides every random choice; the same seed gives the same result in any process.
@@ -236,8 +236,8 @@ class Transform:
         return out.flipped(flip_x, flip_y)
 
 
-def resize_into(image: NDArray[np.uint8], planes: NDArray[np.uint8]) -> None:
-    """Resize `(h, w, 3)` into `(3, H, W)`, which may be a part of something larger, without another copy.
+def resize_into(image: Pixels, planes: Pixels) -> None:
+    """Resize `(h, w, C)` into `(C, H, W)`, which may be a part of something larger, without another copy.
 
     Bilinear without antialiasing, as torchvision's detectors do it, within one grey level (OpenCV works in fixed
     point).
@@ -261,6 +261,7 @@ def train_transform(
     scale_jitter: tuple[float, float] | None = None,
     augmentations: Sequence[Step] = (),
     min_visibility: float = 0.0,
+    form: PixelFormat = RGB,
 ) -> Transform:
     """The pipeline of training.
 
@@ -268,12 +269,14 @@ def train_transform(
         min_size: short side in pixels; several make multi-scale training, one drawn for every image.
         max_size: cap of the long side.
         hflip, vflip: probability of a horizontal, a vertical flip.
-        photometric: probability of each of the brightness and contrast, hue and saturation, and gamma changes.
+        photometric: probability of each of the brightness and contrast, hue and saturation, and gamma changes. Hue and
+            saturation are those of 8-bit RGB alone.
         scale_jitter: range of factors for large-scale jitter into `max_size` x `max_size`; `min_size` then has no say.
         augmentations: albumentations transforms, applied in order before all others.
         min_visibility: objects of which augmentations and jitter leave less than this share of their box are dropped.
+        form: channels and depth of the images.
     """
-    steps = [*augmentations, *(colour_steps(photometric) if photometric else ())]
+    steps = [*augmentations, *(colour_steps(photometric, form) if photometric else ())]
     framing: Framing = ShortSide((min_size,) if isinstance(min_size, int) else tuple(min_size), max_size)
     if scale_jitter:
         framing = ScaleJitter(max_size, scale_jitter)

@@ -21,6 +21,7 @@ from detection.batch import Id
 from detection.data import rle
 from detection.data.checks import Objects, checked_size, choose_classes, finish_index, short
 from detection.data.coco_layout import PictureFinder
+from detection.data.federated import frequencies, image_name, mark
 from detection.data.judging import one_record_per_picture
 from detection.data.records import DataError, Defect, Index, Record
 from detection.data.tree import Tree
@@ -31,7 +32,8 @@ def read_coco(
 ) -> Index:
     """Read one COCO file.
 
-    Every object left out and every value repaired is a defect of the index. Images without objects are kept.
+    Every object left out and every value repaired is a defect of the index. Images without objects are kept. An
+    annotation with `"ignore": 1` is a region like a crowd. LVIS files are read too, see `detection.data.federated`.
 
     Args:
         root: folder of the data set, which no image may leave.
@@ -56,15 +58,22 @@ def read_file(
     """Read one COCO file below a root that was listed; see `read_coco`."""
     path = tree.root / annotations
     content = load_file(path)
-    names = [item["file_name"] for item in content["images"] if isinstance(item, dict) and _is_name(item)]
+    names = [image_name(item) for item in content["images"] if isinstance(item, dict) and _is_name(item)]
     reader = _Reader(tree, str(annotations), PictureFinder(tree, str(annotations), names, images), masks)
     labels, index = reader.categories(content["categories"], classes)
+
+    def label_of(category: Any) -> int | None:
+        key = _key(category)
+        return None if key is None else labels.get(key)
+
+    entries = {label_of(item.get("id")): item for item in content["categories"] if isinstance(item, dict)}
+    index.frequencies = frequencies(entries[label] for label in range(1, len(index.classes) + 1))
     by_image = reader.group(content["annotations"])
     known: set[Id] = set()
     for position, image in enumerate(content["images"]):
         record = reader.image(position, image, by_image, labels, known)
         if record is not None:
-            index.records.append(record)
+            index.records.append(mark(record, image, label_of, len(index.classes), reader.report))
     for key in by_image.keys() - known:
         fix = "its annotations are left out; correct image_id or add the image"
         reader.report(f"image {key}", f"{len(by_image[key])} annotations name an image that is not listed", fix)
@@ -153,7 +162,7 @@ class _Reader:
     ) -> Record | None:
         """The record of one entry of `images`, or None where it can't be used."""
         item = item if isinstance(item, dict) else {}
-        key, name = _key(item.get("id")), item.get("file_name")
+        key, name = _key(item.get("id")), image_name(item)
         where = f"image at {position}" if key is None else f"image {key}"
         if key is None or key in known:
             problem = _no_id(item) if key is None else f"the id is used twice, now for {str(name)[:80]!r}"
@@ -226,11 +235,12 @@ class _Reader:
             area = _area(segment) if segment is not None else None
             if item.get("area") is not None:
                 objects.report(what, "area is not a positive number", "it is computed anew; correct it")
-        crowd = item.get("iscrowd", 0)
-        if crowd not in (0, 1, None):
-            objects.report(what, f"iscrowd is {str(crowd)[:20]!r}", "it counts as no crowd; use 0 or 1")
+        for name in ("iscrowd", "ignore"):
+            if item.get(name) not in (0, 1, None):
+                objects.report(what, f"{name} is {str(item[name])[:20]!r}", "it counts as 0; use 0 or 1")
         number = key if isinstance(key, int) and abs(key) < 2**63 else position
-        objects.add(what, bbox, labels[category], number, area, crowd == 1, segment=segment)
+        ignored = item.get("iscrowd") == 1 or item.get("ignore") == 1
+        objects.add(what, bbox, labels[category], number, area, ignored, segment=segment)
 
     def segment(self, objects: Objects, what: str, value: Any) -> Any:
         """Polygons or a compressed RLE, or None (reported where masks are wanted) where neither can be had."""
@@ -295,7 +305,7 @@ def load_file(path: Path, lists: Sequence[str] = ("images", "annotations", "cate
 
 
 def _is_name(item: dict[str, Any]) -> bool:
-    name = item.get("file_name")
+    name = image_name(item)
     return isinstance(name, str) and bool(name.strip("/. "))
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from detection.data.federated import image_name
 from detection.data.images import EXTENSIONS
 from detection.data.tree import Tree, base_of, loose, role_of, role_of_path, suffix
 
@@ -74,12 +75,14 @@ def split_name(name: str) -> str:
 
 
 def sample_of_names(tree: Tree, file: str) -> list[str]:
-    """The first `file_name`s of a COCO file, without reading all of it."""
+    """The first `file_name`s of a COCO file, or LVIS's `coco_url`s in their place, without reading all of it."""
     with (tree.root / file).open("rb") as stream:
         head = stream.read(HEAD).decode("utf-8", errors="ignore")
-    return [
-        json.loads(f'"{name}"', strict=False) for name in re.findall(r'"file_name"\s*:\s*"((?:[^"\\]|\\.)*)"', head)
-    ]
+    for key in ("file_name", "coco_url"):
+        values = re.findall(rf'"{key}"\s*:\s*"((?:[^"\\]|\\.)*)"', head)
+        if values:
+            return [str(image_name({key: json.loads(f'"{value}"', strict=False)})) for value in values]
+    return []
 
 
 class PictureFinder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from detection.batch import Id
 from detection.data import scenes
 from detection.data.augment import eval_transform, train_transform
+from detection.data.channels import check_format
 from detection.data.checks import choose_classes
 from detection.data.dataset import DetectionDataset, Sample, collate
 from detection.data.finding import Layout, Stage, find
@@ -25,6 +27,7 @@ from detection.data.proposals import ProposalCache, ProposalSource
 from detection.data.reading import check_split, describe, draws_scenes, read_split, recipe_of_reader, splits_of
 from detection.data.records import Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
+from detection.data.spectral import PixelFormat
 from detection.data.splitting import Split, check_division, keep, kept, split_of
 from detection.data.train_loader import TrainLoader
 from detection.data.tree import role_of
@@ -71,11 +74,17 @@ class DetectionDataModule(L.LightningDataModule):
         with_difficult: train on objects marked difficult too.
         keep_empty: train on images without objects too. Evaluation always has them.
         masks: read instance masks.
+        labelled: a YAML file, relative to `root`, that says which classes were labelled in which images, see
+            `detection.data.federated.label_by_file`; None for all classes in all images, or as the annotations say.
         proposals: give each image the proposals of this source, for detectors that learn none (Fast R-CNN, R-CNN).
         max_unreadable: training images, on each device, that may become unreadable during a run and are replaced by
             others, with a warning; one more is an error. In evaluation the first is.
-        seed: of the order and the augmentation.
+        seed: of the order and the augmentation; None is that of `seed_everything`, else 0.
+        channels: of the images. With 3 channels of 8 bits, whatever can be is made RGB: grey repeated, transparency
+            dropped. With any other number all files must have it, see `detection.data.spectral`.
+        depth: bits of a channel. 16 are kept as they are, and all files must have them.
         timeout: seconds after which loaders' processes that bring no batch are an error; 0 waits for ever.
+        reader: reads a split in the place of `format`: a callable of your own, see `docs/settings.md`.
 
     Attributes:
         predict_split: the split that `trainer.predict` goes through; `"test"` unless it is set.
@@ -113,11 +122,14 @@ class DetectionDataModule(L.LightningDataModule):
         masks: bool = False,
         proposals: ProposalSource | None = None,
         max_unreadable: int = 10,
-        seed: int = 0,
+        seed: int | None = None,
         timeout: int = 50,
         reader: Reader | None = None,
         val_fraction: float = 0.2,
         fold: str | None = None,
+        labelled: str | None = None,
+        channels: int = 3,
+        depth: Literal[8, 16] = 8,
     ) -> None:
         super().__init__()
         if root is None and (format not in (None, "scenes") or reader is not None):
@@ -128,13 +140,22 @@ class DetectionDataModule(L.LightningDataModule):
         sizes = [min_size] if isinstance(min_size, int) else min_size
         if batch_size < 1 or max_size < 1 or not sizes or min(sizes) < 1:
             raise ValueError(f"batch_size {batch_size}, min_size {min_size} and max_size {max_size} must be positive")
+        chances = {"hflip": hflip, "vflip": vflip, "photometric": photometric, "mosaic": mosaic}
+        chances |= {"copy_paste": copy_paste, "min_visibility": min_visibility, "repeat_threshold": repeat_threshold}
+        for name, chance in chances.items():
+            if not 0 <= chance <= 1:
+                raise ValueError(f"data.{name} is {chance}: it must be from 0 to 1")
+        for name, count in {"num_workers": num_workers, "max_unreadable": max_unreadable, "timeout": timeout}.items():
+            if count < 0:
+                raise ValueError(f"data.{name} is {count}: it must be 0 or more")
+        if scale_jitter is not None and not 0 < scale_jitter[0] <= scale_jitter[1]:
+            raise ValueError(f"data.scale_jitter is {scale_jitter}: give two factors above 0, the smaller first")
         if size_divisible < 32 or size_divisible % 32:
             raise ValueError(f"size_divisible {size_divisible} must be a multiple of 32, the coarsest stride")
         if proposals and (mosaic or masks):
             raise ValueError("proposals go with neither mosaics nor masks: leave `mosaic` and `masks` out")
-        if not 0 <= min_visibility <= 1:
-            raise ValueError(f"min_visibility {min_visibility} must be a share, from 0 to 1")
         check_division(val_fraction, fold, val_split)
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # where Lightning keeps its own
         # Plain values, as a checkpoint and the command line have them, stand in for the part itself.
         self.proposals: ProposalSource | None = rebuild(proposals) if isinstance(proposals, Mapping) else proposals
         proposals = getattr(proposals, "recipe", proposals)
@@ -148,6 +169,8 @@ class DetectionDataModule(L.LightningDataModule):
         self.reader: Reader | None = rebuild(reader) if isinstance(reader, Mapping) else reader
         reader = recipe_of_reader(self.reader)
         self.save_hyperparameters()
+        self.form = PixelFormat(channels, depth)
+        check_format(self.form, self.augmentations, photometric, self.proposals, self._draws_scenes)
         self.predict_split: Stage = "test"
         self._datasets: dict[Stage, DetectionDataset] = {}
         self._train_index: Index | None = None
@@ -185,6 +208,11 @@ class DetectionDataModule(L.LightningDataModule):
     def category_ids(self) -> list[Id | None]:
         """The training file's id of each class. Another split's may differ, see `DetectionDataset.category_ids`."""
         return list((self._datasets.get("train") or self._train_list()).category_ids)
+
+    @property
+    def frequencies(self) -> tuple[str, ...] | None:
+        """LVIS's group of each class, `"r"`, `"c"` or `"f"`, or None where no split that was set up has them."""
+        return next((data.frequencies for data in self._datasets.values() if data.frequencies), None)
 
     def _classes(self) -> tuple[str, ...]:
         if self._known is None:
@@ -314,7 +342,7 @@ class DetectionDataModule(L.LightningDataModule):
             jitter, square = hp["scale_jitter"], hp["scale_jitter_size"]
             longest = square if jitter and square else hp["max_size"]
             chances = (hp["hflip"], hp["vflip"], hp["photometric"])
-            extra = (self.augmentations, hp["min_visibility"])
+            extra = (self.augmentations, hp["min_visibility"], self.form)
             transform = train_transform(sizes, longest, *chances, jitter, *extra)
         else:
             transform = eval_transform(max(sizes), hp["max_size"])
@@ -322,7 +350,7 @@ class DetectionDataModule(L.LightningDataModule):
         check_shared_memory(hp, max(sizes))
         proposals, names = self._prepare_proposals(index, split), ("mosaic", "copy_paste", "max_unreadable")
         training = {name: hp[name] for name in names if split == "train" and not self._overfits}
-        return DetectionDataset(index, transform, hp["with_difficult"], proposals=proposals, **training)
+        return DetectionDataset(index, transform, hp["with_difficult"], proposals=proposals, form=self.form, **training)
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches for this rank, see `TrainBatchSampler`."""

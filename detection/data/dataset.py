@@ -22,10 +22,12 @@ from torch.utils.data import Dataset
 from detection.batch import Batch, Target, pad_masks, pad_objects
 from detection.data import shared
 from detection.data.augment import Augmented, resize_into
+from detection.data.federated import labelled
 from detection.data.images import read_image
-from detection.data.mixing import Picture, copy_paste, mosaic
+from detection.data.mixing import IGNORED, Picture, copy_paste, mosaic
 from detection.data.proposals import ProposalCache
 from detection.data.records import DataError, Index, Record
+from detection.data.spectral import RGB, PixelFormat, Pixels
 
 ImageTransform = Callable[..., Augmented]
 
@@ -57,6 +59,7 @@ class RecordStore:
         sizes: `(R, 2)` int64 `(height, width)`.
         object_ends: `(R + 1,)` int64; the objects of record i are rows `object_ends[i]` to `object_ends[i + 1]`.
         boxes, labels, areas, iscrowd, difficult, annotation_ids: `(M, ...)`, as in `Record`.
+        checked, partial: `(R, bytes)` uint8, the classes of each image as bits, or None where no record says any.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
@@ -71,11 +74,25 @@ class RecordStore:
         self.iscrowd = joined("iscrowd", np.zeros(0, np.bool_))
         self.difficult = joined("difficult", np.zeros(0, np.bool_))
         self.annotation_ids = joined("annotation_ids", np.zeros(0, np.int64))
+        self._classes = max(
+            (len(flags) for r in records for flags in (r.checked, r.partial) if flags is not None), default=0
+        )
+        self.checked = self._packed([r.checked for r in records], True)
+        self.partial = self._packed([r.partial for r in records], False)
         self._names = _Strings(r.file_name.encode() for r in records)
         self._image_ids = _Strings(json.dumps(r.image_id).encode() for r in records)  # of any size, or text
         self._segments = None
         if any(r.segments is not None for r in records):
             self._segments = _Strings(json.dumps(s, default=_jsonable).encode() for r in records for s in _padded(r))
+
+    def _packed(self, flags: Sequence[NDArray[np.bool_] | None], default: bool) -> Tensor | None:
+        if all(own is None for own in flags):
+            return None
+        rows = [np.full(self._classes, default) if own is None else own for own in flags]
+        return torch.from_numpy(np.stack([np.packbits(row) for row in rows]))
+
+    def _flags(self, packed: Tensor | None, i: int) -> NDArray[np.bool_] | None:
+        return None if packed is None else np.unpackbits(packed[i].numpy(), count=self._classes).astype(bool)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -99,6 +116,8 @@ class RecordStore:
             difficult=self.difficult[start:end].numpy(),
             annotation_ids=self.annotation_ids[start:end].numpy(),
             segments=segments,
+            checked=self._flags(self.checked, i),
+            partial=self._flags(self.partial, i),
         )
 
 
@@ -141,6 +160,8 @@ def make_target(record: Record) -> Target:
         iscrowd=torch.tensor(record.iscrowd),
         difficult=torch.tensor(record.difficult),
         masks=masks,
+        checked=None if record.checked is None else torch.tensor(record.checked),
+        partial=None if record.partial is None else torch.tensor(record.partial),
     )
 
 
@@ -148,18 +169,20 @@ class Sample(NamedTuple):
     """One image of a batch to be.
 
     Attributes:
-        pixels: `(h, w, 3)` uint8 RGB, which `collate` resizes straight into the batch.
+        pixels: `(h, w, C)` uint8 or uint16, which `collate` resizes straight into the batch.
         size: `(height, width)` it will have there.
         boxes: `(N, 4)` float32 xyxy in the pixels of the resized image; only objects to train on.
         labels: `(N,)` int64.
         target: the original ground truth, for evaluation.
         masks, windows: `(N, m, m)` uint8 and `(N, 4)` float32 as `Augmented` has them, when read with masks.
         proposals: `(P, 4)` float32 xyxy in the pixels of the resized image, best first, when the data set has them.
+        ignored: `(I, 4)` float32 xyxy likewise, the regions in which background is not taught.
+        labelled: `(C,)` bool, see `Batch`, or None for all classes.
         dropped: how many objects the augmentation left nothing of.
         unreadable: the errors of images in whose place others were drawn.
     """
 
-    pixels: NDArray[np.uint8]
+    pixels: Pixels
     size: tuple[int, int]
     boxes: Tensor
     labels: Tensor
@@ -167,13 +190,15 @@ class Sample(NamedTuple):
     masks: Tensor | None = None
     windows: Tensor | None = None
     proposals: Tensor | None = None
+    ignored: Tensor | None = None
+    labelled: Tensor | None = None
     dropped: int = 0
     unreadable: tuple[str, ...] = ()
 
     @property
     def image(self) -> Tensor:
-        """The resized image `(3, *size)` uint8 RGB."""
-        planes = np.empty((3, *self.size), np.uint8)
+        """The resized image `(C, *size)`, of the type of `pixels`."""
+        planes = np.empty((self.pixels.shape[2], *self.size), self.pixels.dtype)
         resize_into(self.pixels, planes)
         return torch.from_numpy(planes)
 
@@ -184,12 +209,14 @@ class DetectionDataset(Dataset[Sample]):
     Args:
         index: what a reader returned. Its records are copied into a `RecordStore`.
         transform: `train_transform(...)` or `eval_transform(...)`.
-        with_difficult: also train on objects marked difficult. Crowds are never trained on.
+        with_difficult: also train on objects marked difficult. Crowds are never trained on, nor is the background in
+            them.
         mosaic: probability of a mosaic of the image and three random others.
         proposals: where the proposals of the images lie. They go with neither mosaics nor masks.
         copy_paste: probability of pasting objects of a random other image onto the image, see `augment.copy_paste`.
         max_unreadable: how many images that can't be read are replaced by others in one sample before it is an error.
             The seed draws the others. 0, the default, is for evaluation, whose figures would silently change.
+        form: channels and depth of the images.
 
     A key is an index, or `(index, seed)` as the batch samplers of this package give it: then every random choice
     follows from the seed, in whatever worker it is made. A plain index draws its seed from torch's generator, which a
@@ -205,6 +232,7 @@ class DetectionDataset(Dataset[Sample]):
         proposals: ProposalCache | None = None,
         copy_paste: float = 0.0,
         max_unreadable: int = 0,
+        form: PixelFormat = RGB,
     ) -> None:
         if copy_paste and all(segment is None for record in index.records for segment in record.segments or ()):
             raise DataError(f"{index.root}: copy_paste needs masks, but no object has one; read them or leave it out")
@@ -213,12 +241,14 @@ class DetectionDataset(Dataset[Sample]):
         self.root = index.root
         self.classes = index.classes
         self.category_ids = index.category_ids
+        self.frequencies = index.frequencies
         self.transform = transform
         self.with_difficult = with_difficult
         self.mosaic = mosaic
         self.proposals = proposals
         self.copy_paste = copy_paste
         self.max_unreadable = max_unreadable
+        self.form = form
         self.store = RecordStore(index.records)
 
     def __len__(self) -> int:
@@ -246,17 +276,21 @@ class DetectionDataset(Dataset[Sample]):
             out = self.transform(picture.image, boxes, picture.masks, seed=seed)
         except DataError as error:
             raise DataError(f"{self.root / record.file_name}: {error}") from error
-        own = out.kept < len(picture.boxes)
+        # Behind the picture's own come proposals, which have the label -1 here.
+        labels = np.append(picture.labels, np.full(len(boxes) - len(picture.labels), -1))[out.kept]
+        own = labels > 0
         return Sample(
             pixels=out.image,
             size=out.size,
             boxes=torch.from_numpy(out.boxes[own]),
-            labels=torch.from_numpy(picture.labels[out.kept[own]]),
+            labels=torch.from_numpy(labels[own]),
             target=make_target(record),
-            masks=None if out.masks is None else torch.from_numpy(out.masks),
-            windows=None if out.windows is None else torch.from_numpy(out.windows),
-            proposals=None if self.proposals is None else torch.from_numpy(out.boxes[~own]),
-            dropped=len(picture.boxes) - int(own.sum()),
+            masks=None if out.masks is None else torch.from_numpy(out.masks[own]),
+            windows=None if out.windows is None else torch.from_numpy(out.windows[own]),  # type: ignore[index]
+            proposals=None if self.proposals is None else torch.from_numpy(out.boxes[labels < 0]),
+            ignored=torch.from_numpy(out.boxes[labels == IGNORED]),
+            labelled=None if picture.labelled is None else torch.from_numpy(picture.labelled),
+            dropped=int((picture.labels > 0).sum() - own.sum()),
             unreadable=tuple(unreadable),
         )
 
@@ -265,16 +299,18 @@ class DetectionDataset(Dataset[Sample]):
         while True:
             record = self.store[i]
             try:
-                image = read_image(self.root / record.file_name, (record.height, record.width))
+                image = read_image(self.root / record.file_name, (record.height, record.width), form=self.form)
                 break
             except DataError as error:
                 if len(unreadable) >= self.max_unreadable:
                     raise
                 unreadable.append(str(error))
                 i = rng.randrange(len(self))
-        trained = ~record.iscrowd if self.with_difficult else ~(record.iscrowd | record.difficult)
-        masks = None if record.segments is None else _decode(record, trained)
-        return record, Picture(image, record.boxes[trained], record.labels[trained], masks)
+        kept = np.ones_like(record.difficult) if self.with_difficult else record.iscrowd | ~record.difficult
+        masks = None if record.segments is None else _decode(record, kept)
+        labels = np.where(record.iscrowd, IGNORED, record.labels)[kept]
+        known = None if record.checked is None and record.partial is None else labelled(record)
+        return record, Picture(image, record.boxes[kept], labels, masks, known)
 
 
 def _decode(record: Record, chosen: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -288,7 +324,9 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
     """Samples to a `Batch`, images padded to a multiple of `divisor`; in a worker straight into shared memory."""
     sizes = [sample.size for sample in samples]
     height, width = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
-    images = shared.empty((len(samples), 3, height, width))
+    pixels = samples[0].pixels
+    dtype = torch.uint16 if pixels.dtype == np.uint16 else torch.uint8
+    images = shared.empty((len(samples), pixels.shape[2], height, width), dtype)
     for slot, sample, (h, w) in zip(images.numpy(), samples, sizes, strict=True):
         resize_into(sample.pixels, slot[:, :h, :w])
         slot[:, h:], slot[:, :h, w:] = 0, 0
@@ -299,6 +337,10 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
     found = [s.proposals for s in samples if s.proposals is not None]
     if found:
         proposals, _, proposals_valid = pad_objects(found, [torch.zeros(len(p), dtype=torch.int64) for p in found])
+    ignored = [s.boxes.new_zeros((0, 4)) if s.ignored is None else s.ignored for s in samples]
+    regions = pad_objects(ignored, [torch.zeros(len(r), dtype=torch.int64) for r in ignored])[0]
+    known = [s.labelled for s in samples if s.labelled is not None]
+    every = [torch.ones_like(known[0]) if s.labelled is None else s.labelled for s in samples] if known else []
     return Batch(
         images=images,
         image_sizes=torch.tensor(sizes, dtype=torch.int64),
@@ -311,6 +353,8 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
         gt_mask_windows=gt_windows,
         proposals=proposals,
         proposals_valid=proposals_valid,
+        gt_ignored=regions if any(map(len, ignored)) else None,
+        labelled=torch.stack(every) if every else None,
         objects_given=sum(len(sample.boxes) + sample.dropped for sample in samples),
         objects_dropped=sum(sample.dropped for sample in samples),
         unreadable=tuple(message for sample in samples for message in sample.unreadable),

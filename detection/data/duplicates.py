@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from detection.data.images import read_image
+from detection.data.images import picture
 from detection.data.records import DataError, Record
 
 HASH = 16  # rows and columns of the grey copy whose gradients are compared
@@ -45,7 +45,7 @@ def _draft_gradients(root: Path, record: Record) -> NDArray[np.float32] | None:
     flag = next((flag for part, flag in DRAFTS.items() if short >= part * ROOM), cv2.IMREAD_GRAYSCALE)
     try:
         if path.suffix.lower() not in (".jpg", ".jpeg"):
-            return gradients(read_image(path))
+            return gradients(picture(path))
         pixels = cv2.imdecode(np.fromfile(path, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
     except (DataError, OSError, cv2.error):
         return None

@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias, get_args
 
 from detection.data import coco, coco_layout, voc, yolo
 from detection.data.checks import nearest
+from detection.data.federated import image_name
 from detection.data.records import DataError, Index
 from detection.data.tree import Tree, base_of, role_of
 from detection.data.voc_layout import VocLayout, common_base
@@ -212,7 +213,7 @@ def _count(tree: Tree, file: str) -> int | None:
         images = json.loads(path.read_bytes())["images"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return len({str(image.get("file_name")) for image in images if isinstance(image, dict)})
+    return len({str(image_name(image)) for image in images if isinstance(image, dict)})
 
 
 def _voc(tree: Tree) -> Iterator[Layout]:

@@ -5,6 +5,7 @@
   size, or where both fit (square images, half turns, mirrors), the picture is turned, as every viewer shows it.
 - **Depth**: 16-bit images keep their high byte (`>> 8`). 32-bit and float images have no known range and are refused.
 - **Colour**: grey is repeated, palettes are looked up, alpha is dropped, CMYK is converted; the first frame counts.
+- **Other formats**: where other channels, or 16 bits, are asked for, the file must have just these (`spectral`).
 - **Damage**: a file that can't be decoded to its last row is an error that names it, never a half-grey picture.
 - **Size**: up to `LARGEST` pixels; beyond, only who looks at it in tiles gets it.
 """
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 import cv2
 import numpy as np
@@ -28,8 +29,9 @@ from numpy.typing import NDArray
 from PIL import Image, features
 from PIL.ImageFile import ImageFile
 
-from detection.data import jpeg
+from detection.data import jpeg, spectral
 from detection.data.records import DataError
+from detection.data.spectral import RGB, PixelFormat, Pixels
 
 # What is read, in order of preference, and its decoders by Pillow's names. Others may run programs, as that of EPS.
 EXTENSIONS = (
@@ -75,18 +77,28 @@ UPRIGHT = {
     8: (True, True, False),
 }
 _LIMIT = threading.Lock()
+Kind = TypeVar("Kind", bound=np.generic)
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None, huge: bool = False) -> NDArray[np.uint8]:
+@overload
+def read_image(path: Path, size: tuple[int, int] | None = None, huge: bool = False) -> NDArray[np.uint8]: ...
+@overload
+def read_image(path: Path, size: tuple[int, int] | None = None, huge: bool = False, *, form: PixelFormat) -> Pixels: ...
+
+
+def read_image(
+    path: Path, size: tuple[int, int] | None = None, huge: bool = False, *, form: PixelFormat = RGB
+) -> Pixels:
     """Decode one image file.
 
     Args:
         path: the file.
         size: `(height, width)` in pixels that the annotation states, which settles the orientation.
         huge: read more than `LARGEST` pixels too, decoded whole in 6 (JPEG) to 8 bytes of memory a pixel.
+        form: channels and depth. Whatever can be is made 8-bit RGB; for any other the file must have it.
 
     Returns:
-        `(H, W, 3)` uint8 RGB, contiguous; `(H, W)` equals `size` where it is given.
+        `(H, W, 3)` uint8 RGB, or what `form` says, contiguous; `(H, W)` equals `size` where it is given.
 
     Raises:
         DataError: the file is missing, damaged, too large or of an unsupported kind, or neither way up has `size`.
@@ -108,13 +120,23 @@ def read_image(path: Path, size: tuple[int, int] | None = None, huge: bool = Fal
             f"{path}: the image is {shown[0]}x{shown[1]} (height x width) but its annotation says {size[0]}x{size[1]}; "
             "correct the annotation's size and check its boxes"
         )
-    if header.kind == "JPEG":
+    if form != RGB:
+        pixels = spectral.decode(path, data, form)
+    elif header.kind == "JPEG":
         pixels = _decode_jpeg(path, data, header.mode)
     else:
         pixels = _decode(path, data)
     if pixels.shape[:2] != stored:
         raise DataError(f"{path}: decodes to {pixels.shape[:2]} but its header says {stored}; save the image again")
     return pixels if size is not None and size != shown else _upright(pixels, header.orientation)
+
+
+def picture(path: Path) -> NDArray[np.uint8]:
+    """A file of whatever channels and depth as it is shown to people, `(H, W, 3)`; raises `DataError`."""
+    try:
+        return read_image(path)
+    except DataError:
+        return spectral.picture(path)
 
 
 def image_size(path: Path, size: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -205,9 +227,19 @@ def _header(path: Path, data: bytes | None = None, count: bool = False) -> _Head
     except FileNotFoundError as error:
         raise DataError(f"{path}: the image is missing; restore the file or delete its annotation") from error
     except Exception as error:  # damaged files make Pillow raise a dozen types, among them SyntaxError
+        if (size := _other_size(path, data)) is not None:
+            return _Header(size, 1, "", "", 1)
         if (sentence := _unread(path, data)) is not None:
             raise DataError(f"{path}: {sentence}") from error
         raise DataError(f"{path}: not a readable image ({_reason(error)}); replace or convert the file") from error
+
+
+def _other_size(path: Path, data: bytes | None) -> tuple[int, int] | None:
+    """`(height, width)` of a file that Pillow can't open but `spectral` can."""
+    try:
+        return spectral.size_of(path.read_bytes() if data is None else data)
+    except Exception:
+        return None
 
 
 @cache
@@ -318,7 +350,8 @@ def _decode(path: Path, data: bytes) -> NDArray[np.uint8]:
     except Exception as error:
         if (sentence := _unread(path, data)) is not None:
             raise DataError(f"{path}: {sentence}") from error
-        raise DataError(f"{path}: the image is truncated or damaged ({_reason(error)}); replace the file") from error
+        said = spectral.advice(data) or f"the image is truncated or damaged ({_reason(error)}); replace the file"
+        raise DataError(f"{path}: {said}") from error
 
 
 def _to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
@@ -344,7 +377,7 @@ def _to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
     return pixels
 
 
-def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+def _upright(pixels: NDArray[Kind], orientation: int) -> NDArray[Kind]:
     transpose, flip_rows, flip_columns = UPRIGHT[orientation]
     turned = pixels.transpose(1, 0, 2) if transpose else pixels
     return np.ascontiguousarray(turned[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])

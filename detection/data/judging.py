@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from detection.data.federated import seen_together
 from detection.data.images import EXTENSIONS
 from detection.data.records import Defect, Form, Index, Record, Severity, relabel
 
@@ -109,6 +110,7 @@ def _union(records: Sequence[Record]) -> tuple[Record, int]:
     arrays: dict[str, Any] = {
         name: np.concatenate([getattr(r, name)[k] for r, k in zip(records, kept, strict=True)]) for name in names
     }
+    arrays["checked"], arrays["partial"] = seen_together(records)
     if records[0].segments is not None:
         pairs = [pair for r, k in zip(records, kept, strict=True) for pair in zip(r.segments or (), k, strict=True)]
         arrays["segments"] = [segment for segment, keep in pairs if keep]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -12,22 +12,27 @@ from numpy.typing import NDArray
 
 from detection.data.augment import ScaleJitter, View
 from detection.data.pipeline import boxes_around
+from detection.data.spectral import Pixels
+
+IGNORED = 0  # in the place of a label: an ignore region
 
 
 class Picture(NamedTuple):
-    """An image with its objects.
+    """An image with its objects, and the regions in which there may be others.
 
     Attributes:
-        image: `(H, W, 3)` uint8 RGB.
+        image: `(H, W, C)` uint8 or uint16.
         boxes: `(N, 4)` float32 xyxy pixels.
-        labels: `(N,)` int64.
+        labels: `(N,)` int64, `IGNORED` for regions.
         masks: `(N, H, W)` uint8 0/1, or None.
+        labelled: `(C,)` bool, the classes of which all objects are here, or None for all.
     """
 
-    image: NDArray[np.uint8]
+    image: Pixels
     boxes: NDArray[np.float32]
     labels: NDArray[np.int64]
     masks: NDArray[np.uint8] | None
+    labelled: NDArray[np.bool_] | None = None
 
 
 def mosaic(pictures: Sequence[Picture], rng: random.Random) -> Picture:
@@ -47,13 +52,21 @@ def mosaic(pictures: Sequence[Picture], rng: random.Random) -> Picture:
         left, top = rng.randint(0, w - cut_w), rng.randint(0, h - cut_h)
         view = View((left, top, left + cut_w, top + cut_h), (y2 - y1, x2 - x1))
         part = picture.image[top : top + cut_h, left : left + cut_w]
-        canvas[y1:y2, x1:x2] = cv2.resize(part, (x2 - x1, y2 - y1), interpolation=cv2.INTER_LINEAR)
+        canvas[y1:y2, x1:x2] = _resized(part, y2 - y1, x2 - x1)
         boxes.append(view.boxes(picture.boxes) + np.array([x1, y1] * 2, dtype=np.float32))
         if picture.masks is not None:
             masks.append(np.zeros((len(picture.boxes), height, width), np.uint8))
             masks[-1][:, y1:y2, x1:x2] = view.masks(picture.masks)
     labels = np.concatenate([picture.labels for picture in pictures])
-    return Picture(canvas, np.concatenate(boxes), labels, np.concatenate(masks) if masks else None)
+    known = [picture.labelled for picture in pictures if picture.labelled is not None]
+    everywhere = np.logical_and.reduce(known) if known else None
+    return Picture(canvas, np.concatenate(boxes), labels, np.concatenate(masks) if masks else None, everywhere)
+
+
+def _resized(image: Pixels, height: int, width: int) -> Pixels:
+    """Bilinear; OpenCV would leave the axis of a single channel out."""
+    resized: Any = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(resized.reshape(height, width, image.shape[2]))
 
 
 PASTE_SCALES = (0.5, 2.0)  # of the picture that gives, fitted into the one that takes
@@ -71,15 +84,16 @@ def copy_paste(picture: Picture, other: Picture, rng: random.Random) -> Picture:
     """
     if picture.masks is None or other.masks is None:
         raise ValueError("copy-paste cuts objects out by their masks, but the pictures have none")
-    if not len(other.boxes):
+    objects = np.flatnonzero(other.labels != IGNORED).tolist()
+    if not objects:
         return picture
     height, width = picture.image.shape[:2]
-    chosen = sorted(rng.sample(range(len(other.boxes)), rng.randint(1, len(other.boxes))))
+    chosen = sorted(rng.sample(objects, rng.randint(1, len(objects))))
     view = ScaleJitter(max(height, width), PASTE_SCALES)(other.image.shape[0], other.image.shape[1], rng)
     h, w = min(view.size[0], height), min(view.size[1], width)
     y, x = rng.randint(0, height - h), rng.randint(0, width - w)
     x1, y1, x2, y2 = view.window
-    layer = cv2.resize(other.image[y1:y2, x1:x2], view.size[::-1], interpolation=cv2.INTER_LINEAR)[:h, :w]
+    layer = _resized(other.image[y1:y2, x1:x2], *view.size)[:h, :w]
     pasted = np.zeros((len(chosen), height, width), np.uint8)
     pasted[:, y : y + h, x : x + w] = view.masks(other.masks[chosen])[:, :h, :w]
     covered = np.asarray(pasted.any(axis=0))
@@ -92,4 +106,5 @@ def copy_paste(picture: Picture, other: Picture, rng: random.Random) -> Picture:
         np.concatenate([boxes, boxes_around(pasted)]),
         np.concatenate([picture.labels, other.labels[chosen]]),
         np.concatenate([masks, pasted]),
+        picture.labelled,
     )

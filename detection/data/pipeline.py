@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detection.data.records import DataError
+from detection.data.spectral import RGB, PixelFormat, Pixels
 from detection.recipes import describe
 
 Step: TypeAlias = A.BasicTransform | A.BaseCompose
@@ -37,13 +38,33 @@ NORMALISERS = (A.Normalize, A.ToFloat, A.FromFloat, A.ToTensorV2, A.ToTensor3D)
 GIVEN = {"image", "bboxes", "masks"}  # what a transform may ask for
 
 
-def colour_steps(chance: float) -> list[Step]:
-    """Changes of brightness and contrast, of hue and saturation, and of gamma, each with this probability."""
+def colour_steps(chance: float, form: PixelFormat = RGB) -> list[Step]:
+    """Changes of brightness and contrast, of hue and saturation, and of gamma, each with this probability.
+
+    Hue and saturation are left out where the images aren't 8-bit RGB.
+    """
+    light = A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.3, p=chance)
+    if form != RGB:
+        return [light, Gamma(p=chance)]
     return [
-        A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.3, p=chance),
+        light,
         A.HueSaturationValue(hue_shift_limit=10, sat_shift_limit=40, val_shift_limit=0, p=chance),
         A.RandomGamma(gamma_limit=(70, 140), p=chance),
     ]
+
+
+class Gamma(A.ImageOnlyTransform):  # type: ignore[misc]
+    """As `albumentations.RandomGamma`, which can't do 16 bits: all channels to a power between 0.7 and 1.4."""
+
+    def get_params(self) -> dict[str, Any]:
+        """The power."""
+        return {"power": self.py_random.uniform(0.7, 1.4)}
+
+    def apply(self, img: Pixels, power: float, **_: Any) -> Pixels:
+        """The image with its values in [0, 1] to this power."""
+        highest = np.iinfo(img.dtype).max
+        table = (np.arange(highest + 1) / highest) ** power * highest
+        return table.round().astype(img.dtype)[img]
 
 
 def moving(steps: Iterable[Step]) -> list[str]:
@@ -92,6 +113,30 @@ def _compositions(steps: Iterable[Step]) -> Iterator[A.BaseCompose]:
             yield from _compositions(step.transforms)
 
 
+def try_steps(steps: Sequence[Step], form: PixelFormat) -> None:
+    """Run each transform once on an image of this format, if it takes one of 8-bit RGB of that size.
+
+    Raises:
+        ValueError: it fails, or gives another format; the message names the first such.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (256, 320, max(3, form.channels)), np.uint8)
+    wanted = (noise[..., : form.channels].astype(np.uint32) * (form.highest // 255)).astype(form.dtype)
+    for leaf in _leaves(steps):
+        always = copy.deepcopy(leaf)
+        always.p = 1.0
+        name, pipeline = type(leaf).__name__, Pipeline([always])
+        nothing = np.zeros((0, 4), np.float32)
+        try:
+            pipeline(np.ascontiguousarray(noise[..., :3]), nothing, None, 0, random.Random(0))
+        except Exception:  # it wants other sizes, or objects, which training will show
+            continue
+        try:
+            pipeline(np.ascontiguousarray(wanted), nothing, None, 0, random.Random(0))
+        except Exception as error:
+            said = " ".join(str(error).split())[:200]
+            raise ValueError(f"augmentations: {name} can't take images of {form}; leave it out ({said})") from error
+
+
 def recipe_of(step: Step) -> dict[str, Any]:
     """How a transform was made: what was noted, or else its arguments as its attributes have them.
 
@@ -131,14 +176,14 @@ class Moved(NamedTuple):
     """What a `Pipeline` gives.
 
     Attributes:
-        image: `(h, w, 3)` uint8 RGB.
+        image: `(h, w, C)` of the type given.
         boxes: `(M, 4)` float32 xyxy in pixels of the result, inside it.
         masks: `(M, h, w)` uint8 0/1, or None when none were given.
         kept: `(M,)` int64, which of the objects given each of them is, ascending.
         shares: `(M,)` float32, how much of each box the geometry has left, 1 for all.
     """
 
-    image: NDArray[np.uint8]
+    image: Pixels
     boxes: NDArray[np.float32]
     masks: NDArray[np.uint8] | None
     kept: NDArray[np.int64]
@@ -172,7 +217,7 @@ class Pipeline:
 
     def __call__(
         self,
-        image: NDArray[np.uint8],
+        image: Pixels,
         boxes: NDArray[np.float32],
         masks: NDArray[np.uint8] | None,
         seed: int,
@@ -181,7 +226,7 @@ class Pipeline:
         """Transform one image; every random choice follows from `seed` and `rng`.
 
         Raises:
-            DataError: a transform does not take this image, or what comes out is no uint8 image of three channels.
+            DataError: a transform does not take this image, or gives one of another type or other channels.
         """
         self._compose.set_random_state(np.random.default_rng(seed), rng)
         count = len(boxes)
@@ -203,7 +248,7 @@ class Pipeline:
         return _fit_to_masks(moved, boxes[kept], masks[kept], np.asarray(out["masks"])[kept])
 
     def _apply(self, count: int, **data: Any) -> dict[str, Any]:
-        height, width = data["image"].shape[:2]
+        height, width, channels = data["image"].shape
         try:
             out: dict[str, Any] = self._compose(**data)
         except Exception as error:
@@ -216,10 +261,11 @@ class Pipeline:
                 f"{count} objects: {said}"
             ) from error
         image = out["image"]
-        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,)):
+        dtype = data["image"].dtype
+        if not (isinstance(image, np.ndarray) and image.dtype == dtype and image.shape[2:] == (channels,)):
             raise DataError(
-                f"the augmentations make an image of {image.dtype} and shape {tuple(image.shape)}, not uint8 (H, W, 3);"
-                " leave out what changes the type or the number of channels"
+                f"the augmentations make an image of {image.dtype} and shape {tuple(image.shape)}, not {dtype} "
+                f"(H, W, {channels}); leave out what changes the type or the number of channels"
             )
         return out
 

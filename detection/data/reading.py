@@ -14,6 +14,7 @@ import torch
 from detection.batch import Id
 from detection.data import scenes
 from detection.data.coco import read_coco
+from detection.data.federated import images_not_checked, label_by_file
 from detection.data.finding import Layout, Split, Stage, find
 from detection.data.judging import judge
 from detection.data.records import DataError, Index, Record, Severity, merge, relabel
@@ -30,7 +31,7 @@ def read_split(
     reader: Reader | None = None,
     layout: Callable[[], Layout] | None = None,
 ) -> Index:
-    """The records of a split.
+    """The records of a split, with what `data.labelled` says of which classes were labelled in which image.
 
     Args:
         settings: of the data, as `DetectionDataModule` takes them.
@@ -44,6 +45,20 @@ def read_split(
     Raises:
         DataError: nothing is found, or a split that the stage needs is not there.
     """
+    index = _read(settings, root, split, known, reader, layout)
+    labelled = settings.get("labelled")
+    return index if labelled is None else label_by_file(index, root / labelled, settings["classes"] is None)
+
+
+def _read(
+    settings: Mapping[str, Any],
+    root: Path,
+    split: Stage,
+    known: Sequence[str] | None,
+    reader: Reader | None,
+    layout: Callable[[], Layout] | None,
+) -> Index:
+    """The records of a split, as its reader gives them."""
     classes, masks = settings["classes"] if known is None else list(known), settings["masks"]
     name, images = settings[f"{split}_split"], settings[f"{split}_images"]
     if name is None and split == "test":
@@ -139,6 +154,11 @@ def check_index(index: Any, reader: Any) -> Index:
             if not isinstance(value, np.ndarray) or value.shape != wanted or value.dtype != kind:
                 found = f"{value.dtype} {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
                 raise DataError(f"{where}: {field} is {found}, not an array of {kind} {wanted}; see Record.of")
+        for field in ("checked", "partial"):
+            flags = getattr(record, field)
+            if flags is not None and (flags.shape != (len(index.classes),) or flags.dtype != bool):
+                found = f"{flags.dtype} {flags.shape}"
+                raise DataError(f"{where}: {field} is {found}, not an array of bool ({len(index.classes)},), or None")
         if record.segments is not None and len(record.segments) != len(record.labels):
             raise DataError(f"{where}: {len(record.segments)} segments for {len(record.labels)} objects")
     return index
@@ -193,6 +213,8 @@ def describe(index: Index, split: str) -> str:
     empty = sum(not len(record.labels) for record in index.records)
     classes = ", ".join(f"{name} {n}" for name, n in zip(index.classes, counts[1:].tolist(), strict=True))
     lines = [f"{split}: {len(index.records)} images ({empty} without objects), {int(counts.sum())} objects: {classes}"]
+    if partly := images_not_checked(index):
+        lines.append(f"{split}: in {partly} images not every class is labelled; background is not taught of those")
     whole = [*(defect for defect in index.defects if defect.is_of_split), *judge(index, split)]
     lines += [f"{split}: {defect.problem}; {defect.fix}" for defect in whole]
     repaired = [defect for defect in index.defects if defect.severity != "note" and not defect.is_of_split]

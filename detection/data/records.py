@@ -34,9 +34,11 @@ class Record:
         boxes: `(N, 4)` float32 xyxy in original pixels, 0-based, positive width and height, inside the image.
         labels: `(N,)` int64 in `[1, C]`.
         areas: `(N,)` float32 annotation area in original pixels.
-        iscrowd, difficult: `(N,)` bool.
+        iscrowd, difficult: `(N,)` bool; crowds and ignore regions are the same thing.
         annotation_ids: `(N,)` int64, the annotation's id (COCO) or its position in the file, for messages.
         segments: without masks None; else per object COCO polygons (list of flat lists), an RLE dictionary, or None.
+        checked: `(C,)` bool, the classes that were looked for in the image, or None for all.
+        partial: `(C,)` bool, the classes of which some objects may not be annotated, or None for none.
         written: `(M, 4)` float32, the boxes as the file has them, before any was clipped or left out; None where they
             are `boxes`. What is wrong with a whole set shows here, see `judging`.
     """
@@ -52,6 +54,8 @@ class Record:
     difficult: NDArray[np.bool_]
     annotation_ids: NDArray[np.int64]
     segments: list[Any] | None = None
+    checked: NDArray[np.bool_] | None = None
+    partial: NDArray[np.bool_] | None = None
     written: NDArray[np.float32] | None = None
 
     @classmethod
@@ -133,6 +137,7 @@ class Index:
             that the file lacks.
         records: one `Record` an image, images without objects included.
         defects: what was repaired, skipped or noted while reading.
+        frequencies: LVIS's group of each class, `"r"`, `"c"` or `"f"`, or None where the data names none.
         form: what the file's four numbers of a box mean.
     """
 
@@ -142,13 +147,14 @@ class Index:
     records: list[Record]
     defects: list[Defect] = field(default_factory=list)
     form: Form = "xyxy"
+    frequencies: tuple[str, ...] | None = None
 
 
 def relabel(index: Index, classes: Sequence[str], severity: Severity = "note") -> Index:
     """The same images with labels that point into `classes`, which another split or the user has named.
 
     Ids stay those of the index. Objects of other classes are left out and counted in a defect; a class that this split
-    lacks has no object and no id.
+    lacks has no object and no id. In images that say which classes were looked for, that class was not.
 
     Args:
         index: in classes of its own.
@@ -158,6 +164,7 @@ def relabel(index: Index, classes: Sequence[str], severity: Severity = "note") -
     labels = np.array([0, *(classes.index(name) + 1 if name in classes else 0 for name in index.classes)])
     dropped = Counter[str]()
     records = []
+    places = [index.classes.index(name) if name in index.classes else -1 for name in classes]
     for record in index.records:
         new = labels[record.labels]
         kept = new > 0
@@ -166,10 +173,14 @@ def relabel(index: Index, classes: Sequence[str], severity: Severity = "note") -
         filtered: dict[str, Any] = {name: getattr(record, name)[kept] for name in arrays}
         if record.segments is not None:
             filtered["segments"] = [segment for segment, keep in zip(record.segments, kept, strict=True) if keep]
+        for name in ("checked", "partial"):
+            flags = getattr(record, name)
+            filtered[name] = None if flags is None else np.append(flags, False)[places]
         records.append(replace(record, labels=new[kept], **filtered))
     left_out = [_untrained(dropped, classes, severity)] if dropped else []
+    groups = None if index.frequencies is None else tuple((*index.frequencies, "")[place] for place in places)
     ids = dict(zip(index.classes, index.category_ids, strict=True))
-    same = replace(index, classes=tuple(classes), category_ids=tuple(map(ids.get, classes)))
+    same = replace(index, classes=tuple(classes), category_ids=tuple(map(ids.get, classes)), frequencies=groups)
     return replace(same, records=records, defects=[*index.defects, *left_out])
 
 

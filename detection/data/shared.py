@@ -29,11 +29,11 @@ MOST = 6
 _buffers: list[Tensor] = []  # of this worker, uint8, each with a byte more than the batch for which it was made
 
 
-def empty(shape: tuple[int, ...]) -> Tensor:
-    """A uint8 tensor of any contents; in a worker in shared memory that is free or new."""
+def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor:
+    """A tensor of any contents; in a worker in shared memory that is free or new."""
     if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    size = math.prod(shape)
+        return torch.empty(shape, dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
     free = [buffer for buffer in _buffers if not buffer[-1]]
     fitting = [buffer for buffer in free if len(buffer) > size]
     buffer = min(fitting, key=len) if fitting else _new(size + 1)
@@ -43,7 +43,7 @@ def empty(shape: tuple[int, ...]) -> Tensor:
         if len(_buffers) < MOST:
             _buffers.append(buffer)
     buffer[-1] = 1
-    return buffer[:size].view(shape)
+    return buffer[:size].view(dtype).view(shape)
 
 
 def _new(size: int) -> Tensor:
@@ -56,10 +56,10 @@ def buffer_of(images: Tensor) -> Tensor | None:
     return next((buffer for buffer in _buffers if buffer.data_ptr() == images.data_ptr()), None)
 
 
-def receive(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
+def receive(buffer: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor:
     """The images in a buffer that another process sent, which may use it again when they are freed here."""
     whole: NDArray[np.uint8] = buffer.numpy()
-    images = whole[: math.prod(shape)].reshape(shape)
+    images = whole[: math.prod(shape) * dtype.itemsize].view(f"u{dtype.itemsize}").reshape(shape)
     # The tensor's storage owns this array, so that it lives as long as any view of the images does.
     weakref.finalize(images, _give_back, whole, os.getpid()).atexit = False
     return torch.from_numpy(images)
@@ -84,11 +84,12 @@ def _send_batch(batch: Batch) -> tuple[Any, ...]:
     # Only the images travel as shared memory: to open it takes a connection for each tensor.
     buffer = buffer_of(batch.images)
     rest = [_by_value(getattr(batch, f.name)) for f in fields(batch)[1:]]
-    return _receive_batch, (batch.images if buffer is None else buffer, tuple(batch.images.shape), *rest)
+    form = tuple(batch.images.shape), batch.images.dtype
+    return _receive_batch, (batch.images if buffer is None else buffer, *form, *rest)
 
 
-def _receive_batch(images: Tensor, shape: tuple[int, ...], *rest: Any) -> Batch:
-    return Batch(images if images.shape == shape else receive(images, shape), *map(_as_tensor, rest))
+def _receive_batch(images: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *rest: Any) -> Batch:
+    return Batch(images if images.shape == shape else receive(images, shape, dtype), *map(_as_tensor, rest))
 
 
 def _by_value(value: Any) -> Any:

@@ -57,20 +57,22 @@ class TrainLoader(DataLoader[Sample]):
             )
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and batch that come next, and the number of processes that share the epoch."""
+        """Epoch and batch that come next, and how many processes share the epoch, in batches of which size."""
         state = self.batch_sampler.state_dict()
         if self._epoch == self.batch_sampler.epoch:
             done = self._handed_out >= len(self)
             state = {"epoch": self._epoch + done, "start_batch": 0 if done else self._handed_out}
-        return state | {"world": rank_and_world()[1]}
+        return state | {"world": rank_and_world()[1], "batch_size": self.batch_sampler.batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        start = state["start_batch"]
-        if start and state["world"] != rank_and_world()[1]:
+        start, world, size = state["start_batch"], rank_and_world()[1], self.batch_sampler.batch_size
+        before = state["world"], state.get("batch_size", size)
+        if start and before != (world, size):
             rank_zero_warn(
-                f"The run was stopped at batch {start} of an epoch shared by {state['world']} processes, now there are "
-                f"{rank_and_world()[1]}: images of that epoch may be seen twice or not at all."
+                f"The run was stopped at batch {start} of an epoch that {before[0]} processes shared, {before[1]} "
+                f"images a batch; now there are {world}, with {size}: images of that epoch may be seen twice or not "
+                "at all."
             )
-            start = min(start * state["world"] // rank_and_world()[1], len(self))
+            start = min(start * before[0] * before[1] // (world * size), len(self))
         self.batch_sampler.load_state_dict({"epoch": state["epoch"], "start_batch": start})
         self._epoch, self._handed_out = state["epoch"], start

@@ -61,7 +61,8 @@ def check_shared_memory(settings: Mapping[str, Any], min_size: int, folder: str 
         return
     if not Path(folder).is_dir():
         raise DataError(f"{folder} is missing, through which workers send batches: set data.num_workers to 0")
-    batch = 3 * min(min_size, longest) * longest * settings["batch_size"]
+    pixel = settings["channels"] * settings["depth"] // 8
+    batch = pixel * min(min_size, longest) * longest * settings["batch_size"]
     # each has two batches ready or in work, and one that it gave away is not free yet
     need, free = 3 * batch * workers >> 20, shutil.disk_usage(folder).free >> 20
     if batch >> 20 > free:

@@ -42,7 +42,8 @@ class Analysis:
     Attributes:
         dt, gt: all detections and all objects.
         num_classes: C.
-        kind: `(D,)` RIGHT, one of `MISTAKES`, or IGNORED (on a crowd).
+        kind: `(D,)` RIGHT, one of `MISTAKES`, or IGNORED: on a crowd, or unmatched and
+            of a class of which not all objects are annotated.
         owner: `(D,)` the object that a detection belongs to, -1 for none. It is the object matched; for a LOCATION or a
             CLASS mistake it is the object that was meant.
         found: `(N,)` objects with a detection that is RIGHT.
@@ -117,6 +118,7 @@ def analyse(
     )
     if len(gt.crowd):
         kind = np.where((owner >= 0) & gt.crowd[owner], IGNORED, kind)
+    kind = np.where((owner < 0) & dt.excused, IGNORED, kind)
     found = np.zeros(len(gt.label), bool)
     found[owner[kind == RIGHT]] = True
     owner = np.select([kind == LOCATION, kind == CLASS], [own, other], owner)

@@ -46,6 +46,7 @@ class SortedBoxes:
         scores: `(n,)` of detections; empty for objects.
         crowd: `(n,)` of objects; empty for detections.
         masks: one RLE each, where masks are evaluated.
+        excused: `(n,)` of detections, those that are not counted if they match nothing; empty for objects.
     """
 
     image: Ints
@@ -57,6 +58,7 @@ class SortedBoxes:
     scores: Floats
     crowd: Bools
     masks: list[Rle] | None
+    excused: Bools
 
 
 @dataclass(slots=True)
@@ -86,8 +88,19 @@ def sorted_detections(results: Sequence[ImageResult], limit: int, use_masks: boo
     masks = _pick([r.masks for r in results], order) if use_masks else None
     boxes = _mask_boxes(masks) if masks else xywh(_join([r.boxes for r in results], np.float64).reshape(-1, 4))[order]
     areas = np.asarray(mask_api.area(masks), dtype=np.float64) if masks else boxes[:, 2] * boxes[:, 3]
-    none = np.zeros(0, bool)
-    return SortedBoxes(image[order], label[order], place[order], boxes, areas, rank, scores[order], none, masks)
+    excused = _join([np.zeros(len(r.labels), bool) if r.excused is None else r.excused for r in results], np.bool_)
+    return SortedBoxes(
+        image=image[order],
+        label=label[order],
+        place=place[order],
+        boxes=boxes,
+        areas=areas,
+        rank=rank,
+        scores=scores[order],
+        crowd=np.zeros(0, bool),
+        masks=masks,
+        excused=excused[order],
+    )
 
 
 def sorted_objects(results: Sequence[ImageResult], use_masks: bool = False) -> SortedBoxes:
@@ -100,9 +113,17 @@ def sorted_objects(results: Sequence[ImageResult], use_masks: bool = False) -> S
     boxes = _mask_boxes(masks) if masks else xywh(flat)[order]
     areas = _join([r.gt_areas for r in results], np.float64)[order]
     crowd = _join([r.gt_iscrowd for r in results], np.bool_)[order]
-    none = np.zeros(0, np.int64)
     return SortedBoxes(
-        image[order], label[order], place[order], boxes, areas, none, none.astype(np.float64), crowd, masks
+        image=image[order],
+        label=label[order],
+        place=place[order],
+        boxes=boxes,
+        areas=areas,
+        rank=np.zeros(0, np.int64),
+        scores=np.zeros(0, np.float64),
+        crowd=crowd,
+        masks=masks,
+        excused=np.zeros(0, bool),
     )
 
 
@@ -211,7 +232,10 @@ def evaluate(
     use_masks: bool = False,
     thresholds: Floats = IOU_THRESHOLDS,
 ) -> Curves:
-    """Match and accumulate as the official evaluator does; `results` must be in the order of image id."""
+    """Match and accumulate as the official evaluator does; `results` must be in the order of image id.
+
+    Detections that match nothing do not count where they lie outside of the area range, or are `excused`.
+    """
     dt, gt = sorted_detections(results, max(max_detections), use_masks), sorted_objects(results, use_masks)
     pairs = find_pairs(dt, gt, min(thresholds.min(), 1 - 1e-10))
     rows = np.unique(pairs.dt)
@@ -229,7 +253,7 @@ def evaluate(
             continue
         mine, picked = slice(dt_at[k], dt_at[k + 1]), slice(row_at[k], row_at[k + 1])
         hit = np.zeros((len(thresholds), len(AREAS), dt_at[k + 1] - dt_at[k]), bool)
-        skip = np.broadcast_to(_outside(dt.areas[mine]), hit.shape).copy()
+        skip = np.broadcast_to(_outside(dt.areas[mine]) | dt.excused[mine], hit.shape).copy()
         objects, columns = matched[:, :, picked], rows[picked] - dt_at[k]
         hit[:, :, columns] = objects >= 0
         on_ignored = ignore[np.arange(len(AREAS))[:, None], objects] if len(gt.crowd) else skip[:, :, columns]

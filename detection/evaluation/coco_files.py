@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from detection.batch import Id
 from detection.data.dataset import to_rle
+from detection.data.federated import NEGATIVE
 from detection.data.listing import Listing, as_id, read_listing
 from detection.data.records import DataError
 from detection.evaluation.mean_ap import IouType, MeanAP
@@ -65,6 +66,13 @@ def compare_files(annotations: Path, results: Path, detections_per_img: int = 10
     if unknown:
         names, count = ", ".join(map(str, list(unknown)[:10])), sum(unknown.values())
         notes.append(f"{results}: {count} detections are left out, of categories that {annotations} lacks: {names}")
+    if any(NEGATIVE in entry for entry in listing.images.values()):
+        notes.append(
+            f"{annotations}: it says which classes were looked for, but these are COCO's figures and not LVIS's: "
+            "detections of all classes count; evaluate a checkpoint"
+        )
+    if ignored := sum(item.get("ignore") == 1 for items in truth.values() for item in items):
+        notes.append(f"{annotations}: {ignored} annotations with ignore 1 count as objects, as in pycocotools")
     metric = MeanAP(list(listing.categories.values()), detections_per_img, kinds)
     images = (
         _image(

@@ -44,7 +44,7 @@ def images_of(cells: Confusions, rank: NDArray[np.int64]) -> dict[str, list[int]
         rank: of each image.
     """
     found: dict[str, list[int]] = {}
-    triples = np.unique(np.stack([cells.true, cells.detected, rank[cells.image]]), axis=1).T if len(cells.image) else []
+    triples = np.unique(np.stack([cells.true, cells.detected, rank[cells.image]]), axis=1).T
     order = np.argsort(rank)
     for true, detected, place in triples:
         found.setdefault(f"{true},{detected}", []).append(int(order[place]))

@@ -22,6 +22,7 @@ from detection.evaluation.coco_eval import AREA_LIMITS, AREAS, evaluate
 from detection.evaluation.results import ImageResult, image_result
 
 IouType = Literal["bbox", "segm"]
+FREQUENCIES = {"r": "map_rare", "c": "map_common", "f": "map_frequent"}
 
 
 class MeanAP(Metric):
@@ -32,7 +33,12 @@ class MeanAP(Metric):
         detections_per_img: how many detections of an image and class count (COCO's largest `maxDets`). The figures
             are at this limit, and the last recall key is named after it: `mar_100`.
         iou_type: `"bbox"`, `"segm"`, or both, in which case keys start with `bbox_` or `segm_`.
+        frequencies: `"r"`, `"c"` or `"f"` for each class, as LVIS has them, for three figures more: `map_rare`,
+            `map_common` and `map_frequent`.
 
+    Images that say which classes were looked for are evaluated as LVIS does (Gupta et al. 2019, section 3.3):
+    detections of other classes are dropped, those of classes that are not annotated in full are ignored where they
+    match nothing, and `detections_per_img` limits all classes of an image together.
     VOC's `difficult` means nothing to COCO: such objects count like any other here (see `voc.py` for VOC's own AP).
     """
 
@@ -46,11 +52,13 @@ class MeanAP(Metric):
         class_names: Sequence[str],
         detections_per_img: int = 100,
         iou_type: IouType | tuple[IouType, ...] = "bbox",
+        frequencies: Sequence[str] | None = None,
     ) -> None:
         if detections_per_img < 1:
             raise ValueError(f"detections_per_img is {detections_per_img}; it must be at least 1")
         super().__init__(sync_on_compute=False)  # `compute` merges by itself: torchmetrics sends tensors alone
         self.class_names = list(class_names)
+        self.frequencies = frequencies
         self.iou_type: tuple[IouType, ...] = (iou_type,) if isinstance(iou_type, str) else tuple(iou_type)
         self.max_detection_thresholds = [1, min(10, detections_per_img), detections_per_img]
         self._clear()
@@ -95,9 +103,9 @@ class MeanAP(Metric):
         """
         if len(detections) != len(targets):
             raise ValueError(f"{len(detections)} detections for {len(targets)} targets; pass one of each an image")
-        masks = "segm" in self.iou_type
+        masks, limit = "segm" in self.iou_type, self.max_detection_thresholds[-1]
         self._add(
-            image_result(detection, target, len(self.class_names), masks)
+            image_result(detection, target, len(self.class_names), masks, limit)
             for detection, target in zip(detections, targets, strict=True)
         )
         self._add(results)
@@ -167,6 +175,9 @@ class MeanAP(Metric):
                         f"{name} is -1 although there is ground truth; the {iou_type} evaluator is wrong"
                     )
             prefix = f"{iou_type}_" if len(self.iou_type) > 1 else ""
+            for group, name in FREQUENCIES.items() if self.frequencies else ():
+                own = [k for k, frequency in enumerate(self.frequencies or ()) if frequency == group]
+                summary[name] = mean_valid(precision[:, :, own, 0, -1])
             figures |= {prefix + name: value for name, value in summary.items()}
             ap = [mean_valid(precision[:, :, k, 0, -1]) for k in range(len(self.class_names))]
             class_ap[iou_type] = {n: v for n, v in zip(self.class_names, ap, strict=True) if v > -1}

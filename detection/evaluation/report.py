@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from detection.batch import Id
+from detection.data.spectral import Pixels, false_colour
 from detection.evaluation import confusion_table, plots
 from detection.evaluation.analysis import (
     MISTAKES,
@@ -35,7 +36,7 @@ from detection.evaluation.mean_ap import MeanAP, mean_valid
 from detection.evaluation.page import PAGE, SCRIPT, STYLE
 from detection.evaluation.results import ImageResult
 
-LoadImage = Callable[[ImageResult], NDArray[np.uint8]]
+LoadImage = Callable[[ImageResult], Pixels]
 KINDS = {RIGHT: "right", **{kind: name for kind, (name, _) in MISTAKES.items()}}
 SHOWN_SIDE = 720  # pixels of the longer side of a picture in the report
 CONFIDENT = 0.5
@@ -80,7 +81,7 @@ def write_evaluation(
         folder: made if absent; files of an earlier evaluation are replaced.
         metric: has seen all images of the split, in one process.
         category_ids: the evaluated file's id of each class, for the detections; None where it lacks the class.
-        load_image: gives the pixels `(H, W, 3)` RGB of an image; without it the report has no pictures.
+        load_image: gives the pixels `(H, W, C)` of an image; without it the report has no pictures.
         title, facts: head of the report, e.g. `{"checkpoint": "best.ckpt", "split": "test"}`.
         settings: of the run, as text, to be unfolded below the head.
 
@@ -307,7 +308,7 @@ def _picture(
             label = f"{names[judged.dt.label[i] - 1]} {judged.dt.scores[i]:.2f} ({KINDS[code]})"
             score = f' data-score="{judged.dt.scores[i]:.4f}"'
             rects.append(_rect(judged.dt.boxes[i], KINDS[code], plots.COLOURS[code], label, "found", score))
-    pixels = load_image(result)
+    pixels = false_colour(load_image(result))
     height, width = pixels.shape[:2]
     scale = min(1.0, SHOWN_SIDE / max(height, width))
     small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)

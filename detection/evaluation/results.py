@@ -1,7 +1,7 @@
 """What evaluation works on: for each image the detections beside the ground truth, as plain numpy arrays.
 
 Shape shorthand:
-    D: detections of one image     N: ground-truth objects of one image
+    D: detections of one image     N: ground-truth objects of one image     C: classes without background
 Boxes are `(x1, y1, x2, y2)` float32 pixels of the original image; labels are in `[1, C]`.
 """
 
@@ -28,10 +28,13 @@ class ImageResult:
     Attributes:
         image_id, file_name, size: as in `Target`; size is `(height, width)` in pixels.
         boxes: `(D, 4)` float32 xyxy detections, in the detector's order; from a file, float64 as all its numbers.
+            None is of a class that was not looked for.
         labels: `(D,)` int64 in `[1, C]`.
         scores: `(D,)` float32.
         masks: one COCO RLE a detection, or None without masks.
         gt_boxes, gt_labels, gt_areas, gt_iscrowd, gt_difficult, gt_masks: the fields of `Target`, `N` each.
+        excused: `(D,)` bool, detections of a class of which not all objects are annotated: those that match none are
+            not counted. None where there are no such classes.
     """
 
     image_id: Id
@@ -47,10 +50,15 @@ class ImageResult:
     gt_iscrowd: NDArray[np.bool_]
     gt_difficult: NDArray[np.bool_]
     gt_masks: list[Rle] | None
+    excused: NDArray[np.bool_] | None = None
 
 
-def image_result(detection: Mapping[str, Any], target: Target, num_classes: int, masks: bool = False) -> ImageResult:
+def image_result(
+    detection: Mapping[str, Any], target: Target, num_classes: int, masks: bool = False, limit: int | None = None
+) -> ImageResult:
     """Check one image's detections against what an evaluator can take, and bring both sides to the CPU.
+
+    Of an image that says which classes were looked for (`Target.checked`), detections of others are left out.
 
     Args:
         detection: `boxes (D, 4)`, `labels (D,)`, `scores (D,)`, and with `masks` also `masks`: `(D, H, W)` or
@@ -58,6 +66,7 @@ def image_result(detection: Mapping[str, Any], target: Target, num_classes: int,
         target: the image's ground truth, in the same pixels.
         num_classes: C, without background.
         masks: whether masks are evaluated, and therefore required on both sides.
+        limit: of such an image the best detections of all classes together that count, as LVIS has it; None for all.
 
     Raises:
         ValueError: naming the image: lengths that differ, a score or box that is not finite, a box whose right or
@@ -77,6 +86,13 @@ def image_result(detection: Mapping[str, Any], target: Target, num_classes: int,
         _refuse((values < 1) | (values > num_classes), values, where, f"{side} label is outside [1, {num_classes}]")
     if masks and ("masks" not in detection or target.masks is None):
         raise ValueError(f"{where}: mask evaluation needs masks in the detections and in the ground truth")
+    segments = encode_masks(detection["masks"]) if masks else None
+    if target.checked is not None:
+        checked = _flags(target.checked, num_classes, where)
+        best = np.sort(np.argsort(-scores, kind="stable")[:limit])
+        kept = best[checked[labels[best]]]
+        boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
+        segments = None if segments is None else [segments[i] for i in kept]
     return ImageResult(
         image_id=target.image_id,
         file_name=target.file_name,
@@ -84,14 +100,23 @@ def image_result(detection: Mapping[str, Any], target: Target, num_classes: int,
         boxes=boxes,
         labels=labels,
         scores=scores,
-        masks=encode_masks(detection["masks"]) if masks else None,
+        masks=segments,
         gt_boxes=_array(target.boxes, np.float32).reshape(-1, 4),
         gt_labels=gt_labels,
         gt_areas=_array(target.areas, np.float32),
         gt_iscrowd=_array(target.iscrowd, np.bool_),
         gt_difficult=_array(target.difficult, np.bool_),
         gt_masks=target.masks if masks else None,
+        excused=None if target.partial is None else _flags(target.partial, num_classes, where)[labels],
     )
+
+
+def _flags(classes: Tensor, num_classes: int, where: str) -> NDArray[np.bool_]:
+    """`(C + 1,)` bool by label, of classes `(C,)`."""
+    flags = _array(classes, np.bool_)
+    if flags.shape != (num_classes,):
+        raise ValueError(f"{where}: it says of {len(flags)} classes whether they were looked for, not of {num_classes}")
+    return np.append(False, flags)
 
 
 def spread(results: Sequence[ImageResult], count: int) -> list[ImageResult]:

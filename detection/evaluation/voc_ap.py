@@ -51,7 +51,7 @@ def voc_ap(
         count = int((~ignored[gt.label == k]).sum())
         if not count:
             continue
-        mine = np.flatnonzero(dt.label == k)
+        mine = np.flatnonzero((dt.label == k) & ~(dt.excused & (owner < 0)))
         taken = owner[mine[np.argsort(-dt.scores[mine], kind="stable")]]
         taken = taken[(taken < 0) | ~ignored[taken]] if len(ignored) else taken
         right = np.zeros(len(taken), bool)

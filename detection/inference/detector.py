@@ -11,12 +11,12 @@ detections = detector("street.jpg")
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -24,20 +24,24 @@ from detection.batch import Batch, Target
 from detection.data.augment import resized_size
 from detection.data.dataset import Sample, collate
 from detection.data.images import from_array, from_pil, read_image
+from detection.data.spectral import RGB, PixelFormat, Pixels
 from detection.inference.detections import Detections
 from detection.inference.tta import TestTimeAugmentation
 from detection.interop import CheckpointError, load_detector
 from detection.models.two_stage import FasterRCNN
 from detection.training.module import encode_detections
-from detection.weights import read_saved, read_torch
+from detection.weights import read_saved
 
-ImageLike: TypeAlias = str | Path | Image.Image | NDArray[np.uint8] | NDArray[np.uint16] | Tensor
+ImageLike: TypeAlias = str | Path | Image.Image | Pixels | Tensor
 Precision = Literal["32", "bf16", "16"]
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
 class Detector:
     """Images of any size -> detections in their pixels. Images are resized exactly as evaluation does it.
+
+    Attributes:
+        form: channels and depth that images must have, those of training.
 
     Args:
         model: the detector, of which this uses a copy (`FasterRCNN.for_inference`), or its test-time augmentation.
@@ -60,14 +64,14 @@ class Detector:
     ) -> None:
         if model.num_classes != len(class_names) + 1:
             raise ValueError(f"{len(class_names)} class names are given for {model.num_classes - 1} classes")
-        self.device = torch.device(_best_device() if device == "auto" else device)
+        self.device = _device(device)
         copied = model.for_inference(self.device) if isinstance(model, FasterRCNN) else model.eval().to(self.device)
         self.model: FasterRCNN | TestTimeAugmentation = copied
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids or range(1, len(class_names) + 1))
         transform = (model.detector if isinstance(model, TestTimeAugmentation) else model).transform
         self.min_size, self.max_size = min_size or transform.min_size[-1], max_size or transform.max_size
-        self.precision = precision
+        self.precision, self.form = precision, PixelFormat.of(model)
 
     @classmethod
     def from_checkpoint(
@@ -89,38 +93,35 @@ class Detector:
         saved = read_saved(path)
         if saved.class_names is None:
             raise CheckpointError(f"{path}: does not name its classes; write it with save_detector(..., class_names)")
-        data: dict[str, Any] = {}
-        if path.suffix != ".safetensors":
-            data = read_torch(path).get("datamodule_hyper_parameters") or {}
-        sizes = data.get("min_size")
-        min_size = max(sizes) if isinstance(sizes, (list, tuple)) else sizes
-        return cls(model, saved.class_names, saved.category_ids, min_size, data.get("max_size"), device, precision)
+        return cls(model, saved.class_names, saved.category_ids, device=device, precision=precision)
 
     def __call__(self, image: ImageLike) -> Detections:
-        """Detections of one image.
+        """Detections of one image, which keep it, so that a notebook shows it with them.
 
         Args:
             image: a path, a PIL image, an array `(H, W, 3)` RGB or `(H, W)` grey, or a tensor `(3, H, W)` RGB; of
                 whole numbers of 8 or 16 bits, tensors also float in [0, 1]. Of 16 bits the high byte counts, and a
                 PIL image with EXIF is turned, both as in files.
+                A detector of other channels or of 16 bits takes arrays `(H, W, C)` and tensors `(C, H, W)` of these.
 
         Raises:
             DataError: a file that can't be read.
             ValueError: something that is no image.
         """
-        return self.predict([image])[0]
+        pixels = to_pixels(image, self.form)
+        return replace(self._detect([pixels])[0], pixels=pixels)
 
     def predict(self, images: Sequence[ImageLike], batch_size: int = 8) -> list[Detections]:
         """Detections of several images, `batch_size` at a time; images as for a call."""
-        pixels = [to_pixels(image) for image in images]
+        pixels = [to_pixels(image, self.form) for image in images]
         parts = [pixels[i : i + batch_size] for i in range(0, len(pixels), batch_size)]
         return [found for part in parts for found in self._detect(part)]
 
-    def batch(self, pixels: Sequence[NDArray[np.uint8]]) -> Batch:
-        """The batch that the model sees of `(H, W, 3)` uint8 images."""
+    def batch(self, pixels: Sequence[Pixels]) -> Batch:
+        """The batch that the model sees of `(H, W, C)` images."""
         return collate([self._sample(image) for image in pixels]).to(self.device)
 
-    def _sample(self, pixels: NDArray[np.uint8]) -> Sample:
+    def _sample(self, pixels: Pixels) -> Sample:
         height, width = pixels.shape[:2]
         boxes, labels = torch.zeros((0, 4)), torch.zeros(0, dtype=torch.int64)
         flags = torch.zeros(0, dtype=torch.bool)
@@ -128,7 +129,7 @@ class Detector:
         return Sample(pixels, resized_size(height, width, self.min_size, self.max_size), boxes, labels, target)
 
     @torch.inference_mode()
-    def _detect(self, pixels: Sequence[NDArray[np.uint8]]) -> list[Detections]:
+    def _detect(self, pixels: Sequence[Pixels]) -> list[Detections]:
         batch = self.batch(pixels)
         half = self.precision != "32"
         with torch.autocast(self.device.type, DTYPES.get(self.precision, torch.bfloat16), enabled=half):
@@ -145,22 +146,48 @@ class Detector:
         return found.take(order)
 
 
-def to_pixels(image: ImageLike) -> NDArray[np.uint8]:
-    """Any of the forms that a `Detector` takes as `(H, W, 3)` uint8 RGB; errors as there."""
+def to_pixels(image: ImageLike, form: PixelFormat = RGB) -> Pixels:
+    """Any of the forms that a `Detector` takes as `(H, W, C)` uint8 or uint16; errors as there."""
+    order = " in RGB order" if form.channels == 3 else ""
+    kind = np.dtype(form.dtype).name
     if isinstance(image, str | Path):
-        return read_image(Path(image))
-    if isinstance(image, Image.Image):
+        return read_image(Path(image), form=form)
+    if isinstance(image, Image.Image) and form == RGB:
         return from_pil(image)
     if isinstance(image, Tensor):
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f"an image as tensor must be (3, H, W) in RGB order, not {tuple(image.shape)}")
+        if image.ndim != 3 or image.shape[0] != form.channels:
+            raise ValueError(f"an image as tensor must be ({form.channels}, H, W){order}, not {tuple(image.shape)}")
         if image.is_floating_point():
             if not (image.amin() >= 0 and image.amax() <= 1):
-                raise ValueError("an image as float tensor must be in [0, 1]: divide by 255, or give uint8")
-            image = (image * 255).round().to(torch.uint8)
-        return from_array(image.permute(1, 2, 0).cpu().numpy())
-    return from_array(np.asarray(image))
+                raise ValueError(
+                    f"an image as float tensor must be in [0, 1]: divide by {form.highest}, or give {kind}"
+                )
+            image = (image * form.highest).round().to(torch.from_numpy(np.empty(0, form.dtype)).dtype)
+        array = image.permute(1, 2, 0).cpu().numpy()
+    else:
+        array = np.asarray(image)
+    if form == RGB:
+        return from_array(array)
+    if array.ndim == 2 and form.channels == 1:
+        array = array[..., None]
+    if array.dtype != form.dtype or array.ndim != 3 or array.shape[2] != form.channels or min(array.shape) < 1:
+        raise ValueError(
+            f"an image as array must be (H, W, {form.channels}) {kind}{order}, not {array.shape} {array.dtype}"
+        )
+    return np.ascontiguousarray(array)
 
 
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(name: str) -> torch.device:
+    """The device of a name, tried out; `auto` is the first GPU, or the CPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else None
+    try:
+        device = device or torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        has = f"cuda:0 to cuda:{torch.cuda.device_count() - 1} and cpu" if torch.cuda.is_available() else "cpu"
+        raise ValueError(f"--device {name}: this machine has no such device that PyTorch can use, but {has}") from error
+    return device

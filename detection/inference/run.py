@@ -25,6 +25,8 @@ from detection.inference.sources import ANNOTATED, RESULTS, Images, Listed, Pixe
 from detection.inference.tiles import Tiles
 from detection.visualize import Names
 
+# A coder that is missing is no error here; OpenCV reads this once, when it opens its first film.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 DRAWN = 8000  # pixels of the longer side of the picture of an image beyond LARGEST
 WRITTEN = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")  # kinds of pictures that every viewer shows
 COLUMNS = ("image", "class", "score", "x1", "y1", "x2", "y2")
@@ -225,7 +227,6 @@ class _Film:
         self._writer.write(np.ascontiguousarray(np.asarray(picture)[:height, :width, ::-1]))
 
     def _open(self, size: tuple[int, int]) -> cv2.VideoWriter:
-        os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # and OpenCV's: a coder that is missing is no error here
         level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         try:
             writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*"avc1"), self.fps, size)

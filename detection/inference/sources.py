@@ -10,18 +10,17 @@ from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from detection.batch import Id
 from detection.data.checks import Folder
 from detection.data.images import EXTENSIONS, UNREAD, read_image, remarks
 from detection.data.listing import read_listing
 from detection.data.records import DataError
+from detection.data.spectral import RGB, PixelFormat, Pixels
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 RESULTS, ANNOTATED = ("predictions.json", "predictions.csv"), "annotated"  # what a run writes into its folder
 FASTEST = 240.0  # frames a second; streams that don't know theirs say 1000 or 90000
-Pixels = NDArray[np.uint8]
 
 
 class Images:
@@ -30,6 +29,7 @@ class Images:
     Args:
         paths: of the files.
         notes: what was seen when they were looked for.
+        form: channels and depth that they must have.
 
     Attributes:
         root: folder that all of them lie in; names are relative to it.
@@ -39,8 +39,8 @@ class Images:
 
     fps = 0.0
 
-    def __init__(self, paths: list[Path], notes: list[str] | None = None) -> None:
-        self.paths = paths
+    def __init__(self, paths: list[Path], notes: list[str] | None = None, form: PixelFormat = RGB) -> None:
+        self.paths, self.form = paths, form
         self.root = Path(os.path.commonpath([path.absolute().parent for path in paths]))
         self.problems: list[str] = []
         self.notes = notes or []
@@ -49,11 +49,12 @@ class Images:
         return len(self.paths)
 
     def __iter__(self) -> Iterator[tuple[str, Pixels]]:
-        """Name and `(H, W, 3)` uint8 RGB of each."""
+        """Name and pixels `(H, W, C)` of each, by default uint8 RGB."""
         for path in self.paths:
             try:
-                pixels = read_image(path, huge=True)
-                self.notes += [f"{path}: {problem}" for problem, _ in remarks(path)]
+                pixels = read_image(path, huge=True, form=self.form)
+                if self.form == RGB:  # of others all is read
+                    self.notes += [f"{path}: {problem}" for problem, _ in remarks(path)]
             except DataError as error:
                 self.problems.append(str(error))
                 continue
@@ -69,6 +70,7 @@ class Listed(Images):
     Args:
         annotations: the file; it names `images` and `categories`.
         folder: that its `file_name` are relative to, which no image may leave.
+        form: channels and depth that they must have.
 
     Attributes:
         listing: what the file names.
@@ -78,7 +80,7 @@ class Listed(Images):
         DataError: the file can't be read, or an image is not there.
     """
 
-    def __init__(self, annotations: Path, folder: Path) -> None:
+    def __init__(self, annotations: Path, folder: Path, form: PixelFormat = RGB) -> None:
         self.listing = read_listing(annotations)
         place, self.ids = Folder(folder), dict[str, list[Id]]()
         for number, entry in self.listing.images.items():
@@ -94,7 +96,7 @@ class Listed(Images):
                 f"{annotations}: {len(missing)} of its {len(self.ids)} images are not in {folder}, first {missing[0]}; "
                 "name the folder that holds them, or restore them"
             )
-        super().__init__([place.root / name for name in self.ids])
+        super().__init__([place.root / name for name in self.ids], form=form)
         self.root = place.root
 
 
@@ -153,10 +155,14 @@ class Video:
             self.notes.append(f"{self.name}: the stream ended or broke off after {number} frames")
 
 
-def open_source(source: str) -> Images | Video:
+def open_source(source: str, form: PixelFormat = RGB) -> Images | Video:
     """What a path, a pattern, the URL of a stream or the number of a camera stands for.
 
     Of a folder all pictures below it are read, but no hidden ones and no annotated ones of an earlier run.
+
+    Args:
+        source: the path, pattern or number.
+        form: channels and depth that images must have.
 
     Raises:
         DataError: there is nothing, or no image in it.
@@ -165,19 +171,19 @@ def open_source(source: str) -> Images | Video:
         return Video(source)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _below(path)
+        return _below(path, form)
     if path.is_file():
-        return Video(path) if path.suffix.lower() in VIDEOS else Images([path])
+        return Video(path) if path.suffix.lower() in VIDEOS else Images([path], form=form)
     if source.isdigit():
         return Video(int(source))
     matches = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
     matches = [match for match in matches if not any(_is_output(parent) for parent in match.parents)]
     if not matches:
         raise DataError(f"{source}: no such file, folder or pattern")
-    return Images(matches)
+    return Images(matches, form=form)
 
 
-def _below(root: Path) -> Images:
+def _below(root: Path, form: PixelFormat) -> Images:
     paths, notes, rest = list[Path](), list[str](), dict[str, list[str]]()
     for place, folders, files in os.walk(root):
         folder = Path(place)
@@ -196,7 +202,7 @@ def _below(root: Path) -> Images:
     if not paths:
         also = f" ({'; '.join(notes)})" if notes else ""
         raise DataError(f"{root}: no image in this folder{also}; known are {', '.join(EXTENSIONS)}")
-    return Images(sorted(paths), [f"not read: {note}" for note in notes])
+    return Images(sorted(paths), [f"not read: {note}" for note in notes], form)
 
 
 def _is_output(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from detection.batch import Batch
 from detection.boxes import grouped_nms
+from detection.models.transform import ImageTransform
 from detection.models.two_stage import Detections, FasterRCNN, Losses
 
 
@@ -39,6 +40,10 @@ class TestTimeAugmentation(nn.Module):
     @property
     def num_classes(self) -> int:
         return self.detector.num_classes
+
+    @property
+    def transform(self) -> ImageTransform:
+        return self.detector.transform
 
     @property
     def has_masks(self) -> bool:
@@ -73,12 +78,12 @@ def rescale(batch: Batch, scale: float, divisor: int = 32) -> Batch:
         return batch
     sizes = (batch.image_sizes * scale).long().clamp(min=1)
     height, width = (-(-int(side) // divisor) * divisor for side in sizes.amax(dim=0))
-    images = batch.images.new_zeros((len(batch), 3, height, width))
+    images = batch.images.new_zeros((len(batch), batch.images.shape[1], height, width))
     for image, slot, (h, w), (new_h, new_w) in zip(
         batch.images, images, batch.image_sizes.tolist(), sizes.tolist(), strict=True
     ):
         resized = F.interpolate(image[None, :, :h, :w].float(), (new_h, new_w), mode="bilinear", antialias=scale < 1)[0]
-        slot[:, :new_h, :new_w] = resized.round() if images.dtype == torch.uint8 else resized
+        slot[:, :new_h, :new_w] = resized if images.is_floating_point() else resized.round()
     return replace(batch, images=images, image_sizes=sizes)
 
 

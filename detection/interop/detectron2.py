@@ -90,6 +90,8 @@ def to_detectron2(model: FasterRCNN) -> dict[str, Tensor]:
     Raises:
         CheckpointError: Detectron2 has no such detector.
     """
+    if model.transform.channels != 3:
+        raise CheckpointError(f"the detector takes {model.transform.channels} channels, but Detectron2 reads RGB")
     state = rows.without_counters(state_of(model))
     names = list(state)
     pyramid = any(name.startswith("backbone.fpn.") for name in names)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,17 +29,23 @@ from torchvision.ops import nms
 from detection.anchors import AnchorGenerator
 from detection.batch import Batch
 from detection.boxes import grouped_nms, resize_boxes
+from detection.data.spectral import Pixels
 from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPool, RoIPooler
 from detection.models.precomputed import PrecomputedProposals
 from detection.models.roi_heads import RoIHeads
 from detection.models.rpn import RegionProposalNetwork
+from detection.models.transform import as_float
 from detection.models.two_stage import FasterRCNN
 from detection.parts import FeatureMaps
 
+if TYPE_CHECKING:
+    from detection.inference.detector import Detector
+
 OUTPUTS = ("boxes", "labels", "scores", "counts", "masks")
+ONE = 2048  # a weight of 1 in OpenCV's fixed point
 OPSET = 18  # the first with all that is needed; later ones add nothing for a detector
-Run = Callable[[NDArray[np.uint8]], Mapping[str, NDArray[Any]]]
+Run = Callable[[Pixels], Mapping[str, NDArray[Any]]]
 
 
 class ExportError(ValueError):
@@ -70,9 +76,11 @@ def _stages(model: FasterRCNN) -> list[RoIHeads]:
 class ExportableDetector(nn.Module):
     """`(B, 3, H, W)` uint8 RGB of one size -> padded detections in pixels of these images.
 
-    Resizing (to the model's `min_size` and `max_size`, as `FasterRCNN.predict` does it), padding and normalisation are
-    inside. The results are `boxes (B, D, 4)` float32 xyxy, `labels (B, D)` int64 from 1 on, `scores (B, D)` float32,
-    best first, `counts (B,)` int64: how many of the D are detections, and with a mask branch `masks (B, D, m, m)`:
+    A detector of other channels takes as many, one of 16-bit images uint16.
+
+    Resizing (to the sizes of the model, pixel by pixel as `Detector` does it), padding and normalisation are inside.
+    The results are `boxes (B, D, 4)` float32 xyxy, `labels (B, D)` int64 from 1 on, `scores (B, D)` float32, best
+    first, `counts (B,)` int64: how many of the D are detections, and with a mask branch `masks (B, D, m, m)`:
     probabilities inside the box.
 
     Args:
@@ -124,7 +132,7 @@ class ExportableDetector(nn.Module):
         # A number divided by a tensor would be its reciprocal times the number, and lose a pixel at some sizes.
         short, long = (torch.full_like(old[0], side) for side in (transform.min_size[-1], transform.max_size))
         scale = torch.minimum(short / old.min(), long / old.max())
-        new = (old * scale).floor().long()
+        new = (old * scale).floor().clamp(min=1).long()
         height, width = new.tolist()
         # Sides in cells of the coarsest map, so that those of all maps are known to be whole.
         rows, columns = ((new + divisor - 1) // divisor).tolist()
@@ -132,9 +140,39 @@ class ExportableDetector(nn.Module):
             torch._check(side >= 1)
             torch._check(cells >= 1)
             torch._check(side <= divisor * cells)
-        resized = F.interpolate(images.float() / 255, (height, width), mode="bilinear", align_corners=False)
+        if images.dtype == torch.uint8:
+            resized = _resize_as_opencv(images, old, (height, width)).float() / 255
+        else:
+            resized = F.interpolate(as_float(images), (height, width), mode="bilinear", align_corners=False)
         padded = F.pad(resized, (0, divisor * columns - width, 0, divisor * rows - height))
         return padded, new.expand(images.shape[0], 2), old.long().expand(images.shape[0], 2)
+
+
+def _resize_as_opencv(images: Tensor, old: Tensor, new: tuple[int, int]) -> Tensor:
+    """uint8 `(B, 3, H, W)` as `(B, 3, *new)` int32: bilinear in the fixed point of `cv2.resize`, as data is loaded.
+
+    Args:
+        images: of one size.
+        old: that size, two float64.
+        new: height and width.
+    """
+    left, right, a0, a1 = _taps(old[1], images.shape[3], new[1])
+    alone = left == right  # beyond the edge, where OpenCV rounds once along rows, but twice along columns
+    a0, a1 = torch.where(alone, ONE, a0), torch.where(alone, 0, a1)
+    pixels = images.int()
+    across = (pixels.index_select(3, left) * a0 + pixels.index_select(3, right) * a1) // 16
+    upper, lower, b0, b1 = _taps(old[0], images.shape[2], new[0])
+    parts = [across.index_select(2, i) * b[:, None] // 65536 for i, b in ((upper, b0), (lower, b1))]
+    return (parts[0] + parts[1] + 2) // 4
+
+
+def _taps(old: Tensor, size: int, new: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each of `new` pixels along a side the two of the old ones it is made of, and their weights in 2048ths."""
+    place = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
+    first = place.floor()
+    share = place - first
+    taps = [(first.long() + i).clamp(0, size - 1) for i in (0, 1)]
+    return *taps, ((1 - share) * ONE).round().int(), (share * ONE).round().int()  # type: ignore[return-value]
 
 
 def _lay_anchors(
@@ -222,7 +260,8 @@ def trace(model: FasterRCNN) -> tuple[torch.export.ExportedProgram, list[str]]:
         ExportError: see `check_exportable`.
     """
     module = ExportableDetector(model)
-    example = torch.zeros((2, 3, 200, 304), dtype=torch.uint8)
+    kind = torch.uint16 if model.transform.image_depth == 16 else torch.uint8
+    example = torch.zeros((2, model.transform.channels, 200, 304), dtype=kind)
     sides = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
     with torch.no_grad():
         program = torch.export.export(module, (example,), dynamic_shapes=(sides,), strict=False)
@@ -312,7 +351,7 @@ def _nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float)
 
 
 def onnx_runner(path: Path) -> Run:
-    """Runs an ONNX file on the CPU: `(B, 3, H, W)` uint8 -> outputs by name."""
+    """Runs an ONNX file on the CPU: `(B, C, H, W)` uint8 or uint16 -> outputs by name."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -355,21 +394,24 @@ class Parity:
         return asdict(self)
 
 
-def compare(model: FasterRCNN, run: Run, images: Sequence[NDArray[np.uint8]]) -> Parity:
-    """Detections of the model and of an exported one on `(H, W, 3)` uint8 images, each alone.
+def compare(detector: Detector, run: Run, images: Sequence[Pixels]) -> Parity:
+    """Detections as `predict.py` makes them and those of an exported file, on `(H, W, C)` images, each alone.
 
     A detection's partner has its label and the nearest box, less than a pixel away and not taken.
+
+    Args:
+        detector: on the CPU, in float32; it resizes as prediction does.
+        run: the file.
+        images: to compare on.
     """
-    was_training = model.training
-    model.eval()
     total = unmatched = 0
     worst = dict.fromkeys(("box", "score", "mask"), 0.0)
     for image in images:
         planes = np.ascontiguousarray(image.transpose(2, 0, 1))
         theirs = {name: value[0] for name, value in run(planes[None]).items()}
         with torch.no_grad():
-            batch = model.transform([torch.from_numpy(planes)], None, model.num_classes)
-            ours = {name: value.numpy() for name, value in model.run(batch, False, True)[1][0].items()}
+            found = detector.model.run(detector.batch([image]), False, True)[1][0]
+        ours = {name: value.numpy() for name, value in found.items()}
         free = list(range(int(theirs["counts"])))
         total += len(ours["labels"])
         for i, (box, label) in enumerate(zip(ours["boxes"], ours["labels"], strict=True)):
@@ -384,5 +426,4 @@ def compare(model: FasterRCNN, run: Run, images: Sequence[NDArray[np.uint8]]) ->
                 differences["mask"] = float(np.abs(theirs["masks"][j] - ours["masks"][i]).max())
             worst = {name: max(worst[name], differences.get(name, 0.0)) for name in worst}
         unmatched += len(free)
-    model.train(was_training)
     return Parity(len(images), total, unmatched, **worst)

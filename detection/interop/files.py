@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.models import get_weight
 
 from detection.data.voc import VOC_CLASSES
+from detection.drift import present_recipe
 from detection.interop import detectron2, mmdetection, rows, torchvision
 from detection.interop.names import load, state_of
 from detection.interop.pickles import read_pickle
@@ -52,6 +53,8 @@ def load_detector(path: str | Path, trust: Iterable[str] = ()) -> FasterRCNN:
     """
     saved = _read_own(Path(path))
     model = _rebuild(Path(path), saved.recipe, trust)
+    if saved.sizes is not None:  # that of its data, which an older run's recipe may not know
+        take_sizes(model, *saved.sizes)
     _named(Path(path), lambda: load(model, saved.tensors))
     return model.eval()
 
@@ -78,6 +81,40 @@ def detector_for_classes(path: str | Path, class_names: Sequence[str] | None = N
     return model
 
 
+def take_sizes(model: FasterRCNN, min_size: int | Sequence[int], max_size: int) -> bool:
+    """Let a detector resize as the data it is trained and evaluated on; whether it did so otherwise.
+
+    Args:
+        model: whose transform gets the sizes.
+        min_size, max_size: see `DetectionDataModule`.
+    """
+    sides, transform = (min_size,) if isinstance(min_size, int) else tuple(sorted(min_size)), model.transform
+    if (transform.min_size[-1], transform.max_size) == (sides[-1], max_size):
+        return False
+    transform.min_size, transform.max_size = sides, max_size
+    return True
+
+
+def take_weights(model: FasterRCNN, path: str | Path, class_names: Sequence[str]) -> None:
+    """Begin with the weights of a file; classes of the same name keep what was learned of them, others begin anew.
+
+    Args:
+        model: gets them.
+        path: `.ckpt` of a run, `.safetensors` or `.pth`.
+        class_names: of the model's foreground, label 1 first.
+
+    Raises:
+        CheckpointError: they are those of another detector.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    saved = read_saved(path)
+    old = list(class_names) if saved.class_names is None else saved.class_names
+    _named(path, lambda: load(model, adapt_classes(saved.tensors, model.state_dict(), old, class_names)))
+
+
 def save_detector(
     path: str | Path,
     model: FasterRCNN,
@@ -93,7 +130,8 @@ def save_detector(
         category_ids: of the data set, likewise.
 
     Raises:
-        CheckpointError: the model has parts that no recipe describes, or another number of classes.
+        CheckpointError: the model has parts, or was changed in a way, that no recipe describes; or another number of
+            classes.
     """
     if model.recipe is None:
         lost = ", ".join(f"{name}: {kind}" for name, kind in blame(model, "detector").items())
@@ -104,8 +142,12 @@ def save_detector(
     for what, given in (("class names", class_names), ("category ids", category_ids)):
         if given is not None and len(given) != model.num_classes - 1:
             raise CheckpointError(f"{len(given)} {what} are given for {model.num_classes - 1} classes")
+    try:
+        recipe = present_recipe(model)
+    except RecipeError as error:
+        raise CheckpointError(str(error)) from error
     facts = {
-        "recipe": model.recipe,
+        "recipe": recipe,
         "class_names": list(class_names) if class_names is not None else None,
         "category_ids": list(category_ids) if category_ids is not None else None,
     }

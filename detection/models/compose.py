@@ -26,6 +26,7 @@ from detection.models.two_stage import TwoStageDetector, layout_of
 from detection.parts import Factory, Factory2, ProposerFactory
 from detection.recipes import recorded
 from detection.selective_search import SelectiveSearch
+from detection.weights import widen
 
 COCO_CATEGORIES = 91  # with background: torchvision's labels are COCO's category ids, gaps included
 
@@ -78,13 +79,16 @@ def faster_rcnn(
     mask_loss: Callable[..., Any] | None = None,
     rpn: nn.Module | ProposerFactory | None = None,
     roi_heads: nn.Module | Factory2 | None = None,
+    in_channels: int = 3,
+    image_depth: int = 8,
 ) -> TwoStageDetector:
     """Faster R-CNN on a backbone, each part replaceable; names and defaults are those of torchvision's `FasterRCNN`.
 
     Args:
         backbone: images -> feature maps.
         num_classes: classes with background.
-        min_size, max_size, image_mean, image_std: see `ImageTransform`.
+        min_size, max_size, image_mean, image_std, image_depth: see `ImageTransform`.
+        in_channels: of the images; the first convolution of a backbone for RGB is adapted, see `weights.widen`.
         rpn_anchor_generator: default: one size a level, 32 pixels on the finest of five and twice that on each next;
             with fewer levels all five sizes on each. Ratios 1:2, 1:1, 2:1. In a run's settings `auto` fits them to the
             boxes of the training data, see `detection.data.anchor_fit`.
@@ -109,7 +113,7 @@ def faster_rcnn(
     Raises:
         PartError: a part does not keep its contract, see `detection.parts`.
     """
-    strides, channels = layout_of(backbone)
+    strides, channels = layout_of(widen(backbone, in_channels, image_mean, image_std))
     proposer = rpn or partial(
         RegionProposalNetwork,
         anchor_generator=rpn_anchor_generator,
@@ -156,7 +160,7 @@ def faster_rcnn(
         backbone,
         finish("rpn", proposer, channels, strides),
         finish("roi_heads", heads, channels, num_classes),
-        ImageTransform(min_size, max_size, image_mean, image_std),
+        ImageTransform(min_size, max_size, image_mean, image_std, image_depth=image_depth),
     )
     return channels_last(model)
 
@@ -186,12 +190,7 @@ def mask_rcnn(
         mask_predictor: default: masks of 28x28, one a class.
         **kwargs: see `faster_rcnn`.
     """
-    return faster_rcnn(
-        backbone,
-        num_classes,
-        **mask_branch(mask_roi_pool, mask_head, mask_predictor),
-        **kwargs,
-    )
+    return faster_rcnn(backbone, num_classes, **mask_branch(mask_roi_pool, mask_head, mask_predictor), **kwargs)
 
 
 def mask_branch(

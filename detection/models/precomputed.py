@@ -69,7 +69,8 @@ class PrecomputedProposals(nn.Module):
 
 
 def _pictures(batch: Batch) -> list[NDArray[np.uint8]]:
-    """The images without their padding, `(h, w, 3)` uint8."""
-    whole = (as_float(batch.images) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    """The images without their padding, `(h, w, 3)` uint8, of other channels the first three or the only one."""
+    colours = batch.images[:, torch.arange(3) % batch.images.shape[1]]
+    whole = (as_float(colours) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     sizes = batch.image_sizes.tolist()
     return [np.ascontiguousarray(image[:h, :w]) for image, (h, w) in zip(whole, sizes, strict=True)]

@@ -13,12 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from detection.models.backbones import (
-    Norm,
-    ResNetName,
-    resnet_c4,
-    resnet_dc5,
-)
+from detection.models.backbones import Norm, ResNetName, resnet_c4, resnet_dc5
 from detection.models.c4 import res5_head
 from detection.models.compose import COCO_CATEGORIES, fast_rcnn, faster_rcnn, precomputed
 from detection.models.pooling import RoIPool, RoIPooler
@@ -163,15 +158,10 @@ def fasterrcnn_resnet_c4(
         **kwargs: see `faster_rcnn`.
     """
     common: Any = {"weights": weights_backbone, "norm": norm}
-    model = faster_rcnn(
-        resnet_c4(backbone_name, trainable_layers=trainable_backbone_layers, **common),
-        num_classes or COCO_CATEGORIES,
-        box_roi_pool=RoIPooler(14),
-        box_head=res5_head(backbone_name, **common),
-        rpn_pre_nms_top_n_train=rpn_pre_nms_top_n_train,
-        rpn_pre_nms_top_n_test=rpn_pre_nms_top_n_test,
-        **kwargs,
-    )
+    top_n: Any = {"rpn_pre_nms_top_n_train": rpn_pre_nms_top_n_train, "rpn_pre_nms_top_n_test": rpn_pre_nms_top_n_test}
+    backbone = resnet_c4(backbone_name, trainable_layers=trainable_backbone_layers, **common)
+    heads: Any = {"box_roi_pool": RoIPooler(14), "box_head": res5_head(backbone_name, **common)}
+    model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **heads, **top_n, **kwargs)
     return load_weights(model, weights_backbone)
 
 
@@ -191,11 +181,6 @@ def fasterrcnn_resnet_dc5(
 
     Arguments as for `fasterrcnn_resnet_c4`.
     """
-    model = faster_rcnn(
-        resnet_dc5(backbone_name, weights_backbone, trainable_backbone_layers, norm),
-        num_classes or COCO_CATEGORIES,
-        rpn_pre_nms_top_n_train=rpn_pre_nms_top_n_train,
-        rpn_pre_nms_top_n_test=rpn_pre_nms_top_n_test,
-        **kwargs,
-    )
-    return load_weights(model, weights_backbone)
+    top_n: Any = {"rpn_pre_nms_top_n_train": rpn_pre_nms_top_n_train, "rpn_pre_nms_top_n_test": rpn_pre_nms_top_n_test}
+    backbone = resnet_dc5(backbone_name, weights_backbone, trainable_backbone_layers, norm)
+    return load_weights(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **top_n, **kwargs), weights_backbone)

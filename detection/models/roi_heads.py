@@ -31,7 +31,7 @@ from detection.fitting import (
     run,
     width_of,
 )
-from detection.matching import BalancedSampler, Matcher
+from detection.matching import BalancedSampler, Matcher, spare_ignored
 from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPooler
 from detection.parts import Detections, Factory, Factory2, FeatureMaps, Losses, Proposals
@@ -224,6 +224,7 @@ class RoIHeads(MaskBranch):
         Labels are 0 for background and -1 for what is ignored; matches are those of `Matcher`.
         """
         matched_idxs = self.matcher(batch.gt_boxes, batch.gt_valid, boxes)
+        matched_idxs = spare_ignored(matched_idxs, boxes, batch.gt_ignored)
         labels = batch.gt_labels.gather(1, matched_idxs.clamp(min=0))
         return torch.where(matched_idxs >= 0, labels, torch.where(matched_idxs == -1, 0, -1)), matched_idxs
 
@@ -272,7 +273,8 @@ class RoIHeads(MaskBranch):
         boxes = losses.box_loss_of_foreground(
             self.box_loss, own, sample.boxes.flatten(0, 1), gt_boxes, foreground, self.box_coder
         )
-        classes = self.class_loss(logits.flatten(0, 1).float(), labels)
+        logits = losses.merge_unlabelled(logits.float(), sample.labels, batch.labelled)
+        classes = self.class_loss(logits.flatten(0, 1), labels)
         return classes, torch.where(foreground, boxes, 0.0), foreground
 
     def detect(self, features: FeatureMaps, proposals: Proposals, image_sizes: Tensor) -> Detections:

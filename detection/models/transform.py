@@ -29,8 +29,9 @@ class ImageTransform(nn.Module):
         min_size: pixels of the shorter side after resizing. Of several, training draws one for each image and
             evaluation takes the last.
         max_size: most pixels of the longer side; where both can't be had, the shorter side is smaller than `min_size`.
-        image_mean, image_std: of RGB in [0, 1].
+        image_mean, image_std: of each channel, as a rule RGB, in [0, 1].
         size_divisible: padded sides are multiples of this.
+        image_depth: bits of a channel of the images that it was trained on, 8 or 16: of integers others are refused.
     """
 
     mean: Tensor
@@ -43,22 +44,24 @@ class ImageTransform(nn.Module):
         image_mean: Sequence[float] = IMAGENET_MEAN,
         image_std: Sequence[float] = IMAGENET_STD,
         size_divisible: int = 32,
+        image_depth: int = 8,
     ) -> None:
         super().__init__()
         self.min_size = (min_size,) if isinstance(min_size, int) else tuple(min_size)
         self.max_size = max_size
         self.size_divisible = size_divisible
+        self.channels, self.image_depth = len(image_mean), image_depth
         # Not in the state_dict, whose keys are torchvision's.
-        self.register_buffer("mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(image_std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(image_mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(image_std).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None, num_classes: int) -> Batch:
-        """Check, resize and pad `(3, h, w)` images and their targets; the images are not normalised yet.
+        """Check, resize and pad `(C, h, w)` images and their targets; the images are not normalised yet.
 
         Raises:
             ValueError: see `check_images` and `check_targets`.
         """
-        check_images(images)
+        check_images(images, self.channels, self.image_depth)
         if targets is not None:
             check_targets(images, targets, num_classes)
         device = images[0].device
@@ -85,12 +88,11 @@ class ImageTransform(nn.Module):
         return replace(batch, gt_masks=gt_masks, gt_mask_windows=gt_windows)
 
     def normalise(self, images: Tensor, image_sizes: Tensor) -> Tensor:
-        """`(B, 3, H, W)` uint8, or float in [0, 1] -> zero mean and unit variance, 0 in the padding."""
+        """`(B, C, H, W)` uint8 or uint16, or float in [0, 1] -> zero mean and unit variance, 0 in the padding."""
         normalised = (as_float(images) - self.mean) / self.std
         row = torch.arange(images.shape[-2], device=images.device)[None, :, None] < image_sizes[:, 0, None, None]
         column = torch.arange(images.shape[-1], device=images.device)[None, None, :] < image_sizes[:, 1, None, None]
-        normalised = normalised * (row & column)[:, None]
-        return normalised.contiguous(memory_format=torch.channels_last)
+        return (normalised * (row & column)[:, None]).contiguous(memory_format=torch.channels_last)
 
     def _resize(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
@@ -108,5 +110,5 @@ def _resize_masks(masks: Tensor, image: Tensor) -> Tensor:
 
 
 def as_float(images: Tensor) -> Tensor:
-    """uint8 in [0, 255] -> float32 in [0, 1]; floating point as float32."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    """uint8 in [0, 255] or uint16 in [0, 65535] -> float32 in [0, 1]; floating point as float32."""
+    return images.float() / {torch.uint8: 255, torch.uint16: 65535}.get(images.dtype, 1)

@@ -68,7 +68,8 @@ class TwoStageDetector(nn.Module):
         """Losses in training, detections in evaluation.
 
         Args:
-            images: a `Batch`, or `(3, h, w)` tensors, float in [0, 1] or uint8, of any sizes.
+            images: a `Batch`, or `(3, h, w)` tensors, float in [0, 1] or uint8, of any sizes. With other images than
+                8-bit RGB `(C, h, w)`, and uint16 in the place of uint8, as the transform says.
             targets: in training with a list of images, for each one `boxes` `(N, 4)` xyxy in its pixels and `labels`
                 `(N,)` int64 from 1 on; a `Batch` brings its own.
 
@@ -115,7 +116,7 @@ class TwoStageDetector(nn.Module):
         Raises:
             PartError: one does not keep its contract.
         """
-        batch = _blank_batch(next(self.parameters(), torch.empty(())).device)
+        batch = _blank_batch(next(self.parameters(), torch.empty(())).device, self.transform.channels)
         if batch.images.is_meta:  # tensors without values, by which no box could be chosen
             return
         with trial(self):
@@ -169,11 +170,11 @@ def layout_of(backbone: nn.Module) -> tuple[tuple[int, ...], int]:
     return tuple(measured[0] if strides is None else strides), int(measured[1] if channels is None else channels)
 
 
-def _blank_batch(device: torch.device) -> Batch:
+def _blank_batch(device: torch.device, channels: int) -> Batch:
     """One black square image without objects, and one proposal."""
     size, nothing = torch.tensor([[SIDE, SIDE]], device=device), torch.zeros((1, 1, 4), device=device)
     some = torch.ones((1, 1), dtype=torch.bool, device=device)
-    images = torch.zeros((1, 3, SIDE, SIDE), dtype=torch.uint8, device=device)
+    images = torch.zeros((1, channels, SIDE, SIDE), dtype=torch.uint8, device=device)
     return Batch(images, size, nothing, size[:, :1], ~some, size, proposals=nothing + 32, proposals_valid=some)
 
 

@@ -34,7 +34,7 @@ from detection.models.trunks import AnyPyramid
 from detection.models.two_stage import TwoStageDetector
 from detection.parts import Factory, Factory2
 from detection.recipes import rebuildable, recorded
-from detection.weights import Weights, adapt_classes, find_class_names, find_weights, fold_epsilon, is_given
+from detection.weights import Weights, adapt_classes, find_class_names, find_weights, fit_stem, fold_epsilon, is_given
 
 HALF = (0.5, 0.5, 0.5)  # brings images to [-1, 1], as the packaged weights of EfficientNet-Lite0 want them
 WITHOUT_EPSILON = ("FasterRCNN_ResNet50_FPN_Weights", "MaskRCNN_ResNet50_FPN_Weights")
@@ -395,7 +395,7 @@ def load_weights(
         old_names = find_class_names(weights, names) if class_names else None
         if class_names and old_names:
             state = adapt_classes(state, model.state_dict(), old_names, class_names)
-        model.load_state_dict(state)
+        model.load_state_dict(fit_stem(state, model.state_dict()))
     if is_given(weights) or is_given(backbone):
         model.resolved = {"norm": "frozen", "trainable_backbone_layers": 3}
     return model

@@ -29,7 +29,7 @@ from detection.data.images import read_image
 from detection.evaluation.analysis import BACKGROUND, IGNORED, RIGHT, analyse
 from detection.evaluation.plots import COLOURS, FAINT, MISSED
 from detection.evaluation.results import ImageResult, spread
-from detection.training.loaders import image_folder
+from detection.training.loaders import image_folder, image_format
 from detection.training.module import DetectionModule
 from detection.training.optimisation import rates
 from detection.visualize import Colour, draw_objects, side_by_side
@@ -207,14 +207,13 @@ class PredictionPictures(L.Callback):
             return
         pairs = []
         for result in spread(pl_module.metric.results, self.count):
-            image = read_image(root / result.file_name, result.size)
+            image = read_image(root / result.file_name, result.size, form=image_format(trainer))
             shown = above(result, self.score_thresh)
             of_objects, of_found = judged_colours(shown, len(names))
-            truth = draw_objects(
-                image, shown.gt_boxes, shown.gt_labels, names, None, shown.gt_masks, colours=of_objects
-            )
+            truth = (shown.gt_boxes, shown.gt_labels, names, None, shown.gt_masks)
             found = (shown.boxes, shown.labels, names, shown.scores, shown.masks)
-            pairs.append((truth, draw_objects(image, *found, colours=of_found)))
+            left = draw_objects(image, *truth, colours=of_objects)
+            pairs.append((left, draw_objects(image, *found, colours=of_found)))
         if pairs:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             titles = ("ground truth", f"predictions with score >= {self.score_thresh}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import pickle
@@ -33,32 +34,36 @@ WANTED = "--resume takes a .ckpt file, the folder of a run, or auto"
 
 
 class Start(NamedTuple):
-    """Where a run begins: its folder, and the checkpoint to go on from, if any."""
+    """Where a run begins: its folder, the checkpoint to go on from, if any, and whether the folder was made for it."""
 
     folder: Path
     checkpoint: Path | None
+    made: bool = False
 
 
-def start(resume: str | None, parent: Path) -> Start:
+def start(resume: str | None, parent: Path, make: bool = True) -> Start:
     """Choose the folder and the checkpoint of a run, and say in the log which.
+
+    A new folder is made at once, as that of one run alone: two runs of a second would share it otherwise.
 
     Args:
         resume: None for a new run; a checkpoint; the folder of a run, for its newest whole checkpoint; or `auto` for
             the newest run in `parent`, which is begun (again) where it has no checkpoint.
         parent: folder of the runs of one name.
+        make: a new folder, rather than its name alone, for what leaves nothing on disk.
 
     Raises:
         FileNotFoundError: no checkpoint is there.
         ValueError: the checkpoint named, or every one of the run, is damaged.
     """
-    found = _find(resume, parent)
+    found = _find(resume, parent, make)
     os.environ[RUN_FOLDER] = str(found.folder)
     return found
 
 
-def _find(resume: str | None, parent: Path) -> Start:
+def _find(resume: str | None, parent: Path, make: bool) -> Start:
     if resume is None:
-        return Start(_new_folder(parent), None)
+        return _new_run(parent, make)
     if resume != "auto":
         path = Path(resume)
         if not path.is_dir():
@@ -72,12 +77,12 @@ def _find(resume: str | None, parent: Path) -> Start:
     folder = _handed_folder() or _newest_run(parent)
     if folder is None:
         log.info("--resume auto: no run in %s, so a new one begins", parent)
-        return Start(_new_folder(parent), None)
+        return _new_run(parent, make)
     try:
         checkpoint = newest_checkpoint(folder)
     except ValueError as error:
         log.warning("--resume auto: %s; a new run begins", error)
-        return Start(_new_folder(parent), None)
+        return _new_run(parent, make)
     if checkpoint is None:
         log.info("--resume auto: %s ended before its first checkpoint, so it begins again", folder)
     return Start(folder, checkpoint)
@@ -166,12 +171,24 @@ def _handed_folder() -> Path | None:
     return Path(os.environ[RUN_FOLDER]) if _rank() != 0 and RUN_FOLDER in os.environ else None
 
 
-def _new_folder(parent: Path) -> Path:
+def _new_run(parent: Path, make: bool) -> Start:
     if handed := _handed_folder():
-        return handed
+        return Start(handed, None)
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    taken = sum(path.name.startswith(stamp) for path in parent.glob("*"))
-    return parent / (f"{stamp}_{taken}" if taken else stamp)
+    for number in itertools.count():
+        folder = parent / (f"{stamp}_{number}" if number else stamp)
+        if not make or _rank():
+            if not folder.exists():
+                return Start(folder, None)
+            continue
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue  # another run of this second has it
+        except OSError:
+            return Start(folder, None)  # `check_start` says what is wrong with it
+        return Start(folder, None, made=True)
+    raise AssertionError
 
 
 def _newest_run(parent: Path) -> Path | None:

@@ -11,7 +11,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from detection.batch import Batch, Target
+from detection.batch import Batch, Target, pad_objects
+from detection.boxes import resize_boxes
+from detection.data.spectral import RGB, PixelFormat
 from detection.evaluation.results import encode_masks
 from detection.models.transform import check_images, check_targets
 from detection.models.two_stage import FasterRCNN
@@ -25,11 +27,12 @@ def as_batch(given: Any, detector: FasterRCNN, image_ids: Sequence[int], trains:
     Args:
         given: a `Batch`, which is returned; or a pair of `(3, h, w)` images, float in [0, 1] or uint8, and of targets
             with `boxes` `(N, 4)` xyxy, `labels` `(N,)` from 1 on, and, if they like, `masks` `(N, h, w)`, `iscrowd`
-            `(N,)`, `area` `(N,)` in square pixels (else that of masks or boxes), `image_id` and `file_name`; or the
-            images alone.
+            `(N,)`, `area` `(N,)` in square pixels (else that of masks or boxes), `image_id`, `file_name`, and `checked`
+            `(C,)` bool, the classes that were looked for in the image; or the images alone.
         detector: what is to train or detect.
         image_ids: for images whose target has no `image_id`; one an image, or more.
-        trains: whether the batch is to train: then nothing of a crowd is learned, and evaluation needs nothing.
+        trains: whether the batch is to train: then nothing of a crowd is learned, not even that it is background,
+            and evaluation needs nothing.
 
     Raises:
         ValueError: it is something else, or what `check_images` and `check_targets` refuse.
@@ -37,7 +40,7 @@ def as_batch(given: Any, detector: FasterRCNN, image_ids: Sequence[int], trains:
     if isinstance(given, Batch):
         return given
     images, targets = _images_and_targets(given)
-    check_images(images)
+    check_images(images, detector.transform.channels, detector.transform.image_depth)
     if targets is None:
         return detector.transform(images, None, detector.num_classes)
     check_targets(images, targets, detector.num_classes)
@@ -47,6 +50,7 @@ def as_batch(given: Any, detector: FasterRCNN, image_ids: Sequence[int], trains:
     names = ("boxes", "labels", "masks") if detector.has_masks else ("boxes", "labels")
     learned = [{name: target[name][~_crowd(target)] for name in names} for target in targets]
     batch = detector.transform(images, learned, detector.num_classes)
+    batch = replace(batch, gt_ignored=_ignored(targets, batch), labelled=_labelled(targets, detector.num_classes - 1))
     rows = zip(images, targets, image_ids, strict=False)
     return replace(batch, targets=tuple(_target(*row, with_masks=detector.has_masks and not trains) for row in rows))
 
@@ -64,6 +68,26 @@ def _images_and_targets(given: Any) -> tuple[list[Tensor], list[dict[str, Any]] 
 def _crowd(target: Mapping[str, Any]) -> Tensor:
     labels = target["labels"]
     return torch.as_tensor(target.get("iscrowd", torch.zeros_like(labels)), device=labels.device).bool()
+
+
+def _ignored(targets: Sequence[Mapping[str, Any]], batch: Batch) -> Tensor | None:
+    """The crowds of each image in pixels of the batch, `(B, I, 4)`, or None without any."""
+    crowds = [target["boxes"].float()[_crowd(target)] for target in targets]
+    sizes = zip(crowds, batch.original_sizes, batch.image_sizes, strict=True)
+    moved = [resize_boxes(*row) for row in sizes]
+    return pad_objects(moved, [boxes.new_zeros(len(boxes)) for boxes in moved])[0] if any(map(len, crowds)) else None
+
+
+def _labelled(targets: Sequence[Mapping[str, Any]], num_classes: int) -> Tensor | None:
+    """`(B, C)` bool, see `Batch`, or None where no target says it."""
+    given = [target.get("checked") for target in targets]
+    if all(flags is None for flags in given):
+        return None
+    rows = [torch.ones(num_classes) if flags is None else torch.as_tensor(flags) for flags in given]
+    for i, flags in enumerate(rows):
+        if flags.shape != (num_classes,):
+            raise ValueError(f"image {i}: checked is {tuple(flags.shape)}, not one of each class, ({num_classes},)")
+    return torch.stack([flags.bool() for flags in rows]).to(targets[0]["boxes"].device)
 
 
 def _target(image: Tensor, target: Mapping[str, Any], number: int, with_masks: bool) -> Target:
@@ -84,6 +108,7 @@ def _target(image: Tensor, target: Mapping[str, Any], number: int, with_masks: b
         iscrowd=_crowd(target).cpu(),
         difficult=torch.zeros(len(boxes), dtype=torch.bool),
         masks=encode_masks(masks) if with_masks else None,
+        checked=None if target.get("checked") is None else torch.as_tensor(target["checked"]).bool().cpu(),
     )
 
 
@@ -107,6 +132,12 @@ def images_per_step(trainer: L.Trainer, images_per_batch: int | None) -> int:
             "is scaled: give DetectionModule(images_per_batch=...), those on each device"
         )
     return int(images_per_batch * trainer.world_size * trainer.accumulate_grad_batches)
+
+
+def image_format(trainer: L.Trainer) -> PixelFormat:
+    """Channels and depth of the files in `image_folder`."""
+    form = getattr(getattr(trainer.val_dataloaders, "dataset", None), "form", None)
+    return form if isinstance(form, PixelFormat) else RGB
 
 
 def image_folder(trainer: L.Trainer) -> Path | None:

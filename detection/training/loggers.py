@@ -133,7 +133,8 @@ class Tracker(WandbLogger):
 
     Whatever W&B does, training goes on: without a key or a server the run is recorded in the folder, to be sent later;
     and after an error in the middle of a run nothing more is sent. Each is one line in the log. A row's step is the
-    optimiser step, so that steps which a resumed run repeats replace nothing and leave no gap.
+    optimiser step, so that steps which a resumed run repeats replace nothing and leave no gap. `WANDB_PROJECT`,
+    `WANDB_NAME` and `WANDB_RUN_ID` count where they are set.
 
     Args:
         mode: `online`, `offline`, or `auto`: online when a key is known, else offline.
@@ -158,8 +159,8 @@ class Tracker(WandbLogger):
         options: dict[str, Any] = {} if config is None else {"config": dict(config)}
         super().__init__(
             project=os.environ.get("WANDB_PROJECT", "detection"),
-            name=f"{folder.parent.name}/{folder.name}",
-            id=run_id(folder),
+            name=os.environ.get("WANDB_NAME") or f"{folder.parent.name}/{folder.name}",
+            id=os.environ.get("WANDB_RUN_ID") or run_id(folder),
             save_dir=str(folder),
             offline=mode == "offline" or not known,
             **options,

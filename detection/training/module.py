@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import lightning as L
@@ -15,15 +17,21 @@ from torch.optim import SGD
 from torchmetrics import Metric
 
 from detection.batch import Batch, check_batch
+from detection.data.spectral import PixelFormat
+from detection.drift import present_recipe
 from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.results import encode_masks
+from detection.interop.files import take_sizes
 from detection.models.fast import REPEATABLE, accelerate, exchange
 from detection.models.masks import paste_masks
+from detection.models.transform import ImageTransform
 from detection.models.two_stage import FasterRCNN
-from detection.recipes import describe, rebuild, trusting
+from detection.recipes import RecipeError, describe, rebuild, trusting
+from detection.training.changes import check_changes, check_groups, take_rates, total_steps
 from detection.training.checkpoints import announce_parts
 from detection.training.freezing import Freeze, Freezing, share_anew
 from detection.training.loaders import as_batch, images_per_step
+from detection.training.monitors import check_monitors, known_figures
 from detection.training.optimisation import (
     CosineSchedule,
     OptimizerFactory,
@@ -33,9 +41,11 @@ from detection.training.optimisation import (
     check_prefixes,
     layer_scales,
     parameter_groups,
+    settings_of,
     translated,
 )
 from detection.training.own_metrics import OwnMetrics
+from detection.training.precision import choose_precision
 from detection.weights import NO_RECIPE, CheckpointError, check_sums, readable
 
 log = logging.getLogger(__name__)
@@ -102,6 +112,13 @@ class DetectionModule(L.LightningModule):
         super().__init__()
         if detector is None:
             raise CheckpointError(WITHOUT_RECIPE)
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"model.{name} is {value}: give a number from 0 on")
+        if layer_decay is not None and not 0 < layer_decay <= 1:
+            raise ValueError(f"model.layer_decay is {layer_decay}: it must be above 0 and at most 1")
+        if detections_per_img < 1:
+            raise ValueError(f"model.detections_per_img is {detections_per_img}: give at least 1")
         # From a checkpoint, which keeps plain values only, come recipes.
         detector, optimizer, schedule, metrics = (rebuild(part) for part in (detector, optimizer, schedule, metrics))
         if detector.num_classes != len(class_names) + 1:
@@ -126,6 +143,8 @@ class DetectionModule(L.LightningModule):
             checkpoint_activations(detector)
         self.step_losses: dict[str, Tensor] = {}  # of the newest training step, for those who look for what went wrong
         self._images_seen = 0  # in evaluation, of those that bring no id of their own
+        self._resumed: dict[str, Any] | None = None  # the checkpoint, until its run goes on
+        self._given: list[dict[str, Any]] = []  # of each group of the optimiser, what it was built with
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -158,10 +177,21 @@ class DetectionModule(L.LightningModule):
         return self.detector(images)  # type: ignore[return-value]
 
     def setup(self, stage: str) -> None:
-        """Refuse to learn masks from data that is read without them; compile what is to be trained."""
-        settings = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+        """Refuse data without the masks, or with other channels than the detector learns; compile what is trained."""
+        data = getattr(self.trainer, "datamodule", None)
+        settings, self.metric.frequencies = getattr(data, "hparams", {}), getattr(data, "frequencies", None)
+        choose_precision(self.trainer)
+        if stage == "fit":
+            self._describe_detector(settings)
+            check_monitors(self.trainer, known_figures(self.class_names, self.metric.iou_type, self.detector.has_masks))
         if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
+        wanted, given = PixelFormat.of(self.detector), getattr(self.trainer.datamodule, "form", None)  # type: ignore[attr-defined]
+        if given is not None and given != wanted:
+            raise ValueError(
+                f"the detector takes images with {wanted}, but the data has {given}: build it with in_channels, "
+                "image_depth, image_mean and image_std of the data"
+            )
         for part in list(self.detector.modules()):  # itself, or one inside it, as in test-time augmentation
             if self.fast and isinstance(part, FasterRCNN):
                 accelerate(part, self.trainer.strategy.root_device)
@@ -169,6 +199,22 @@ class DetectionModule(L.LightningModule):
             exchange(self.detector, REPEATABLE)  # also in place of plain parts, which torchvision refuses to run
         if self.compiled and stage == "fit":
             compile_parts(self.detector)
+
+    def _describe_detector(self, data: Mapping[str, Any]) -> None:
+        """Let checkpoints have the detector as it is: with its data's sizes, and with changes since it was built."""
+        transform = getattr(self.detector, "transform", None)
+        if isinstance(transform, ImageTransform) and {"min_size", "max_size"} <= data.keys():
+            before = f"{transform.min_size} and {transform.max_size}"
+            if take_sizes(self.detector, data["min_size"], data["max_size"]):
+                now = f"{transform.min_size} and {transform.max_size}"
+                log.warning("images are resized as the data says, to %s; the detector had %s", now, before)
+        if isinstance(self.detector, FasterRCNN):
+            try:
+                recipe = present_recipe(self.detector)
+            except RecipeError as error:
+                log.warning("the checkpoints of this run can't be opened by themselves: %s", error)
+                recipe = None
+            self.hparams["detector"] = recipe
 
     def train(self, mode: bool = True) -> Self:
         """As of any module, but frozen parts keep their statistics."""
@@ -185,8 +231,26 @@ class DetectionModule(L.LightningModule):
             data = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
             announce_parts(self.detector, settings | {f"data.{name}": value for name, value in data.items()})
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Of a run that goes on: refuse settings that it can't take, say the others; see `detection.training.changes`.
+
+        Raises:
+            SettingsError: with the way to start afresh.
+        """
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        data = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
+        check_changes(checkpoint, self.hparams, data, self, self._run_name())
+        self._resumed = checkpoint
+
+    def _run_name(self) -> str:
+        return str(Path(self.trainer.ckpt_path or "").parent)
+
     def on_train_start(self) -> None:
         self._freeze()  # in a resumed epoch, which has begun already
+        if self._resumed is not None:
+            take_rates(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler, self._given)
+            self._resumed = None
 
     def on_train_epoch_start(self) -> None:
         self._freeze()
@@ -274,12 +338,19 @@ class DetectionModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """The optimiser with scaled learning rates and, each step, the schedule."""
-        steps, images = self.trainer.estimated_stepping_batches, images_per_step(self.trainer, self.images_per_batch)
+        images = images_per_step(self.trainer, self.images_per_batch)
+        steps = total_steps(self.trainer, self._resumed)
         lr = self.lr * images / REFERENCE_BATCH
         log.info("learning rate %g: %g for 16 images, scaled to %d a step; %g steps", lr, self.lr, images, steps)
         shares = self.lr_mult, self.layer_decay
         groups = parameter_groups(self.detector, lr, self.weight_decay, *shares, self.freezing.trainable)
-        optimizer = build_optimizer(self.optimizer, groups, lr, self.weight_decay)
+        # A fused optimiser takes the scale off float16 gradients itself, so late that they can't be clipped before.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        fused = not (scaled and self.trainer.gradient_clip_val)
+        optimizer = build_optimizer(self.optimizer, groups, lr, self.weight_decay, fused)
+        if self._resumed is not None:
+            check_groups(self._resumed, optimizer, self._run_name())
+        self._given = settings_of(optimizer, self.optimizer)
         scheduler = build_scheduler(self.schedule, optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -178,8 +178,10 @@ def layer_scales(detector: nn.Module, layer_decay: float) -> dict[str, tuple[str
     }
 
 
-def build_optimizer(factory: OptimizerFactory, groups: Sequence[Group], lr: float, weight_decay: float) -> Optimizer:
-    """The optimiser over the groups, `fused` where it has that and nothing else is said.
+def build_optimizer(
+    factory: OptimizerFactory, groups: Sequence[Group], lr: float, weight_decay: float, fused: bool = True
+) -> Optimizer:
+    """The optimiser over the groups, `fused` where it has that, it is wanted, and nothing else is said.
 
     Raises:
         ValueError: the factory sets what `DetectionModule` sets, or knows no weight decay and is to have some.
@@ -194,9 +196,15 @@ def build_optimizer(factory: OptimizerFactory, groups: Sequence[Group], lr: floa
             )
     options = {"lr": lr} | ({"weight_decay": weight_decay} if takes(factory, "weight_decay") else {})
     chosen = {p.name: p.default for p in signature(factory).parameters.values()}
-    if chosen.get("fused", False) is None and not chosen.get("foreach") and not chosen.get("differentiable"):
+    if fused and chosen.get("fused", False) is None and not chosen.get("foreach") and not chosen.get("differentiable"):
         options["fused"] = True
     return factory(groups, **options)  # type: ignore[arg-type]
+
+
+def settings_of(optimizer: Optimizer, factory: OptimizerFactory) -> list[dict[str, Any]]:
+    """What the settings say of each group: rate, decay and the factory's arguments, but nothing that is state."""
+    names = {"lr", "weight_decay", *getattr(factory, "keywords", {})}
+    return [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
 
 
 def takes(factory: Callable[..., Any], argument: str) -> bool:

@@ -103,6 +103,7 @@ class KeepLast(Checkpoint):
             # Lightning restores a loader only where it makes it after reading the checkpoint. Ours is made before, when
             # the schedule asks for the number of steps (`estimated_stepping_batches`).
             trainer.train_dataloader.load_state_dict(self._restored["loader"])  # type: ignore[union-attr]
+            _share_epoch_anew(trainer, self._restored.get("batches", {}).get("batches"))
             # The counts that `_begin_anew` wrote were for Lightning alone: the next checkpoint has true ones.
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
             states = self._restored["random"]
@@ -193,7 +194,8 @@ class KeepLast(Checkpoint):
             dist.all_gather_object(states, state)
         rows = [logger.rows for logger in trainer.loggers if isinstance(logger, MetricsFile)]
         loader = trainer.train_dataloader.state_dict()
-        checkpoint["resume"] = {"random": states, "loader": loader, "rows": rows}
+        batches = {"batches": trainer.num_training_batches, "accumulated": trainer.accumulate_grad_batches}
+        checkpoint["resume"] = {"random": states, "loader": loader, "rows": rows, "batches": batches}
         if self._validating:
             _begin_anew(checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"])
 
@@ -209,6 +211,21 @@ def _begin_anew(progress: dict[str, Any]) -> None:
     """Let Lightning do a validation from its first image: to it these counts say that the first batch was cut off."""
     for counts in (progress["total"], progress["current"]):
         counts.update(ready=1, started=1, processed=0, completed=0)
+
+
+def _share_epoch_anew(trainer: L.Trainer, batches: float | None) -> None:
+    """Count the place in the epoch in today's batches, where the epoch had others, or Lightning would end it too soon.
+
+    Args:
+        trainer: restored, its loader too.
+        batches: that the epoch had on each device when it was saved; None where that is not known.
+    """
+    place: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    now = trainer.num_training_batches
+    if batches is not None and batches != now:
+        begun: int = trainer.train_dataloader.state_dict()["start_batch"]  # type: ignore[union-attr]
+        done = now if place.completed >= batches else min(begun, now)
+        place.ready = place.started = place.processed = place.completed = done
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

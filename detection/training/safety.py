@@ -140,6 +140,7 @@ class Guard(L.Callback):
 
     def __init__(self, folder: Path, patience: float = 50.0) -> None:
         self.folder, self.patience = folder, patience
+        self.begun = False  # whether a batch has been trained on
         self._done, self._killed = threading.Event(), list[str]()
         self._batch: Batch | None = None
         self._step: _Step | None = None
@@ -160,6 +161,7 @@ class Guard(L.Callback):
         self._batch = batch
 
     def on_train_batch_end(self, *_: Any) -> None:
+        self.begun = True
         self._batch = None  # or its memory could not be used for the next
 
     def on_validation_batch_end(self, *_: Any) -> None:

@@ -26,6 +26,7 @@ from detection.boxes import resize_boxes
 from detection.data import rle
 from detection.data.dataset import DetectionDataset
 from detection.data.images import read_image
+from detection.data.spectral import RGB, PixelFormat, false_colour
 from detection.evaluation.analysis import analyse
 from detection.evaluation.coco_eval import RECALL_THRESHOLDS, evaluate
 from detection.evaluation.mean_ap import mean_valid
@@ -34,7 +35,7 @@ from detection.evaluation.report import draw_plots
 from detection.evaluation.results import ImageResult, spread
 from detection.parts import Hardness, Sampler
 from detection.training.callbacks import Results, is_rehearsal
-from detection.training.loaders import image_folder
+from detection.training.loaders import image_folder, image_format
 from detection.training.loggers import Tracker
 from detection.training.module import DetectionModule
 
@@ -208,11 +209,11 @@ class Tracking(L.Callback):
             return
         figures = draw_plots(results, names, analyse(results, len(names)))
         files = {name: self._save(name, figure) for name, figure in figures.items()}
-        root = image_folder(trainer)
+        root, form = image_folder(trainer), image_format(trainer)
         step = max(0, trainer.global_step - 1)  # that of the figures of the same validation
 
         def send(tracker: Tracker) -> None:
-            tracker.log_metrics(self._media(files, results, names, root), step)
+            tracker.log_metrics(self._media(files, results, names, root, form), step)
 
         for tracker in trackers(trainer):
             tracker.attempt(partial(send, tracker))
@@ -224,7 +225,12 @@ class Tracking(L.Callback):
         return path
 
     def _media(
-        self, files: Mapping[str, Path], results: Sequence[ImageResult], names: Sequence[str], root: Path | None
+        self,
+        files: Mapping[str, Path],
+        results: Sequence[ImageResult],
+        names: Sequence[str],
+        root: Path | None,
+        form: PixelFormat,
     ) -> dict[str, Any]:
         import wandb  # takes a second to import; only where it is in use
 
@@ -238,7 +244,7 @@ class Tracking(L.Callback):
         )
         if root is None:  # loaders that are not DetectionDataModule's don't say where their images lie
             return media
-        shown = [overlays(result, names, root, self.score_thresh) for result in spread(results, self.count)]
+        shown = [overlays(result, names, root, self.score_thresh, form=form) for result in spread(results, self.count)]
         media["val/images"] = [wandb.Image(**image, file_type="jpg") for image in same_size(shown)]
         return media
 
@@ -293,7 +299,12 @@ def class_rows(results: Sequence[ImageResult], names: Sequence[str]) -> list[lis
 
 
 def overlays(
-    result: ImageResult, names: Sequence[str], root: Path, score_thresh: float = 0.0, side: int = 800
+    result: ImageResult,
+    names: Sequence[str],
+    root: Path,
+    score_thresh: float = 0.0,
+    side: int = 800,
+    form: PixelFormat = RGB,
 ) -> dict[str, Any]:
     """What `wandb.Image` takes to show an image with layers `ground_truth` and `predictions` of boxes and masks.
 
@@ -303,12 +314,13 @@ def overlays(
         root: folder that the image's file name is relative to.
         score_thresh: detections below it are left out.
         side: longer side in pixels that larger images are shrunk to; boxes follow.
+        form: channels and depth of its file.
 
     Returns:
         `data_or_path` `(H, W, 3)` uint8, `caption`, `boxes` and, if there are any, `masks`: the class of each pixel,
         the best score on top. More than 255 classes do not fit into W&B's masks.
     """
-    image = read_image(root / result.file_name, result.size)
+    image = false_colour(read_image(root / result.file_name, result.size, form=form))
     scale = min(1.0, side / max(result.size))
     if scale < 1.0:
         small = Image.fromarray(image)

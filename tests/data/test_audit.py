@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -14,6 +13,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import box_iou
 
 from detection import anchors
+from detection.cli import check
 from detection.cli.advice import grid_of
 from detection.data.anchor_fit import Boxes, Grid, best_iou, covers, propose, recall
 from detection.data.audit import Audit, audit, look_across, splits_in, statistics
@@ -174,14 +174,7 @@ def test_refusal_is_broken_and_keeps_what_was_found(shared_data: Path) -> None:
 
 
 def check_data(*arguments: str) -> int:
-    path = Path(__file__).resolve().parents[2] / "scripts" / "check_data.py"
-    spec = importlib.util.spec_from_file_location("check_data", path)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["check_data.py", *arguments])
-        return int(script.main())
+    return check.main(arguments)
 
 
 def test_script_exit_codes_json_and_sheet(

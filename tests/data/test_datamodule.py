@@ -306,20 +306,24 @@ def test_sizes_must_be_positive(option: dict[str, Any]) -> None:
 
 
 def test_state_of_the_loader(cache: Path) -> None:
-    loader = drawn(cache).train_dataloader()
-    assert loader.state_dict() == {"epoch": 0, "start_batch": 0, "world": 1}
+    loader, shared = drawn(cache).train_dataloader(), {"world": 1, "batch_size": 4}
+    assert loader.state_dict() == {"epoch": 0, "start_batch": 0} | shared
     for number, _ in enumerate(loader):
-        expected = {"epoch": 0, "start_batch": number + 1, "world": 1} if number < 4 else {"epoch": 1, "start_batch": 0}
-        assert loader.state_dict() == expected | {"world": 1}
+        expected = {"epoch": 0, "start_batch": number + 1} if number < 4 else {"epoch": 1, "start_batch": 0}
+        assert loader.state_dict() == expected | shared
     loader.batch_sampler.set_epoch(1)
-    assert loader.state_dict() == {"epoch": 1, "start_batch": 0, "world": 1}
+    assert loader.state_dict() == {"epoch": 1, "start_batch": 0} | shared
 
 
-def test_resuming_on_other_processes_says_so(cache: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "start"),
+    [({"world": 2}, 4), ({"world": 2, "batch_size": 4}, 4), ({"world": 1, "batch_size": 2 * 4}, 4)],
+)
+def test_resuming_with_other_batches_says_so(before: dict[str, int], start: int, cache: Path) -> None:
     loader: TrainLoader = drawn(cache).train_dataloader()
-    with pytest.warns(UserWarning, match="shared by 2 processes"):
-        loader.load_state_dict({"epoch": 3, "start_batch": 2, "world": 2})
-    assert loader.state_dict() == {"epoch": 3, "start_batch": 4, "world": 1}
+    with pytest.warns(UserWarning, match="images of that epoch may be seen twice"):
+        loader.load_state_dict({"epoch": 3, "start_batch": 2} | before)
+    assert loader.state_dict() == {"epoch": 3, "start_batch": start, "world": 1, "batch_size": 4}
 
 
 def _rank(rank: int, cache: str, folder: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from detection.data.datamodule import DetectionDataModule
 from detection.data.finding import Layout, find
 from detection.data.images import read_image
 from detection.data.records import DataError, Index
@@ -248,3 +249,29 @@ def test_a_polygon_far_away_is_named_and_not_filled(shared_data: Path) -> None:
     assert index.records[0].segments == [None, None]
     assert any("1 of its polygons lie far outside the image" in defect.problem for defect in index.defects)
     assert_on_pixels(index)
+
+
+REFUSED = {  # what is said before anything trains
+    "eval_refs": "none of its pictures is below",
+    "wild": "holds several data sets",
+    "c_norm": "the boxes look relative to the image",
+    "c_xyxy": "lie inside as corners",
+}
+REAL = ("bccd", "cells", "deepforest", "eval_refs", "icevision", "nuts", "panoptic", "tiny_coco", "voc2012_sample100")
+ALL = (*REAL, "wild", *(f"wild/{name}" for name in (*READ, "c_norm", "c_xyxy", "c_rle", "c_uint64", "y_pose_12_2")))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_root_alone_gives_batches_of_every_set(shared_data: Path, name: str) -> None:
+    """All that is said of the data is its folder; a validation split is there, or made."""
+    data = DetectionDataModule(str(shared_data / name), num_workers=0, batch_size=2)
+    before = set((shared_data / name).rglob("*"))
+    if (problem := REFUSED.get(Path(name).name)) is not None:
+        with pytest.raises(DataError, match=problem):
+            data.setup("fit")
+        return
+    data.prepare_data()
+    data.setup("fit")
+    assert next(iter(data.train_dataloader())).images.shape[:2] == (2, 3)
+    assert len(list(data.val_dataloader())) > 0
+    assert set((shared_data / name).rglob("*")) == before, "it wrote into somebody's data"

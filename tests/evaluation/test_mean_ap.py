@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from torch import distributed as dist
 
 from detection.batch import Target
+from detection.data.coco import read_coco
+from detection.data.dataset import make_target
 from detection.evaluation import mean_ap
 from detection.evaluation.mean_ap import MeanAP
 from tests.evaluation.references import mean_ap as mean_ap_of
@@ -280,3 +284,36 @@ def test_two_processes_equal_one_bit_for_bit(tmp_path):
     assert first[:3] == [alone] * 3
     assert first[3][0]["map"] == -1.0
     assert "is both rank0.jpg and rank1.jpg" in first[4]
+
+
+def test_ignored_objects_are_what_crowds_are_to_pycocotools(pycoco, tmp_path):
+    """`ignore` of a file that is ours to read is `iscrowd` of one that is theirs: they overwrite the former."""
+    rng = np.random.default_rng(3)
+    images = [{"id": i + 1, "file_name": f"{i}.png", "width": 200, "height": 200} for i in range(12)]
+    objects, found = [], []
+    for image in images:
+        cv2.imwrite(str(tmp_path / image["file_name"]), np.zeros((200, 200, 3), np.uint8))
+        for _ in range(5):
+            box = [*rng.integers(0, 100, 2).tolist(), *rng.integers(10, 100, 2).tolist()]
+            entry = {"image_id": image["id"], "category_id": int(rng.integers(1, 3)), "bbox": box}
+            objects.append(entry | {"id": len(objects) + 1, "area": box[2] * box[3], "iscrowd": 0})
+            objects[-1]["ignore"] = int(rng.random() < 0.3)
+            moved = np.maximum(np.add(box, rng.integers(-9, 10, 4)), 1).tolist()
+            for score in (0.0, 0.5):  # of two on an object the second is a mistake, but not on a region
+                found.append(entry | {"bbox": moved, "score": score + int(rng.integers(1, 50)) / 100})
+    content = {"images": images, "annotations": objects, "categories": [{"id": k, "name": str(k)} for k in (1, 2)]}
+    (tmp_path / "gt.json").write_text(json.dumps(content))
+    index = read_coco(tmp_path, "gt.json")
+    assert not index.defects and 0.1 < np.mean(np.concatenate([r.iscrowd for r in index.records])) < 0.5
+    metric = MeanAP(index.classes)
+    for record in index.records:
+        mine = [e for e in found if e["image_id"] == record.image_id]
+        boxes = [[x, y, x + w, y + h] for x, y, w, h in (e["bbox"] for e in mine)]
+        shown = detection(boxes, [e["category_id"] for e in mine], [e["score"] for e in mine])
+        metric.update([shown], [make_target(record)])
+    figures = metric.compute()
+    as_they_read_it = pycoco(copy.deepcopy(content), copy.deepcopy(found))["figures"]
+    for item in content["annotations"]:
+        item["iscrowd"] = item["ignore"]
+    assert figures == pytest.approx(pycoco(content, found)["figures"], abs=1e-12)
+    assert abs(as_they_read_it["map"] - figures["map"]) > 0.01  # or it would not show

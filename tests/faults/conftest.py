@@ -25,6 +25,7 @@ from detection.cli.fit import FitCLI, main
 from detection.data import scenes
 
 SMALL = [
+    *("--config", "quickstart"),
     *("--data.num_workers", "0"),
     *("--data.min_size", "64"),
     *("--data.batch_size", "2"),

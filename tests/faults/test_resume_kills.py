@@ -31,7 +31,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def begin(data: Path, output: Path, *flags: str, env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Start a run in a session of its own, so that a signal to its group reaches nobody else."""
     fixed = ["--output", str(output), "--data.num_workers", "1", "--wandb", "off", "--save_every", "0"]
-    command = [sys.executable, str(ROOT / "scripts" / "fit.py"), *TINY, *scene_flags(data), *fixed, *flags]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "fit.py"),
+        "--config",
+        "quickstart",
+        *TINY,
+        *scene_flags(data),
+        *fixed,
+        *flags,
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (env or {})
     output.mkdir(exist_ok=True)
     with (output / "log.txt").open("ab") as log:

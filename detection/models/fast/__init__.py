@@ -109,7 +109,7 @@ def _as(part: Any, kind: Any) -> Any:
 def _fold(detector: TwoStageDetector) -> None:
     """Fold frozen normalisation in the backbone and in box heads, such as the fourth stage of a ResNet."""
     parameter = next(detector.parameters(), torch.empty(()))
-    image = parameter.new_zeros((1, 3, 64, 64))
+    image = parameter.new_zeros((1, detector.transform.channels, 64, 64))
     fold_frozen_norms(detector.backbone, image)
     with trial(detector.backbone):
         maps = tuple(detector.backbone(image).values())

@@ -1,0 +1,69 @@
+"""The command `convert`: checkpoints of torchvision, Detectron2 and MMDetection come here, or ours go there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from detection.cli.flags import chosen, run_command
+from detection.interop import export_detector, fetch_weights, import_detector, save_detector
+from detection.interop.files import Library, StyleName
+
+
+def bring(
+    source: Path,
+    output: Path,
+    style: StyleName | None = None,
+    contiguous: bool = False,
+    without_epsilon: bool | None = None,
+    trust: list[str] = [],  # noqa: B006
+) -> None:
+    """Write a checkpoint as .safetensors that says how to build its detector: no settings are needed later.
+
+    Args:
+        source: .pth, .pkl (read without running anything in it), .safetensors, or the .ckpt of a run or its folder.
+        output: .safetensors file to write.
+        style: of a ResNet: caffe (stride in the 1x1 convolution, BGR from 0 to 255) or pytorch. By default what the
+            file says, else caffe for Detectron2 and pytorch for MMDetection.
+        contiguous: give the 91 classes of torchvision's COCO detectors the labels 1 to 80.
+        without_epsilon: frozen normalisation was trained with epsilon 0; by default for torchvision's own such files.
+        trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
+    """
+    model, saved = import_detector(chosen(source), style, contiguous, without_epsilon, trust)
+    save_detector(output, model, saved.class_names, saved.category_ids)
+    print(f"{output}: {model.num_classes - 1} classes, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def take(
+    source: Path,
+    output: Path,
+    to: Library,
+    category_ids: bool = False,
+    without_epsilon: bool = False,
+    trust: list[str] = [],  # noqa: B006
+) -> None:
+    """Write one of our detectors for another library.
+
+    Args:
+        source: .safetensors from `bring`, or the .ckpt of a run or its folder.
+        output: .pth or .safetensors; .pkl too for Detectron2.
+        to: torchvision or detectron2.
+        category_ids: give COCO's 80 classes the 91 labels that torchvision has for them.
+        without_epsilon: for torchvision's frozen normalisation with epsilon 0.
+        trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
+    """
+    print(f"{output} is written. {export_detector(chosen(source), output, to, category_ids, without_epsilon, trust)}")
+
+
+def download(weights: str) -> None:
+    """Fetch weights of torchvision into its cache.
+
+    Args:
+        weights: their name, e.g. FasterRCNN_ResNet50_FPN_Weights.COCO_V1.
+    """
+    print(fetch_weights(weights))
+
+
+def main(args: Sequence[str]) -> str | None:
+    """Run the command with its flags; returns the sentence on what went wrong, if anything did."""
+    return run_command("convert", {"import": bring, "export": take, "download": download}, args)

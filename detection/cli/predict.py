@@ -1,0 +1,84 @@
+"""The command `predict`: detections in images, videos or a camera's pictures, as files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detection.cli.flags import check_ranges, chosen, run_command
+from detection.data.records import DataError
+from detection.inference import Detector, Tiles, predict
+from detection.inference.detector import Precision
+from detection.inference.sources import Listed, open_source
+from detection.visualize import Names
+
+
+def predict_in(
+    ckpt: Path,
+    source: str,
+    output: Path = Path("predictions"),
+    score_thresh: float | None = None,
+    classes: list[str] | None = None,
+    batch_size: int = 8,
+    tile: int | None = None,
+    overlap: float = 0.2,
+    limit: int | None = None,
+    pictures: bool = True,
+    labels: Names = "auto",
+    line_width: int | None = None,
+    annotations: Path | None = None,
+    device: str = "auto",
+    precision: Precision = "32",
+    trust: list[str] = [],  # noqa: B006
+) -> None:
+    """Write annotated images or a video, predictions.json (COCO) and predictions.csv.
+
+    Args:
+        ckpt: run's folder, its checkpoint, or .safetensors of scripts/convert.py.
+        source: image, folder, pattern such as 'photos/*.jpg' (quoted), video, URL of a stream, or number of a camera.
+        output: folder to write to.
+        score_thresh: detections below it are left out; 0.5, or 0 with `annotations`, by default.
+        classes: those wanted, e.g. '[car, person]'; all by default.
+        batch_size: images, or tiles, a batch.
+        tile: side in pixels of tiles to look at one by one, for large images.
+        overlap: of neighbouring tiles, as a share of their side.
+        limit: stop after so many images or frames.
+        pictures: false leaves the annotated images or video out.
+        labels: auto shrinks names, or leaves them out, where they would cover over a tenth of a picture; all; none.
+        line_width: of the boxes in pixels; a 300th of the picture's longer side by default.
+        annotations: COCO file, e.g. image_info_test-dev2017.json, whose images in the folder `source` are looked at;
+            detections_bbox.json then has the ids of that file.
+        device: auto, cpu, cuda, cuda:1, mps.
+        precision: of the network: 32, bf16 or 16.
+        trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
+    """
+    check_ranges(
+        score_thresh=(score_thresh, 0, 1), batch_size=(batch_size, 1), limit=(limit, 1), line_width=(line_width, 1)
+    )
+    ckpt = chosen(ckpt)
+    detector = Detector.from_checkpoint(ckpt, device, precision, trust)
+    tiles = Tiles(tile, overlap) if tile is not None else None
+    detector_of, form = detector.class_names, detector.form
+    if unknown := [name for name in classes or () if name not in detector_of]:
+        raise DataError(f"{ckpt}: there is no class '{unknown[0]}'; there are: {', '.join(detector_of)}")
+    listed = Listed(annotations, Path(source).expanduser(), form) if annotations is not None else None
+    found_in = listed or open_source(source, form)
+    lowest = score_thresh if score_thresh is not None else 0.5 if annotations is None else 0.0
+    drawn: dict[str, Any] = {"pictures": pictures, "labels": labels, "line_width": line_width}
+    done = predict(detector, found_in, output, lowest, classes, batch_size, tiles, limit, **drawn)
+    print(f"{done.images} images, {sum(done.counts.values())} objects: {done.counts}; results in {output}")
+    if done.left_out:
+        print(f"in no JSON, as {annotations} lacks the class: {done.left_out}", file=sys.stderr)
+    if done.notes:
+        print(*done.notes, sep="\n", file=sys.stderr)
+    if done.problems:
+        print(f"{len(done.problems)} not read:", *done.problems, sep="\n  ", file=sys.stderr)
+    if not done.images:
+        raise DataError(f"{source}: nothing in it could be read")
+
+
+def main(args: Sequence[str]) -> str | None:
+    """Run the command with its flags; returns the sentence on what went wrong, if anything did."""
+    return run_command("predict", predict_in, args, ValueError)
