@@ -393,11 +393,12 @@ def test_stream_says_that_it_ended_and_keeps_its_password(server, tmp_path):
     source = open_source(f"http://me:secret@{server}/live?token=secret")
     done = predict(Blobs(), source, tmp_path / "out")
     assert done.counts == {"red": 6} and not done.problems
-    assert done.notes == ["live: the stream ended or broke off after 6 frames"]
+    said = [note for note in done.notes if "MPEG-4" not in note]  # this OpenCV may have no H.264
+    assert said == ["live: the stream ended or broke off after 6 frames"]
     written = "".join(path.read_text() for path in (tmp_path / "out").glob("predictions.*"))
     assert "live#5" in written and "secret" not in written
     limited = predict(Blobs(), open_source(f"http://{server}/live"), tmp_path / "two", limit=2)
-    assert limited.images == 2 and not limited.notes
+    assert limited.images == 2 and all("MPEG-4" in note for note in limited.notes)
     with pytest.raises(DataError, match=r"^http://127.0.0.1/none: there is no film or stream; OpenCV") as caught:
         open_source(f"http://me:secret@{server}/none?token=secret")
     assert "secret" not in str(caught.value)
