@@ -42,10 +42,12 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def state(path: Path) -> dict[str, Any]:
-    """All of a checkpoint that decides how training goes on, loaded as anybody would."""
+    """All of a checkpoint that decides how training goes on, loaded as anybody would; of `best.ckpt` the weights."""
     content = torch.load(path, weights_only=True)
     wanted = ("epoch", "global_step", "state_dict", "current_model_state", "averaging_state", "optimizer_states")
-    return {name: content.get(name) for name in (*wanted, "lr_schedulers")} | {"random": content["resume"]["random"]}
+    return {name: content.get(name) for name in (*wanted, "lr_schedulers")} | {
+        "random": content.get("resume", {}).get("random")
+    }
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:

@@ -1,20 +1,35 @@
-"""Throughput counts training time only; no figure is waited for; the table shows what was logged."""
+"""Throughput counts training time only; no figure is waited for; bar and table show what was logged, in order."""
 
 from __future__ import annotations
 
+import io
 import logging
+import re
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
+import rich
 import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
 
 from detection.batch import Batch
-from detection.training.callbacks import Bar, Results, Throughput, result_table
+from detection.evaluation.results import ImageResult
+from detection.training.callbacks import (
+    LEGEND,
+    Bar,
+    Results,
+    Throughput,
+    above,
+    judged_colours,
+    result_table,
+    time_left,
+)
 from detection.training.module import DetectionModule
 from tests.test_distributed import make_batch, make_module
 
@@ -75,7 +90,13 @@ def test_no_step_waits_for_a_figure_that_is_logged(monkeypatch: pytest.MonkeyPat
             shown.append((dict(trainer.progress_bar_metrics), dict(trainer.callback_metrics)))
 
         def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-            shown.append(Bar().get_metrics(trainer, module))
+            shown.append(
+                {
+                    name: float(trainer.callback_metrics[name])
+                    for name in Bar.FIGURES
+                    if name in trainer.callback_metrics
+                }
+            )
 
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     quiet |= {"enable_checkpointing": False, "devices": 1, "use_distributed_sampler": False}
@@ -86,7 +107,7 @@ def test_no_step_waits_for_a_figure_that_is_logged(monkeypatch: pytest.MonkeyPat
     (_, (bar, figures), last) = shown
     assert bar == {} and {"train/loss", "images/s", "lr", "memory/process_gib"} <= figures.keys()
     assert {value.device.type for value in figures.values()} == {"cpu"}
-    assert last["loss"] > 0 and last["images/s"] > 0
+    assert last["train/loss"] > 0 and last["images/s"] > 0
 
 
 def test_best_epoch_is_kept_and_survives_a_checkpoint() -> None:
@@ -121,3 +142,86 @@ def test_table_has_a_row_for_each_class_and_figure() -> None:
     rows = [line.strip("│ ").split("│") for line in text.splitlines() if line.startswith("│")]
     found = {row[0].strip(): row[1].strip() for row in rows}
     assert found == {"cat": "0.250", "dog": "0.750", "AP": "0.500", "AP50": "0.875"}
+
+
+class Steps(L.LightningModule):
+    """Trains nothing, but logs what the bar and the table show."""
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log("train/loss", 1.25, prog_bar=True)
+        self.log("images/s", 123.4, prog_bar=True)
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log_dict({"val/map": 0.5, "val/ap/cat": 0.25, "val/ap/dog": 0.75})
+        self.log("val_map", 0.5, prog_bar=True, logger=False)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+
+
+@pytest.fixture
+def written() -> Iterator[io.StringIO]:
+    """What goes to rich's console, as if it were a terminal."""
+    yield io.StringIO()
+    rich.reconfigure()
+
+
+def screen(text: str, width: int) -> list[str]:
+    """The lines of a terminal of that width, as far as rich moves its cursor: up, to the left, and erasing."""
+    lines, row, column = [""], 0, 0
+    for code, letter in re.findall(r"\x1b\[([?\d;]*[A-Za-z])|(.)", text, re.DOTALL):
+        if code.endswith("A"):
+            row -= int(code[:-1] or 1)
+        elif code == "2K":
+            lines[row] = ""
+        elif letter == "\r":
+            column = 0
+        elif letter:
+            if letter == "\n" or column == width:
+                row, column = row + 1, 0
+                lines += [""] * (row == len(lines))
+            if letter != "\n":
+                lines[row] = lines[row][:column].ljust(column) + letter + lines[row][column + 1 :]
+                column += 1
+    return [line.rstrip() for line in lines]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 160])
+def test_bar_is_one_line_and_leaves_the_table_whole(
+    width: int, written: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10.25 * 2**30)
+    bar = Bar()
+    bar._console_kwargs = {"file": written, "width": width, "force_terminal": True, "legacy_windows": False}
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "num_sanity_val_steps": 1}
+    run = L.Trainer(max_epochs=3, accelerator="cpu", callbacks=[bar, Results()], **quiet)  # type: ignore[arg-type]
+    run.fit(Steps(), DataLoader(torch.zeros(4)), DataLoader(torch.zeros(2)))  # type: ignore[arg-type]
+    lines = [line for line in screen(written.getvalue(), width) if line]
+    assert lines[0].startswith("epoch 3/3") and "4/4" in lines[0] and "0:00:00 left loss 1.250" in lines[0]
+    assert lines[0].endswith("loss 1.250 mAP 0.500 123 img/s 10.2 GiB" if width > 60 else "loss 1.250 mAP 0.500")
+    rows = [re.split(r"\s*│\s*", line.strip("│ ")) for line in lines if line.startswith("│")]
+    assert rows == [["cat", "0.250"], ["dog", "0.750"], ["AP", "0.500"]] and lines[-1].startswith("└")
+    assert not any("epoch" in line for line in lines[1:])
+
+
+def test_time_left_is_that_of_the_whole_run() -> None:
+    run = trainer(global_step=30, estimated_stepping_batches=3630)
+    assert time_left(run, first_step=20, seconds=10.0) == "1:00:00 left"
+    assert time_left(run, first_step=30, seconds=1.0) == ""  # nothing to judge by
+    run.estimated_stepping_batches = float("inf")
+    assert time_left(run, first_step=20, seconds=10.0) == ""
+
+
+def test_pictures_colour_what_is_right_wrong_and_missed() -> None:
+    """A right one, one below the threshold whose object is missed then, one where nothing is, one on a crowd."""
+    boxes = np.array([[10, 10, 30, 30], [50, 50, 70, 70], [80, 0, 99, 20], [0, 60, 20, 90]], np.float32)
+    scores = np.array([0.9, 0.3, 0.8, 0.7], np.float32)
+    gt = np.array([[0, 60, 40, 99], [10, 10, 30, 30], [50, 50, 70, 70]], np.float32)
+    crowd = np.array([True, False, False])
+    result = ImageResult(1, "a.jpg", (100, 100), boxes, np.ones(4, int), scores, None, gt, np.ones(3, int),
+                         np.full(3, 400, np.float32), crowd, np.zeros(3, bool), None)  # fmt: skip
+    objects, found = judged_colours(above(result, 0.5), num_classes=2)
+    grey, right, wrong, missed = (LEGEND[name] for name in ("crowd, not judged", "right, found", "wrong", "missed"))
+    assert objects == [grey, right, missed] and found == [right, wrong, grey]
+    assert judged_colours(result, num_classes=2)[0] == [grey, right, right]

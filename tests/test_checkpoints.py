@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from detection.training.checkpoints import RUN_FOLDER, KeepBest, Start, WholeFiles, progress, start
+from detection.training.checkpoints import OF_TRAINING, RUN_FOLDER, KeepBest, Start, WholeFiles, progress, start
 
 TRAINING = {"loops": {}, "optimizer_states": [], "state_dict": {"weight": torch.arange(5000.0)}}
 
@@ -79,8 +79,22 @@ def test_checkpoint_or_folder_is_taken_and_named(tmp_path: Path, caplog: pytest.
     path = save(tmp_path / "x" / "last.ckpt", 25)
     assert start(str(path), tmp_path) == start(str(path.parent), tmp_path) == Start(path.parent, path)
     assert f"going on from {path}: epoch 3, step 25" in caplog.text
-    save(path.with_name("best.ckpt"), 20)
-    assert start(str(path.with_name("best.ckpt")), tmp_path).checkpoint == path.with_name("best.ckpt")
+    other = save(path.with_name("epoch_2.ckpt"), 20)
+    assert start(str(other), tmp_path).checkpoint == other
+
+
+def test_best_is_for_use_and_last_to_go_on_from(tmp_path: Path) -> None:
+    """Weights, recipe and counters of both are the same; the state of the optimiser is in the last alone."""
+    last, best = save(tmp_path / "last.ckpt", 20), save(tmp_path / "best.ckpt", 20)
+    kept = torch.load(best, weights_only=True)
+    missing = set(torch.load(last, weights_only=True)) - set(kept)
+    assert "optimizer_states" in missing and missing <= set(OF_TRAINING) and kept["global_step"] == 20
+    with pytest.raises(ValueError, match=rf"best.ckpt holds weights, but not the optimiser's state .*: {last} does$"):
+        start(str(best), tmp_path)
+    last.unlink()
+    for named in (best, tmp_path):
+        with pytest.raises(ValueError, match=r"last.ckpt of its run does, and --weights begins another run with them"):
+            start(str(named), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere/last.ckpt", "empty"])
@@ -151,7 +165,7 @@ def test_nothing_but_plain_values_is_read(tmp_path: Path) -> None:
         WholeFiles().load_checkpoint(tmp_path / "last.ckpt", weights_only=False)
     assert not (tmp_path / "mark").exists()
     torch.save({"state_dict": {}}, tmp_path / "weights.ckpt")
-    with pytest.raises(ValueError, match="no training to go on with"):
+    with pytest.raises(ValueError, match=r"not the optimiser.s state to go on with"):
         progress(tmp_path / "weights.ckpt")
 
 

@@ -107,6 +107,12 @@ SMALL = [
 ]
 
 
+SHOWN = [
+    *("--wandb_project", "birds", "--wandb_entity", "team", "--wandb_group", "ablation"),
+    *("--wandb_tags", "[baseline, night]", "--wandb_notes", "none", "--wandb_name", "first try"),
+]
+
+
 @pytest.mark.slow
 def test_a_run_is_recorded_whole_and_goes_on_as_the_same_run(tmp_path: Path) -> None:
     data = scenes.draw(tmp_path / "scenes", train=8, val=3)
@@ -123,12 +129,12 @@ def test_a_run_is_recorded_whole_and_goes_on_as_the_same_run(tmp_path: Path) -> 
     ]
     for split, (file, images) in scenes.SPLITS.items():
         flags += [f"--data.{split}_split", file, f"--data.{split}_images", images]
-    assert main([*flags, "--trainer.max_epochs", "1", "--log_model", "true"]) == 0
+    assert main([*flags, "--trainer.max_epochs", "1", "--log_model", "true", *SHOWN]) == 0
     (folder,) = (tmp_path / "runs" / "quickstart").iterdir()
     (first,) = folder.glob("wandb/offline-run-*/*.wandb")
     check_figures(folder)
     check_media(folder, data)
-    check_checkpoint_and_configuration(folder, list(records(first)))
+    check_checkpoint_and_configuration(folder, data, list(records(first)))
     assert main(["--resume", str(folder), "--trainer.max_epochs", "2"]) == 0
     runs = [
         record.run.run_id
@@ -167,6 +173,7 @@ def check_media(folder: Path, data: Path) -> None:
     assert {line[0]: line[1] for line in table["data"] if line[1] is not None} == pytest.approx(
         {key.removeprefix("val/ap/"): value for key, value in row.items() if key.startswith("val/ap/")}
     )
+    assert "curves/precision_recall_table" in row, sorted(row)
     for name in ("precision_recall", "confusion"):
         assert media(folder, row[f"plots/{name}"]).stat().st_size > 1000
     truth = COCO(data / scenes.SPLITS["val"][0])
@@ -187,7 +194,7 @@ def check_media(folder: Path, data: Path) -> None:
             assert box["scores"]["score"] >= 0.05 and box["box_caption"].endswith(f"{box['scores']['score']:.2f}")
 
 
-def check_checkpoint_and_configuration(folder: Path, kept: list[Record]) -> None:
+def check_checkpoint_and_configuration(folder: Path, data: Path, kept: list[Record]) -> None:
     (artifact,) = [r.artifact for r in kept if r.HasField("artifact") and r.artifact.type == "model"]
     assert set(artifact.aliases) == {"best", "latest"}
     (entry,) = artifact.manifest.contents
@@ -196,6 +203,18 @@ def check_checkpoint_and_configuration(folder: Path, kept: list[Record]) -> None
     (run,) = [record.run for record in kept if record.HasField("run")]
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert (config["data"]["batch_size"], config["model"]["optimizer"]["class_path"]) == (4, "torch.optim.AdamW")
+    assert (run.project, run.entity, run.run_group, run.display_name) == ("birds", "team", "ablation", "first try")
+    assert (list(run.tags), run.notes) == (["baseline", "night"], "none")
+    facts = {r.artifact.type: r.artifact for r in kept if r.HasField("artifact")}
+    assert [entry.path for entry in facts["config"].manifest.contents] == ["config.yaml"]
+    counts = json.loads(facts["dataset"].metadata)
+    assert (counts["train"]["images"], counts["val"]["images"]) == (8, 3)
+    truth = json.loads((data / scenes.SPLITS["val"][0]).read_text())
+    assert counts["val"]["objects"] == sum(counts["val"]["per_class"].values()) == len(truth["annotations"])
+    summary = {
+        item.key: json.loads(item.value_json) for r in kept if r.HasField("summary") for item in r.summary.update
+    }
+    assert summary["best/map"] == pytest.approx(history(folder)[-1]["val/map"]) and summary["best/step"] == 2
     (end,) = [record.exit for record in kept if record.HasField("exit")]
     assert end.exit_code == 0
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from detection.visualize import Tags, class_colour, draw_objects, side_by_side, text_size
+from detection.visualize import COVERED, Tags, class_colour, draw_objects, side_by_side, text_size
 
 NAMES = ["cat", "a name that is rather long"]
 
@@ -91,3 +91,40 @@ def test_sheet_holds_every_picture() -> None:
     sheet = np.asarray(side_by_side(pairs, ("left", "right")))
     assert (sheet == (255, 0, 0)).all(axis=2).sum() == 40 * (30 + 31 + 32)
     assert (sheet == (0, 0, 255)).all(axis=2).sum() == 3 * 40 * 30
+
+
+def test_names_leave_a_crowded_picture_to_be_seen() -> None:
+    """150 objects: names would cover most of it. What they cover is what differs from the picture without them."""
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 420, (150, 2))
+    boxes, labels = np.concatenate([corners, corners + 30], axis=1), rng.integers(1, 3, 150)
+    image, scores = np.full((480, 480, 3), 90, np.uint8), rng.permutation(150) / 150
+
+    def covered(count: int, names: str) -> tuple[float, np.ndarray]:
+        order = np.argsort(-scores)[:count]
+        objects = (boxes[order], labels[order], NAMES, scores[order])
+        plain, named = (np.asarray(draw_objects(image, *objects, names=n)) for n in ("none", names))  # type: ignore[arg-type]
+        changed = (plain != named).any(axis=2)
+        return float(changed.mean()), changed
+
+    share, where = covered(150, "auto")
+    assert COVERED / 2 < share <= COVERED < 0.4 < covered(150, "all")[0]
+    first = boxes[np.argmax(scores)].astype(int)  # the best has its name in any case
+    assert where[max(first[1] - 20, 0) : first[3] + 20, max(first[0] - 20, 0) : first[2] + 20].any()
+    few, all_of_few = covered(5, "auto"), covered(5, "all")
+    assert few[0] > 0 and (few[1] == all_of_few[1]).all()  # room for each: nothing shrinks
+
+
+def test_line_width_is_that_of_the_boxes() -> None:
+    box, image = np.array([[100.0, 100.0, 300.0, 300.0]]), np.zeros((400, 400, 3), np.uint8)
+    for width in (1, 7):
+        picture = np.asarray(draw_objects(image, box, np.array([1]), NAMES, side=None, names="none", line_width=width))
+        assert (picture[200] == class_colour(1)).all(axis=1).sum() == 2 * width
+
+
+def test_sheet_says_what_colours_mean() -> None:
+    pictures = [(Image.new("RGB", (300, 60)), Image.new("RGB", (300, 60)))]
+    sheet = np.asarray(side_by_side(pictures, ("truth", "found"), legend={"right": (1, 200, 3), "wrong": (200, 1, 3)}))
+    assert sheet.shape[0] == np.asarray(side_by_side(pictures, ("truth", "found"))).shape[0] + 24
+    for colour in ((1, 200, 3), (200, 1, 3)):
+        assert (sheet[:24] == colour).all(axis=2).sum() == 14 * 14

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from detection.batch import Id
 from detection.cli.flags import check_ranges, chosen, run_command
+from detection.cli.output import set_up_output
 from detection.data.checks import Folder
 from detection.data.datamodule import DetectionDataModule
 from detection.data.images import picture, read_image
@@ -65,6 +69,7 @@ def evaluate(
         masks: false compares the boxes of a detector of masks alone, for data that has none.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
+    set_up_output()
     check_ranges(batch_size=(batch_size, 1), devices=(devices, 1), num_nodes=(num_nodes, 1))
     if (ckpt is None) == (results is None):
         raise DataError("name what to evaluate: --ckpt, a checkpoint, or --results, a COCO results file")
@@ -97,14 +102,18 @@ def evaluate(
     dataset: Any = data.predict_dataloader().dataset
     metric.frequencies = dataset.frequencies
     home, name = dataset.root, split if annotations is None else annotations.stem
-    facts = {"checkpoint": ckpt.name, "data": home.name, "split": name, "precision": precision}
-    title = f"Evaluation of {ckpt.resolve().parent.name}"
+    run, kept = ckpt.resolve().parent, read_torch(ckpt)
+    facts = {"checkpoint": ckpt.name, "step": str(kept.get("global_step", "unknown")), "code": version()}
+    facts |= {"data": home.name, "split": name, "precision": precision}
+    config = run / "config.yaml"
+    said = config.read_text() if config.is_file() else yaml.safe_dump(dict(kept.get("hyper_parameters", {})))
+    title = f"Evaluation of {run.parent.name}/{run.name}"
     folder = output or ckpt.parent / f"evaluation_{name}"
 
     def load(result: ImageResult) -> Pixels:
         return read_image(home / result.file_name, result.size, form=data.form)
 
-    _write(folder, metric, dataset.category_ids, load, title, facts)
+    _write(folder, metric, dataset.category_ids, load, title, facts, said)
 
 
 def main(args: Sequence[str]) -> str | None:
@@ -177,17 +186,40 @@ def _write(
     load: LoadImage | None,
     title: str,
     facts: dict[str, str],
+    settings: str = "",
 ) -> None:
     """The report on disk; the figures, those of each class, and what was left out, in the terminal."""
-    figures = write_evaluation(folder, metric, category_ids, load, title, facts)
+    figures = write_evaluation(folder, metric, category_ids, load, title, facts, settings)
+    width, sizes = max(map(len, figures)), metric.object_counts()
     for name, value in figures.items():
-        print(f"{name:<12}{value:8.4f}")
-    width = max(map(len, metric.class_names))
-    for name, value in metric.per_class().items():
-        print(f"  {name:<{width}}{value:8.4f}")
+        print(_line(name, width, value, sizes.get(name.rpartition("_")[2], sizes["all"])))
+    width, known = max(map(len, metric.class_names)), metric.per_class()
+    for name, count in metric.objects_per_class().items():
+        print(_line(f"  {name}", width + 2, known.get(name, -1.0), count))
     absent = {name for name, number in zip(metric.class_names, category_ids, strict=True) if number is None}
     left_out = {name: count for name, count in metric.absent_detections().items() if name in absent}
     if left_out:
         counts = ", ".join(f"{name} {count}" for name, count in left_out.items())
         print(f"not exported, as the annotations lack the class: {counts}")
     print(f"report: {folder / 'report.html'}")
+
+
+def _line(name: str, width: int, value: float, objects: int) -> str:
+    """A figure and on how many objects it rests; a dash where there are none, so that there is no figure."""
+    figure = f"{value:8.4f}" if value > -1 else f"{'-':>8}"
+    return f"{name:<{width}}{figure}{objects:8} object{'s' * (objects != 1)}"
+
+
+def version() -> str:
+    """Of this package: the commit of its checkout, with `+` where files differ from it; else that of the package."""
+    here = Path(__file__).resolve()
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(here.parent), *args]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # or it would be the commit of what the package lies in
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return f"version {metadata.version('detection')}"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,12 @@ from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
-from rich.logging import RichHandler
 
 from detection.cli.configuration import complete, fit_anchors_to_data, fit_detector_to_data, plain
 from detection.cli.fit_help import description, explain_all
 from detection.cli.folder import SaveConfig, never_validates, remove, say_changes, write_readme
+from detection.cli.output import LOGGERS as LOGGERS
+from detection.cli.output import set_up_output
 from detection.cli.parser import Parser
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
@@ -35,7 +34,7 @@ from detection.recipes import RecipeError, import_from_working_directory, packag
 from detection.training import tuning
 from detection.training.callbacks import Bar, PredictionPictures, Results, SplitFile, Throughput
 from detection.training.checkpoints import BEST, LAST, RUN_FOLDER, KeepBest, Kept, Start, WholeFiles, kept, start
-from detection.training.loggers import MetricsFile, Tracker, WandbMode
+from detection.training.loggers import RUN_FLAGS, MetricsFile, Tracker, WandbMode
 from detection.training.module import DetectionModule
 from detection.training.optimisation import COSINE, SGD_MOMENTUM, state_per_parameter
 from detection.training.resume import INTERRUPTED, Interrupted, KeepLast
@@ -124,6 +123,9 @@ class FitCLI(LightningCLI):
         parser.add_argument(
             "--wandb", type=WandbMode, default="auto", help="`auto`: online when logged in, else offline."
         )
+        for name, text in RUN_FLAGS.items():
+            kind = list[str] | None if name == "tags" else str | None
+            parser.add_argument(f"--wandb_{name}", type=kind, default=None, help=text)
         parser.add_argument("--log_model", type=bool, default=False, help="Keep best.ckpt in W&B too, as an artifact.")
         explain_all(parser)
 
@@ -232,7 +234,8 @@ class FitCLI(LightningCLI):
         loggers: list[Logger] = [MetricsFile(self.folder)]
         if self.config.wandb != "off" and os.environ.get("WANDB_MODE") != "disabled":
             plain = yaml.safe_load(self.parser.dump(self.config))
-            loggers.append(Tracker(self.config.wandb, self.folder, plain))
+            shown = {name: self.config[f"wandb_{name}"] for name in RUN_FLAGS}
+            loggers.append(Tracker(self.config.wandb, self.folder, plain, shown))
         return loggers
 
     def fit(self) -> None:
@@ -271,40 +274,6 @@ class FitCLI(LightningCLI):
 
 def _rank() -> int:
     return int(getattr(rank_zero_only, "rank", 0))  # Lightning's, known before the processes meet
-
-
-LOGGERS = ("detection", "lightning.pytorch", "lightning.fabric")
-NOISE = re.compile(
-    r"GPU available|TPU available|HPU available|.*Tip: |.*litlogger|Seed set to|.*Trainer.fit. stopped|"
-    r"Restor.*\.(lr_find|scale_batch_size)_|LR finder stopped early|`weights_only` was not set|Finished batch size"
-)
-MISLEADING = (
-    ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",  # on purpose: it checks the batch
-    ".*does not have many workers.*",  # more than the cores of this machine would be slower
-    ".*It is recommended to use `self.log.*sync_dist=True.*",  # the metric is the same on every rank
-    "(?s).*Jsonargparse|.*skip_none parameter was deprecated.*",  # Lightning's own calls
-    "(?s).*Dump of a value that does not round-trip: a tuple.*",  # defaults of albumentations, which takes lists too
-    ".*isinstance.treespec, LeafSpec.* is deprecated.*",
-    ".*number of training batches .* is smaller than the logging interval.*",
-    ".*Experiment logs directory .* exists and is not empty.*",
-    ".*Checkpoint directory .* exists and is not empty.*",  # config.yaml is written before
-    ".*no val dataloader.*limit_val_batches.*",
-)
-
-
-def set_up_output() -> None:
-    """Show our log and Lightning's warnings once (first rank), without what misleads or repeats."""
-    console = Console(stderr=True)
-    rich = RichHandler(show_path=False, show_level=False, log_time_format="%H:%M:%S")
-    handler = rich if console.is_terminal else logging.StreamHandler()
-    handler.addFilter(lambda record: not NOISE.match(record.getMessage()))
-    level = logging.INFO if _rank() == 0 else logging.ERROR
-    for name in LOGGERS:
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
-    for message in MISLEADING:
-        warnings.filterwarnings("ignore", message)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric import Fabric
 
@@ -13,6 +14,7 @@ from detection.data.records import DataError
 from detection.inference import Detector, Tiles, predict
 from detection.inference.detector import Precision
 from detection.inference.sources import Images, Listed, open_source
+from detection.visualize import Names
 
 
 def predict_in(
@@ -26,6 +28,8 @@ def predict_in(
     overlap: float = 0.2,
     limit: int | None = None,
     pictures: bool = True,
+    labels: Names = "auto",
+    line_width: int | None = None,
     annotations: Path | None = None,
     device: str = "auto",
     devices: int = 1,
@@ -46,6 +50,8 @@ def predict_in(
         overlap: of neighbouring tiles, as a share of their side.
         limit: stop after so many images or frames.
         pictures: false leaves the annotated images or video out.
+        labels: auto shrinks names, or leaves them out, where they would cover over a tenth of a picture; all; none.
+        line_width: of the boxes in pixels; a 300th of the picture's longer side by default.
         annotations: COCO file, e.g. image_info_test-dev2017.json, whose images in the folder `source` are looked at;
             detections_bbox.json then has the ids of that file.
         device: auto, cpu, cuda, cuda:1, mps.
@@ -56,7 +62,7 @@ def predict_in(
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
     check_ranges(score_thresh=(score_thresh, 0, 1), batch_size=(batch_size, 1), limit=(limit, 1))
-    check_ranges(devices=(devices, 1), num_nodes=(num_nodes, 1))
+    check_ranges(line_width=(line_width, 1), devices=(devices, 1), num_nodes=(num_nodes, 1))
     ckpt = chosen(ckpt)
     fabric = _processes(device, devices, num_nodes) if devices * num_nodes > 1 else None
     detector = Detector.from_checkpoint(ckpt, str(fabric.device) if fabric else device, precision, trust)
@@ -74,8 +80,9 @@ def predict_in(
                 "--devices and --num_nodes out"
             )
         fabric.launch()  # only now, so that one process alone says what is wrong
+    drawn: dict[str, Any] = {"pictures": pictures, "labels": labels, "line_width": line_width}
     shared = fabric is not None
-    done = predict(detector, found_in, output, lowest, classes, batch_size, tiles, limit, pictures, shared)
+    done = predict(detector, found_in, output, lowest, classes, batch_size, tiles, limit, **drawn, shared=shared)
     if fabric is not None and not fabric.is_global_zero:
         return
     print(f"{done.images} images, {sum(done.counts.values())} objects: {done.counts}; results in {output}")

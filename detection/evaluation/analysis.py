@@ -49,7 +49,7 @@ class Analysis:
         found: `(N,)` objects with a detection that is RIGHT.
         mended: `(D,)` LOCATION and CLASS mistakes that would be RIGHT if they were corrected: their object is not found
             by another detection, and of all mistakes on that object theirs is the best score.
-        missed: `(N,)` objects that are neither found nor would be by a mended mistake; crowds are left out.
+        missed: `(N,)` objects that are neither found nor would be by a mended mistake, as TIDE counts; no crowds.
     """
 
     dt: SortedBoxes
@@ -186,8 +186,22 @@ def _average_precision(right: Bools, count: int) -> float:
     return float(np.append(envelope, 0.0)[np.searchsorted(tp / count, RECALL_THRESHOLDS)].mean())
 
 
-def confusion_matrix(analysis: Analysis, score: float = 0.5, iou: float = 0.5) -> NDArray[np.int64]:
-    """`(C + 1, C + 1)` counts, true class by detected class; the last row is background, the last column missed.
+@dataclass(frozen=True, slots=True)
+class Confusions:
+    """Each object and each detection that counts, as a cell of the confusion matrix, and its image.
+
+    Attributes:
+        true, detected: class from 0 on; C is background in `true` and undetected in `detected`.
+        image: position of the image in the list of results.
+    """
+
+    true: Ints
+    detected: Ints
+    image: Ints
+
+
+def confusions(analysis: Analysis, score: float = 0.5, iou: float = 0.5) -> Confusions:
+    """What each object was taken for, and each detection that has none.
 
     Detections of at least `score` take objects of any class in falling order of score; those on crowds are left out.
     """
@@ -205,12 +219,29 @@ def confusion_matrix(analysis: Analysis, score: float = 0.5, iou: float = 0.5) -
     owner[rows] = match(pairs, rows, a.dt.image[order[rows]], np.array([iou]), a.gt.crowd[None], a.gt.crowd)[0, 0]
     true = np.append(a.gt.label - 1, a.num_classes)  # owner -1 is background
     counted = ~np.append(a.gt.crowd, False)[owner]
-    matrix = np.zeros((a.num_classes + 1, a.num_classes + 1), np.int64)
-    np.add.at(matrix, (true[owner[counted]], a.dt.label[order[counted]] - 1), 1)
     unseen = ~a.gt.crowd
     unseen[owner[owner >= 0]] = False
-    matrix[:-1, -1] = _counts(a, unseen)
+    lost = np.full(int(unseen.sum()), a.num_classes)
+    return Confusions(
+        np.concatenate([true[owner[counted]], a.gt.label[unseen] - 1]),
+        np.concatenate([a.dt.label[order[counted]] - 1, lost]),
+        np.concatenate([a.dt.image[order[counted]], a.gt.image[unseen]]),
+    )
+
+
+def confusion_matrix(analysis: Analysis, score: float = 0.5, iou: float = 0.5) -> NDArray[np.int64]:
+    """`(C + 1, C + 1)` counts of `confusions`: the last row is background, the last column undetected."""
+    matrix = np.zeros((analysis.num_classes + 1, analysis.num_classes + 1), np.int64)
+    cells = confusions(analysis, score, iou)
+    np.add.at(matrix, (cells.true, cells.detected), 1)
     return matrix
+
+
+def most_confused(matrix: NDArray[np.int64], limit: int) -> Ints:
+    """The `limit` classes that are most often taken for others, or others for them; all where there are no more."""
+    count = len(matrix) - 1
+    off = matrix[:count, :count] - np.diag(np.diag(matrix[:count, :count]))
+    return np.sort(np.argsort(-(off.sum(0) + off.sum(1)), kind="stable")[:limit])
 
 
 def operating_points(analysis: Analysis) -> dict[int, Operating]:

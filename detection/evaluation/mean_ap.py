@@ -150,6 +150,12 @@ class MeanAP(Metric):
         """AP of each class that has ground truth, from the arrays of the last `compute`."""
         return dict(self._class_ap.get(iou_type or self.iou_type[0], {}))
 
+    def objects_per_class(self) -> dict[str, int]:
+        """Objects of each class that this process has seen; no crowds."""
+        labels = _concat([r.gt_labels[~r.gt_iscrowd] for r in self.results])
+        counts = np.bincount(labels, minlength=len(self.class_names) + 1)
+        return dict(zip(self.class_names, counts[1:].tolist(), strict=True))
+
     def absent_detections(self) -> dict[str, int]:
         """Detections on classes that have no ground truth: COCO's mean leaves them out, so they cost nothing."""
         return dict(self._absent)
@@ -158,7 +164,7 @@ class MeanAP(Metric):
         results = self.results
         figures: dict[str, float] = {}
         class_ap: dict[str, dict[str, float]] = {}
-        counts = self._ground_truth_counts(results)
+        counts = self.object_counts()
         arrays = self._arrays(results)
         for iou_type in self.iou_type:
             precision, recall = arrays[iou_type]
@@ -180,8 +186,9 @@ class MeanAP(Metric):
         absent = {n: int(c) for n, c in zip(self.class_names, detected[1:], strict=True) if c and n not in known}
         return figures, class_ap, absent
 
-    def _ground_truth_counts(self, results: Sequence[ImageResult]) -> dict[str, int]:
-        areas = np.concatenate([r.gt_areas[~r.gt_iscrowd] for r in results] or [np.zeros(0, np.float32)])
+    def object_counts(self) -> dict[str, int]:
+        """Objects of each of COCO's sizes, `all, small, medium, large`, that this process has seen; no crowds."""
+        areas = np.concatenate([r.gt_areas[~r.gt_iscrowd] for r in self.results] or [np.zeros(0, np.float32)])
         inside = [(areas >= low) & (areas <= high) for low, high in AREA_LIMITS]
         return {name: int(mask.sum()) for name, mask in zip(AREAS, inside, strict=True)}
 

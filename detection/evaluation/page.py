@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 STYLE = """
-:root { --ink: #1d2733; --soft: #5b6776; --line: #e3e8ee; --ground: #f5f7fa; --accent: #1f6feb; }
+:root { --ink: #1d2733; --soft: #5b6776; --line: #e3e8ee; --ground: #f5f7fa; --accent: #1f6feb; --card: #fff;
+  --hover: #f3f7fd; color-scheme: light dark; }
+.tile.first { background: var(--accent); border-color: var(--accent); color: #fff; }
+.tile.first span { color: #dbe8ff; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4eaf1; --soft: #9aa8b8; --line: #2c3643; --ground: #10151d; --accent: #5a9bff; --card: #19212c;
+    --hover: #222d3b; }
+  img.plot { filter: invert(1) hue-rotate(180deg); }
+  .tile.first { color: #0b1220; }
+  .tile.first span { color: #17305c; }
+}
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -12,7 +22,7 @@ header h1 { margin: 0 0 .3rem; font-size: 1.8rem; letter-spacing: -.01em; }
 header p { margin: 0; color: #c7d6ee; }
 main, header > div { max-width: 1180px; margin: auto; padding: 0 1rem; }
 main { margin-top: -3.2rem; padding-bottom: 4rem; }
-section, .tile { background: #fff; border: 1px solid var(--line); border-radius: 12px;
+section, .tile { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
   box-shadow: 0 1px 3px rgba(20, 33, 58, .06); }
 section { padding: 1.2rem 1.4rem 1.4rem; margin-top: 1.1rem; }
 h2 { margin: 0 0 .2rem; font-size: 1.15rem; }
@@ -21,8 +31,6 @@ h2 { margin: 0 0 .2rem; font-size: 1.15rem; }
 .tile { padding: .8rem 1rem; }
 .tile b { display: block; font-size: 1.55rem; letter-spacing: -.02em; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .82rem; }
-.tile.first { background: var(--accent); border-color: var(--accent); color: #fff; }
-.tile.first span { color: #dbe8ff; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr)); gap: 1.1rem; }
 .pair > * { min-width: 0; }
 @media (min-width: 900px) { .pair.uneven { grid-template-columns: 2.2fr 1fr; } }
@@ -32,13 +40,13 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .38rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 td.text, th.text { text-align: left; }
 td.text { white-space: normal; }
-thead th { position: sticky; top: 0; background: #fff; }
+thead th { position: sticky; top: 0; background: var(--card); z-index: 1; }
 th button { all: unset; cursor: pointer; color: var(--soft); font-weight: 600; }
 th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 3px; }
 th[aria-sort=ascending] button::after { content: " \\25B2"; }
 th[aria-sort=descending] button::after { content: " \\25BC"; }
 th[aria-sort] button { color: var(--accent); }
-tbody tr:hover { background: #f3f7fd; }
+tbody tr:hover { background: var(--hover); }
 .bar { display: inline-block; height: .55rem; border-radius: 3px; background: var(--accent); margin-right: .5rem;
   vertical-align: middle; }
 .dot { display: inline-block; width: .8em; height: .8em; border-radius: 3px; margin-right: .45em;
@@ -49,14 +57,34 @@ tbody tr:hover { background: #f3f7fd; }
 .controls .dot { margin-right: 0; }
 .gallery { display: grid; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 1rem; }
+[data-show], #filter button { all: unset; cursor: pointer; color: var(--accent); }
+[data-show]:hover, #filter button:hover { text-decoration: underline; }
+[data-show]:focus-visible, #filter button:focus-visible, .frame:focus-visible { outline: 2px solid var(--accent); }
+#filter { margin-bottom: .9rem; overflow-wrap: anywhere; }
+table.confusion { width: auto; }
+table.confusion th { font-weight: 400; position: static; max-width: 12rem; overflow: hidden; text-overflow: ellipsis; }
+table.confusion tr:first-child th { vertical-align: bottom; color: var(--soft); }
+table.confusion tr:first-child span { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 9rem; }
+table.confusion td { padding: 0; min-width: 2.4rem; text-align: center;
+  background: color-mix(in srgb, var(--accent) calc(100% * var(--share, 0)), transparent); }
+table.confusion td button { display: block; padding: .38rem .5rem; text-align: center; color: var(--ink); }
+table.confusion td.dark button { color: var(--card); font-weight: 600; }
+pre { overflow: auto; font-size: .82rem; max-height: 30rem; }
+summary { cursor: pointer; font-weight: 600; }
+dialog { border: 0; padding: 0; background: #10151d; max-width: 96vw; max-height: 96vh; width: fit-content; }
+dialog::backdrop { background: rgba(0, 0, 0, .7); }
+dialog .frame { position: relative; width: min(94vw, 94vh * var(--ratio)); }
+dialog img, dialog svg, figure img, figure svg { display: block; width: 100%; height: auto; }
+dialog svg, figure svg { position: absolute; inset: 0; height: 100%; }
+figure[hidden] { display: none; }
+.frame { cursor: zoom-in; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 10px; overflow: hidden; background: #10151d; }
 figure .frame { position: relative; }
-figure img, figure svg { display: block; width: 100%; height: auto; }
-figure svg { position: absolute; inset: 0; height: 100%; }
-figure rect { fill: transparent; stroke: var(--colour); stroke-width: 2.5; vector-effect: non-scaling-stroke; }
-figure rect.object { stroke-dasharray: 6 4; }
-figure rect:hover { fill: var(--colour); fill-opacity: .25; }
-figcaption { padding: .5rem .8rem; background: #fff; font-size: .85rem; color: var(--soft); }
+rect { fill: transparent; stroke: var(--colour); stroke-width: 2.5; vector-effect: non-scaling-stroke; }
+rect.object { stroke-dasharray: 6 4; }
+rect.object.seen { --colour: #8fa3b8 !important; }
+rect:hover { fill: var(--colour); fill-opacity: .25; }
+figcaption { padding: .5rem .8rem; background: var(--card); font-size: .85rem; color: var(--soft); }
 figcaption b { color: var(--ink); overflow-wrap: anywhere; }
 footer { max-width: 1180px; margin: -2.5rem auto 2rem; padding: 0 1rem; color: var(--soft); font-size: .82rem; }
 """
@@ -82,14 +110,53 @@ function showBoxes() {
   const least = slider.valueAsNumber;
   const wanted = new Set([...document.querySelectorAll("input[data-kind]:checked")].map(box => box.dataset.kind));
   document.querySelector("#score-value").textContent = least.toFixed(2);
-  for (const rect of document.querySelectorAll("figure rect"))
+  for (const rect of document.querySelectorAll("figure rect")) {
+    if (rect.classList.contains("object")) {  // found only while its detection is above the threshold
+      const seen = Number(rect.dataset.found ?? -1) >= least;
+      rect.classList.toggle("seen", seen);
+      rect.dataset.kind = seen ? "found object" : "object not found";
+      const title = rect.querySelector("title");
+      title.dataset.name ??= title.textContent;
+      title.textContent = `${title.dataset.name} (${rect.dataset.kind})`;
+    }
     rect.style.display = wanted.has(rect.dataset.kind) && (rect.dataset.score ?? 1) >= least ? "" : "none";
+  }
 }
 if (slider) {
   slider.addEventListener("input", showBoxes);
   document.querySelectorAll("input[data-kind]").forEach(box => box.addEventListener("change", showBoxes));
   showBoxes();
 }
+const shown = JSON.parse(document.querySelector("#shown").textContent), filter = document.querySelector("#filter");
+const figures = [...document.querySelectorAll("figure")];
+document.querySelectorAll("[data-show]").forEach(button => button.addEventListener("click", () => {
+  const { show, key } = button.dataset, images = shown.images[show][key] ?? [], count = shown.counts[show][key] ?? 0;
+  const here = new Set(figures.map(figure => Number(figure.dataset.image)));
+  figures.forEach(figure => figure.hidden = !images.includes(Number(figure.dataset.image)));
+  const others = images.filter(image => !here.has(image)).map(image => shown.files[image]);
+  filter.hidden = false;
+  filter.querySelector("b").textContent = `${shown.names[show][key] ?? button.textContent}: ${count} images`;
+  const more = count - images.length;
+  filter.querySelector("p").textContent = !others.length ? "" : `without a picture here: ${others.join(", ")}`
+    + (more > 0 ? `, and ${more} more` : "");
+  filter.scrollIntoView({ block: "start" });
+}));
+filter.querySelector("button").addEventListener("click", () => {
+  filter.hidden = true;
+  figures.forEach(figure => figure.hidden = "extra" in figure.dataset);
+});
+const large = document.querySelector("#large");
+figures.forEach(figure => {
+  const frame = figure.querySelector(".frame"), open = () => {
+    const copy = frame.cloneNode(true), { width, height } = copy.querySelector("svg").viewBox.baseVal;
+    copy.style.setProperty("--ratio", width / height);
+    large.replaceChildren(copy);
+    large.showModal();
+  };
+  frame.addEventListener("click", open);
+  frame.addEventListener("keydown", event => event.key === "Enter" && open());
+});
+large?.addEventListener("click", () => large.close());
 """
 
 PAGE = """<!doctype html>

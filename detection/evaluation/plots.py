@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from detection.evaluation.analysis import (
     RIGHT,
     Analysis,
     Mistake,
+    most_confused,
 )
 from detection.evaluation.coco_eval import RECALL_THRESHOLDS, Curves
 
@@ -35,6 +37,7 @@ COLOURS = {
     BACKGROUND: "#d64550",
 }
 MISSED = "#d6338a"
+PARTS = (ACCENT, "#e58a1f", "#2e9e6b", "#8d5fd3", "#d64550", "#b59a00", "#5b6776", "#d6338a")  # of the loss
 NAMED_CURVES = 10
 MATRIX_CLASSES = 25
 
@@ -61,36 +64,36 @@ def precision_recall(curves: Curves, class_names: Sequence[str]) -> Figure:
         mean = precision[:, known].mean(1)
         axes.plot(RECALL_THRESHOLDS, mean, color=INK, lw=2.6, label=f"mean  {mean.mean():.2f}")
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), title="AP at IoU .50")
-    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision")
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision", title="Precision and recall at IoU .50")
     return figure
 
 
 def confusion(matrix: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
-    """Where the objects of each class went: rows sum to 1; counts are written in. Large matrices show their worst part.
+    """Where the objects of each class went: colours are shares of the row over all classes, numbers are counts.
+
+    Of more than `MATRIX_CLASSES` classes the most confused are shown, and the title says how many.
 
     Args:
         matrix: `(C + 1, C + 1)` of `confusion_matrix`.
         class_names: C names.
     """
     count = len(class_names)
-    shown = np.arange(count)
-    if count > MATRIX_CLASSES:
-        off = matrix[:count, :count] - np.diag(np.diag(matrix[:count, :count]))
-        shown = np.sort(np.argsort(-(off.sum(0) + off.sum(1)), kind="stable")[:MATRIX_CLASSES])
+    shown = most_confused(matrix, MATRIX_CLASSES)
     index = np.append(shown, count)
+    share = (matrix / np.maximum(matrix.sum(1, keepdims=True), 1))[np.ix_(index, index)]
     part = matrix[np.ix_(index, index)]
-    share = part / np.maximum(part.sum(1, keepdims=True), 1)
     side = min(max(4.2, 0.42 * len(index) + 1.8), 11)
     figure, axes = _figure(side, side * 0.92)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     names = [_text(class_names[int(k)]) for k in shown]
-    axes.set_xticks(range(len(index)), [*names, "missed"], rotation=90 if len(index) > 6 else 0, fontsize=8)
+    axes.set_xticks(range(len(index)), [*names, "undetected"], rotation=90 if len(index) > 6 else 0, fontsize=8)
     axes.set_yticks(range(len(index)), [*names, "background"], fontsize=8)
     for i, j in np.argwhere(part > 0):
         shade = "white" if share[i, j] > 0.55 else INK
         axes.text(j, i, str(part[i, j]), ha="center", va="center", fontsize=7 if len(index) > 12 else 9, color=shade)
     axes.grid(visible=False)
-    axes.set(xlabel="detected as", ylabel="is")
+    some = "" if len(shown) == count else f": the {len(shown)} most confused of {count} classes"
+    axes.set(xlabel="detected as", ylabel="is", title=f"Confusion{some}")
     return figure
 
 
@@ -106,7 +109,7 @@ def score_histogram(analysis: Analysis) -> Figure:
         label=["right", *(name for name, _ in MISTAKES.values())],
     )
     axes.set_yscale("function", functions=(lambda count: np.sqrt(np.maximum(count, 0)), np.square))
-    axes.set(xlim=(0, 1), xlabel="score", ylabel="detections")
+    axes.set(xlim=(0, 1), xlabel="score", ylabel="detections (square-root scale)", title="Detections by score")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -125,7 +128,7 @@ def by_size(figures: Mapping[str, float]) -> Figure:
         bars = axes.bar(np.arange(3) + 0.38 * offset, heights, 0.36, color=colour, label=name)
         axes.bar_label(bars, [f"{v:.3f}" if v > -1 else "none" for v in values], fontsize=8, padding=2)
     axes.set_xticks(np.arange(3) + 0.19, ["small\n< 32²", "medium", "large\n> 96²"])
-    axes.set(ylim=(0, 1.08))
+    axes.set(ylim=(0, 1.08), xlabel="annotated area in pixels", ylabel="AP, AR", title="Size of objects")
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
@@ -139,7 +142,8 @@ def mistakes(rows: Sequence[Mistake]) -> Figure:
     axes.bar_label(bars, [f"{100 * row.delta_ap:.1f}  ({row.count})" for row in main], fontsize=8, padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.22)
-    axes.set(xlabel="points of AP50 that putting this kind right would add (how many)")
+    label = "points of AP50 that putting this kind right would add (how many)"
+    axes.set(xlabel=label, ylabel="mistake", title="What goes wrong")
     return figure
 
 
@@ -174,7 +178,7 @@ def judged_images(
         axes.axis("off")
     names = {RIGHT: "right", **{kind: name for kind, (name, _) in MISTAKES.items()}}
     keys = [Line2D([], [], color=COLOURS[kind], lw=3, label=name) for kind, name in names.items()]
-    keys.append(Line2D([], [], color=MISSED, lw=2, ls="--", label="object not found"))
+    keys.append(Line2D([], [], color=MISSED, lw=2, ls="--", label="not found"))
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=9)
     return figure
 
@@ -190,33 +194,47 @@ def _outline(axes: Axes, box: NDArray[np.float64], colour: str, style: str, name
 
 
 def training_curves(rows: Sequence[Mapping[str, str]]) -> Figure:
-    """Losses and AP over the optimiser steps of a run.
+    """Losses, the parts of the training loss, and AP over the optimiser steps of a run; losses of steps are smoothed.
 
     Args:
         rows: of `metrics.csv`; empty where a figure was not logged in that row.
     """
-    figure = Figure(figsize=(10.4, 3.8), layout="constrained")
-    panels = (
-        ("loss", {"train/loss": ("training", ACCENT), "val/loss": ("validation", "#e58a1f")}),
-        ("AP on validation images", {"val/map": ("AP", ACCENT), "val/map_50": ("AP50", "#9cc2f7")}),
+    figure = Figure(figsize=(14.4, 3.9), layout="constrained")
+    keys = sorted({key for row in rows for key in row if re.fullmatch(r"train/loss_\w+", key or "")})
+    names = [key.removeprefix("train/loss_").replace("_", " ") for key in keys]
+    parts = {key: (name, PARTS[i % len(PARTS)]) for i, (key, name) in enumerate(zip(keys, names, strict=True))}
+    panels: tuple[tuple[str, str, dict[str, tuple[str, str]]], ...] = (
+        ("Loss", "loss", {"train/loss": ("training", ACCENT), "val/loss": ("validation", "#e58a1f")}),
+        ("Parts of the training loss", "loss", parts),
+        ("AP on validation images", "AP", {"val/map": ("AP", ACCENT), "val/map_50": ("AP50", "#9cc2f7")}),
     )
-    for place, (title, lines) in enumerate(panels, 1):
+    for place, (title, unit, lines) in enumerate(panels, 1):
         axes = _style(figure.add_subplot(1, len(panels), place))
         for key, (name, colour) in lines.items():
             points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True),
-                    color=colour,
-                    lw=1.6,
-                    label=name,
-                    marker="o" if len(points) < 40 else "",
-                    ms=3,
-                )
-        axes.set(xlabel="step", ylabel=title, ylim=(0, None))
+            if not points:
+                continue
+            steps, values = np.array(points).T
+            marker = "o" if len(points) < 40 else ""
+            smooth = smoothed(values) if key.startswith("train/") else values
+            if smooth is not values:
+                axes.plot(steps, values, color=colour, lw=0.7, alpha=0.3)
+            axes.plot(steps, smooth, color=colour, lw=1.6, label=name, marker=marker, ms=3)
+        axes.set(xlabel="optimiser step", ylabel=unit, title=title, ylim=(0, None))
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean of each value and its neighbours, a 25th of all on either side; fewer than 40 values as they are."""
+    if len(values) < 40:
+        return values
+    reach = len(values) // 25
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - reach, 0)
+    high = np.minimum(np.arange(len(values)) + reach + 1, len(values))
+    return np.asarray((total[high] - total[low]) / (high - low))
 
 
 def _text(name: str) -> str:
@@ -234,5 +252,6 @@ def _style(axes: Axes) -> Axes:
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(colors=INK, labelsize=9, length=0)
     axes.grid(color="#eef1f4", lw=0.8)
+    axes.title.set(color=INK, fontsize=11)
     axes.set_axisbelow(True)
     return axes

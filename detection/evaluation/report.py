@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from detection.batch import Id
 from detection.data.spectral import Pixels, false_colour
-from detection.evaluation import plots
+from detection.evaluation import confusion_table, plots
 from detection.evaluation.analysis import (
     MISTAKES,
     RIGHT,
@@ -25,6 +25,7 @@ from detection.evaluation.analysis import (
     Mistake,
     analyse,
     confusion_matrix,
+    confusions,
     error_breakdown,
     operating_points,
     worst_images,
@@ -39,18 +40,26 @@ LoadImage = Callable[[ImageResult], Pixels]
 KINDS = {RIGHT: "right", **{kind: name for kind, (name, _) in MISTAKES.items()}}
 SHOWN_SIDE = 720  # pixels of the longer side of a picture in the report
 CONFIDENT = 0.5
-WIDE_MATRIX = 10  # classes: a larger confusion matrix gets most of the width of the page
+WIDE_MATRIX = 6  # classes: a larger confusion matrix gets most of the width of the page
+WORST, MOST_PICTURES = 12, 40  # pictures of the worst images; and with those that show each class and confusion
 
-CONFUSION_NOTE = f"Detections of score {CONFIDENT} and more against objects of any class at IoU .50."
-CLASSES_NOTE = "Click a column to sort. The last three are at the score of best F1 for the class."
+CONFUSION_NOTE = (
+    f"Detections of score {CONFIDENT} and more against objects of any class at IoU .50. Colours are shares of the row "
+    "over all classes; click a number for its images. "
+)
+CLASSES_NOTE = (
+    "Click a column to sort, a class for its images. The last three are at the score of best F1 for the class."
+)
 MISTAKES_NOTE = (
     "Mistakes at IoU .50 (background below .10) after TIDE, and the points of AP50 that putting one kind right would "
     "add. They don't add up: one mistake hides another."
 )
 WORST_NOTE = (
-    "Most mistakes first: scores of wrong detections, and one for each object not found. Dashed boxes are objects; "
-    "hover for names."
+    "Most mistakes first: scores of wrong detections, and one for each object not found. Dashed boxes are objects; one "
+    "whose right detection scores below the threshold counts as not found. Hover for names, click to enlarge."
 )
+FOUND_COLOUR = "#8fa3b8"
+FILTER = '<div id="filter" hidden><b></b> <button type="button">show the worst again</button><p class="note"></p></div>'
 FOOTER = (
     "Figures by the COCO protocol: the best detections of each class and image, crowds ignored. A dash: there "
     "is no ground truth."
@@ -64,6 +73,7 @@ def write_evaluation(
     load_image: LoadImage | None = None,
     title: str = "Evaluation",
     facts: Mapping[str, str] | None = None,
+    settings: str = "",
 ) -> dict[str, float]:
     """Compute, and write `figures.json`, `detections_bbox.json` (and `_segm`), `plots/*.png` and `report.html`.
 
@@ -73,6 +83,7 @@ def write_evaluation(
         category_ids: the evaluated file's id of each class, for the detections; None where it lacks the class.
         load_image: gives the pixels `(H, W, C)` of an image; without it the report has no pictures.
         title, facts: head of the report, e.g. `{"checkpoint": "best.ckpt", "split": "test"}`.
+        settings: of the run, as text, to be unfolded below the head.
 
     Returns:
         the figures of `metric.compute`.
@@ -93,7 +104,7 @@ def write_evaluation(
     (folder / "plots").mkdir(exist_ok=True)
     for name, figure in shown.items():
         figure.savefig(folder / "plots" / f"{name}.png", dpi=120)
-    page = render(figures, results, names, judged, shown, load_image, title, facts or {})
+    page = render(figures, results, names, judged, shown, load_image, title, facts or {}, settings)
     (folder / "report.html").write_text(page, encoding="utf-8")
     return figures
 
@@ -121,14 +132,17 @@ def render(
     load_image: LoadImage | None,
     title: str,
     facts: Mapping[str, str],
+    settings: str = "",
 ) -> str:
     """The report as one HTML text that loads nothing."""
-    rows, objects = error_breakdown(judged), int((~judged.gt.crowd).sum())
-    head = {**facts, "images": str(len(results)), "objects": str(objects), "detections": str(len(judged.dt.label))}
+    rows, crowds = error_breakdown(judged), int(judged.gt.crowd.sum())
+    objects = f"{len(judged.gt.crowd)}{f' ({crowds} of them crowds, not judged)' if crowds else ''}"
+    head = {**facts, "images": str(len(results)), "objects": objects, "detections": str(len(judged.dt.label))}
     pair = '<div class="pair">{}{}</div>'.format
     curve = _section("Precision and recall", "Interpolated precision at IoU .50.", _plot(shown["precision_recall"]))
     scores = _section("Scores", "What the detections of each score are (square-root scale).", _plot(shown["scores"]))
-    confused = _section("Confusion", CONFUSION_NOTE, _plot(shown["confusion"]))
+    matrix = confusion_table.table(confusion_matrix(judged, CONFIDENT), names)
+    confused = _section("Confusion", CONFUSION_NOTE + confusion_table.note(len(names)), matrix)
     sizes = _section("Size of objects", "AP and AR by annotated area in pixels.", _plot(shown["sizes"]))
     body = [
         _tiles(figures),
@@ -136,7 +150,10 @@ def render(
         _section("What goes wrong", MISTAKES_NOTE, pair(f"<div>{_plot(shown['mistakes'])}</div>", _mistakes(rows))),
         _section("Classes", CLASSES_NOTE, _classes(results, names, judged)),
         pair(confused, sizes).replace("pair", "pair uneven") if len(names) > WIDE_MATRIX else pair(confused, sizes),
-        _gallery(results, names, judged, load_image) if load_image else "",
+        _gallery(results, names, judged, load_image),
+        f"<section><details><summary>Settings of the run</summary><pre>{escape(settings)}</pre></details></section>"
+        if settings
+        else "",
     ]
     return PAGE.format(
         title=escape(title),
@@ -191,7 +208,8 @@ def _classes(results: Sequence[ImageResult], names: Sequence[str], judged: Analy
         point = points.get(k + 1)
         values += [point.score, point.precision, point.recall] if point else [-1.0] * 3
         bar = f'<span class="bar" style="width:{max(ap, 0) * 5:.2f}rem"></span>'
-        cells = [(escape(name), name), (str(objects), objects), (str(found), found)]
+        button = f'<button type="button" data-show="class" data-key="{k + 1}">{escape(name)}</button>'
+        cells = [(button, name), (str(objects), objects), (str(found), found)]
         cells += [(_number(value), value if value > -1 else "") for value in values]
         cells[3] = (bar + cells[3][0], cells[3][1])
         rows.append(cells)
@@ -201,9 +219,32 @@ def _classes(results: Sequence[ImageResult], names: Sequence[str], judged: Analy
     return f'<div class="scroll">{_table(heads, rows)}</div>{tail}'
 
 
-def _gallery(results: Sequence[ImageResult], names: Sequence[str], judged: Analysis, load_image: LoadImage) -> str:
+def _gallery(
+    results: Sequence[ImageResult], names: Sequence[str], judged: Analysis, load_image: LoadImage | None
+) -> str:
+    """The pictures; the controls; and which images show each class and each cell of the confusion matrix."""
+    weights = dict(worst_images(judged, len(results)))
+    ranked = [*weights, *(i for i in range(len(results)) if i not in weights)]
+    index, classes = _index(judged, np.argsort(ranked))
+    chosen = list(weights)[:WORST]
+    for images in [*classes.values(), *index.values()]:  # an example of each, as far as there is room
+        if len(chosen) < MOST_PICTURES and not set(images) & set(chosen):
+            chosen.append(images[0])
+    lists = {"class": classes, "cell": index}
+    listed = {
+        kind: {key: images[: confusion_table.MOST_IMAGES] for key, images in of.items()} for kind, of in lists.items()
+    }
+    counts = {kind: {key: len(images) for key, images in of.items()} for kind, of in lists.items()}
+    files = {i: results[i].file_name for of in listed.values() for images in of.values() for i in images}
+    heads = {"class": {key: names[int(key) - 1] for key in classes}, "cell": _cell_names(index, names)}
+    facts = json.dumps({"images": listed, "counts": counts, "files": files, "names": heads}).replace("<", "\\u003c")
+    data = f'<script type="application/json" id="shown">{facts}</script>'
+    if load_image is None:
+        return _section(
+            "Images", "The pictures are not at hand; a class or a number lists its images here.", FILTER + data
+        )
     kinds = [(KINDS[kind], plots.COLOURS[kind]) for kind in KINDS]
-    kinds += [("missed object", plots.MISSED), ("found object", "#e8edf3")]
+    kinds += [("object not found", plots.MISSED), ("found object", FOUND_COLOUR)]
     boxes = "".join(
         f'<label><input type="checkbox" data-kind="{name}"{"" if name == "found object" else " checked"}>'
         f"{_dot(colour)}{name}</label>"
@@ -213,18 +254,54 @@ def _gallery(results: Sequence[ImageResult], names: Sequence[str], judged: Analy
         f'<div class="controls"><label>score at least <input id="score" type="range" min="0" max="1" step="0.01" '
         f'value="0.3"> <output id="score-value">0.30</output></label>{boxes}</div>'
     )
-    pictures = [_picture(i, weight, results[i], names, judged, load_image) for i, weight in worst_images(judged, 12)]
-    return _section("Worst images", WORST_NOTE, f'{controls}<div class="gallery">{"".join(pictures)}</div>')
+    pictures = [
+        _picture(i, weights.get(i, 0.0), results[i], names, judged, load_image, extra=n >= WORST or i not in weights)
+        for n, i in enumerate(chosen)
+    ]
+    gallery = f'{FILTER}{controls}<div class="gallery">{"".join(pictures)}</div><dialog id="large"></dialog>{data}'
+    return _section("Worst images", WORST_NOTE, gallery)
+
+
+def _index(judged: Analysis, rank: NDArray[np.int64]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """The images of each cell of the confusion matrix, the largest mistakes first, and of each class; worst first."""
+    cells = confusion_table.images_of(confusions(judged, CONFIDENT), rank)
+    cells = dict(sorted(cells.items(), key=lambda item: -len(item[1])))
+    confident = judged.dt.scores >= CONFIDENT
+    labels = np.concatenate([judged.gt.label, judged.dt.label[confident]])
+    images = np.concatenate([judged.gt.image, judged.dt.image[confident]])
+    order = np.argsort(rank)
+    classes = {str(k): order[np.unique(rank[images[labels == k]])].tolist() for k in np.unique(labels)}
+    return cells, classes
+
+
+def _cell_names(cells: Mapping[str, Sequence[int]], names: Sequence[str]) -> dict[str, str]:
+    said = {}
+    for key in cells:
+        true, detected = map(int, key.split(","))
+        is_, as_ = [*names, "background"][true], [*names, "undetected"][detected]
+        said[key] = (
+            f"{is_}, detected"
+            if true == detected
+            else f"{is_}, {'' if detected == len(names) else 'detected as '}{as_}"
+        )
+    return said
 
 
 def _picture(
-    image: int, weight: float, result: ImageResult, names: Sequence[str], judged: Analysis, load_image: LoadImage
+    image: int,
+    weight: float,
+    result: ImageResult,
+    names: Sequence[str],
+    judged: Analysis,
+    load_image: LoadImage,
+    extra: bool = False,
 ) -> str:
     rects = []
+    score_of = dict(zip(judged.owner[judged.kind == RIGHT], judged.dt.scores[judged.kind == RIGHT], strict=True))
     for j in np.flatnonzero((judged.gt.image == image) & ~judged.gt.crowd):
-        kind, colour = ("found object", "#e8edf3") if judged.found[j] else ("missed object", plots.MISSED)
-        label = f"{names[judged.gt.label[j] - 1]} ({kind})"
-        rects.append(_rect(judged.gt.boxes[j], kind, colour, label, "object"))
+        score = f' data-found="{score_of[j]:.4f}"' if judged.found[j] else ""
+        name = names[judged.gt.label[j] - 1]
+        rects.append(_rect(judged.gt.boxes[j], "object not found", plots.MISSED, name, "object", score))
     for i in np.flatnonzero(judged.dt.image == image):
         code = int(judged.kind[i])
         if code in KINDS:
@@ -237,8 +314,10 @@ def _picture(
     small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])
     name, number = escape(result.file_name), escape(str(result.image_id))
+    hidden = " hidden data-extra" if extra else ""
     return (
-        f'<figure><div class="frame"><img alt="{name}" src="{_data("image/jpeg", jpeg.tobytes())}">'
+        f'<figure data-image="{image}"{hidden}><div class="frame" tabindex="0">'
+        f'<img alt="{name}" src="{_data("image/jpeg", jpeg.tobytes())}">'
         f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none">{"".join(rects)}</svg></div>'
         f"<figcaption><b>{name}</b><br>image {number}, weight of mistakes {weight:.1f}</figcaption></figure>"
     )
@@ -270,7 +349,7 @@ def _section(title: str, note: str, content: str) -> str:
 
 def _plot(figure: Figure) -> str:
     buffer = BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     return f'<img class="plot" alt="" src="{_data("image/svg+xml", buffer.getvalue())}">'
 
 

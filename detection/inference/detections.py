@@ -7,7 +7,8 @@ Shape shorthand:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from PIL import Image
 from detection.batch import Id
 from detection.data import rle
 from detection.data.spectral import Pixels
-from detection.visualize import draw_objects
+from detection.visualize import SMALLEST_SIDE, Names, draw_objects
+
+SHOWN_SIDE = 1000  # pixels of the longer side of the picture that a notebook shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Detections:
         class_names: of all classes, label 1 first.
         size: (height, width) of the image.
         masks: the COCO RLE of each object; None of a detector that finds boxes alone.
+        pixels: the image `(H, W, C)`, where one alone was looked at: then a notebook shows it with what was found.
     """
 
     boxes: NDArray[np.float32]
@@ -39,6 +43,7 @@ class Detections:
     class_names: tuple[str, ...]
     size: tuple[int, int]
     masks: tuple[dict[str, Any], ...] | None = None
+    pixels: Pixels | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,15 +76,35 @@ class Detections:
             raise ValueError("the detector finds boxes alone: there are no masks")
         return np.array([rle.decode(mask) for mask in self.masks], np.bool_).reshape(-1, *self.size)
 
-    def draw(self, image: Pixels, side: int | None = None) -> Image.Image:
+    def draw(
+        self,
+        image: Pixels | None = None,
+        side: int | None = None,
+        labels: Names = "auto",
+        line_width: int | None = None,
+    ) -> Image.Image:
         """The image `(H, W, C)` with boxes, names, scores and masks.
 
         Args:
-            image: of the detections.
+            image: of the detections; `pixels` by default. A ValueError where there are none.
             side: longer side of the result in pixels; None keeps the image's own size, or a larger where no name fits.
+            labels: `auto` shrinks names, or leaves them out, where they would cover the picture; `all`, `none`.
+            line_width: of the boxes, in pixels of the result; None takes a 300th of its longer side.
         """
+        image = self.pixels if image is None else image
+        if image is None:
+            raise ValueError("these detections don't keep their image: give it, draw(image)")
         masks = None if self.masks is None else list(self.masks)
-        return draw_objects(image, self.boxes, self.labels, self.class_names, self.scores, masks, side=side)
+        objects = (self.boxes, self.labels, self.class_names, self.scores, masks)
+        return draw_objects(image, *objects, side=side, names=labels, line_width=line_width)
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows: the image with what was found; None, for the text, where the image is not kept."""
+        if self.pixels is None:
+            return None
+        file = BytesIO()
+        self.draw(side=max(SMALLEST_SIDE, min(SHOWN_SIDE, max(self.size)))).save(file, "png")
+        return file.getvalue()
 
     def to_coco(self, image_id: Id, category_ids: Sequence[Id | None] | None = None) -> list[dict[str, Any]]:
         """One entry of a COCO results file for each detection.

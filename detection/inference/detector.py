@@ -11,6 +11,7 @@ detections = detector("street.jpg")
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -95,7 +96,7 @@ class Detector:
         return cls(model, saved.class_names, saved.category_ids, device=device, precision=precision)
 
     def __call__(self, image: ImageLike) -> Detections:
-        """Detections of one image.
+        """Detections of one image, which keep it, so that a notebook shows it with them.
 
         Args:
             image: a path, a PIL image, an array `(H, W, 3)` RGB or `(H, W)` grey, or a tensor `(3, H, W)` RGB; of
@@ -107,7 +108,8 @@ class Detector:
             DataError: a file that can't be read.
             ValueError: something that is no image.
         """
-        return self.predict([image])[0]
+        pixels = to_pixels(image, self.form)
+        return replace(self._detect([pixels])[0], pixels=pixels)
 
     def predict(self, images: Sequence[ImageLike], batch_size: int = 8) -> list[Detections]:
         """Detections of several images, `batch_size` at a time; images as for a call."""

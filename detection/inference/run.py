@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
@@ -23,7 +24,10 @@ from detection.inference.detections import Detections
 from detection.inference.detector import Detector
 from detection.inference.sources import ANNOTATED, RESULTS, Images, Listed, Pixels, Video
 from detection.inference.tiles import Tiles
+from detection.visualize import Names
 
+# A coder that is missing is no error here; OpenCV reads this once, when it opens its first film.
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 DRAWN = 8000  # pixels of the longer side of the picture of an image beyond LARGEST
 WRITTEN = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")  # kinds of pictures that every viewer shows
 COLUMNS = ("image", "class", "score", "x1", "y1", "x2", "y2")
@@ -60,6 +64,8 @@ def predict(
     tiles: Tiles | None = None,
     limit: int | None = None,
     pictures: bool = True,
+    labels: Names = "auto",
+    line_width: int | None = None,
     shared: bool = False,
 ) -> Summary:
     """Detect in all of a source; Ctrl-C ends it early, with whole files.
@@ -80,6 +86,7 @@ def predict(
             `min_size` where none are given.
         limit: stop after so many images.
         pictures: whether pictures are wanted.
+        labels, line_width: of the pictures, as `Detections.draw` takes them.
         shared: whether every process of `torch.distributed` calls this, to look at a share of the image files. Each
             writes its pictures; the first writes the results, which are those of one process, and gives their summary.
 
@@ -107,14 +114,15 @@ def predict(
                 else:
                     files.add(name, found)
                 if writer is not None:
-                    writer.write(name, found.draw(pixels, DRAWN if _is_huge(pixels) else None))
+                    side = DRAWN if _is_huge(pixels) else None
+                    writer.write(name, found.draw(pixels, side, labels, line_width))
                 count += 1
                 bar.advance(task)
         except KeyboardInterrupt:
             stopped = [f"interrupted after {count} images"]
         finally:
             if writer is not None:
-                writer.close()
+                notes += writer.close()
         problems, notes = [*stopped, *part.problems], [*notes, *part.notes]
         if shared:
             assert isinstance(source, Images)
@@ -274,27 +282,45 @@ class _Pictures:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, quality=90)
 
-    def close(self) -> None:
-        """Nothing is open."""
+    def close(self) -> list[str]:
+        """Nothing is open, and there is nothing to say."""
+        return []
 
 
 class _Film:
-    """Annotated frames as one video, in MPEG-4, which OpenCV's builds can write everywhere."""
+    """Annotated frames as one video: H.264, which browsers play, or MPEG-4 where this OpenCV can't write that."""
 
     def __init__(self, path: Path, fps: float) -> None:
         self.path, self.fps = path, fps
         self._writer: cv2.VideoWriter | None = None
+        self._notes: list[str] = []
 
     def write(self, name: str, picture: Image.Image) -> None:
+        width, height = picture.width & ~1, picture.height & ~1  # video has colours for pairs of pixels
         if self._writer is None:
-            self._writer = cv2.VideoWriter(
-                str(self.path), cv2.VideoWriter.fourcc(*"mp4v"), self.fps, (picture.width, picture.height)
-            )
-        self._writer.write(np.ascontiguousarray(np.asarray(picture)[..., ::-1]))
+            self._writer = self._open((width, height))
+        self._writer.write(np.ascontiguousarray(np.asarray(picture)[:height, :width, ::-1]))
 
-    def close(self) -> None:
+    def _open(self, size: tuple[int, int]) -> cv2.VideoWriter:
+        level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        try:
+            writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*"avc1"), self.fps, size)
+        finally:
+            cv2.utils.logging.setLogLevel(level)
+        if writer.isOpened():
+            return writer
+        other = self.path.with_stem(f"{self.path.stem}_h264").name
+        self._notes.append(
+            f"{self.path}: MPEG-4, which browsers don't play, as this OpenCV writes no H.264; to convert it: ffmpeg -i "
+            f"{self.path.name} -c:v libx264 -pix_fmt yuv420p {other}"
+        )
+        return cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*"mp4v"), self.fps, size)
+
+    def close(self) -> list[str]:
+        """Finish the file; what is to be said of it."""
         if self._writer is not None:
             self._writer.release()
+        return self._notes
 
 
 def _writer(folder: Path, source: Images | Video) -> _Pictures | _Film:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import resource
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +19,20 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
-from rich.console import Console
+from PIL import ImageColor
+from rich import get_console
+from rich.progress import TaskID, TextColumn
 from rich.table import Table
 
 from detection.batch import Batch
 from detection.data.images import read_image
-from detection.evaluation.results import spread
+from detection.evaluation.analysis import BACKGROUND, IGNORED, RIGHT, analyse
+from detection.evaluation.plots import COLOURS, FAINT, MISSED
+from detection.evaluation.results import ImageResult, spread
 from detection.training.loaders import image_folder, image_format
 from detection.training.module import DetectionModule
 from detection.training.optimisation import rates
-from detection.visualize import draw_objects, side_by_side
+from detection.visualize import Colour, draw_objects, side_by_side
 
 log = logging.getLogger(__name__)
 
@@ -101,29 +108,77 @@ def resident_bytes() -> int:
 
 
 class Bar(RichProgressBar):
-    """A progress bar of loss, mAP and images per second.
+    """One line: epochs from 1, time left for the whole run, and as many figures as there is room for.
 
-    They are read from what is logged. What is logged with `prog_bar` Lightning reads in every step, shown or not.
+    The time left is what the steps to come take at the pace of those so far, validations included.
     """
 
-    NAMES: Mapping[str, str] = {"train/loss": "loss", "val/map": "mAP", "images/s": "images/s"}
+    FIGURES: Mapping[str, str] = {  # the last are left out first where the line is full
+        "train/loss": "loss {:.3f}",
+        "val_map": "mAP {:.3f}",
+        "images/s": "{:.3g} img/s",
+        "gpu": "{:.1f} GiB",
+    }
+    SHORTEST = 5  # columns of the bar itself
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=4)
-        self._shown: dict[str, Any] = {}
-        self._read = 0.0
+        self._read = self._began = 0.0
+        self._first_step = 0
 
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """The figures under short names; read twice a second, as each reading waits for the device."""
-        if time.perf_counter() - self._read > 0.5:
-            metrics = trainer.callback_metrics
-            self._shown = {short: float(metrics[name]) for name, short in self.NAMES.items() if name in metrics}
-            self._read = time.perf_counter()
-        return self._shown
+    def configure_columns(self, trainer: L.Trainer) -> list[Any]:
+        """All but the bar keep their width."""
+        texts = ("{task.completed:.0f}/{task.total:.0f}", "{task.fields[left]}", "{task.fields[figures]}")
+        return [*super().configure_columns(trainer)[:2], *map(TextColumn, texts)]
+
+    def _add_task(self, total_batches: float, description: str, visible: bool = True) -> TaskID:
+        assert self.progress is not None
+        return self.progress.add_task(description, total=total_batches, visible=visible, left="", figures="")
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        last = self.trainer.max_epochs
+        name = f"epoch {current_epoch + 1}" + (f"/{last}" if last is not None and last > 0 else "")
+        return f"{name:{len(self.validation_description)}}"
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._began, self._first_step = time.perf_counter(), trainer.global_step
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._read = 0.0
+        self._update_metrics(trainer, pl_module)
+        self._stop_progress()  # or it would be drawn over the table of results
+
+    def _update_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Twice a second, as each reading of a figure waits for the device."""
+        if self.progress is None or self.train_progress_bar_id is None or time.perf_counter() - self._read < 0.5:
+            return
+        self._read, task = time.perf_counter(), self.train_progress_bar
+        logged = trainer.callback_metrics  # what is logged with `prog_bar` Lightning reads in every step
+        metrics = {name: float(logged[name]) for name in self.FIGURES if name in logged}
+        if torch.cuda.is_available():
+            metrics["gpu"] = torch.cuda.max_memory_allocated() / 2**30
+        left = time_left(trainer, self._first_step, self._read - self._began)
+        taken = (task.description, f"{task.total:.0f}/{task.total:.0f}", left)
+        room = self.progress.console.width - sum(map(len, taken)) - self.SHORTEST - 5  # spaces between columns
+        texts = [form.format(metrics[name]) for name, form in self.FIGURES.items() if name in metrics]
+        while texts and len(" ".join(texts)) > room:
+            texts.pop()
+        self.progress.update(self.train_progress_bar_id, left=left, figures=" ".join(texts))
+
+
+def time_left(trainer: L.Trainer, first_step: int, seconds: float) -> str:
+    """Hours, minutes and seconds until the end of a run that took `seconds` since `first_step`; nothing if unknown."""
+    done, total = trainer.global_step - first_step, trainer.estimated_stepping_batches
+    if done <= 0 or not math.isfinite(total):
+        return ""
+    return f"{timedelta(seconds=round(seconds / done * max(total - trainer.global_step, 0)))} left"
 
 
 class PredictionPictures(L.Callback):
     """After each validation `predictions.jpg`: the same images each time, ground truth beside predictions.
+
+    Objects are found or missed, predictions right or wrong, judged at IoU .50 among those that are drawn.
 
     It reads the image files, which only `DetectionDataModule` knows; with other loaders there is no picture.
 
@@ -152,15 +207,41 @@ class PredictionPictures(L.Callback):
         pairs = []
         for result in spread(pl_module.metric.results, self.count):
             image = read_image(root / result.file_name, result.size, form=image_format(trainer))
-            shown = result.scores >= self.score_thresh
-            masks = [result.masks[i] for i in np.flatnonzero(shown)] if result.masks is not None else None
-            found = (result.boxes[shown], result.labels[shown], names, result.scores[shown], masks)
-            truth = (result.gt_boxes, result.gt_labels, names, None, result.gt_masks)
-            pairs.append((draw_objects(image, *truth), draw_objects(image, *found)))
+            shown = above(result, self.score_thresh)
+            of_objects, of_found = judged_colours(shown, len(names))
+            truth = (shown.gt_boxes, shown.gt_labels, names, None, shown.gt_masks)
+            found = (shown.boxes, shown.labels, names, shown.scores, shown.masks)
+            left = draw_objects(image, *truth, colours=of_objects)
+            pairs.append((left, draw_objects(image, *found, colours=of_found)))
         if pairs:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            sheet = side_by_side(pairs, ("ground truth", f"predictions with score >= {self.score_thresh}"))
+            titles = ("ground truth", f"predictions with score >= {self.score_thresh}")
+            sheet = side_by_side(pairs, titles, legend=LEGEND)
             sheet.save(self.path, quality=88)
+
+
+FOUND, WRONG, LOST, CROWD = (ImageColor.getrgb(c)[:3] for c in (COLOURS[RIGHT], COLOURS[BACKGROUND], MISSED, FAINT))
+LEGEND = {"right, found": FOUND, "wrong": WRONG, "missed": LOST, "crowd, not judged": CROWD}
+
+
+def above(result: ImageResult, score: float) -> ImageResult:
+    """The result with those detections alone that score at least `score`."""
+    keep = np.flatnonzero(result.scores >= score)
+    masks = None if result.masks is None else [result.masks[i] for i in keep]
+    return replace(
+        result, boxes=result.boxes[keep], labels=result.labels[keep], scores=result.scores[keep], masks=masks
+    )
+
+
+def judged_colours(result: ImageResult, num_classes: int) -> tuple[list[Colour], list[Colour]]:
+    """The colours of `LEGEND` of each object and of each detection of an image."""
+    judged = analyse([result], num_classes, limit=max(1, len(result.labels)))
+    objects, found = [CROWD] * len(result.gt_labels), [CROWD] * len(result.labels)
+    for place, is_found, is_crowd in zip(judged.gt.place, judged.found, judged.gt.crowd, strict=True):
+        objects[place] = CROWD if is_crowd else FOUND if is_found else LOST
+    for place, kind in zip(judged.dt.place, judged.kind, strict=True):
+        found[place] = FOUND if kind == RIGHT else CROWD if kind == IGNORED else WRONG
+    return objects, found
 
 
 class SplitFile(L.Callback):
@@ -216,12 +297,12 @@ class Results(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and self.best:
-            Console().print(result_table(self.best, "val", f"Validation at step {self.best_step}, the best"))
+            get_console().print(result_table(self.best, "val", f"Validation at step {self.best_step}, the best"))
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if trainer.is_global_zero and "test/map" in metrics:
-            Console().print(result_table(metrics, "test", "Test"))
+            get_console().print(result_table(metrics, "test", "Test"))
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "best_step": self.best_step}

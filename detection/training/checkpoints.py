@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 LAST, PREVIOUS, BEST = "last.ckpt", "previous.ckpt", "best.ckpt"
 RUN_FOLDER = "DETECTION_RUN_FOLDER"  # hands the folder to the processes of other ranks
 STAMP = re.compile(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)(?:_(\d+))?")
+# What only going on needs; two thirds of a file, more with averaged weights
+OF_TRAINING = ("optimizer_states", "lr_schedulers", "loops", "resume", "current_model_state", "averaging_state")
 WANTED = "--resume takes a .ckpt file, the folder of a run, or auto"
 
 
@@ -103,7 +105,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         else:
             return checkpoint
     if problems:
-        raise ValueError(f"no checkpoint in {folder} is whole ({'; '.join(problems)})")
+        raise ValueError(f"no checkpoint in {folder} is whole, with the state of a training ({'; '.join(problems)})")
     return None
 
 
@@ -133,7 +135,11 @@ def progress(path: Path) -> tuple[int, int]:
     if not whole:
         raise ValueError(f"{path} is cut off or damaged")
     if not isinstance(content, dict) or not {"epoch", "global_step", "loops", "optimizer_states"} <= content.keys():
-        raise ValueError(f"{path} holds weights, but no training to go on with")
+        last = path.with_name(LAST)
+        there = (
+            f"{last} does" if last.is_file() else f"{LAST} of its run does, and --weights begins another run with them"
+        )
+        raise ValueError(f"{path} holds weights, but not the optimiser's state to go on with: {there}")
     return int(content["epoch"]), int(content["global_step"])
 
 
@@ -214,13 +220,16 @@ def announce_parts(detector: Any, settings: Mapping[str, Any]) -> None:
 class WholeFiles(TorchCheckpointIO):
     """Writes a checkpoint beside the old one, to the disk, and only then in its place: a file is whole or not there.
 
-    The `last.ckpt` before the newest stays as `previous.ckpt`. Where the disk is full the old files stay too, the log
-    has one line, and training goes on: to stop would lose more. Checkpoints are read without running code from them.
+    The `last.ckpt` before the newest stays as `previous.ckpt`; `best.ckpt` is without `OF_TRAINING`. Where the disk is
+    full the old files stay too, the log has one line, and training goes on: to stop would lose more. Checkpoints are
+    read without running code from them.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Called on the first rank alone, so it must not raise what the others would wait for."""
         path = Path(path)
+        if path.name == BEST:
+            checkpoint = {name: value for name, value in checkpoint.items() if name not in OF_TRAINING}
         partial_file = path.with_suffix(".partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,15 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+RUN_FLAGS = {  # what W&B's runs are found and grouped by
+    "project": "W&B project; WANDB_PROJECT, or detection.",
+    "entity": "W&B team or user; WANDB_ENTITY, or that of the key.",
+    "group": "Group of the run in W&B.",
+    "tags": "Tags of the run in W&B, e.g. '[baseline, night]'.",
+    "notes": "Notes on the run in W&B.",
+    "name": "Name of the run in W&B; that of its folder.",
+}
+BEST_OF = ("val/map", "val/map_50", "val/map_75", "val/segm_map")  # whose largest value is the run's summary
 WandbMode = Literal["off", "auto", "online", "offline"]
 START_TIMEOUT = 30.0  # seconds that W&B's server has to answer before the run is recorded offline
 END_TIMEOUT = 60.0  # seconds for the rest of the upload after training; what is left stays on disk
@@ -131,12 +140,19 @@ class Tracker(WandbLogger):
         mode: `online`, `offline`, or `auto`: online when a key is known, else offline.
         folder: of the run; W&B's files go there too.
         config: what W&B shows as the run's configuration; None takes the hyperparameters that Lightning gives.
+        shown: those of `RUN_FLAGS` that are given; they come before the variables of the environment.
 
     Raises:
         ValueError: `online` without a key.
     """
 
-    def __init__(self, mode: WandbMode, folder: Path, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        mode: WandbMode,
+        folder: Path,
+        config: Mapping[str, Any] | None = None,
+        shown: Mapping[str, Any] | None = None,
+    ) -> None:
         known = logged_in()
         if mode == "online" and not known:
             raise ValueError("W&B knows no key for --wandb online: run `wandb login`, or use --wandb auto")
@@ -150,6 +166,7 @@ class Tracker(WandbLogger):
             **options,
         )
         self._wandb_init.pop("anonymous", None)  # W&B warns of it
+        self._wandb_init |= {name: value for name, value in (shown or {}).items() if value is not None}
         self.folder = folder
         self.lost = False
 
@@ -185,6 +202,8 @@ class Tracker(WandbLogger):
                 log.info("W&B: %soffline; send the run later with: %s", why, send)
             run.define_metric("trainer/global_step")
             run.define_metric("*", step_metric="trainer/global_step")
+            for name in BEST_OF:
+                run.define_metric(name, step_metric="trainer/global_step", summary="max")
             return run
         self.lost = True
         return wandb.init(mode="disabled")
@@ -238,6 +257,31 @@ class Tracker(WandbLogger):
             run.log_artifact(artifact, aliases=["best", "latest"])
 
         self.attempt(send)
+
+    def log_facts(self, kind: str, files: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+        """Keep small texts as an artifact of the run; the same content again is the same version.
+
+        Args:
+            kind: `dataset` or `config`, the artifact's type.
+            files: name -> content.
+            facts: shown beside them.
+        """
+
+        def send() -> None:
+            import wandb
+
+            run = self.experiment
+            artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind, metadata=dict(facts))
+            for name, content in files.items():
+                with artifact.new_file(name, mode="w", encoding="utf-8") as file:
+                    file.write(content)
+            run.log_artifact(artifact)
+
+        self.attempt(send)
+
+    def summarise(self, figures: Mapping[str, Any]) -> None:
+        """Put figures into the run's summary, by which runs are compared."""
+        self.attempt(lambda: self.experiment.summary.update(dict(figures)))
 
     def finalize(self, status: str) -> None:
         """End W&B's run: as finished, or as failed."""

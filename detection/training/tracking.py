@@ -7,6 +7,7 @@ Shape shorthand:
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,16 +24,17 @@ from torch import Tensor, nn
 from detection.batch import Batch, Target
 from detection.boxes import resize_boxes
 from detection.data import rle
+from detection.data.dataset import DetectionDataset
 from detection.data.images import read_image
 from detection.data.spectral import RGB, PixelFormat, false_colour
 from detection.evaluation.analysis import analyse
-from detection.evaluation.coco_eval import evaluate
+from detection.evaluation.coco_eval import RECALL_THRESHOLDS, evaluate
 from detection.evaluation.mean_ap import mean_valid
 from detection.evaluation.plots import training_curves
 from detection.evaluation.report import draw_plots
 from detection.evaluation.results import ImageResult, spread
 from detection.parts import Hardness, Sampler
-from detection.training.callbacks import is_rehearsal
+from detection.training.callbacks import Results, is_rehearsal
 from detection.training.loaders import image_folder, image_format
 from detection.training.loggers import Tracker
 from detection.training.module import DetectionModule
@@ -165,6 +167,14 @@ class Tracking(L.Callback):
         for tracker in trackers(trainer):
             tracker.start()
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        facts, config = data_facts(trainer), self.folder / "config.yaml"
+        for tracker in trackers(trainer):
+            if facts:
+                tracker.log_facts("dataset", {"dataset.json": json.dumps(facts, indent=1)}, facts)
+            if config.is_file():
+                tracker.log_facts("config", {config.name: config.read_text(encoding="utf-8")}, {})
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: DetectionModule) -> None:  # type: ignore[override]
         if trainer.sanity_checking:
             return
@@ -180,6 +190,10 @@ class Tracking(L.Callback):
             self._show(trainer, pl_module)
         for logger in trainer.loggers:
             logger.save()
+        for results in (callback for callback in trainer.callbacks if isinstance(callback, Results) and callback.best):  # type: ignore[attr-defined]
+            best = {name.replace("val/", "best/", 1): value for name, value in results.best.items()}
+            for tracker in trackers(trainer):
+                tracker.summarise(best | {"best/step": results.best_step})
         if (self.folder / "metrics.csv").is_file():
             with (self.folder / "metrics.csv").open(newline="") as file:
                 self._save("curves", training_curves(list(csv.DictReader(file))))
@@ -222,6 +236,12 @@ class Tracking(L.Callback):
 
         media: dict[str, Any] = {f"plots/{name}": wandb.Image(str(path)) for name, path in files.items()}
         media["val/classes"] = wandb.Table(columns=[*CLASS_COLUMNS], data=class_rows(results, names))
+        media["curves/precision_recall"] = wandb.plot.line(
+            wandb.Table(columns=["recall", "precision"], data=mean_precision(results, len(names))),
+            "recall",
+            "precision",
+            title="Precision and recall at IoU .50, mean of classes",
+        )
         if root is None:  # loaders that are not DetectionDataModule's don't say where their images lie
             return media
         shown = [overlays(result, names, root, self.score_thresh, form=form) for result in spread(results, self.count)]
@@ -238,6 +258,26 @@ class Tracking(L.Callback):
 def trackers(trainer: L.Trainer) -> list[Tracker]:
     """The loggers that are W&B runs."""
     return [logger for logger in trainer.loggers if isinstance(logger, Tracker)]
+
+
+def data_facts(trainer: L.Trainer) -> dict[str, Any]:
+    """Folder, images and objects of each class of `train` and `val`; empty where the data set is not of ours."""
+    facts: dict[str, Any] = {}
+    for split, loader in (("train", trainer.train_dataloader), ("val", trainer.val_dataloaders)):
+        data: Any = getattr(loader, "dataset", None)
+        if isinstance(data, DetectionDataset):
+            labels = np.concatenate([data.store[i].labels for i in range(len(data))])
+            counts = np.bincount(labels, minlength=len(data.classes) + 1)[1:].tolist()
+            objects = dict(zip(data.classes, counts, strict=True))
+            facts[split] = {"root": str(data.root), "images": len(data), "objects": sum(counts), "per_class": objects}
+    return facts
+
+
+def mean_precision(results: Sequence[ImageResult], num_classes: int) -> list[list[float]]:
+    """Recall and interpolated precision at IoU .50, averaged over the classes with objects, best 100 an image."""
+    precision = evaluate(results, num_classes).precision[0, :, :, 0, -1]
+    known = precision[:, precision[0] > -1]
+    return np.stack([RECALL_THRESHOLDS, known.mean(1)], 1).tolist() if known.size else []
 
 
 CLASS_COLUMNS = ("class", "AP", "AP50", "AP75", "objects", "detections")

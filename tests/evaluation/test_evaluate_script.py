@@ -210,6 +210,9 @@ def test_a_results_file_alone(tmp_path, pycoco, capsys):
     printed = capsys.readouterr().out
     for k, name in enumerate("ba"):
         assert f"  {name}{official['precision'][:, :, k, 0, 2].mean():8.4f}" in printed
+    counts = {name: re.search(rf"^ *{name} +\S+ +(\d+) objects?$", printed, re.MULTILINE)[1] for name in (*"ab", "map")}
+    assert counts == {"a": "6", "b": "3", "map": "9"}
+    assert re.search(r"^map_large +- +0 objects$", printed, re.MULTILINE) and "-1.0" not in printed
     page = (out / "report.html").read_text()
     assert "image y&lt;b&gt;" in page and "y<b>" not in page and page.count("data:image/jpeg") >= 1
     assert json.loads((out / "detections_bbox.json").read_text())[0]["image_id"] == "x"

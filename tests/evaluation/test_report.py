@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from detection.batch import Target
+from detection.evaluation import confusion_table, plots
+from detection.evaluation.analysis import analyse, confusion_matrix, confusions
 from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.report import write_evaluation
 
@@ -57,6 +60,7 @@ def evaluation(tmp_path_factory):
         lambda result: np.full((*result.size, 3), 90, np.uint8),
         "Test <report>",
         {"checkpoint": "a&b.ckpt"},
+        "model: {lr: 0.125}",
     )
     return folder, metric, figures
 
@@ -107,9 +111,10 @@ def test_the_page_needs_nothing_else_and_escapes_names(evaluation):
     words = " ".join(page.words)
     for expected in ("Test <report>", "a&b.ckpt", "<b>dog</b>", "folder/<", f"{figures['map']:.3f}"):
         assert expected in words
-    assert "never seen" not in words
-    assert page.tags.count("figure") == 12
-    assert page.tags.count("table") == 2
+    assert ">never seen</button>" not in text  # no row of the classes, which says nothing; but one of the matrix
+    assert 12 <= page.tags.count("figure") <= 20
+    assert page.tags.count("table") == 3
+    assert "objects <b>100</b>" in text and "lr: 0.125" in words
 
 
 def test_a_report_of_nothing_and_without_pictures(tmp_path):
@@ -120,6 +125,49 @@ def test_a_report_of_nothing_and_without_pictures(tmp_path):
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<figure" not in text
     assert "nan" not in " ".join(Page(text).words).lower()
+
+
+def test_crowds_are_in_the_count_of_objects_that_the_log_has(tmp_path):
+    metric, crowd = MeanAP(["a"]), torch.tensor([True, False, False])
+    boxes = torch.tensor([[0.0, 0, 9, 9], [20, 20, 40, 40], [50, 50, 90, 90]])
+    target = Target(
+        1, "a.jpg", (100, 100), boxes, torch.ones(3, dtype=torch.int64), torch.full((3,), 400.0), crowd, ~crowd
+    )
+    metric.update([{"boxes": boxes[:0], "labels": boxes[:0, 0].long(), "scores": boxes[:0, 0]}], [target])
+    write_evaluation(tmp_path, metric, [1])
+    assert "objects <b>3 (1 of them crowds, not judged)</b>" in (tmp_path / "report.html").read_text()
+
+
+def test_confusion_table_has_the_matrix_and_the_images_of_its_cells(evaluation):
+    _, metric, _ = evaluation
+    judged = analyse(metric.results, 5)
+    matrix, cells = confusion_matrix(judged), confusions(judged)
+    found = re.findall(r'data-key="(\d+),(\d+)">(\d+)<', confusion_table.table(matrix, NAMES))
+    assert {(int(i), int(j)): int(n) for i, j, n in found} == {(i, j): matrix[i, j] for i, j in np.argwhere(matrix)}
+    rank = np.random.default_rng(0).permutation(20)
+    images = confusion_table.images_of(cells, rank)
+    assert set(images) == {f"{i},{j}" for i, j in np.argwhere(matrix)}
+    for key, listed in images.items():
+        true, detected = map(int, key.split(","))
+        expected = set(cells.image[(cells.true == true) & (cells.detected == detected)].tolist())
+        assert set(listed) == expected and len(listed) == len(expected)
+        assert (np.diff(rank[listed]) > 0).all()
+
+
+def test_a_large_confusion_table_says_how_many_it_shows_and_keeps_shares_of_all():
+    matrix = np.zeros((121, 121), np.int64)
+    matrix[np.arange(120), np.arange(120)] = 3
+    matrix[7, 110], matrix[7, 120] = 1, 4
+    text = confusion_table.table(matrix, [f"class {k}" for k in range(120)])
+    assert text.count("<tr>") == 1 + confusion_table.MOST_CLASSES + 1
+    assert confusion_table.note(120) == "The 100 most confused of 120 classes are shown."
+    assert (
+        f'--share:{3 / 8:.3f}" title="38% of the row"><button type="button" data-show="cell" data-key="7,7">3<' in text
+    )
+    axes = plots.confusion(matrix, [f"class {k}" for k in range(120)]).axes[0]
+    row = [label.get_text() for label in axes.get_yticklabels()].index("class 7")
+    assert "25 most confused of 120 classes" in axes.get_title()
+    assert axes.images[0].get_array()[row].max() == pytest.approx(4 / 8)
 
 
 PROBE = """<script>
@@ -134,7 +182,26 @@ addEventListener("load", () => {
   }
   document.querySelectorAll("input[data-kind]").forEach(box => box.checked && box.click());
   counts.push(shown());
+  const figures = [...document.querySelectorAll("figure")], list = document.querySelector("#filter");
+  const visible = () => figures.filter(f => f.getClientRects().length).map(f => Number(f.dataset.image));
+  const first = visible(), listed = {};
+  for (const button of document.querySelectorAll("[data-show]")) {
+    button.click();
+    listed[`${button.dataset.show} ${button.dataset.key}`] = [visible(), list.textContent];
+  }
+  list.querySelector("button").click();
+  document.querySelector("figure .frame").click();
+  const dialog = document.querySelector("dialog"), large = dialog.open && dialog.querySelectorAll("rect").length > 0;
+  dialog.click();
+  const probed = [...document.querySelectorAll("figure rect.object")].filter(r => r.dataset.found);
+  slider.value = 0; slider.dispatchEvent(new Event("input"));
+  const before = probed.map(r => r.dataset.kind);
+  slider.value = 1; slider.dispatchEvent(new Event("input"));
+  const after = probed.map(r => r.dataset.kind);
+  slider.value = 0.3;
   const answer = {
+    first, listed, large, again: visible(), closed: !dialog.open,
+    kinds: [new Set(before), new Set(after)].map(s => [...s]),
     broken: [...document.images].filter(image => !(image.complete && image.naturalWidth)).length,
     images: document.images.length,
     wide: document.documentElement.scrollWidth - innerWidth,
@@ -148,16 +215,17 @@ addEventListener("load", () => {
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
-def test_in_a_browser(evaluation, tmp_path):
+@pytest.mark.parametrize("width", [1200, 390])
+def test_in_a_browser(evaluation, tmp_path, width):
     page = tmp_path / "probe.html"
     page.write_text((evaluation[0] / "report.html").read_text(encoding="utf-8") + PROBE, encoding="utf-8")
-    command = [BROWSER, *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,900"]
+    command = [BROWSER, *FLAGS.split(), f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
     run = subprocess.run(
         [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
     )
     answer = json.loads(run.stdout.split("<pre>")[1].split("</pre>")[0])
     assert answer["broken"] == 0
-    assert answer["images"] == 5 + 12
+    assert 4 + 12 <= answer["images"] <= 4 + 20
     assert answer["wide"] <= 0
     assert answer["bold"] == 0
     falling = [float(value) for value in answer["falling"] if value]
@@ -166,4 +234,18 @@ def test_in_a_browser(evaluation, tmp_path):
     assert answer["falling"][-1] == ""
     assert [float(value) for value in answer["rising"] if value] == falling[::-1]
     assert answer["names"] == ["_$bird$", "<b>dog</b>", "absent", "cat"]
-    assert answer["counts"][0] > answer["counts"][1] > answer["counts"][2] > answer["counts"][3] == 0
+    assert answer["counts"][0] > answer["counts"][1] and answer["counts"][3] == 0
+    # Objects that a detection finds at 0 are not found at 1, and so shown as such
+    assert answer["kinds"] == [["found object"], ["object not found"]]
+    assert len(answer["first"]) == 12 and answer["again"] == answer["first"] and answer["large"] and answer["closed"]
+    judged = analyse(evaluation[1].results, 5)
+    cells = confusions(judged)
+    for key, (images, text) in answer["listed"].items():
+        kind, _, key = key.partition(" ")
+        if kind == "cell":
+            true, detected = map(int, key.split(","))
+            expected = set(cells.image[(cells.true == true) & (cells.detected == detected)].tolist())
+        else:
+            expected = set(judged.gt.image[judged.gt.label == int(key)].tolist())
+            expected |= set(judged.dt.image[(judged.dt.label == int(key)) & (judged.dt.scores >= 0.5)].tolist())
+        assert images and set(images) <= expected and f"{len(expected)} images" in text
