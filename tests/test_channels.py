@@ -253,15 +253,12 @@ def test_what_the_user_gives_stays(tmp_path: Path) -> None:
     assert cli.model.detector.transform.std.numel() == 1
 
 
-def test_the_check_prints_what_a_configuration_takes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_check_prints_what_a_configuration_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = twins.draw_set(tmp_path / "data", twins.four)
     twins.write(root / "train" / "0003.png", twins.draw_shapes(np.random.default_rng(0))[0])
     arguments = ["--root", str(root), "--format", "coco", "--annotations", "train.json", "--images", "train"]
     written = ["--json", str(tmp_path / "a.json"), "--sheet", str(tmp_path / "sheet.png")]
-    monkeypatch.setattr("sys.argv", ["check_data.py", *arguments, "--channels", "4", *written])
-    assert check_data() == 2
+    assert check_data([*arguments, "--channels", "4", *written]) == 2
     said = capsys.readouterr().out
     assert "the image has 3 channels of 8 bits, but 4 channels of 8 bits are wanted" in " ".join(said.split())
     found = json.loads((tmp_path / "a.json").read_text())[0]["channels"]

@@ -88,8 +88,8 @@ def test_compiled_parts_give_the_same_from_a_handful_of_graphs() -> None:
 
 def test_only_training_compiles_and_the_checkpoint_is_plain(tmp_path: Path) -> None:
     module = make_module(compile=True)
-    strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    module.trainer = SimpleNamespace(datamodule=None, strategy=strategy)  # type: ignore[assignment]
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), precision_plugin=None)
+    module.trainer = SimpleNamespace(datamodule=None, strategy=strategy, callbacks=[])  # type: ignore[assignment]
     for stage, compiles in (("validate", False), ("test", False), ("fit", True)):
         module.setup(stage)
         assert (module.detector.backbone._compiled_call_impl is not None) == compiles, stage
@@ -98,18 +98,18 @@ def test_only_training_compiles_and_the_checkpoint_is_plain(tmp_path: Path) -> N
 
 def test_setup_takes_the_quick_forms_wherever_the_detector_is() -> None:
     """Inside another, and not in others' detectors, which have parts of their own."""
-    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), precision_plugin=None)
     for fast in (True, False):
         module = make_module(fast=fast)
         inner = module.detector
         module.detector = TestTimeAugmentation(inner)  # type: ignore[assignment]
-        module.trainer = SimpleNamespace(datamodule=None, strategy=strategy)  # type: ignore[assignment]
+        module.trainer = SimpleNamespace(datamodule=None, strategy=strategy, callbacks=[])  # type: ignore[assignment]
         module.setup("test")
         assert (type(inner.rpn) is SparseRPN) == fast
     strategy.root_device = torch.device("cuda")
     for fast in (True, False):  # what torchvision refuses to repeat is exchanged in either case
         module = make_module(fast=fast)
-        module.trainer = SimpleNamespace(datamodule=None, strategy=strategy)  # type: ignore[assignment]
+        module.trainer = SimpleNamespace(datamodule=None, strategy=strategy, callbacks=[])  # type: ignore[assignment]
         torch.use_deterministic_algorithms(True)
         try:
             module.setup("test")
@@ -119,7 +119,7 @@ def test_setup_takes_the_quick_forms_wherever_the_detector_is() -> None:
         assert (type(module.detector.rpn) is SparseRPN) == fast
     peer = TorchvisionDetector(resnet_fpn("resnet18", out_channels=16), 3)
     module = DetectionModule(peer, ["a", "b"])  # type: ignore[arg-type]
-    module.trainer = SimpleNamespace(datamodule=None, strategy=strategy)  # type: ignore[assignment]
+    module.trainer = SimpleNamespace(datamodule=None, strategy=strategy, callbacks=[])  # type: ignore[assignment]
     kinds = [type(m) for m in peer.modules()]
     module.setup("fit")
     assert [type(m) for m in peer.modules()] == kinds

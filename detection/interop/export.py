@@ -35,7 +35,6 @@ from detection.models.pooling import RoIPool, RoIPooler
 from detection.models.precomputed import PrecomputedProposals
 from detection.models.roi_heads import RoIHeads
 from detection.models.rpn import RegionProposalNetwork
-from detection.models.transform import as_float
 from detection.models.two_stage import FasterRCNN
 from detection.parts import FeatureMaps
 
@@ -143,7 +142,8 @@ class ExportableDetector(nn.Module):
         if images.dtype == torch.uint8:
             resized = _resize_as_opencv(images, old, (height, width)).float() / 255
         else:
-            resized = F.interpolate(as_float(images), (height, width), mode="bilinear", align_corners=False)
+            levels = F.interpolate(images.float(), (height, width), mode="bilinear", align_corners=False)
+            resized = levels.round() / 65535  # to whole levels, as OpenCV gives them
         padded = F.pad(resized, (0, divisor * columns - width, 0, divisor * rows - height))
         return padded, new.expand(images.shape[0], 2), old.long().expand(images.shape[0], 2)
 

@@ -175,9 +175,12 @@ def _new_run(parent: Path, make: bool) -> Start:
     if handed := _handed_folder():
         return Start(handed, None)
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    if _rank():  # of a cluster's launcher: the first rank makes the folder in this very second, or has made it
+        newest = _newest_run(parent)
+        return Start(newest if newest is not None and newest.name.startswith(stamp) else parent / stamp, None)
     for number in itertools.count():
         folder = parent / (f"{stamp}_{number}" if number else stamp)
-        if not make or _rank():
+        if not make:
             if not folder.exists():
                 return Start(folder, None)
             continue

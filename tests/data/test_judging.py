@@ -200,9 +200,7 @@ def data(root: Path, **options: Any) -> DetectionDataModule:
 
 
 def check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["check_data.py", *arguments])
-        code = check_main()
+    code = check_main(arguments)
     return code, " ".join(capsys.readouterr().out.split())
 
 

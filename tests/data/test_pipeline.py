@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -195,7 +195,11 @@ def pipelines() -> st.SearchStrategy[list[Step]]:
 def test_any_pipeline_keeps_objects_and_pixels_together(steps: list[Step], seed: int) -> None:
     """Each resampling may move an edge by half a pixel, and a thin bar that is resampled often blends into the ground:
     masks and pixels agree within 2 pixels, boxes with the masks within one."""
-    out = run(steps, seed, *scene(seed))
+    try:
+        out = run(steps, seed, *scene(seed))
+    except DataError as error:  # two crops in a row: what is left may be smaller than what is wanted
+        assume("Crop size" not in str(error))
+        raise
     assert out.masks is not None and (out.boxes >= 0).all()
     assert (out.boxes <= np.array([*out.image.shape[1::-1]] * 2)).all()
     assert out.kept.tolist() == sorted(set(out.kept.tolist()))
@@ -462,7 +466,7 @@ def test_the_data_module_keeps_plain_values() -> None:
     again = DetectionDataModule(**kept)
     assert repr(again.augmentations) == repr(STEPS) and again.hparams["min_visibility"] == 0.2
     assert again.hparams == data.hparams
-    with pytest.raises(ValueError, match="share, from 0 to 1"):
+    with pytest.raises(ValueError, match="from 0 to 1"):
         DetectionDataModule(min_visibility=30)
     source = {"class_path": "detection.data.proposals.ProposalFiles", "init_args": {"train": "a", "val": "b"}}
     with pytest.raises(ValueError, match="proposals would no longer fit after Rotate"):

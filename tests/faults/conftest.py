@@ -20,12 +20,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from detection.cli.fit import FitCLI, main
 from detection.data import scenes
 
 SMALL = [
-    *("--config", "quickstart"),
+    *("--name", "quickstart"),
     *("--data.num_workers", "0"),
     *("--data.min_size", "64"),
     *("--data.batch_size", "2"),
@@ -154,6 +155,7 @@ def fit(tmp_path: Path, data: list[str]) -> Fit:
 
             def prepare(values: dict[str, str] = environment) -> None:
                 os.environ.update(values if ranks > 1 else {})
+                rank_zero_only.rank = int(values["RANK"])  # which was looked for when Lightning was imported
                 if before is not None:
                     before()
 
@@ -178,7 +180,7 @@ def fit(tmp_path: Path, data: list[str]) -> Fit:
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The flags for a small data set of drawn scenes."""
     root = scenes.draw(tmp_path_factory.mktemp("scenes"), train=8, val=3)
-    flags = ["--name", "quickstart", "--data.format", "coco", "--data.root", str(root)]
+    flags = ["--data.format", "coco", "--data.root", str(root)]
     for split, (file, images) in scenes.SPLITS.items():
         flags += [f"--data.{split}_split", file, f"--data.{split}_images", images]
     return flags

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from detection.cli.fit import CONFIGS, FitCLI, main
+from detection.cli.configuration import CONFIGS
+from detection.cli.fit import FitCLI, main
 
 Record = Callable[[str, object], None]
 JUNK = [

@@ -20,7 +20,8 @@ import yaml
 from torch import Tensor, nn
 
 from detection.batch import Batch
-from detection.cli.fit import CONFIGS, LOGGERS, RUN_FOLDER, FitCLI
+from detection.cli.configuration import CONFIGS
+from detection.cli.fit import LOGGERS, FitCLI
 from detection.data import scenes
 from detection.data.images import read_image
 from detection.models.backbones import Backbone, resnet_fpn
@@ -41,6 +42,7 @@ from detection.models.two_stage import FasterRCNN
 from detection.parts import FeatureMaps
 from detection.recipes import rebuild
 from detection.selective_search import SelectiveSearch
+from detection.training.checkpoints import RUN_FOLDER
 from detection.training.module import DetectionModule
 
 ROOT = Path(__file__).resolve().parents[2]
