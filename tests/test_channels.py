@@ -182,7 +182,8 @@ def test_onnx_of_any_format_finds_what_the_model_finds(form: PixelFormat, tmp_pa
     parity = compare(detector, onnx_runner(tmp_path / "d.onnx"), images)
     logging.disable(logging.NOTSET)
     assert parity.detections > 20 and parity.unmatched <= 0.02 * parity.detections
-    assert parity.box < 1e-2 and parity.score < 1e-4
+    # 16-bit pixels are resized in float32 here and in OpenCV, in another order: a level of 65535 apart now and then.
+    assert parity.box < 1e-2 and parity.score < (1e-4 if form.depth == 8 else 1e-3)
 
 
 def fit(root: Path, output: Path, *more: str) -> FitCLI:

@@ -186,8 +186,12 @@ class DetectionModule(L.LightningModule):
             check_monitors(self.trainer, known_figures(self.class_names, self.metric.iou_type, self.detector.has_masks))
         if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
-        wanted, given = PixelFormat.of(self.detector), getattr(self.trainer.datamodule, "form", None)  # type: ignore[attr-defined]
-        if given is not None and given != wanted:
+        given = getattr(data, "form", None)
+        if (
+            given is not None
+            and hasattr(self.detector, "transform")
+            and given != (wanted := PixelFormat.of(self.detector))
+        ):
             raise ValueError(
                 f"the detector takes images with {wanted}, but the data has {given}: build it with in_channels, "
                 "image_depth, image_mean and image_std of the data"
