@@ -59,7 +59,7 @@ def test_from_twenty_images_to_onnx(tmp_path, monkeypatch):
     call("check_data.py", "--root", data)
     small = ["--data.min_size", 96, "--data.max_size", 128, "--data.num_workers", 0, "--trainer.accelerator", "cpu"]
     small += ["--model.schedule.warmup_steps", 4, "--model.detector.box_score_thresh", 0.001]
-    call("fit.py", "--data.root", data, "--name", "my_data", "--trainer.max_epochs", 6, *small)
+    call("fit.py", "--data.root", data, "--name", "my_data", "--trainer.max_epochs", 6, "--data.batch_size", 4, *small)
     (ckpt,) = Path("runs/my_data").glob("*/best.ckpt")
 
     pictures = [read_image(path) for path in sorted((data / "JPEGImages").glob("val_*.jpg"))]
