@@ -116,7 +116,8 @@ def own_flags(path: Path) -> dict[str, str]:
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     found = {}
     for call in calls:
-        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
+        named = bool(call.args) and isinstance(call.args[0], ast.Constant)  # not in a loop
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument" and named:
             (text,) = [ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "help"]
             found[ast.literal_eval(call.args[0]).lstrip("-")] = text
     return found
