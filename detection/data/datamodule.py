@@ -276,7 +276,7 @@ class DetectionDataModule(L.LightningDataModule):
         """The data set below the root, found and said at the first call; raises `DataError` where there is none."""
         if self._layout is None:
             self._layout = find(self._root(), self.hparams["format"])
-            rank_zero_info(f"{self._layout.root}: {self._layout}")
+            rank_zero_info(f"{self._root()}: {self._layout}")
             for other in self._layout.others:
                 rank_zero_info(f"  also there, not read: {other}; data.format or another root chooses it")
         return self._layout
