@@ -120,7 +120,7 @@ def test_the_limit_repeats_the_same_arithmetic() -> None:
     assert [call[1:] for call in again.calls] == [call[1:] for call in recorder.calls]
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_the_rehearsal_runs_to_its_end(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/benchmark.py", "gpu", "--minutes", "8", "--rehearse", "true"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
