@@ -143,7 +143,7 @@ class SampledForeground(L.Callback):
 class Tracking(L.Callback):
     """Plots in the run's folder, and to W&B, where it is in use, plots, a table by class, pictures and the checkpoint.
 
-    After a validation: `plots/*.png` as `scripts/evaluate.py` draws them, AP by class as a table, and the same images
+    After a validation: `plots/*.png` as `detection evaluate` draws them, AP by class as a table, and the same images
     each time with boxes and masks of ground truth and predictions to switch on and off. In a long run that happens ever
     more rarely, 32 times and then 16 in each doubling of validations, for the sake of disk and quota. At the end:
     `plots/curves.png`, and the best checkpoint as an artifact, if wanted.
