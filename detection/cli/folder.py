@@ -109,5 +109,11 @@ def never_validates(trainer: L.Trainer) -> str | None:
 def remove(folder: Path) -> None:
     """Take away the folder of a run that never trained, and that of its name where it is empty then."""
     shutil.rmtree(folder, ignore_errors=True)
+    remove_empty(folder.parent)
+
+
+def remove_empty(*folders: Path) -> None:
+    """Take away folders in turn, up to the first that holds something."""
     with suppress(OSError):
-        folder.parent.rmdir()
+        for folder in folders:
+            folder.rmdir()
