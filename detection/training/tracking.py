@@ -168,9 +168,9 @@ class Tracking(L.Callback):
             tracker.start()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        facts, config = data_facts(trainer), self.folder / "config.yaml"
+        config = self.folder / "config.yaml"
         for tracker in trackers(trainer):
-            if facts:
+            if facts := data_facts(trainer):  # reads all objects, so only where it is wanted
                 tracker.log_facts("dataset", {"dataset.json": json.dumps(facts, indent=1)}, facts)
             if config.is_file():
                 tracker.log_facts("config", {config.name: config.read_text(encoding="utf-8")}, {})
