@@ -310,7 +310,7 @@ def serve(ckpt: Path, host: str, port: int, device: str = "auto", trust: Iterabl
     """Serve the page of a checkpoint until interrupted.
 
     Args:
-        ckpt: of scripts/fit.py, or .safetensors.
+        ckpt: of `detection fit`, or .safetensors.
         host, port: to listen at.
         device: see `Detector`.
         trust: see `Detector.from_checkpoint`.

@@ -14,7 +14,7 @@ def show(ckpt: Path, port: int = 7860, host: str = "127.0.0.1", device: str = "a
     Nothing that the page needs is loaded from anywhere else. Needs `pip install "detection[demo]"`.
 
     Args:
-        ckpt: run's folder, its checkpoint, or .safetensors of scripts/convert.py.
+        ckpt: run's folder, its checkpoint, or .safetensors of `detection convert`.
         port: to listen at.
         host: to listen at; 0.0.0.0 lets everybody in who can reach this machine.
         device: auto, cpu, cuda, cuda:1, mps.

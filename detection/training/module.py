@@ -334,7 +334,6 @@ class DetectionModule(L.LightningModule):
         values = {f"{stage}/{name.removeprefix('bbox_')}": value for name, value in figures.items()}
         # COCO says -1 where there is no object of a size; in a chart that would be a figure.
         self.log_dict({name: value for name, value in values.items() if value >= 0 or name == f"{stage}/map"})
-        self.log(f"{stage}_map", values[f"{stage}/map"], prog_bar=True, logger=False)
         for kind, prefix in zip(self.metric.iou_type, ("ap", "segm_ap"), strict=False):
             of_classes = self.metric.per_class(kind)  # type: ignore[arg-type]
             self.log_dict({f"{stage}/{prefix}/{name}": value for name, value in of_classes.items()})
