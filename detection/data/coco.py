@@ -194,7 +194,7 @@ class _Reader:
     def picture(self, written: str, where: str) -> tuple[str, Path]:
         """The file of an image, relative to the root and whole, which may be missing; no name leads out of the root."""
         if (found := self.pictures.find(written)) is not None:
-            if os.path.basename(found) != os.path.basename(written):
+            if os.path.basename(found) != os.path.basename(written.replace("\\", "/")):
                 self.spelt.append((written, found))
             return found, self.tree.root / found
         inside = "/".join(filter(None, (self.pictures.base, written.replace("\\", "/"))))
