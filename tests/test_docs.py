@@ -68,7 +68,8 @@ def commands() -> list[tuple[str, list[str]]]:
     """Command and arguments of each line that calls one, or a script; also of those in tables and job scripts."""
     texts = [block.text for block in blocks("bash")] + [path.read_text() for path in DOCS.rglob("*.sbatch")]
     for page in PAGES:
-        texts += [line for line in re.findall(r"`([^`\n]+)`", page.read_text()) if CALL.search(line) and " " in line]
+        inline = re.findall(r"`([^`\n]+)`", page.read_text())
+        texts += [text for text in inline if (call := CALL.search(text)) and call[3].strip()]  # not only its name
     found: dict[str, tuple[str, list[str]]] = {}
     for text in texts:
         for line in STANDS_FOR.sub("X", text.replace("\\\n", " ")).splitlines():
@@ -374,3 +375,38 @@ def test_citation_and_hooks_are_in_order() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert [repo["repo"] for repo in hooks] == ["local"]  # nothing is fetched
     assert all(hook["entry"].startswith(".venv/bin/") for hook in hooks[0]["hooks"])
+
+
+TROUBLE = (DOCS / "troubleshooting.md").read_text()
+SENTENCES = [
+    sentence
+    for line in re.findall(r"^(`.+)\n:   ", TROUBLE, re.M) + re.findall(r"^\| (`.+?) \| `pip install", TROUBLE, re.M)
+    for sentence in re.findall(r"`([^`]+)`", line)
+]
+
+
+@pytest.fixture(scope="module")
+def spoken() -> list[str]:
+    """Every string in the source of the package, with NUL in the place of what an f-string fills in."""
+    found = []
+    for path in (ROOT / "detection").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_sentences_are_found() -> None:
+    assert len(SENTENCES) > 50 and "the data root is not a folder" in SENTENCES
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_sentence_of_troubleshooting_is_said(sentence: str, spoken: list[str]) -> None:
+    """Its fixed parts stand in one string of the source, in order, with something filled in where the page says so."""
+    fixed = re.split(r"<[^<>]+>", sentence)
+    assert sum(map(len, fixed)) >= 12, "too short to tell one sentence from another"
+    pattern = re.compile("\0+".join(map(re.escape, fixed)))
+    assert any(pattern.search(text) for text in spoken), f"no error says: {sentence}"
