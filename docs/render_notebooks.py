@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "docs" / "notebooks"
 KINDS = {"image/jpeg": "jpg", "image/png": "png"}
+COLOUR = re.compile(r"\x1b\[[\d;]*m")  # of a terminal
 
 
 def render(path: Path, folder: Path) -> Path:
@@ -46,12 +47,12 @@ def render(path: Path, folder: Path) -> Path:
 
 
 def _links(text: str) -> str:
-    """Links from the folder of the notebooks become those of the site."""
+    """Links from the folder of the notebooks become those of the site, to modules those of the reference."""
     text = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", text)
     text = re.sub(r"\]\(\.\./detection/configs/(\w+)\.yaml\)", r"](../configurations.md#\1)", text)
     return re.sub(
-        r"\]\(\.\./(detection/[\w/]+)\.py\)", lambda found: f"][{found[1].replace('/', '.')}]", text
-    )  # in the reference
+        r"\]\(\.\./(detection/[\w/]+)\.py\)", lambda at: f"][{at[1].replace('/', '.')}]", text
+    )
 
 
 def _output(output: dict[str, Any], stem: Path) -> str:
@@ -63,7 +64,7 @@ def _output(output: dict[str, Any], stem: Path) -> str:
             file.write_bytes(base64.b64decode("".join(data[kind])))
             return f"![What the cell draws]({file.name}){{.output}}"
     text = "".join(output.get("text", data.get("text/plain", ""))).strip("\n")
-    return f'```{{.text .output}}\n{text}\n```' if text.strip() else ""
+    return f"```{{.text .output}}\n{text}\n```" if text.strip() else ""
 
 
 def main() -> None:
