@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,17 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data sets are not at {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture
+def leave_no_trace() -> Iterator[None]:
+    """The command line sets up its own process, which here is also that of other tests."""
+    from detection.cli.output import LOGGERS  # not above: Lightning takes seconds, and most tests need none of it
+
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+    os.environ.pop("DETECTION_RUN_FOLDER", None)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ import pytest
 import torch
 import yaml
 
-from detection.cli.fit import LOGGERS, FitCLI, main
+from detection.cli.fit import FitCLI, main
 from detection.data import scenes
-from detection.training.checkpoints import RUN_FOLDER
 from tests.runs import TINY, rows, scene_flags
 
 FLAGS = [
@@ -32,15 +30,7 @@ FLAGS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _leave_no_trace() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
-    os.environ.pop(RUN_FOLDER, None)
+pytestmark = pytest.mark.usefixtures("leave_no_trace")
 
 
 @pytest.fixture(scope="module")
