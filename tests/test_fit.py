@@ -32,8 +32,6 @@ from detection.models.fast import accelerate
 from detection.training.module import DetectionModule
 from tests.runs import ROOT, scene_flags
 
-pytestmark = pytest.mark.usefixtures("leave_no_trace")
-
 SMALL = [
     *("--config", "quickstart"),
     *("--data.num_workers", "0"),
@@ -214,10 +212,7 @@ def test_what_never_trains_leaves_no_folder(data: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rehearsal_leaves_nothing_on_disk(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("detection"), "propagate", True)
+def test_a_rehearsal_leaves_nothing_on_disk(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "detection")
     flags = ["--trainer.fast_dev_run", "true", "--data.batch_size", "2", "--output", str(tmp_path / "runs")]
     cli = FitCLI([*flags, *SMALL, *scene_flags(data)])
@@ -227,9 +222,8 @@ def test_a_rehearsal_leaves_nothing_on_disk(
 
 
 def test_printed_learning_rate_follows_accumulation(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("detection"), "propagate", True)
     caplog.set_level(logging.INFO, "detection")
     flags = ["--trainer.fast_dev_run", "4", "--trainer.accumulate_grad_batches", "4", "--data.batch_size", "2"]
     cli = FitCLI([*flags, "--model.lr", "0.02", *SMALL, *scene_flags(data), "--output", str(tmp_path)])

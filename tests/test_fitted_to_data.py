@@ -32,8 +32,6 @@ from detection.data.writers import write_voc
 from detection.training.module import DetectionModule
 from tests.runs import TINY
 
-pytestmark = pytest.mark.usefixtures("leave_no_trace")
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
