@@ -17,8 +17,6 @@ from detection.data import scenes
 from detection.data.datamodule import DetectionDataModule
 from tests.runs import ROOT, scene_flags
 
-pytestmark = pytest.mark.usefixtures("leave_no_trace")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

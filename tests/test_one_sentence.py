@@ -19,8 +19,6 @@ from detection.training.precision import WeightPrecision
 from tests.runs import ROOT, TINY, scene_flags
 from tests.test_drift import build
 
-pytestmark = pytest.mark.usefixtures("leave_no_trace")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

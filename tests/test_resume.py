@@ -17,8 +17,6 @@ from detection.data.datamodule import DetectionDataModule
 from detection.training.resume import random_state, set_random_state
 from tests.runs import TINY, differences, rehearsed, rows, scene_flags, state
 
-pytestmark = pytest.mark.usefixtures("leave_no_trace")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -30,9 +30,6 @@ FLAGS = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("leave_no_trace")
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scenes.draw(tmp_path_factory.mktemp("scenes"), train=8, val=4)
@@ -92,7 +89,6 @@ def factors(total: int, warmup: int = 50) -> list[float]:
 
 def test_a_new_rate_is_the_rate_that_steps(begin: Begin, caplog: pytest.LogCaptureFixture) -> None:
     folder, before = begin("--model.lr", "0.008", stop=3)  # 8 steps in all, 2 images each
-    logging.getLogger("detection").propagate = True
     caplog.set_level(logging.INFO, "detection")
     resumed = follow(["--resume", str(folder), "--model.lr", "0.0008", "--model.weight_decay", "0.01"])[1]
     wanted = [0.008 * 2 / 16 * factor for factor in factors(8)[:3]]
@@ -227,7 +223,6 @@ def test_the_seed_decides_the_order_of_the_images(data: Path, tmp_path: Path) ->
 def test_a_run_without_validation_names_the_checkpoint_it_keeps(
     flags: list[str], begin: Begin, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("detection").propagate = True
     folder, _ = begin(*flags, "--trainer.max_epochs", "1")
     readme = (folder / "README.md").read_text()
     assert not (folder / "best.ckpt").exists() and "best.ckpt" not in readme and f"{folder}/last.ckpt" in readme
