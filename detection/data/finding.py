@@ -20,7 +20,7 @@ from detection.data.federated import image_name
 from detection.data.records import DataError, Index
 from detection.data.tree import Tree, base_of, role_of
 from detection.data.voc_layout import VocLayout, common_base
-from detection.data.yolo_layout import LABEL_LINE, YoloLayout
+from detection.data.yolo_layout import YoloLayout
 
 Format: TypeAlias = Literal["coco", "voc", "yolo"]
 Stage: TypeAlias = Literal["train", "val", "test"]
@@ -254,7 +254,7 @@ def _read_voc(layout: VocLayout, split: str, classes: Sequence[str] | None, mask
 
 
 def _yolo(tree: Tree) -> Iterator[Layout]:
-    configs = YoloLayout.configs(tree)
+    configs, refusal = YoloLayout.configs(tree), ""
     by_base: dict[str, str | None] = {}
     for name in configs:
         by_base.setdefault(base_of(name), name)
@@ -265,23 +265,25 @@ def _yolo(tree: Tree) -> Iterator[Layout]:
         splits = {
             name: Split(name, count, partial(_read_yolo, layout, name)) for name, count in layout.splits().items()
         }
-        if splits and any(_looks_labelled(layout, label) for label in list(layout.pairs.pictures)[:50]):
+        absent, unlabelled = layout.absent(), layout.unlabelled()
+        if splits and layout.pairs.pictures and not unlabelled:
             how = layout.source or "labels without class names"
-            absent = [f"'{layout.config[key]}' of '{key}' is not there" for key in layout.absent()]
-            how += f" ({', '.join(absent)})" if absent else ""
+            how += f" ({', '.join(absent.values())})" if absent else ""
             official = bool(layout.config)
             yield Layout(tree.root, "yolo", how, layout.base, splits, frozenset(layout.pairs.label), official)
+        elif not splits and absent:
+            problem = next(iter(absent.values()))
+            refusal = refusal or f"{tree.root / layout.source}: {problem}; correct the path"
+        else:
+            refusal = refusal or unlabelled or ""
+    if refusal:
+        raise DataError(refusal)
 
 
 def _may_have_labels(tree: Tree) -> bool:
     stems = {os.path.splitext(os.path.basename(name))[0].lower() for name in tree.pictures}
     texts = [os.path.splitext(os.path.basename(name))[0].lower() for name in tree.with_suffix(".txt")]
     return any(stem in stems or os.path.splitext(stem)[0] in stems for stem in texts)
-
-
-def _looks_labelled(layout: YoloLayout, file: str) -> bool:
-    text = (layout.tree.root / file).read_text("utf-8-sig", errors="replace")
-    return any(LABEL_LINE.match(line.strip()) for line in text.splitlines())
 
 
 def _read_yolo(layout: YoloLayout, split: str, classes: Sequence[str] | None, masks: bool) -> Index:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from detection.data.finding import Layout, Stage, find
-from detection.data.records import Index
+from detection.data.records import DataError, Index
 
 LABEL = "0 0.5 0.5 0.25 0.25\n"
 
@@ -86,3 +86,108 @@ def test_a_path_into_one_split_is_none_of_another(tmp_path: Path) -> None:
     assert names_of(index) == ["val/2.jpg"] and "the image is missing" in problems(index)
     write(tmp_path, {"val.json": coco(["/home/me/dev/pictures/2.jpg"])})  # of another machine
     assert names_of(read(tmp_path, "val")) == ["val/2.jpg"]
+
+
+YOLO = {
+    **dict.fromkeys(("labels/train/1.txt", "labels/train/2.txt", "labels/val/3.txt"), LABEL),
+    "data.yaml": "names: [cat]\ntrain: images/train\nval: images/val\n",
+}
+
+
+def yolo(root: Path, yaml: str | None = None, **files: str) -> None:
+    """Two pictures to train on and one to validate on."""
+    save(root, "images/train/1.png", "images/train/2.png", "images/val/3.png")
+    write(root, YOLO | files | ({"data.yaml": yaml} if yaml else {}))
+
+
+@pytest.mark.parametrize(
+    ("yaml", "said"),
+    [
+        ("val: images/validate", "'images/validate' of 'val' is not there; 'images/val' is read by its name"),
+        ("val: images/val/*.png", "'images/val/*.png' of 'val' is not there; 'images/val' is read by its name"),
+        ("val:", "it names no pictures to validate on; 'images/val' is read by its name"),
+    ],
+)
+def test_a_yolo_split_is_found_by_its_folder_where_its_entry_leads_nowhere(
+    tmp_path: Path, yaml: str, said: str
+) -> None:
+    yolo(tmp_path, f"names: [cat]\ntrain: images/train\n{yaml}\n")
+    index = read(tmp_path, "val")
+    assert names_of(index) == ["images/val/3.png"] and said in problems(index)
+    assert names_of(read(tmp_path)) == ["images/train/1.png", "images/train/2.png"]
+
+
+def test_a_yolo_folder_that_trains_does_not_validate_by_its_name(tmp_path: Path) -> None:
+    yolo(tmp_path, "names: [cat]\ntrain: images\n")
+    assert len(read(tmp_path).records) == 3 and find(tmp_path).stage("val") is None
+
+
+def test_lines_of_a_list_that_lead_nowhere_are_named_where_no_file_names_the_list(tmp_path: Path) -> None:
+    yolo(tmp_path, "names: [cat]\n", **{"train.txt": "images/train/1.png\nimages/train/9.png\n"})
+    index = read(tmp_path)
+    assert names_of(index) == ["images/train/1.png"] and "there is no picture 'images/train/9.png'" in problems(index)
+
+
+@pytest.mark.parametrize("line", ["0,0.5,0.5,0.25,0.25", "0 0,5 0,5 0,25 0,25", "cat 3.0 4.0 20.0 30.0"])
+@pytest.mark.parametrize("named", [True, False])
+def test_what_is_no_yolo_label_is_shown(tmp_path: Path, line: str, named: bool) -> None:
+    yolo(tmp_path, **dict.fromkeys(list(YOLO)[:3], f"{line}\n"))
+    if not named:
+        (tmp_path / "data.yaml").unlink()
+    with pytest.raises(DataError, match=f"labels/train/1.txt: '{line}' is no label; write class x_center"):
+        find(tmp_path)
+
+
+def test_a_set_that_begins_with_sixty_empty_pictures_is_found(tmp_path: Path) -> None:
+    yolo(tmp_path)
+    empty = [f"train/0{number}" for number in range(10, 70)]
+    save(tmp_path, *(f"images/{name}.png" for name in empty))
+    write(tmp_path, {f"labels/{name}.txt": "" for name in empty})
+    assert len(read(tmp_path).records) == 62
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("[no, cat]", "'names' holds a yes, no, on or off, which YAML takes for true and false; quote it"),
+        ("\n\t- cat", r"not readable as YAML \(line 2: found character '\\t' that cannot start any token\)"),
+    ],
+)
+def test_names_that_yaml_takes_for_something_else(tmp_path: Path, names: str, said: str) -> None:
+    yolo(tmp_path, f"names: {names}\ntrain: images/train\nval: images/val\n")
+    with pytest.raises(DataError, match=said):
+        find(tmp_path)
+
+
+def test_class_names_in_a_file_that_the_yaml_names(tmp_path: Path) -> None:
+    yaml = "names: classes.txt\ntrain: images/train\nval: images/val\n"
+    yolo(tmp_path, yaml, **{"classes.txt": "cat\ndog\n"})
+    assert read(tmp_path).classes == ("cat", "dog")
+
+
+def test_files_that_name_other_classes_are_reported(tmp_path: Path) -> None:
+    two = "train: images/train\nval: images/val\nnames: "
+    yolo(tmp_path, two + "[cat, dog]", **{"classes.txt": "dog\ncat\n", "old.yaml": two + "[dog, cat]"})
+    index = read(tmp_path)
+    assert index.classes == ("cat", "dog")
+    assert "classes.txt: classes: it names dog, cat, but 'data.yaml' cat, dog; 'data.yaml' is read" in problems(index)
+    assert "old.yaml: file: it describes a data set too; 'data.yaml' is read" in problems(index)
+    write(tmp_path, {"classes.txt": "cat\ndog\n", "old.yaml": two + "[cat, dog]"})
+    assert not read(tmp_path).defects
+
+
+def test_key_points_that_nothing_announces_are_no_polygons(tmp_path: Path) -> None:
+    line = "0 0.5 0.5 0.25 0.25 0.45 0.5 2 0 0 0\n"
+    yolo(tmp_path, **{"labels/train/1.txt": 2 * line, "labels/train/2.txt": line})
+    with pytest.raises(DataError, match=r"10 numbers follow each class.*key points; add the line kpt_shape: \[2, 3\]"):
+        read(tmp_path)
+    with (tmp_path / "data.yaml").open("a") as file:
+        file.write("kpt_shape: [2, 3]\n")
+    np.testing.assert_allclose(read(tmp_path).records[0].boxes[0], (18, 12, 30, 20))
+
+
+def test_a_number_behind_a_yolo_box_may_count_tracks(tmp_path: Path) -> None:
+    yolo(tmp_path, **{"labels/train/1.txt": "0 0.5 0.5 0.25 0.25 17\n"})
+    index = read(tmp_path)
+    np.testing.assert_allclose(index.records[0].boxes[0], (18, 12, 30, 20))
+    assert "a sixth number follows the box; it is not used" in problems(index)
