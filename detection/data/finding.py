@@ -19,7 +19,7 @@ from detection.data.checks import nearest
 from detection.data.federated import image_name
 from detection.data.records import DataError, Index
 from detection.data.tree import Tree, base_of, role_of
-from detection.data.voc_layout import VocLayout, common_base
+from detection.data.voc_layout import VocLayout, common_base, list_rank
 from detection.data.yolo_layout import YoloLayout
 
 Format: TypeAlias = Literal["coco", "voc", "yolo"]
@@ -233,10 +233,9 @@ def _voc(tree: Tree) -> Iterator[Layout]:
 def _merged(tree: Tree) -> Iterator[list[str]]:
     """XML files by data set; folders of one depth without lists of their own are one, e.g. a folder a batch."""
     by_depth: dict[int, list[list[str]]] = {}
-    lists = {base_of(name) for name in tree.with_suffix(".txt") if "imagesets/" in name.lower()}
     for xml in VocLayout.candidates(tree):
         base = common_base(xml)
-        if base in lists:
+        if any(list_rank(name, base) is not None for name in tree.below(base)):
             yield xml
         else:
             by_depth.setdefault(base.count("/") + bool(base), []).append(xml)

@@ -191,3 +191,88 @@ def test_a_number_behind_a_yolo_box_may_count_tracks(tmp_path: Path) -> None:
     index = read(tmp_path)
     np.testing.assert_allclose(index.records[0].boxes[0], (18, 12, 30, 20))
     assert "a sixth number follows the box; it is not used" in problems(index)
+
+
+@pytest.mark.parametrize(
+    ("filename", "read_as"), [("a", "a.png"), ("a.jpg", "a.png"), ("", "a.png"), (r"C:\x\A.PNG", "a.png")]
+)
+def test_the_picture_that_a_file_of_another_name_means(tmp_path: Path, filename: str, read_as: str) -> None:
+    save(tmp_path, "images/a.png", "images/b.png")
+    text = xml(filename=filename).replace("<size>", r"<path>C:\x\a.jpg</path><size>")
+    write(tmp_path, {"xml/7.xml": text, "xml/b.xml": xml(filename="b.png")})
+    index = read(tmp_path)
+    assert names_of(index) == [f"images/{read_as}", "images/b.png"]
+    assert "no picture has its name, but" in problems(index)
+    save(tmp_path, "images/a.bmp")  # which of the two?
+    if filename in ("a", "a.jpg", ""):
+        assert names_of(read(tmp_path)) == ["images/b.png"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        xml("größe").replace("<annotation>", '<annotation xmlns="http://example.org/voc">').encode(),
+        f"<?xml version='1.0' encoding='gbk'?>{xml('größe'.replace('ö', '图').replace('ß', '片'))}".encode("gbk"),
+        f"<?xml version='1.0' encoding='ISO-8859-1'?>{xml('größe')}".encode("latin-1"),
+        f"<?xml version='1.0' encoding='utf-16'?>{xml('größe')}".encode("utf-16"),
+        f"\r\n<?xml version='1.0'?>\n{xml('größe')}".encode(),
+        f"<?xml version='1.0' encoding='utf-8'?>{xml('größe')}".encode("utf-8-sig"),
+    ],
+)
+def test_xml_files_however_they_are_encoded(tmp_path: Path, content: bytes) -> None:
+    save(tmp_path, "a.png")
+    (tmp_path / "a.xml").write_bytes(content)
+    index = read(tmp_path)
+    assert index.classes in (("größe",), ("gr图片e",)) and len(index.records[0].boxes) == 1
+
+
+def test_what_is_wrong_with_an_encoding_is_said(tmp_path: Path) -> None:
+    save(tmp_path, "a.png", "b.png")
+    write(tmp_path, {"b.xml": xml()})
+    (tmp_path / "a.xml").write_bytes(xml("größe").encode("latin-1"))
+    assert "not readable as XML (UnicodeDecodeError: 'utf-8' codec can't decode byte 0xf6" in problems(read(tmp_path))
+
+
+def test_xml_of_another_kind_is_named(tmp_path: Path) -> None:
+    save(tmp_path, "images/a.png")
+    write(tmp_path, {"train.xml": "<dataset><images><image file='a.png'/></images></dataset>"})
+    with pytest.raises(DataError, match=r"train.xml: file: its root element is <dataset>; it is not read"):
+        find(tmp_path)
+    write(tmp_path, {"xml/a.xml": xml()})
+    index = read(tmp_path)
+    assert names_of(index) == ["images/a.png"]
+
+
+POINTS = ("<x1>5</x1><y1>4</y1><x2>30.5</x2><y2>9</y2><x3>12</x3><y3>20</y3>",)
+PTS = "".join(f"<pt><x>{x}</x><y>{y}</y></pt>" for x, y in ((5, 4), (30.5, 9), (12, 20)))
+
+
+@pytest.mark.parametrize("points", [*POINTS, PTS])
+def test_a_voc_polygon_without_bndbox(tmp_path: Path, points: str) -> None:
+    save(tmp_path, "a.png")
+    start, _, rest = xml().partition("<bndbox>")
+    write(tmp_path, {"a.xml": f"{start}<polygon>{points}</polygon>{rest.partition('</bndbox>')[2]}"})
+    index = read(tmp_path)
+    np.testing.assert_array_equal(index.records[0].boxes, [[4, 3, 30.5, 20]])
+    assert "it has no bndbox" in problems(index)
+
+
+def test_lists_of_single_classes_say_the_same_of_a_picture(tmp_path: Path) -> None:
+    save(tmp_path, *(f"images/{stem}.png" for stem in "abc"))
+    write(tmp_path, {f"xml/{stem}.xml": xml() for stem in "abc"})
+    lists = {"cat_train": "a.png 1\nb.png -1\n", "dog_train": "a.png -1\nb.png 1\n", "cat_val": "c.png 1\n"}
+    write(tmp_path, {f"ImageSets/Main/{name}.txt": text for name, text in lists.items()})
+    layout = find(tmp_path)
+    assert {name: split.count for name, split in layout.splits.items()} == {"train": 2, "val": 1}
+    index = read(tmp_path)
+    assert names_of(index) == ["images/a.png", "images/b.png"] and "listed twice" not in problems(index)
+
+
+def test_data_sets_side_by_side_keep_their_lists(tmp_path: Path) -> None:
+    for place, stems in (("one", "ab"), ("two", "cd")):
+        save(tmp_path / place, *(f"JPEGImages/{stem}.png" for stem in stems))
+        write(tmp_path / place, {f"Annotations/{stem}.xml": xml() for stem in stems})
+        write(tmp_path / place, {"train.txt": stems[0], "val.txt": stems[1]})
+    with pytest.raises(DataError, match=r"holds several data sets: one \(VOC\), two \(VOC\)"):
+        find(tmp_path)
+    assert names_of(read(tmp_path / "two", "val")) == ["JPEGImages/d.png"]
