@@ -175,7 +175,10 @@ def _nothing(tree: Tree, format: Format | None) -> str:
 
 def _coco(tree: Tree) -> Iterator[Layout]:
     absent = ""
-    for base, files in coco_layout.groups(tree).items():
+    if not (sets := coco_layout.groups(tree)):
+        for file in coco_layout.incomplete_files(tree):
+            coco.load_file(tree.root / file)  # it says what is missing
+    for base, files in sets.items():
         splits: dict[str, Split] = {}
         pictures: set[str] = set()
         unread = []

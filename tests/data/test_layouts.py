@@ -276,3 +276,45 @@ def test_data_sets_side_by_side_keep_their_lists(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds several data sets: one \(VOC\), two \(VOC\)"):
         find(tmp_path)
     assert names_of(read(tmp_path / "two", "val")) == ["JPEGImages/d.png"]
+
+
+@pytest.mark.parametrize("ending", ["", ".jpg"])
+def test_coco_names_of_no_or_another_extension(tmp_path: Path, ending: str) -> None:
+    save(tmp_path, "train/a.png", "train/b.v2.png", "val/a.png")
+    write(tmp_path, {f"{split}.json": coco([f"a{ending}", f"b.v2{ending}"]) for split in ("train", "val")})
+    index = read(tmp_path)
+    assert names_of(index) == ["train/a.png", "train/b.v2.png"]
+    assert f"2 names are not those of the files, first 'a{ending}' of 'train/a.png'" in problems(index)
+    save(tmp_path, "train/a.bmp")  # which of the two?
+    assert names_of(read(tmp_path)) == ["train/b.v2.png"]
+
+
+@pytest.mark.parametrize("absent", ["categories", "annotations"])
+def test_a_coco_file_without_one_of_its_lists_is_named(tmp_path: Path, absent: str) -> None:
+    save(tmp_path, "a.png")
+    whole = json.loads(coco(["a.png"]))
+    write(tmp_path, {"a.json": json.dumps({key: value for key, value in whole.items() if key != absent})})
+    with pytest.raises(DataError, match=f"a.json: '{absent}' is missing"):
+        find(tmp_path)
+    write(tmp_path, {"a.xml": xml()})
+    assert find(tmp_path).format == "voc"
+
+
+def test_a_coco_file_comes_before_its_copy(tmp_path: Path) -> None:
+    save(tmp_path, "train/a.png", "train/b.png")
+    write(tmp_path, {"train.json": coco(["a.png", "b.png"]), "train (1).json": coco(["a.png"])})
+    layout = find(tmp_path)
+    assert len(read(tmp_path).records) == 2 and "not read: train (1).json" in str(layout)
+
+
+def test_coco_boxes_that_are_text(tmp_path: Path) -> None:
+    save(tmp_path, "a.png")
+    whole = json.loads(coco(["a.png"]))
+    whole["annotations"][0] |= {"bbox": ["2", "2.5", "9", " 9 "], "area": "81"}
+    write(tmp_path, {"a.json": json.dumps(whole)})
+    index = read(tmp_path)
+    np.testing.assert_array_equal(index.records[0].boxes, [[2, 2.5, 11, 11.5]])
+    assert index.records[0].areas.tolist() == [81] and not index.defects
+    whole["annotations"][0]["bbox"][0] = "nan"
+    write(tmp_path, {"a.json": json.dumps(whole)})
+    assert "bbox is not four finite numbers" in problems(read(tmp_path))
