@@ -65,10 +65,10 @@ def groups(tree: Tree) -> dict[str, list[str]]:
     return found
 
 
-def _rank(name: str) -> tuple[bool, bool, int, int, str]:
-    """Of `instances.json` and its copy `instances (1).json`, the shorter name comes first."""
+def _rank(name: str) -> tuple[bool, bool, int, str]:
     stem = loose(PurePosixPath(name).stem)
-    return any(word in stem for word in SIDE_TASKS), "instances" not in stem, name.count("/"), len(name), name
+    plain = os.path.splitext(name)[0]  # "train" comes before its copy "train (1)"
+    return any(word in stem for word in SIDE_TASKS), "instances" not in stem, name.count("/"), plain
 
 
 def role_of_file(name: str) -> str | None:
