@@ -43,20 +43,11 @@ gpu: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=$(if $(shell command -v nvidia-smi),4,1) $(BIN)/python scripts/benchmark.py gpu --minutes 8 \
 		--docs docs $(ARGS)
 
-define PIN
-import re, tomllib
-project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-for line in sum(project["optional-dependencies"].values(), project["dependencies"]):
-    if bound := re.match(r"([\w-]+)(?:\[.*\])?>=([\d.]+)", line):
-        print(f"{bound[1]}=={bound[2]}")
-endef
-export PIN
-
-# An environment of its own: each lower bound of pyproject.toml becomes the version itself.
+# An environment of its own, in which uv, unlike pip, can take the lowest version of all that pyproject.toml names.
 oldest:
 	$(MAKE) $(OLDEST)/bin/python VENV=$(OLDEST) CPU=
-	$(OLDEST)/bin/python -c "$$PIN" > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/pip install $(PIP_ARGS) -c $(OLDEST)/constraints.txt -e '.[dev]'
+	$(OLDEST)/bin/pip install $(PIP_ARGS) uv
+	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[dev]'
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow' $(ARGS)
 
 # Needs the network: asks the advisory database about every package installed. Without it, tests/known_bad.txt holds.
