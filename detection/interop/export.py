@@ -389,6 +389,11 @@ class Parity:
     score: float
     mask: float
 
+    def __str__(self) -> str:
+        differences = f"{self.box:.2g} pixels, {self.score:.2g} of a score, {self.mask:.2g} in a mask"
+        alone = f"{self.unmatched} in one of the two alone, the largest differences of the others {differences}"
+        return f"{self.detections} detections on {self.images} image{'s' * (self.images != 1)}, {alone}"
+
     def as_dict(self) -> dict[str, float]:
         """For a file."""
         return asdict(self)
