@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -334,13 +335,16 @@ def to_torch(model: FasterRCNN, path: Path, compiled: bool = False) -> None:
         ExportError: see `check_exportable`.
     """
     program, _ = trace(model)
-    # torchvision's operator in the place of ours, which nobody knows without this package.
-    program = program.run_decompositions({torch.ops.detection.grouped_nms.default: _nms_apart})
     path.parent.mkdir(parents=True, exist_ok=True)
-    if compiled:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-    else:
-        torch.export.save(program, path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*create_unbacked_symint")  # torchvision's call of PyTorch
+        warnings.filterwarnings("ignore", "No complete tensor found")  # concerns weights on a GPU
+        # torchvision's operator in the place of ours, which nobody knows without this package.
+        program = program.run_decompositions({torch.ops.detection.grouped_nms.default: _nms_apart})
+        if compiled:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        else:
+            torch.export.save(program, path)
 
 
 def _nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
