@@ -62,6 +62,7 @@ audit: $(VENV)/.installed-dev
 
 # Strict: a link, a name of the reference or a heading that does not exist fails. Nothing is fetched.
 docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/render_notebooks.py
 	$(BIN)/zensical build --clean --strict
 
 lint: $(VENV)/.installed-dev

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import re
 import time
 from collections.abc import Iterator
@@ -126,7 +125,6 @@ def test_best_epoch_is_kept_and_survives_a_checkpoint() -> None:
 
 def test_validation_without_an_object_is_no_result(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    logging.getLogger("detection").propagate = True  # other tests have set up the command line's output
     results = Results()
     run = trainer(callback_metrics={"val/map": -1.0, "val/loss": 0.5}, global_step=1, current_epoch=0)
     results.on_validation_end(run, Module())  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ import logging
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from detection.anchors import AnchorGenerator, default_anchors
 from detection.batch import Batch
 from detection.cli.check import main as check_data
 from detection.cli.configuration import strides_of
-from detection.cli.fit import LOGGERS, FitCLI
+from detection.cli.fit import FitCLI
 from detection.data import scenes
 from detection.data.anchor_fit import Boxes, Grid, generator_for, recall
 from detection.data.coco import read_coco
@@ -30,22 +29,8 @@ from detection.data.records import DataError
 from detection.data.splitting import Split
 from detection.data.voc import read_voc
 from detection.data.writers import write_voc
-from detection.training.checkpoints import RUN_FOLDER
 from detection.training.module import DetectionModule
 from tests.runs import TINY
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The command line sets up its own process, which here is also that of other tests."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
-    monkeypatch.setenv(RUN_FOLDER, "")
-    monkeypatch.delenv(RUN_FOLDER)
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
 
 
 @pytest.fixture

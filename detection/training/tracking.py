@@ -171,7 +171,8 @@ class Tracking(L.Callback):
         config = self.folder / "config.yaml"
         for tracker in trackers(trainer):
             if facts := data_facts(trainer):  # reads all objects, so only where it is wanted
-                tracker.log_facts("dataset", {"dataset.json": json.dumps(facts, indent=1)}, facts)
+                folder = Path(next(iter(facts.values()))["root"]).name
+                tracker.log_facts("dataset", {"dataset.json": json.dumps(facts, indent=1)}, facts, folder)
             if config.is_file():
                 tracker.log_facts("config", {config.name: config.read_text(encoding="utf-8")}, {})
 
