@@ -118,8 +118,8 @@ def chosen_anchors(anchors: Anchors, num_levels: int, **options: Any) -> AnchorG
     """
     if isinstance(anchors, str):
         raise ValueError(
-            f"rpn_anchor_generator: {anchors} is for scripts/fit.py, which fits anchors to the data; in Python give an "
-            "AnchorGenerator, such as detection.data.anchor_fit.generator_for(index, strides, min_size, max_size)"
+            f"rpn_anchor_generator: {anchors} is for `detection fit`, which fits anchors to the data; in Python give "
+            "an AnchorGenerator, such as detection.data.anchor_fit.generator_for(index, strides, min_size, max_size)"
         )
     return anchors or default_anchors(num_levels, **options)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import re
@@ -18,10 +17,9 @@ import lightning as L
 import pytest
 import torch
 
-from detection.cli.fit import LOGGERS, FitCLI, main
+from detection.cli.fit import FitCLI, main
 from detection.data import scenes
 from detection.data.datamodule import DetectionDataModule
-from detection.training.checkpoints import RUN_FOLDER
 from detection.training.module import DetectionModule
 from detection.training.optimisation import CosineSchedule
 from tests.runs import TINY, scene_flags
@@ -83,18 +81,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+def _as_before() -> Iterator[None]:
     state = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     yield
     torch.use_deterministic_algorithms(state[0])
     torch.backends.cudnn.benchmark = state[1]
     torch.autograd.set_detect_anomaly(False)
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
-    os.environ.pop(RUN_FOLDER, None)
 
 
 @pytest.mark.slow

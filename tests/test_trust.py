@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -180,12 +179,11 @@ def test_python_rebuilds_a_part_of_ones_own_where_it_is_trusted(trained: Path, m
 
 
 def test_a_warning_at_the_start_names_the_parts_that_no_checkpoint_can_make_again(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class OwnHead(TwoFCHead):
         """Not in a module."""
 
-    monkeypatch.setattr(logging.getLogger("detection"), "propagate", True)
     sizes = {"min_size": 64, "max_size": 96, "num_classes": 1 + len(scenes.CLASSES)}
     options: dict[str, Any] = {"rpn_post_nms_top_n_train": 50, "weights_backbone": None, "fpn_channels": 16}
     own = fasterrcnn_efficientnet_lite0_fpn(**sizes, **options, box_head=OwnHead(16))

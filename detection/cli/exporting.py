@@ -30,9 +30,10 @@ def export(
     Inputs and outputs are described by `detection.interop.export.ExportableDetector`.
 
     Args:
-        ckpt: run's folder, its checkpoint, or .safetensors of scripts/convert.py.
+        ckpt: run's folder, its checkpoint, or .safetensors of `detection convert`.
         output: .onnx, or .pt2 for torch.export.
-        images: image, folder or pattern to check the file on, against predict.py; an ONNX file notes the figures.
+        images: image, folder or pattern to check the file on, against `detection predict`; an ONNX file keeps the
+            figures.
         count: check on so many.
         compiled: write a .pt2 file of machine code for this machine's CPU, by AOTInductor.
         tolerance: largest difference of a coordinate, in pixels, that passes the check.

@@ -40,7 +40,7 @@ def predict_in(
     """Write annotated images or a video, predictions.json (COCO) and predictions.csv.
 
     Args:
-        ckpt: run's folder, its checkpoint, or .safetensors of scripts/convert.py.
+        ckpt: run's folder, its checkpoint, or .safetensors of `detection convert`.
         source: image, folder, pattern such as 'photos/*.jpg' (quoted), video, URL of a stream, or number of a camera.
         output: folder to write to.
         score_thresh: detections below it are left out; 0.5, or 0 with `annotations`, by default.

@@ -194,7 +194,7 @@ class _Reader:
     def picture(self, written: str, where: str) -> tuple[str, Path]:
         """The file of an image, relative to the root and whole, which may be missing; no name leads out of the root."""
         if (found := self.pictures.find(written)) is not None:
-            if os.path.basename(found) != os.path.basename(written):
+            if os.path.basename(found) != os.path.basename(written.replace("\\", "/")):
                 self.spelt.append((written, found))
             return found, self.tree.root / found
         inside = "/".join(filter(None, (self.pictures.base, written.replace("\\", "/"))))
@@ -202,7 +202,12 @@ class _Reader:
         return path.relative_to(self.tree.root).as_posix(), path
 
     def say_spellings(self) -> None:
-        """Note that pictures were found under other names."""
+        """Say where the names of pictures left a choice, and note that some were found under other names."""
+        if self.pictures.rivals:
+            problem = f"'{self.pictures.rivals[0]}' holds pictures of these names too"
+            self.report(
+                "images", problem, f"those of '{self.pictures.base}' are read; name the folder (data.train_images)"
+            )
         if self.spelt:
             written, found = self.spelt[0]
             problem = f"{len(self.spelt)} names are not those of the files, first '{written}' of '{found}'"

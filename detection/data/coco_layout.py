@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from detection.data.federated import image_name
 from detection.data.images import EXTENSIONS
-from detection.data.tree import Tree, base_of, loose, role_of, role_of_path, suffix
+from detection.data.tree import PICTURES, Tree, base_of, loose, role_of, role_of_path, suffix
 
 HEAD = 1 << 20  # bytes in which the first names of pictures are looked for
 SIDE_TASKS = ("keypoint", "caption", "stuff", "panoptic", "image_info", "person")  # beside the instances of a set
@@ -96,18 +96,21 @@ class PictureFinder:
 
     Attributes:
         base: the folder; None where the pictures are spread over several and found by their own names.
+        rivals: further folders that hold pictures of these names just as well.
     """
 
     def __init__(self, tree: Tree, file: str, names: Sequence[str], images: str = "") -> None:
         self.tree, self.role = tree, role_of_file(file)
         said = tree.folder(images) if images.strip("/. ") else None
-        self.base: str | None = said if said is not None else tree.best_base(names, self._folders(file))
+        found = [said] if said is not None else tree.best_bases(names, self._folders(file))
+        self.base: str | None = found[0] if found else None
+        self.rivals = [folder for folder in found[1:] if self._order(folder, file) == self._order(found[0], file)]
         if said is None and names:
             step = max(1, len(names) // 200)
             sample = names[::step]
             below = sum(self.base is not None and tree.file(name, (self.base,)) is not None for name in sample)
             if 2 * below < sum(self._anywhere(name) is not None for name in sample):
-                self.base = None
+                self.base, self.rivals = None, []
 
     def _folders(self, file: str) -> list[str]:
         """The folders that may hold the pictures, the likeliest first; those of another split are none of them."""
@@ -118,15 +121,14 @@ class PictureFinder:
         }
         roles = {folder: role_of_path(f"{folder}/x") for folder in folders}
         fitting = [f for f in folders if roles[f] in (None, self.role) or self.role in (None, "trainval") or f == own]
-        stem = loose(PurePosixPath(file).stem)
+        return sorted(fitting, key=lambda folder: (self._order(folder, file), folder.count("/"), folder))
 
-        def order(folder: str) -> tuple[bool, bool, bool, int, str]:
-            last = loose(os.path.basename(folder))
-            named = bool(last) and last in (stem, stem.removeprefix("instances_"))
-            fits = self.role is not None and roles[folder] == self.role
-            return not named, not fits, folder != own, folder.count("/"), folder
-
-        return sorted(fitting, key=order)
+    def _order(self, folder: str, file: str) -> tuple[bool, ...]:
+        """Less for a folder that says more clearly that it is that of the annotation file."""
+        last, stem = loose(os.path.basename(folder)), loose(PurePosixPath(file).stem)
+        named = bool(last) and last in (stem, stem.removeprefix("instances_"))
+        fits = self.role is not None and role_of_path(f"{folder}/x") == self.role
+        return not named, not fits, folder != os.path.dirname(file), last not in PICTURES
 
     def find(self, name: str) -> str | None:
         """The picture of a `file_name`; one of another extension where there is just one of its stem."""

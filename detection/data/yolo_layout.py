@@ -264,7 +264,7 @@ class YoloLayout:
         """The pictures of a list file, whose lines are relative to one of several folders."""
         lines = [line.strip() for line in _text(self.tree, file, "write one image path a line").splitlines()]
         lines = [line for line in lines if line]
-        base = self.tree.best_base(lines, [os.path.dirname(file), *self._bases()])
+        base = next(iter(self.tree.best_bases(lines, [os.path.dirname(file), *self._bases()])), None)
         found = []
         for number, line in enumerate(lines, 1):
             name = self.tree.file(line, (base,)) if base is not None else None

@@ -395,7 +395,7 @@ class Parity:
 
 
 def compare(detector: Detector, run: Run, images: Sequence[Pixels]) -> Parity:
-    """Detections as `predict.py` makes them and those of an exported file, on `(H, W, C)` images, each alone.
+    """Detections as `detection predict` makes them and those of an exported file, on `(H, W, C)` images, each alone.
 
     A detection's partner has its label and the nearest box, less than a pixel away and not taken.
 
