@@ -136,6 +136,21 @@ def test_the_nearest_flag_is_suggested(name: str, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("args", "said"),
     [
+        (["convert", "imprt"], "did you mean import?"),
+        (["benchmark", "trian"], "did you mean train?"),
+    ],
+)
+def test_the_nearest_part_of_a_command_is_suggested(
+    args: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main(args)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
         (["evalaute"], "there is no command 'evalaute' (did you mean evaluate?)"),
         (["train"], "did you mean fit?"),
         (["check_data"], "did you mean check?"),
