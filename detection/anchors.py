@@ -50,7 +50,8 @@ class AnchorGenerator(nn.Module):
         super().__init__()
         self.sizes = tuple(tuple(s) if isinstance(s, Sequence) else (s,) for s in sizes)
         per_level = [tuple(r) for r in aspect_ratios if isinstance(r, Sequence)]
-        ratios = per_level or [tuple(float(r) for r in aspect_ratios)] * len(self.sizes)  # type: ignore[arg-type]
+        shared = tuple(float(r) for r in aspect_ratios if not isinstance(r, Sequence))
+        ratios = per_level or [shared] * len(self.sizes)
         if len(ratios) != len(self.sizes):
             raise ValueError(f"anchor sizes are given for {len(self.sizes)} levels, aspect ratios for {len(ratios)}")
         if ratio_is_width_over_height:

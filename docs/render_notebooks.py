@@ -50,9 +50,7 @@ def _links(text: str) -> str:
     """Links from the folder of the notebooks become those of the site, to modules those of the reference."""
     text = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", text)
     text = re.sub(r"\]\(\.\./detection/configs/(\w+)\.yaml\)", r"](../configurations.md#\1)", text)
-    return re.sub(
-        r"\]\(\.\./(detection/[\w/]+)\.py\)", lambda at: f"][{at[1].replace('/', '.')}]", text
-    )
+    return re.sub(r"\]\(\.\./(detection/[\w/]+)\.py\)", lambda at: f"][{at[1].replace('/', '.')}]", text)
 
 
 def _output(output: dict[str, Any], stem: Path) -> str:
@@ -63,7 +61,7 @@ def _output(output: dict[str, Any], stem: Path) -> str:
             file = stem.with_suffix(f".{suffix}")
             file.write_bytes(base64.b64decode("".join(data[kind])))
             return f"![What the cell draws]({file.name}){{.output}}"
-    text = "".join(output.get("text", data.get("text/plain", ""))).strip("\n")
+    text = COLOUR.sub("", "".join(output.get("text", data.get("text/plain", "")))).strip("\n")
     return f"```{{.text .output}}\n{text}\n```" if text.strip() else ""
 
 

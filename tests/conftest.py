@@ -22,6 +22,14 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is left to `make rehearsal` is slow, too: `-m 'not slow'` leaves out both."""
+    for item in items:
+        if item.get_closest_marker("rehearsal"):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets that lies beside the checkout; the test is skipped where it is absent."""

@@ -27,7 +27,7 @@ from detection.models.fast import accelerate
 from detection.models.two_stage import TwoStageDetector
 from detection.recipes import EVERYTHING, RecipeError, named_in, rebuild
 from detection.training.module import DetectionModule
-from tests.runs import ROOT, differences, rows, state
+from tests.runs import ROOT, differences, rehearsed, rows, state
 
 EXAMPLES = ROOT / "examples"
 WHOLE = yaml.safe_load((EXAMPLES / "my_parts.yaml").read_text())
@@ -141,7 +141,7 @@ def command(name: str, home: Path, folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", rehearsed(COMMANDS, "export"))
 def test_without_trust_a_command_says_which_part_and_what_to_do(name: str, home: Path, resumed: Path) -> None:
     code, said = run(*command(name, home, resumed), cwd=home)
     assert code == (2 if name == "resume" else 1) and "Traceback" not in said
@@ -231,7 +231,7 @@ def build(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ALONE)
+@pytest.mark.parametrize("part", rehearsed(ALONE, "backbone", "augmentations", "reader"))
 def test_each_part_alone_trains_and_comes_out_of_the_checkpoint(part: str, my_parts: Path, tmp_path: Path) -> None:
     module, data = build(*ALONE[part])
     before = {name: value.clone() for name, value in module.detector.state_dict().items()}
@@ -265,7 +265,7 @@ def test_each_part_alone_trains_and_comes_out_of_the_checkpoint(part: str, my_pa
         assert_same(again, module.detector)
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_own_proposer_goes_to_onnx(my_parts: Path, tmp_path: Path) -> None:
     export = pytest.importorskip("detection.interop.export")
     pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')

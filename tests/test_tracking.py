@@ -280,7 +280,7 @@ print("steps", trainer.global_step)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds W&B's process in /proc")
 def test_the_end_of_wandbs_process_is_not_the_end_of_training(tmp_path: Path) -> None:
     code = BROKEN.format(paths=[str(ROOT), str(ROOT / "tests")], folder=str(tmp_path / "a" / "b"))

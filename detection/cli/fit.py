@@ -57,6 +57,8 @@ from detection.training.tuning import Find
 
 log = logging.getLogger(__name__)
 
+# What libraries raise at settings that they can't be built with.
+UNEXPLAINED = (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, MisconfigurationException)
 set_parsing_settings(import_path_denylist=[])  # jsonargparse's own, such as `os`, is an error and no warning
 
 
@@ -297,7 +299,7 @@ def main(args: Sequence[str] | None = None) -> int:
         cli = FitCLI(sys.argv[1:] if args is None else args)
     except (ValueError, FileNotFoundError) as error:
         return _fail(error)
-    except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, MisconfigurationException) as error:
+    except UNEXPLAINED as error:
         if os.environ.get("JSONARGPARSE_DEBUG"):
             raise
         return _fail(RunError(_unknown(error, "can't be built")))

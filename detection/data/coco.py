@@ -227,7 +227,7 @@ class _Reader:
         if not labels[category]:
             return None
         segment = None
-        bbox, area = _box(item.get("bbox")), _number(item.get("area"))
+        bbox, area = _box(item.get("bbox")), _number(_plain(item.get("area")))
         if self.masks or bbox is None or area is None:
             segment = self.segment(objects, what, item.get("segmentation"))
         if bbox is None:
@@ -355,11 +355,19 @@ def _number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def _plain(value: Any) -> Any:
+    """The number of a text that is one, else the value as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _box(value: Any) -> list[float] | None:
     """`[x, y, w, h]` as `[x1, y1, x2, y2]`, or None where it is not four finite numbers."""
     if not isinstance(value, list) or len(value) != 4:
         return None
-    numbers = [_number(v) for v in value]
+    numbers = [_number(_plain(v)) for v in value]
     if any(n is None for n in numbers):
         return None
     x, y, width, height = (float(n) for n in numbers if n is not None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -138,7 +139,10 @@ class Tree(Folder):
 
     def below(self, folder: str) -> list[str]:
         """The files below a folder, those in sub-folders included."""
-        return [name for name in self.files if name.startswith(f"{folder}/")] if folder else self.files
+        if not folder:
+            return self.files
+        first, behind = f"{folder}/", f"{folder}0"  # "0" comes after "/"
+        return self.files[bisect_left(self.files, first) : bisect_left(self.files, behind)]
 
     def file(self, written: str, bases: Iterable[str] = ("",)) -> str | None:
         """The file that a written path means, below the first of these folders that has it; None where none does."""
