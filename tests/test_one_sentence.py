@@ -53,6 +53,11 @@ def args(data: Path, tmp_path: Path) -> list[str]:
         (["--data.batch_size", "0"], "batch_size 0"),
         (["--trainer.val_check_interval", "0"], "trainer.val_check_interval is 0"),
         (["--data.classes", "[bal]"], "did you mean 'ball'?"),
+        (["--trainer.max_steps", "0"], "nothing was trained"),
+        (["--trainer.max_epochs", "0"], "nothing was trained"),
+        (["--trainer.max_time", "00:00:00:00"], "nothing was trained"),
+        (["--trainer.limit_train_batches", "0"], "nothing was trained"),
+        (["--trainer.accelerator", "tpu"], "Requirement 'torch_xla"),
         (["--trainer.val_check_interval", "100"], "must be less than or equal to the number of the training batches"),
         (["--trainer.max_epochs=-1", "--trainer.max_steps=-1"], "give trainer.max_epochs, max_steps or max_time"),
         (["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/mpa"], "did you mean val/map?"),
@@ -107,6 +112,7 @@ def test_suggestions_lead_where_they_should(
         ["--trainer.precision", "16-true", "--model.lr", "1e-5"],
         ["--model.schedule.warmup_steps", "0"],
         ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/map"],
+        ["--trainer.callbacks", "TQDMProgressBar"],  # in the place of ours, which needs a terminal
     ],
     ids=" ".join,
 )

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -204,7 +204,8 @@ class FitCLI(LightningCLI):
         StrategyRegistry.register("ddp", DDPStrategy, override=True, start_method="popen", gradient_as_bucket_view=True)
         settings: dict[str, Any] = {"default_root_dir": str(self.folder)}
         settings["plugins"] = [*_listed(given.plugins), WholeFiles(), *([SyncNorms()] if given.sync_batchnorm else [])]
-        settings["enable_progress_bar"] = self._shows_bar(given) and not self.config.find
+        bar = self._shows_bar(given) or (_has_bar(given) and given.enable_progress_bar is not False)
+        settings["enable_progress_bar"] = bar and not self.config.find
         self.guard = Guard(self.folder, self.datamodule.hparams["timeout"])
         if self.config.find:
             return super().instantiate_trainer(**settings, **tuning.SETTINGS, callbacks=[], **kwargs)
@@ -215,7 +216,8 @@ class FitCLI(LightningCLI):
         return super().instantiate_trainer(**settings, **kwargs)
 
     def _shows_bar(self, given: Namespace) -> bool:
-        return given.enable_progress_bar is not False and Console().is_terminal
+        """Whether ours is shown: to a person at a terminal who has not chosen another."""
+        return given.enable_progress_bar is not False and Console().is_terminal and not _has_bar(given)
 
     def _callbacks(self, given: Namespace) -> list[Callback]:
         bar = self._shows_bar(given)
@@ -261,6 +263,11 @@ class FitCLI(LightningCLI):
         total, trained = sum(n for n, _ in parameters), sum(n for n, trains in parameters if trains)
         log.info("detector: %.1f M parameters, of which %.1f M train", total / 1e6, trained / 1e6)
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
+        if not self.guard.begun and not self.checkpoint:  # one that goes on may have been at its end
+            raise SettingsError(
+                "nothing was trained: max_epochs, max_steps, max_time or limit_train_batches of trainer leave no step",
+                on_all_ranks=True,
+            )
         if _rank() == 0 and not self.config.trainer.fast_dev_run:
             self._write_readme(validated=(self.folder / BEST).is_file())
         log.info("the run is in %s", self.folder)
@@ -321,6 +328,10 @@ def _unknown(error: Exception, what: str) -> str:
     if isinstance(error, ValueError | MisconfigurationException):
         return said
     return f"these settings {what}: {type(error).__name__}: {said} (JSONARGPARSE_DEBUG=true shows where)"
+
+
+def _has_bar(given: Namespace) -> bool:
+    return any(isinstance(callback, ProgressBar) for callback in _listed(given.callbacks))
 
 
 def _listed(value: Any) -> list[Any]:
