@@ -29,7 +29,7 @@ from detection.cli.serving import show
 from detection.data import scenes
 from detection.data.datamodule import DetectionDataModule
 from detection.training.module import DetectionModule
-from tests.runs import TINY, scene_flags
+from tests.runs import TINY, rehearsed, scene_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--data.num_workers", "0", "--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--wandb", "off"]
@@ -212,7 +212,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [False, True], ids=["detection", "python -m detection"])
+@pytest.mark.parametrize("module", rehearsed([False, True], False), ids=["detection", "python -m detection"])
 def test_the_wheel_works_outside_of_a_clone(installed: Path, tmp_path: Path, module: bool) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "DETECTION_RUN_FOLDER"}
     start = [sys.executable, *(["-m", "detection"] if module else [str(installed / "bin" / "detection")])]

@@ -133,7 +133,7 @@ def test_onnx_takes_batches_and_images_without_objects(exported):
     assert (alone["scores"][0, count:] == 0).all()
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_onnx_on_real_images(exported, shared_data):
     model, path = exported
     files = sorted((shared_data / "bccd" / "JPEGImages").glob("*.jpg"))[:20]

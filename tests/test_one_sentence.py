@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +12,12 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from detection.cli.fit import LOGGERS, FitCLI, main
+from detection.cli.fit import FitCLI, main
 from detection.data import scenes
 from detection.inference import Detector
-from detection.training.checkpoints import RUN_FOLDER
 from detection.training.precision import WeightPrecision
 from tests.runs import ROOT, TINY, scene_flags
 from tests.test_drift import build
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_trace() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
-    os.environ.pop(RUN_FOLDER, None)
 
 
 @pytest.fixture(scope="module")

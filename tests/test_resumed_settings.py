@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Timer
 
-from detection.cli.fit import LOGGERS, FitCLI, main
+from detection.cli.fit import FitCLI, main
 from detection.data import scenes
-from detection.training.checkpoints import RUN_FOLDER
 from tests.runs import TINY, rows, scene_flags
 
 FLAGS = [
@@ -31,17 +29,6 @@ FLAGS = [
     "--trainer.max_epochs",
     "2",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_trace() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
-    os.environ.pop(RUN_FOLDER, None)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +90,6 @@ def factors(total: int, warmup: int = 50) -> list[float]:
 
 def test_a_new_rate_is_the_rate_that_steps(begin: Begin, caplog: pytest.LogCaptureFixture) -> None:
     folder, before = begin("--model.lr", "0.008", stop=3)  # 8 steps in all, 2 images each
-    logging.getLogger("detection").propagate = True
     caplog.set_level(logging.INFO, "detection")
     resumed = follow(["--resume", str(folder), "--model.lr", "0.0008", "--model.weight_decay", "0.01"])[1]
     wanted = [0.008 * 2 / 16 * factor for factor in factors(8)[:3]]
@@ -260,7 +246,6 @@ def test_the_seed_decides_the_order_of_the_images(data: Path, tmp_path: Path) ->
 def test_a_run_without_validation_names_the_checkpoint_it_keeps(
     flags: list[str], begin: Begin, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("detection").propagate = True
     folder, _ = begin(*flags, "--trainer.max_epochs", "1")
     readme = (folder / "README.md").read_text()
     assert not (folder / "best.ckpt").exists() and "best.ckpt" not in readme and f"{folder}/last.ckpt" in readme

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import re
@@ -22,13 +21,12 @@ import pytest
 import torch
 from lightning.pytorch import callbacks, loggers
 
-from detection.cli.fit import LOGGERS, FitCLI, main
+from detection.cli.fit import FitCLI, main
 from detection.data import scenes
 from detection.data.datamodule import DetectionDataModule
-from detection.training.checkpoints import RUN_FOLDER
 from detection.training.module import DetectionModule
 from detection.training.optimisation import CosineSchedule
-from tests.runs import ROOT, TINY, scene_flags
+from tests.runs import ROOT, TINY, rehearsed, scene_flags
 
 COUNT = int(os.environ.get("RANDOM_SETTINGS", "30"))  # `make settings` draws 300
 SECONDS = 10.0  # of processor time
@@ -131,22 +129,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+def _as_before() -> Iterator[None]:
     state = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     yield
     torch.use_deterministic_algorithms(state[0])
     torch.backends.cudnn.benchmark = state[1]
     torch.autograd.set_detect_anomaly(False)
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
-    os.environ.pop(RUN_FOLDER, None)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(COUNT))
+@pytest.mark.parametrize("seed", rehearsed(range(COUNT), *range(8)))
 def test_it_trains_or_says_why_not(
     seed: int, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -240,6 +240,24 @@ def detect_tiled(detector: Detector, pixels: Pixels, tiles: Tiles, batch_size: i
     return parts[0] if len(parts) == 1 else tiles.merge(parts, windows, (height, width))
 
 
+def as_coco(name: str, found: Detections, category_ids: Sequence[Id | None]) -> dict[str, Any]:
+    """One image as `predictions.json` of `predict` has it: a COCO data set whose annotations have scores.
+
+    Args:
+        name: of the image's file.
+        found: in it.
+        category_ids: one for each of the detector's classes.
+    """
+    named = zip(category_ids, found.class_names, strict=True)
+    document: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": kind} for i, kind in named],
+    }
+    _record(document, name, found, category_ids)
+    return document
+
+
 def _record(
     document: dict[str, Any],
     name: str,

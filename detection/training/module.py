@@ -17,6 +17,7 @@ from torch.optim import SGD
 from torchmetrics import Metric
 
 from detection.batch import Batch, check_batch
+from detection.commit import code_version
 from detection.data.spectral import PixelFormat
 from detection.drift import present_recipe
 from detection.evaluation.mean_ap import MeanAP
@@ -144,6 +145,7 @@ class DetectionModule(L.LightningModule):
         self.step_losses: dict[str, Tensor] = {}  # of the newest training step, for those who look for what went wrong
         self._images_seen = 0  # in evaluation, of those that bring no id of their own
         self._resumed: dict[str, Any] | None = None  # the checkpoint, until its run goes on
+        self._code, self._code_before = "unknown", ""
         self._given: list[dict[str, Any]] = []  # of each group of the optimiser, what it was built with
 
     @classmethod
@@ -229,6 +231,7 @@ class DetectionModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Say what will be needed to open the checkpoints, or that they can't rebuild the detector."""
+        self._code = code_version()  # now, as the files may change while it trains
         if self.trainer.is_global_zero:
             parts = {"optimizer": self.optimizer, "schedule": self.schedule, "metrics": list(self.own_metrics)}
             settings = {f"model.{name}": part for name, part in parts.items()}
@@ -245,7 +248,12 @@ class DetectionModule(L.LightningModule):
             return
         data = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
         check_changes(checkpoint, self.hparams, data, self, self._run_name())
-        self._resumed = checkpoint
+        self._resumed, self._code_before = checkpoint, str(checkpoint.get("code", ""))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep which code has trained it; of a run that went on with other code, each."""
+        known = self._code_before.split(", then ") if self._code_before else []
+        checkpoint["code"] = ", then ".join(known if known[-1:] == [self._code] else [*known, self._code])
 
     def _run_name(self) -> str:
         return str(Path(self.trainer.ckpt_path or "").parent)
@@ -334,7 +342,6 @@ class DetectionModule(L.LightningModule):
         values = {f"{stage}/{name.removeprefix('bbox_')}": value for name, value in figures.items()}
         # COCO says -1 where there is no object of a size; in a chart that would be a figure.
         self.log_dict({name: value for name, value in values.items() if value >= 0 or name == f"{stage}/map"})
-        self.log(f"{stage}_map", values[f"{stage}/map"], prog_bar=True, logger=False)
         for kind, prefix in zip(self.metric.iou_type, ("ap", "segm_ap"), strict=False):
             of_classes = self.metric.per_class(kind)  # type: ignore[arg-type]
             self.log_dict({f"{stage}/{prefix}/{name}": value for name, value in of_classes.items()})

@@ -59,8 +59,8 @@ class UnscaledPrecision(MixedPrecision):
 def choose_precision(trainer: L.Trainer) -> None:
     """Put ours in the place of Lightning's plugins that convert all of a batch, or refuse to clip what has no scale."""
     plugin = trainer.strategy.precision_plugin
-    if type(plugin) is MixedPrecision and plugin.scaler is None:
-        trainer.strategy.precision_plugin = UnscaledPrecision(plugin.precision, plugin.device)
+    if type(plugin) is MixedPrecision and plugin.precision == "bf16-mixed":
+        trainer.strategy.precision_plugin = UnscaledPrecision("bf16-mixed", plugin.device)
     elif type(plugin) is DoublePrecision:
         trainer.strategy.precision_plugin = WeightPrecision("64-true", torch.float64)
     elif type(plugin) is HalfPrecision:
