@@ -98,6 +98,7 @@ def test_suggestions_lead_where_they_should(
         ["--trainer.precision", "16-true", "--model.lr", "1e-5"],
         ["--model.schedule.warmup_steps", "0"],
         ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/map"],
+        ["--trainer.callbacks", "Timer"],  # whose default is an Enum
         ["--trainer.callbacks", "TQDMProgressBar"],  # in the place of ours, which needs a terminal
     ],
     ids=" ".join,

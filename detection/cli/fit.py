@@ -7,6 +7,7 @@ import os
 import sys
 import weakref
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ log = logging.getLogger(__name__)
 
 # What libraries raise at settings that they can't be built with.
 UNEXPLAINED = (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, MisconfigurationException)
+# Lightning's `Timer` has one as a default, which no configuration could be written with otherwise.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(str(value.value)))
 set_parsing_settings(import_path_denylist=[])  # jsonargparse's own, such as `os`, is an error and no warning
 
 
@@ -356,5 +359,5 @@ def _listed(value: Any) -> list[Any]:
 
 def _fail(error: Exception) -> int:
     if _rank() == 0:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
     return 2
