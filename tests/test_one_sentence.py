@@ -42,7 +42,7 @@ def args(data: Path, tmp_path: Path) -> list[str]:
         (["--trainer.max_steps", "0"], "nothing was trained"),
         (["--trainer.max_epochs", "0"], "nothing was trained"),
         (["--trainer.max_time", "00:00:00:00"], "nothing was trained"),
-        (["--trainer.limit_train_batches", "0"], "nothing was trained"),
+        (["--trainer.limit_train_batches", "0"], "nothing would be trained"),
         (["--trainer.accelerator", "tpu"], "Requirement 'torch_xla"),
         (["--trainer.val_check_interval", "100"], "must be less than or equal to the number of the training batches"),
         (["--trainer.max_epochs=-1", "--trainer.max_steps=-1"], "give trainer.max_epochs, max_steps or max_time"),
@@ -77,6 +77,7 @@ def test_it_is_one_sentence_and_no_folder(
         (["--model.schedule.warmup_steps", "{a: 1}"], "--model.schedule.warmup_steps takes a whole number", "Union"),
         (["--data.scale_jitter_size", "true"], "--data.scale_jitter_size takes a whole number, not true", "None"),
         (["--model.optimizer", "AdanW"], "did you mean AdamW?", "dot import"),
+        (["--model.schedule", "CosineSchedule"], "did you mean detection.CosineSchedule?", "dot import"),
     ],
 )
 def test_suggestions_lead_where_they_should(

@@ -27,7 +27,7 @@ from detection.cli.fit_help import description, explain_all
 from detection.cli.folder import SaveConfig, never_validates, remove, remove_empty, say_changes, write_readme
 from detection.cli.output import LOGGERS as LOGGERS
 from detection.cli.output import set_up_output
-from detection.cli.parser import Parser
+from detection.cli.parser import Parser, cause
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
 from detection.errors import RunError, SettingsError, explain
@@ -183,6 +183,10 @@ class FitCLI(LightningCLI):
         """Refuse flags of the run and the trainer that contradict each other."""
         if (parts := self.config.trainer.accumulate_grad_batches) < 1:
             raise ValueError(f"trainer.accumulate_grad_batches is {parts}: it counts batches, so at least 1")
+        if self.config.trainer.limit_train_batches == 0:
+            raise ValueError(
+                "trainer.limit_train_batches is 0: nothing would be trained; to look at figures alone, evaluate"
+            )
         if self.config.find and (self.config.resume or self.config.trainer.fast_dev_run):
             raise ValueError("--find looks before a run begins: leave --resume and --trainer.fast_dev_run out")
         if self.config.weights and self.config.resume not in (None, "auto"):
@@ -359,5 +363,5 @@ def _listed(value: Any) -> list[Any]:
 
 def _fail(error: Exception) -> int:
     if _rank() == 0:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {cause(' '.join(str(error).split()))}\n")
     return 2
