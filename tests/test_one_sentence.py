@@ -77,6 +77,12 @@ def test_it_is_one_sentence_and_no_folder(
         (["--model.schedule.warmup_steps", "{a: 1}"], "--model.schedule.warmup_steps takes a whole number", "Union"),
         (["--data.scale_jitter_size", "true"], "--data.scale_jitter_size takes a whole number, not true", "None"),
         (["--model.optimizer", "AdanW"], "did you mean AdamW?", "dot import"),
+        (
+            ["--model.schedule", "torch.optim.lr_scheduler.StepLR"],
+            "--model.schedule: the following arguments are required: step_size",
+            "Union",
+        ),
+        (["--model.schedule", "{milestones: [0.5]}"], "write --model.schedule.milestones of detection.Multi", "Union"),
         (["--model.schedule", "CosineSchedule"], "did you mean detection.CosineSchedule?", "dot import"),
     ],
 )

@@ -86,6 +86,9 @@ def shorten(message: str) -> str:
     )
     if value:  # of an argument of a part
         return f'Parser key "{value[1]}.{value[2]}": {value[3]}'
+    called = re.findall(r"expects a function or a callable class: (.*?)(?: - Type |\.? G(?:ot|iven) value|$)", message)
+    if own := [why for why in called if not why.startswith("Expected '")]:
+        return f"--{'.'.join(_keys(message))}: {own[0]}"
     causes = message.rpartition("Errors: - ")[2].split(" - ")
     named = [cause for cause in causes if "given class_path" in cause]
     if "Errors: - " not in message or not named:
