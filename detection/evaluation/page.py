@@ -39,7 +39,8 @@ img.plot { display: block; max-width: 100%; height: auto; margin: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .38rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 td.text, th.text { text-align: left; }
-td.text { white-space: normal; }
+td.text { white-space: normal; min-width: 8.5rem; }
+td.text + td.text { min-width: 11rem; }
 thead th { position: sticky; top: 0; background: var(--card); z-index: 1; }
 th button { all: unset; cursor: pointer; color: var(--soft); font-weight: 600; }
 th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 3px; }
