@@ -273,7 +273,7 @@ def serve(ckpts: Sequence[Path], host: str, port: int, device: str = "auto", tru
     """Serve the page of one checkpoint, or of two side by side, until interrupted.
 
     Args:
-        ckpts: of scripts/fit.py, or .safetensors.
+        ckpts: of `detection fit`, or .safetensors.
         host, port: to listen at.
         device: see `Detector`.
         trust: see `Detector.from_checkpoint`.

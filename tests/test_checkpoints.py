@@ -21,11 +21,6 @@ from detection.training.checkpoints import OF_TRAINING, KeepBest, Start, WholeFi
 TRAINING = {"loops": {}, "optimizer_states": [], "state_dict": {"weight": torch.arange(5000.0)}}
 
 
-@pytest.fixture(autouse=True)
-def _propagate(leave_no_trace: None) -> None:
-    logging.getLogger("detection").propagate = True  # other tests have set up the command line's output
-
-
 def save(path: Path, step: int) -> Path:
     WholeFiles().save_checkpoint(TRAINING | {"epoch": step // 10, "global_step": step}, path)
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import logging
 import math
@@ -30,8 +31,6 @@ from detection.interop import save_detector
 from detection.models.fast import accelerate
 from detection.training.module import DetectionModule
 from tests.runs import ROOT, scene_flags
-
-pytestmark = pytest.mark.usefixtures("leave_no_trace")
 
 SMALL = [
     *("--config", "quickstart"),
@@ -170,6 +169,16 @@ def test_saved_configuration_repeats_the_run(run: tuple[FitCLI, Path], data: Pat
     assert again.model.detector.num_classes == 1 + len(scenes.CLASSES)
 
 
+def test_a_run_at_its_end_says_what_would_make_it_longer(
+    run: tuple[FitCLI, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = (run[1] / "last.ckpt").read_bytes()
+    assert main(["--resume", str(run[1])]) == 0
+    said = capsys.readouterr().err
+    assert "no batch was left to train on: to go on further raise --trainer.max_epochs" in said
+    assert "Restored" not in said and (run[1] / "last.ckpt").read_bytes() == saved
+
+
 def test_resume_goes_on_in_the_same_folder(run: tuple[FitCLI, Path]) -> None:
     before, runs = read_metrics(run[1]), len(list(run[1].parent.iterdir()))
     assert main(["--trainer.max_epochs", "3", "--resume", str(run[1])]) == 0  # all else as in its config.yaml
@@ -195,18 +204,26 @@ def test_gradients_of_ddp_lie_in_what_is_sent(flags: list[str], data: Path, tmp_
     assert strategy._ddp_kwargs == {"gradient_as_bucket_view": True}  # and it looks for no unused parameters
 
 
-def test_a_rehearsal_leaves_nothing_on_disk(data: Path, tmp_path: Path) -> None:
+def test_what_never_trains_leaves_no_folder(data: Path, tmp_path: Path) -> None:
+    cli = FitCLI([*SMALL, *scene_flags(data), "--output", str(tmp_path)])
+    assert cli.folder.is_dir()  # another run of this second must not take it
+    del cli
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rehearsal_leaves_nothing_on_disk(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "detection")
     flags = ["--trainer.fast_dev_run", "true", "--data.batch_size", "2", "--output", str(tmp_path / "runs")]
     cli = FitCLI([*flags, *SMALL, *scene_flags(data)])
     cli.fit()
     assert cli.trainer.global_step == 1 and cli.trainer.callback_metrics["val/map"] >= 0
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs").exists() and str(cli.folder) not in caplog.text
 
 
 def test_printed_learning_rate_follows_accumulation(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("detection"), "propagate", True)
     caplog.set_level(logging.INFO, "detection")
     flags = ["--trainer.fast_dev_run", "4", "--trainer.accumulate_grad_batches", "4", "--data.batch_size", "2"]
     cli = FitCLI([*flags, "--model.lr", "0.02", *SMALL, *scene_flags(data), "--output", str(tmp_path)])

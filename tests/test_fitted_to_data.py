@@ -32,8 +32,6 @@ from detection.data.writers import write_voc
 from detection.training.module import DetectionModule
 from tests.runs import TINY
 
-pytestmark = pytest.mark.usefixtures("leave_no_trace")
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -221,8 +219,8 @@ def test_a_run_goes_on_with_its_own_anchors(folder: Path) -> None:
 @pytest.mark.slow
 def test_the_command_that_the_check_ends_with_trains(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check_data(["--root", str(folder), "--min-size", "64", "--max-size", "96"]) < 2
-    python, script, *args = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("Next: "))
-    assert (python, script) == ("python", "scripts/fit.py")
+    program, command, *args = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("Next: "))
+    assert (program, command) == ("detection", "fit")
     small = ["--data.num_workers", "0", "--output", str(folder.parent / "runs"), "--trainer.max_steps", "1"]
     cli = FitCLI([*args, *TINY[4:], *small, "--trainer.limit_val_batches", "1"])
     cli.fit()
@@ -230,7 +228,7 @@ def test_the_command_that_the_check_ends_with_trains(folder: Path, capsys: pytes
 
 
 def test_auto_without_data_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match=r"rpn_anchor_generator: auto is for scripts/fit.py.*generator_for\(index"):
+    with pytest.raises(ValueError, match=r"rpn_anchor_generator: auto is for `detection fit`.*generator_for\(index"):
         fasterrcnn_resnet_fpn(rpn_anchor_generator="auto")
 
 

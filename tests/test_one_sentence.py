@@ -19,8 +19,6 @@ from detection.training.precision import WeightPrecision
 from tests.runs import ROOT, TINY, scene_flags
 from tests.test_drift import build
 
-pytestmark = pytest.mark.usefixtures("leave_no_trace")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -42,7 +40,7 @@ def args(data: Path, tmp_path: Path) -> list[str]:
         (["--trainer.val_check_interval", "0"], "trainer.val_check_interval is 0"),
         (["--data.classes", "[bal]"], "did you mean 'ball'?"),
         (["--trainer.val_check_interval", "100"], "must be less than or equal to the number of the training batches"),
-        (["--trainer.max_epochs=-1", "--trainer.max_steps=-1", "--trainer.max_time", "00:00:01:00"], "end of the run"),
+        (["--trainer.max_epochs=-1", "--trainer.max_steps=-1"], "give trainer.max_epochs, max_steps or max_time"),
         (["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/mpa"], "did you mean val/map?"),
         (["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "map_50"], "did you mean val/map_50?"),
         (
@@ -90,6 +88,8 @@ def test_suggestions_lead_where_they_should(
     [
         ["--trainer.precision", "bf16-true"],
         ["--trainer.precision", "64-true"],
+        ["--trainer.precision", "bf16-mixed", "--trainer.gradient_clip_val", "0.1", "--model.optimizer", "AdamW"],
+        ["--trainer.precision", "16-mixed", "--trainer.gradient_clip_val", "0.1", "--model.optimizer", "AdamW"],
         ["--trainer.precision", "16-true", "--model.lr", "1e-5"],
         ["--model.schedule.warmup_steps", "0"],
         ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/map"],
@@ -103,6 +103,10 @@ def test_it_trains(flags: list[str], args: list[str]) -> None:
     head = cli.model.detector.roi_heads.box_predictor.cls_score.weight
     assert cli.trainer.global_step == 2 and head.isfinite().all()
     assert head.dtype == dtypes.get(flags[1], torch.float32)
+    if "mixed" in flags[1]:
+        assert cli.trainer.optimizers[0].param_groups[0]["fused"]
+        gradient = torch.nn.utils.get_total_norm([p.grad for p in cli.model.parameters() if p.grad is not None])
+        assert gradient <= 0.1 * (1 + 1e-5)
     detector = Detector.from_checkpoint(cli.folder / "last.ckpt", "cpu")  # and the file is one like any other
     assert detector.model.roi_heads.box_predictor.cls_score.weight.dtype == torch.float32
 

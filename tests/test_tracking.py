@@ -235,7 +235,6 @@ def test_an_error_in_wandb_is_one_warning_and_training_goes_on(
         if len(calls) > 2:
             raise BrokenPipeError("the service is gone")
 
-    monkeypatch.setattr(logging.getLogger("detection"), "propagate", True)
     tracker = Tracker("offline", tmp_path / "a" / "b")
     monkeypatch.setattr(type(tracker.experiment), "log", fails)
     trainer = train(tmp_path, tracker)
@@ -248,7 +247,6 @@ def test_an_error_in_wandb_is_one_warning_and_training_goes_on(
 def test_no_server_is_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("detection"), "propagate", True)
     caplog.set_level(logging.INFO, "detection")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nobody answers
@@ -282,7 +280,7 @@ print("steps", trainer.global_step)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds W&B's process in /proc")
 def test_the_end_of_wandbs_process_is_not_the_end_of_training(tmp_path: Path) -> None:
     code = BROKEN.format(paths=[str(ROOT), str(ROOT / "tests")], folder=str(tmp_path / "a" / "b"))

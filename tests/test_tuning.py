@@ -20,8 +20,6 @@ from detection.training import tuning
 from detection.training.module import DetectionModule
 from tests.runs import TINY, differences, scene_flags
 
-pytestmark = pytest.mark.usefixtures("leave_no_trace")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from rich.console import Console
 
 from detection.cli.configuration import complete, fit_anchors_to_data, fit_detector_to_data, plain
 from detection.cli.fit_help import description, explain_all
-from detection.cli.folder import SaveConfig, never_validates, remove, say_changes, write_readme
+from detection.cli.folder import SaveConfig, never_validates, remove, remove_empty, say_changes, write_readme
 from detection.cli.output import LOGGERS as LOGGERS
 from detection.cli.output import set_up_output
 from detection.cli.parser import Parser
@@ -33,7 +34,18 @@ from detection.interop.files import take_weights
 from detection.recipes import RecipeError, import_from_working_directory, packages_of, rebuild
 from detection.training import tuning
 from detection.training.callbacks import Bar, PredictionPictures, Results, SplitFile, Throughput
-from detection.training.checkpoints import BEST, LAST, RUN_FOLDER, KeepBest, Kept, Start, WholeFiles, kept, start
+from detection.training.checkpoints import (
+    BEST,
+    LAST,
+    RUN_FOLDER,
+    KeepBest,
+    Kept,
+    Start,
+    WholeFiles,
+    best_or_last,
+    kept,
+    start,
+)
 from detection.training.loggers import RUN_FLAGS, MetricsFile, Tracker, WandbMode
 from detection.training.module import DetectionModule
 from detection.training.optimisation import COSINE, SGD_MOMENTUM, state_per_parameter
@@ -45,6 +57,8 @@ from detection.training.tuning import Find
 
 log = logging.getLogger(__name__)
 
+# What libraries raise at settings that they can't be built with.
+UNEXPLAINED = (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, MisconfigurationException)
 set_parsing_settings(import_path_denylist=[])  # jsonargparse's own, such as `os`, is an error and no warning
 
 
@@ -141,6 +155,8 @@ class FitCLI(LightningCLI):
         self._check_run()
         leaves_nothing = self.config.find or self.config.trainer.fast_dev_run
         self._start = start(self.config.resume, Path(self.config.output) / self.config.name, not leaves_nothing)
+        if self._start.made:  # for this run alone, so before there is anything to write, which may never come
+            weakref.finalize(self, remove_empty, self._start.folder, self._start.folder.parent)
         self.folder, self.checkpoint = self._start.folder, self._start.checkpoint
         if self.checkpoint:
             say_changes(self.folder, yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
@@ -178,8 +194,7 @@ class FitCLI(LightningCLI):
                              "--trainer.default_root_dir")  # fmt: skip
 
     def _take_weights(self, path: Path) -> None:
-        if path.is_dir():
-            path = next((path / name for name in (BEST, LAST) if (path / name).is_file()), path / BEST)
+        path = best_or_last(path)
         take_weights(self.model.detector, path, self.datamodule.class_names)
         log.info("beginning with the weights of %s, with a new optimiser and schedule", path)
 
@@ -261,7 +276,10 @@ class FitCLI(LightningCLI):
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
         if _rank() == 0 and not self.config.trainer.fast_dev_run:
             self._write_readme(validated=(self.folder / BEST).is_file())
-        log.info("the run is in %s", self.folder)
+        if not self.guard.begun:
+            log.warning("no batch was left to train on: to go on further raise --trainer.max_epochs or max_steps")
+        if not self.config.trainer.fast_dev_run:
+            log.info("the run is in %s", self.folder)
 
     @property
     def _saves(self) -> bool:
@@ -284,7 +302,7 @@ def main(args: Sequence[str] | None = None) -> int:
         cli = FitCLI(sys.argv[1:] if args is None else args)
     except (ValueError, FileNotFoundError) as error:
         return _fail(error)
-    except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, MisconfigurationException) as error:
+    except UNEXPLAINED as error:
         if os.environ.get("JSONARGPARSE_DEBUG"):
             raise
         return _fail(RunError(_unknown(error, "can't be built")))

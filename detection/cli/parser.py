@@ -1,4 +1,4 @@
-"""The parser of `scripts/fit.py`: what is wrong with a flag or a key in one line, with the nearest right one."""
+"""The parser of `detection fit`: what is wrong with a flag or a key in one line, with the nearest right one."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def show(
     loaded from anywhere else. Needs `pip install "detection[demo]"`.
 
     Args:
-        ckpt: run's folder, its checkpoint, or .safetensors of scripts/convert.py.
+        ckpt: run's folder, its checkpoint, or .safetensors of `detection convert`.
         beside: another of these, which looks at the same images: the two are shown side by side.
         port: to listen at.
         host: to listen at; 0.0.0.0 lets everybody in who can reach this machine.

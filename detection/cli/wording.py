@@ -85,6 +85,9 @@ def complain(message: str, options: Iterable[str]) -> NoReturn:
             if word not in known and name:
                 hint = f" (did you mean --{name}?)"
                 break
+    elif choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+        near = get_close_matches(choice[1], re.findall(r"[\w.-]+", choice[2]), 1, 0.6)
+        hint = f" (did you mean {near[0]}?)" if near else ""
     sys.stderr.write(f"error: {message}{hint}\n")
     raise SystemExit(2)
 

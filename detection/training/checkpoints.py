@@ -143,6 +143,22 @@ def progress(path: Path) -> tuple[int, int]:
     return int(content["epoch"]), int(content["global_step"])
 
 
+def best_or_last(path: Path) -> Path:
+    """Whose weights are meant: the file itself, or of a run's folder the best checkpoint, else the last.
+
+    Raises:
+        FileNotFoundError: the folder has neither.
+    """
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in (BEST, LAST) if (path / name).is_file()), None)
+    if found is None:
+        runs = sorted(file.parent for name in (BEST, LAST) for file in path.glob(f"*/{name}"))
+        hint = f"; name one of its runs, such as {runs[-1]}" if runs else ": is it the folder of a run?"
+        raise FileNotFoundError(f"there is no {BEST} or {LAST} in {path}{hint}")
+    return found
+
+
 class Kept(NamedTuple):
     """What a checkpoint keeps that has to be known before data and detector are made.
 

@@ -28,7 +28,7 @@ from detection.models.masks import paste_masks
 from detection.models.transform import ImageTransform
 from detection.models.two_stage import FasterRCNN
 from detection.recipes import RecipeError, describe, rebuild, trusting
-from detection.training.changes import check_changes, check_groups, take_rates, total_steps
+from detection.training.changes import check_changes, check_groups, steps_by_time, take_rates, total_steps
 from detection.training.checkpoints import announce_parts
 from detection.training.freezing import Freeze, Freezing, share_anew
 from detection.training.loaders import as_batch, images_per_step
@@ -342,7 +342,6 @@ class DetectionModule(L.LightningModule):
         values = {f"{stage}/{name.removeprefix('bbox_')}": value for name, value in figures.items()}
         # COCO says -1 where there is no object of a size; in a chart that would be a figure.
         self.log_dict({name: value for name, value in values.items() if value >= 0 or name == f"{stage}/map"})
-        self.log(f"{stage}_map", values[f"{stage}/map"], prog_bar=True, logger=False)
         for kind, prefix in zip(self.metric.iou_type, ("ap", "segm_ap"), strict=False):
             of_classes = self.metric.per_class(kind)  # type: ignore[arg-type]
             self.log_dict({f"{stage}/{prefix}/{name}": value for name, value in of_classes.items()})
@@ -354,7 +353,9 @@ class DetectionModule(L.LightningModule):
         images = images_per_step(self.trainer, self.images_per_batch)
         steps = total_steps(self.trainer, self._resumed)
         lr = self.lr * images / REFERENCE_BATCH
-        log.info("learning rate %g: %g for 16 images, scaled to %d a step; %g steps", lr, self.lr, images, steps)
+        by_time = steps_by_time(self.trainer)
+        length = f"{steps:g} steps" if by_time is None or not math.isinf(steps) else "as many steps as the time allows"
+        log.info("learning rate %g: %g for 16 images, scaled to %d a step; %s", lr, self.lr, images, length)
         shares = self.lr_mult, self.layer_decay
         groups = parameter_groups(self.detector, lr, self.weight_decay, *shares, self.freezing.trainable)
         # A fused optimiser takes the scale off float16 gradients itself, so late that they can't be clipped before.
@@ -364,7 +365,7 @@ class DetectionModule(L.LightningModule):
         if self._resumed is not None:
             check_groups(self._resumed, optimizer, self._run_name())
         self._given = settings_of(optimizer, self.optimizer)
-        scheduler = build_scheduler(self.schedule, optimizer, steps)
+        scheduler = build_scheduler(self.schedule, optimizer, steps, by_time)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -124,7 +124,7 @@ STEPS: list[Step] = [
 ]
 
 
-@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.rehearsal)])
 def test_workers_and_main_process_agree(method: str, tmp_path: Path) -> None:
     data = DetectionDataset(drawn(tmp_path, 4), train_transform(60, 90, augmentations=STEPS, min_visibility=0.3))
     keys = [[(i, 100 * epoch + i) for i in range(4)] for epoch in range(3)]

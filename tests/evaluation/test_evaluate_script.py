@@ -163,7 +163,7 @@ def test_other_data_needs_nothing_of_the_training_data(trained, pycoco, tmp_path
         assert own == pytest.approx(official, abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_two_processes_give_the_figures_of_one(trained, tmp_path):
     folder, _ = trained
     found = []

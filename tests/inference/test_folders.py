@@ -120,7 +120,9 @@ def test_script_says_what_is_wrong(model, tmp_path, photos, capsys):
         predict_in(tmp_path / "d.safetensors", str(film(tmp_path / "clip.mp4", "mp4v")), devices=2)
     predict_in(tmp_path / "d.safetensors", str(photos), tmp_path / "out", score_thresh=0.0, device="cpu")
     shown = capsys.readouterr()
-    assert "2 images, 10 objects" in shown.out and "damaged.jpg" in shown.err
+    assert "2 images, 10 objects: " in shown.out and "damaged.jpg" in shown.err
+    predict_in(tmp_path / "d.safetensors", str(photos), tmp_path / "none", score_thresh=1.0, device="cpu")
+    assert "2 images, 0 objects of score 1 or more (--score_thresh lowers that)" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -240,7 +240,6 @@ def configuration(name: str, data: Path, output: Path) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("leave_no_trace")
 @pytest.mark.parametrize("name", ["bccd_fastrcnn", "bccd_rcnn"])
 def test_the_packaged_configurations_train_from_the_command_line(name: str, data: Path, tmp_path: Path) -> None:
     cli = FitCLI(["--config", str(configuration(name, data, tmp_path))])
