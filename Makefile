@@ -1,5 +1,6 @@
-# make fit    install and train the quickstart      make test   install and run all tests
+# make fit    install and train the quickstart      make test   install and run the tests
 # make lint   ruff                                  make types  mypy
+# make rehearsal  what make test leaves out: sweeps, repetitions, trainings to an AP
 # make settings  300 command lines at random: each trains or says in a sentence why not
 # make faults the fault matrix, to faults.md        make audit  packages against the advisory database
 # make docs   the site, to build/site               make gpu    measure a GPU; without one, rehearse that
@@ -18,14 +19,17 @@ BIN := $(VENV)/bin
 OLDEST ?= .venv-oldest
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: fit test settings faults gpu oldest audit docs lint types check clean
+.PHONY: fit test rehearsal settings faults gpu oldest audit docs lint types check clean
 
 fit: $(VENV)/.installed
 	$(BIN)/python scripts/fit.py $(ARGS)
 
 # A process of one thread on each core: two of two threads on two cores wait for each other.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not rehearsal' $(ARGS)
+
+rehearsal: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m rehearsal $(ARGS)
 
 settings: $(VENV)/.installed-dev
 	RANDOM_SETTINGS=300 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_settings_at_random.py $(ARGS)
@@ -53,6 +57,7 @@ audit: $(VENV)/.installed-dev
 
 # Strict: a link, a name of the reference or a heading that does not exist fails. Nothing is fetched.
 docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/render_notebooks.py
 	$(BIN)/zensical build --clean --strict
 
 lint: $(VENV)/.installed-dev

@@ -50,7 +50,8 @@ class AnchorGenerator(nn.Module):
         super().__init__()
         self.sizes = tuple(tuple(s) if isinstance(s, Sequence) else (s,) for s in sizes)
         per_level = [tuple(r) for r in aspect_ratios if isinstance(r, Sequence)]
-        ratios = per_level or [tuple(float(r) for r in aspect_ratios)] * len(self.sizes)  # type: ignore[arg-type]
+        shared = tuple(float(r) for r in aspect_ratios if not isinstance(r, Sequence))
+        ratios = per_level or [shared] * len(self.sizes)
         if len(ratios) != len(self.sizes):
             raise ValueError(f"anchor sizes are given for {len(self.sizes)} levels, aspect ratios for {len(ratios)}")
         if ratio_is_width_over_height:
@@ -118,8 +119,8 @@ def chosen_anchors(anchors: Anchors, num_levels: int, **options: Any) -> AnchorG
     """
     if isinstance(anchors, str):
         raise ValueError(
-            f"rpn_anchor_generator: {anchors} is for scripts/fit.py, which fits anchors to the data; in Python give an "
-            "AnchorGenerator, such as detection.data.anchor_fit.generator_for(index, strides, min_size, max_size)"
+            f"rpn_anchor_generator: {anchors} is for `detection fit`, which fits anchors to the data; in Python give "
+            "an AnchorGenerator, such as detection.data.anchor_fit.generator_for(index, strides, min_size, max_size)"
         )
     return anchors or default_anchors(num_levels, **options)
 

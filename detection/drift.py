@@ -1,13 +1,16 @@
 """What was changed on a detector after it was built: brought into its recipe, or refused, but never forgotten.
 
-torchvision's users exchange a head, `model.roi_heads.box_predictor = FastRCNNPredictor(...)`, or set a threshold,
-`model.roi_heads.score_thresh = 0.3`. The recipe, by which files make the detector again, does not see it.
+torchvision's users exchange a head, `model.roi_heads.box_predictor = FastRCNNPredictor(...)`, set a threshold,
+`model.roi_heads.score_thresh = 0.3`, or assign a part, `model.rpn.sampler = HardExampleSampler()`. The recipe, by which
+files make the detector again, does not see it.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from functools import partial
+from inspect import isfunction, ismethod
 from typing import Any
 
 import torch
@@ -24,12 +27,24 @@ ARGUMENTS = {
     "transform.max_size": "max_size",
     "rpn.head": "rpn_head",
     "rpn.anchor_generator": "rpn_anchor_generator",
+    "rpn.matcher": "rpn_matcher",
+    "rpn.sampler": "rpn_sampler",
+    "rpn.box_coder": "rpn_box_coder",
+    "rpn.objectness_loss": "rpn_objectness_loss",
+    "rpn.box_loss": "rpn_box_loss",
     "rpn.nms_thresh": "rpn_nms_thresh",
     "rpn.score_thresh": "rpn_score_thresh",
     "roi_heads.score_thresh": "box_score_thresh",
     "roi_heads.nms_thresh": "box_nms_thresh",
     "roi_heads.detections_per_img": "box_detections_per_img",
     "roi_heads.soft_nms_sigma": "soft_nms_sigma",
+    "roi_heads.matcher": "box_matcher",
+    "roi_heads.sampler": "box_sampler",
+    "roi_heads.box_coder": "box_coder",
+    "roi_heads.class_loss": "class_loss",
+    "roi_heads.box_loss": "box_loss",
+    "roi_heads.mask_loss": "mask_loss",
+    "roi_heads.mask_roi_pool": "mask_roi_pool",
     "roi_heads.box_roi_pool": "box_roi_pool",
     "roi_heads.box_head": "box_head",
     "roi_heads.box_predictor": "box_predictor",
@@ -90,9 +105,60 @@ def _differences(detector: nn.Module, twin: nn.Module) -> Iterator[str]:
             yield name.rpartition(".")[0].rpartition(".")[0] if name.count(".") > 2 else name
     for name in sorted(own.keys() & theirs.keys()):
         if name not in exchanged:
-            for key, value in _settings(theirs[name]).items():
-                if getattr(own[name], key, None) != value:
-                    yield f"{name}.{key}".lstrip(".")
+            for key in _unlike(own[name], theirs[name]):
+                yield f"{name}.{key}".strip(".")
+
+
+def _unlike(own: nn.Module, other: nn.Module) -> Iterator[str]:
+    """Names of settings and parts that differ in two modules of a class; an empty one for the module as a whole."""
+    for key, value in _settings(other).items():
+        if getattr(own, key, None) != value:
+            yield key
+    names = {key for module in (own, other) for key in _parts(module)}
+    yield from sorted(key for key in names if not _same_part(getattr(own, key, None), getattr(other, key, None)))
+    if _in_tensors(own) != _in_tensors(other):
+        yield ""
+
+
+def _in_tensors(module: nn.Module) -> dict[str, Any]:
+    """What a module was given and keeps in no plain value, as weights of classes: the meta device has no numbers."""
+    recipe = getattr(module, "recipe", None)
+    if recipe is None or module.state_dict() or list(module.children()):
+        return {}
+    return {key: value for key, value in recipe["init_args"].items() if key not in vars(module)}
+
+
+def _parts(module: nn.Module) -> list[str]:
+    """Names of what a module calls, but modules that both will have."""
+    own = [k for k, v in vars(module).items() if not k.startswith("_") and k not in NO_SETTING and _is_part(v)]
+    return own + [k for k, v in module.named_children() if not v.state_dict()]
+
+
+def _is_part(value: Any) -> bool:
+    return (callable(value) or hasattr(value, "encode")) and not isinstance(value, Tensor | torch.device)
+
+
+def _same_part(own: Any, other: Any) -> bool:
+    """Whether two parts do the same, as far as their class, code and plain values tell."""
+    if own is other or (isinstance(own, nn.Module) and isinstance(other, nn.Module)):  # modules are compared by name
+        return True
+    if type(own) is not type(other):
+        return False
+    if ismethod(own):
+        return _same_part(own.__func__, other.__func__)
+    if isfunction(own):
+        return own.__code__ is other.__code__ and own.__defaults__ == other.__defaults__
+    if isinstance(own, partial):
+        return _same_part(own.func, other.func) and describe(own.keywords) == describe(other.keywords)
+    return _described(own) == _described(other) and _settings(own) == _settings(other)
+
+
+def _described(value: Any) -> Any:
+    """As `describe`, with the settings that a part has now in the place of those that it was made with."""
+    plain, now = describe(value), _settings(value)
+    if not isinstance(plain, dict) or "init_args" not in plain:
+        return plain
+    return plain | {"init_args": {key: now.get(key, was) for key, was in plain["init_args"].items()}}
 
 
 def _same_class(own: nn.Module, other: nn.Module) -> bool:
@@ -101,9 +167,10 @@ def _same_class(own: nn.Module, other: nn.Module) -> bool:
     return kinds[0] is kinds[1] or (quicker and issubclass(kinds[0], kinds[1]))
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """The plain public values that a module keeps."""
-    return {k: v for k, v in vars(module).items() if k not in NO_SETTING and not k.startswith("_") and _is_plain(v)}
+def _settings(part: Any) -> dict[str, Any]:
+    """The plain public values that a part keeps."""
+    values = getattr(part, "__dict__", {})
+    return {k: v for k, v in values.items() if k not in NO_SETTING and not k.startswith("_") and _is_plain(v)}
 
 
 def _is_plain(value: Any) -> bool:
@@ -116,6 +183,8 @@ def _is_plain(value: Any) -> bool:
 
 def _follow(recipe: dict[str, Any], path: str, detector: Any) -> None:
     """Set the argument that stands for a path, in the recipe or in that of a part inside; none where there is none."""
+    if path not in ARGUMENTS and (part := path.rpartition(".")[0]) in ARGUMENTS:
+        path = part  # whose setting it is
     arguments, names = recipe["init_args"], path.split(".")
     inner = arguments.get(names[0])
     if len(names) > 1 and isinstance(inner, dict) and "class_path" in inner:
@@ -127,7 +196,6 @@ def _follow(recipe: dict[str, Any], path: str, detector: Any) -> None:
     if isinstance(value, nn.Module) and type(value) in ALIKE:
         arguments["num_classes"] = detector.num_classes
         return
-    plain = describe(value)
-    name = ARGUMENTS.get(path, path)
+    plain, name = _described(value), ARGUMENTS.get(path, path)
     if plain is not NotImplemented and not isinstance(value, Tensor) and "." not in name:
         arguments[name] = plain

@@ -112,9 +112,9 @@ def _locate(weights: Weights, names: type[WeightsEnum] | None) -> Path:
         choices = f"one of {', '.join(names.__members__)}, DEFAULT, or " if names is not None else ""
         raise FileNotFoundError(f"no weights at {path}: give {choices}the path of a .pth or .safetensors file")
     raise FileNotFoundError(
-        f"the weights {named} are not at {path} and nothing is downloaded unasked: run `python scripts/convert.py "
-        f"download --weights {named}`; or fetch {named.url} on a machine with access and put the file there, or give "
-        f"its path instead of the name"
+        f"the weights {named} are not at {path} and nothing is downloaded unasked: run `detection convert download "
+        f"--weights {named}`; or fetch {named.url} on a machine with access and put the file there, or give its path "
+        "instead of the name"
     )
 
 
@@ -284,7 +284,7 @@ def widen(backbone: nn.Module, in_channels: int, image_mean: Sequence[float], im
     if not len(image_mean) == len(image_std) == in_channels:
         raise ValueError(
             f"images of {in_channels} channels need as many values of image_mean and image_std, not {len(image_mean)} "
-            f"and {len(image_std)}; scripts/check_data.py prints those of your images"
+            f"and {len(image_std)}; `detection check` prints those of your images"
         )
     if in_channels != 3:
         stem = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)

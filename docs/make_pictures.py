@@ -1,6 +1,6 @@
 """Makes the pictures of README.md and the site again, from a run of the quickstart.
 
-    python scripts/fit.py --wandb off
+    detection fit --wandb off
     python docs/make_pictures.py --run runs/quickstart/<time>
 
 They show nothing but the scenes that this project draws, and what the run's `best.ckpt` makes of them.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,9 +22,35 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is left to `make rehearsal` is slow, too: `-m 'not slow'` leaves out both."""
+    for item in items:
+        if item.get_closest_marker("rehearsal"):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets that lies beside the checkout; the test is skipped where it is absent."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data sets are not at {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(autouse=True)
+def _as_at_the_start() -> Iterator[None]:
+    """A command sets up its own process, which here is also that of other tests."""
+    _forget_commands()
+    yield
+    _forget_commands()
+
+
+def _forget_commands() -> None:
+    for name in ("detection", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
+    logging.getLogger("detection").setLevel(logging.NOTSET)
+    os.environ.pop("DETECTION_RUN_FOLDER", None)
+    if parser := sys.modules.get("jsonargparse"):  # which a resumed run forbids all packages but those it knows
+        parser._common.parsing_settings["import_path_verdicts"].pop("*", None)

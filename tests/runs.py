@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from detection.data import scenes
@@ -25,6 +27,11 @@ TINY = [
     *("--trainer.log_every_n_steps", "1"),
     *("--data.batch_size", "2"),
 ]
+
+
+def rehearsed(values: Iterable[Any], *kept: Any) -> list[Any]:
+    """Parameters of which every run of the tests takes those that are `kept`, and `make rehearsal` the others too."""
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.rehearsal) for value in values]
 
 
 def scene_flags(root: Path) -> list[str]:

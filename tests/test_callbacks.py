@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import re
 import time
 from collections.abc import Iterator
@@ -126,7 +125,6 @@ def test_best_epoch_is_kept_and_survives_a_checkpoint() -> None:
 
 def test_validation_without_an_object_is_no_result(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    logging.getLogger("detection").propagate = True  # other tests have set up the command line's output
     results = Results()
     run = trainer(callback_metrics={"val/map": -1.0, "val/loss": 0.5}, global_step=1, current_epoch=0)
     results.on_validation_end(run, Module())  # type: ignore[arg-type]
@@ -148,12 +146,11 @@ class Steps(L.LightningModule):
     """Trains nothing, but logs what the bar and the table show."""
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-        self.log("train/loss", 1.25, prog_bar=True)
-        self.log("images/s", 123.4, prog_bar=True)
+        self.log("train/loss", 1.25)
+        self.log("images/s", 123.4)
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
         self.log_dict({"val/map": 0.5, "val/ap/cat": 0.25, "val/ap/dog": 0.75})
-        self.log("val_map", 0.5, prog_bar=True, logger=False)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)

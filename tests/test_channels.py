@@ -31,7 +31,7 @@ from detection.models.transform import ImageTransform
 from detection.recipes import rebuild
 from detection.weights import fit_stem
 from tests import twins
-from tests.runs import TINY
+from tests.runs import TINY, rehearsed
 
 MEAN, STD = [0.4, 0.5, 0.3, 0.2, 0.6], [0.2, 0.1, 0.3, 0.05, 0.2]
 BUILDERS: dict[str, dict[str, Any]] = {
@@ -162,7 +162,7 @@ def test_a_detector_takes_files_arrays_and_tensors_alike(form: PixelFormat, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [PixelFormat(4, 8), PixelFormat(2, 16)], ids=str)
+@pytest.mark.parametrize("form", rehearsed([PixelFormat(4, 8), PixelFormat(2, 16)], (2, 16)), ids=str)
 def test_onnx_of_any_format_finds_what_the_model_finds(form: PixelFormat, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason='needs pip install "detection[export]"')
     pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
@@ -217,7 +217,7 @@ def test_a_run_on_four_channels_of_16_bits_from_data_to_pictures(tmp_path: Path)
     assert data.form == (4, 16)
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_what_only_the_fourth_channel_has_in_its_low_bits_is_learned(tmp_path: Path) -> None:
     """RGB is noise; of the fourth channel no pixel has a bit in the byte that 8-bit reading keeps."""
 

@@ -16,16 +16,9 @@ import pytest
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from detection.training.checkpoints import OF_TRAINING, RUN_FOLDER, KeepBest, Start, WholeFiles, progress, start
+from detection.training.checkpoints import OF_TRAINING, KeepBest, Start, WholeFiles, progress, start
 
 TRAINING = {"loops": {}, "optimizer_states": [], "state_dict": {"weight": torch.arange(5000.0)}}
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_trace() -> Iterator[None]:
-    logging.getLogger("detection").propagate = True  # other tests have set up the command line's output
-    yield
-    os.environ.pop(RUN_FOLDER, None)
 
 
 def save(path: Path, step: int) -> Path:

@@ -29,7 +29,7 @@ from detection.cli.serving import show
 from detection.data import scenes
 from detection.data.datamodule import DetectionDataModule
 from detection.training.module import DetectionModule
-from tests.runs import TINY, scene_flags
+from tests.runs import TINY, rehearsed, scene_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--data.num_workers", "0", "--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--wandb", "off"]
@@ -136,6 +136,39 @@ def test_the_nearest_flag_is_suggested(name: str, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("args", "said"),
     [
+        (["fit", "photos"], "a value goes behind its flag, as in --data.root photos)"),
+        (["check", "photos"], "a value goes behind its flag, as in --root photos)"),
+        (["predict", "run", "--source", "photos"], "a value goes behind its flag, as in --ckpt run)"),
+        (["predict", "--source", "photos"], "error: give --ckpt\n"),
+        (["download"], "error: give dataset, --root\n"),
+        (["fit", "--config", "bcd"], "bcd (did you mean --config bccd?)"),
+    ],
+)
+def test_what_is_missing_on_the_command_line(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        command.main(args)
+    shown = capsys.readouterr().err
+    assert end.value.code == 2 and said in shown and shown.count("\n") == 1 and "Parser key" not in shown
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["convert", "imprt"], "did you mean import?"),
+        (["benchmark", "trian"], "did you mean train?"),
+    ],
+)
+def test_the_nearest_part_of_a_command_is_suggested(
+    args: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main(args)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
         (["evalaute"], "there is no command 'evalaute' (did you mean evaluate?)"),
         (["train"], "did you mean fit?"),
         (["check_data"], "did you mean check?"),
@@ -197,7 +230,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [False, True], ids=["detection", "python -m detection"])
+@pytest.mark.parametrize("module", rehearsed([False, True], False), ids=["detection", "python -m detection"])
 def test_the_wheel_works_outside_of_a_clone(installed: Path, tmp_path: Path, module: bool) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "DETECTION_RUN_FOLDER"}
     start = [sys.executable, *(["-m", "detection"] if module else [str(installed / "bin" / "detection")])]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import json
 import os
 import re
 import runpy
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from defusedxml.ElementTree import fromstring
 from PIL import Image
 
 from detection import (
@@ -29,6 +32,9 @@ from detection import (
     maskrcnn_efficientnet_lite0_fpn,
     save_detector,
 )
+from detection.data import scenes
+from detection.data.images import read_image
+from detection.data.spectral import RGB, PixelFormat
 from detection.errors import RunError
 from detection.models.two_stage import FasterRCNN
 
@@ -80,10 +86,60 @@ def test_what_is_chosen_is_what_the_detector_gives(demo: Any) -> None:
     study, found = demo.Study(detector, demo.model_of(detector), noise()), detector(noise())
     assert 0 < len(found.above(0.6)) < len(found.above(0.5)) < len(found)
     chosen = study.choose(0.5, ["ring", "ball"])
-    expected = [(f"{s:.2f}", n) for s, n in zip(found.scores, found.names, strict=True) if s >= 0.5 and n != "star"]
-    assert expected and [(row["score"], row["name"]) for row in demo.rows_of(chosen)] == expected
-    assert [row["rank"] for row in demo.rows_of(chosen)] == list(range(1, len(expected) + 1))
+    names = zip(found.scores, found.names, strict=True)
+    expected = [(i, f"{s:.2f}", n) for i, (s, n) in enumerate(names) if s >= 0.5 and n != "star"]
+    rows = study.rows(study.where(0.5, ["ring", "ball"]), "7-")
+    assert expected and [(row["key"], row["score"], row["name"]) for row in rows] == [
+        (f"7-{i}", score, name) for i, score, name in expected
+    ]
     assert chosen.masks and study.picture(chosen) != study.picture(replace(chosen, masks=None))
+    assert len(study.choose(0.5, ["a class of another detector"])) == 0
+
+
+def test_boxes_and_files_are_those_that_are_chosen(demo: Any) -> None:
+    detector = Detector(tiny(), ("ball", "<ring>", "star"), category_ids=(5, 7, 9), device="cpu")
+    study = demo.Study(detector, demo.model_of(detector), noise(), "a photo.png")
+    where = study.where(0.5, [])
+    chosen = study.choose(0.5, [])
+    drawn = fromstring(study.boxes(where, "1-0-"))
+    assert drawn.attrib["viewBox"] == "0 0 160 120"
+    boxes = {rect.attrib["data-box"]: [float(rect.attrib[k]) for k in ("x", "y", "width", "height")] for rect in drawn}
+    assert list(boxes) != sorted(boxes) and {*boxes} == {row["key"] for row in study.rows(where, "1-0-")}
+    areas = [box[2] * box[3] for box in boxes.values()]
+    assert np.all(np.diff(areas) < 0.2 * np.array(areas[1:]))  # rounded; the small lie above the large
+    document = json.loads(study.json(chosen))
+    assert document["images"] == [{"id": 1, "file_name": "a photo.png", "width": 160, "height": 120}]
+    assert {entry["id"]: entry["name"] for entry in document["categories"]} == {5: "ball", 7: "<ring>", 9: "star"}
+    assert [entry["score"] for entry in document["annotations"]] == chosen.scores.tolist()
+    for i, entry in zip(where, document["annotations"], strict=True):
+        assert entry["bbox"] == pytest.approx(boxes[f"1-0-{i}"], abs=0.06)
+    file = Image.open(io.BytesIO(study.jpeg(chosen)))
+    assert file.format == "JPEG" and file.width >= 160 and file.width / file.height == pytest.approx(4 / 3)
+
+
+def test_examples_are_validation_pictures_or_drawn_scenes(demo: Any, tmp_path: Path) -> None:
+    study = importlib.import_module("detection.study")
+    save_detector(tmp_path / "tiny.safetensors", tiny(), NAMES)
+    drawn, said = study.examples(tmp_path / "tiny.safetensors", RGB, tmp_path)
+    assert said == "Drawn scenes" and len(drawn) == study.EXAMPLES
+    assert np.array_equal(read_image(drawn[0].path), scenes.draw_scene(np.random.default_rng(0))[0])
+    assert study.examples(tmp_path / "tiny.safetensors", PixelFormat(5, 16), tmp_path) == ([], "")
+    data = scenes.draw(tmp_path / "scenes", train=2, val=9)
+    settings = {"root": str(data), "format": "coco"}
+    for split, (file, images) in scenes.SPLITS.items():
+        settings |= {f"{split}_split": file, f"{split}_images": images}
+    kept = {"datamodule_hyper_parameters": settings, "pytorch-lightning_version": "2.6.6"}
+    torch.save(kept, tmp_path / "run.ckpt")
+    chosen, said = study.examples(tmp_path / "run.ckpt", RGB, tmp_path)
+    paths = sorted((data / scenes.SPLITS["val"][1]).iterdir())
+    assert "validated" in said and [example.path for example in chosen] == [paths[i] for i in (0, 1, 3, 4, 6, 8)]
+    assert all(example.small.startswith("data:image/jpeg;base64,") for example in chosen)
+
+
+def test_what_a_detector_knows(demo: Any) -> None:
+    study = importlib.import_module("detection.study")
+    assert "trained on: cat, dog. All else" in study.knows(["cat", "dog"])
+    assert "k11 and 68 more." in study.knows([f"k{i}" for i in range(80)])
 
 
 @pytest.mark.slow
@@ -126,7 +182,7 @@ def test_a_port_that_is_taken(demo: Any, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(RunError, match=f"127.0.0.1:{port} .*--port"):
-            demo.serve(tmp_path / "none.ckpt", "127.0.0.1", port)
+            demo.serve([tmp_path / "none.ckpt"], "127.0.0.1", port)
 
 
 def test_a_missing_checkpoint(demo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,10 +200,10 @@ def free_port() -> int:
 class Served:
     """The page of a checkpoint, served by the script, and what the script has printed."""
 
-    def __init__(self, ckpt: Path, log: Path) -> None:
+    def __init__(self, ckpt: Path, log: Path, *flags: str) -> None:
         self.url, self._log = f"http://127.0.0.1:{free_port()}", log
         command = [sys.executable, str(SCRIPT), "--ckpt", str(ckpt), "--device", "cpu"]
-        command += ["--port", self.url.rpartition(":")[2]]
+        command += ["--port", self.url.rpartition(":")[2], *flags]
         # NiceGUI would take the process for a test of its own.
         environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
         with log.open("w") as file:
@@ -201,7 +257,11 @@ def test_a_visit(browser: Any, served: Served, tmp_path: Path) -> None:
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto(served.url)
-    count, rows, picture = page.locator(".list .count"), page.locator(".list tbody tr"), page.locator("img:visible")
+    count, rows, picture = (
+        page.locator(".list .count"),
+        page.locator(".list tbody tr"),
+        page.locator("img.picture:visible"),
+    )
 
     # No image, then something else than one.
     expect(count).to_have_text("No image yet")
@@ -216,7 +276,7 @@ def test_a_visit(browser: Any, served: Served, tmp_path: Path) -> None:
     sure = len(found.above(0.5))
     expect(count).to_have_text(re.compile(f"^{sure} of {len(found)} detections"))
     expect(page.locator(".error")).to_be_hidden()
-    expect(rows).to_have_count(min(sure, 10))
+    expect(rows).to_have_count(sure)
     expect(picture).to_have_count(1)
     pictures = [picture.get_attribute("src")]
 
@@ -235,7 +295,7 @@ def test_a_visit(browser: Any, served: Served, tmp_path: Path) -> None:
     only = chosen.of([name])
     assert 0 < len(only) < len(chosen)
     expect(count).to_have_text(re.compile(f"^{len(only)} of {len(found)} "))
-    expect(rows).to_have_text([re.compile(f"{name}.*{score:.2f}") for score in only.scores[:10]])
+    expect(rows).to_have_text([re.compile(f"{name}.*{score:.2f}") for score in only.scores])
     expect(picture).not_to_have_attribute("src", pictures[-1])
     pictures.append(picture.get_attribute("src"))
 
@@ -259,3 +319,61 @@ def test_a_visit(browser: Any, served: Served, tmp_path: Path) -> None:
     served.process.terminate()
     served.process.wait(20)
     assert "Traceback" not in served.text
+
+
+@pytest.mark.slow
+def test_rows_and_boxes_point_at_each_other_and_files_are_given(browser: Any, demo: Any, tmp_path: Path) -> None:
+    """Side by side: what one detector has points at nothing of the other, whose classes are others."""
+    expect = importlib.import_module("playwright.sync_api").expect
+    save_detector(tmp_path / "tiny.safetensors", tiny(), NAMES)
+    save_detector(tmp_path / "other.safetensors", tiny(), ("ball", "hat", "shoe"))
+    flags = ("--beside", str(tmp_path / "other.safetensors"))
+    served = Served(tmp_path / "tiny.safetensors", tmp_path / "log.txt", *flags)
+    try:
+        page = browser.new_page()
+        page.goto(served.url)
+        sentences = page.locator(".knows")
+        expect(sentences).to_have_text([re.compile("ball, ring, star"), re.compile("ball, hat, shoe")])
+        expect(page.locator(".example")).to_have_count(6)
+        page.locator(".example").nth(1).click()
+        expect(page.locator("img.picture:visible")).to_have_count(2, timeout=60_000)
+        rows, boxes = page.locator("tr[data-box]"), page.locator("rect[data-box]")
+        expect(rows.first).to_be_visible()
+        keys = rows.evaluate_all("rows => rows.map(row => row.dataset.box)")
+        assert len(set(keys)) == len(keys) == boxes.count() > 2
+        assert {key.split("-")[1] for key in keys} == {"0", "1"}
+
+        marked = """() => [...document.querySelectorAll("[data-box]")].filter(e => e.tagName === "TR"
+          ? getComputedStyle(e).backgroundColor !== "rgba(0, 0, 0, 0)" : getComputedStyle(e).stroke !== "none")
+          .map(e => [e.tagName.toUpperCase(), e.dataset.box])"""
+        assert page.evaluate(marked) == []
+        last = keys[-1]
+        page.locator(f'tr[data-box="{last}"]').hover()
+        both = sorted([["TR", last], ["RECT", last]])
+        assert sorted(page.evaluate(marked)) == both
+        page.locator(".title").hover()
+        assert page.evaluate(marked) == []
+        page.locator(f'rect[data-box="{last}"]').dispatch_event("click")  # another may lie above its middle
+        page.locator(".title").hover()
+        assert sorted(page.evaluate(marked)) == both  # kept
+        page.keyboard.press("Escape")
+        assert page.evaluate(marked) == []
+
+        for number in range(2):
+            lists = page.locator(".list .q-table__container").nth(number).locator("tr[data-box]")
+            with page.expect_download() as given:
+                page.get_by_role("button", name="JSON").nth(number).click()
+            assert given.value.suggested_filename == "scene_2_detections.json"
+            document = json.loads(Path(given.value.path()).read_text())
+            names = {entry["id"]: entry["name"] for entry in document["categories"]}
+            found = [f"{names[e['category_id']]} {e['score']:.2f}" for e in document["annotations"]]
+            assert found == [" ".join(text.split()[:2]) for text in lists.all_inner_texts()]
+            with page.expect_download() as given:
+                page.get_by_role("button", name="Picture").nth(number).click()
+            size = document["images"][0]["width"], document["images"][0]["height"]
+            drawn = Image.open(given.value.path())
+            assert drawn.format == "JPEG" and drawn.width / drawn.height == pytest.approx(size[0] / size[1], rel=0.01)
+        assert "Traceback" not in served.text
+    finally:
+        served.process.kill()
+        served.process.wait()

@@ -187,19 +187,17 @@ def by_upload(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         async def save(self, place: Path) -> None:
             place.write_bytes(path.read_bytes())
 
-    def study(_: Any, __: Any, pixels: Any) -> Any:
+    def study(_: Any, __: Any, pixels: Any, ___: Any) -> Any:
         seen.append(pixels)
         return SimpleNamespace(found=(), seconds=0.0)
 
     async def nothing(*_: Any) -> None: ...
 
-    page = demo.Page.__new__(demo.Page)
-    page._model = page._study = None
-    page._detector = SimpleNamespace(form=RGB)
-    page._uploads = 0
+    detector = SimpleNamespace(form=RGB, class_names=("cat",))
+    page = demo.Page([demo.Look(detector, None, "a")])
+    page.panels[0].count, page.panels[0].begin = SimpleNamespace(set_text=lambda text: None), lambda _: None
     page._upload = SimpleNamespace(reset=lambda: None)
-    page._count = SimpleNamespace(set_text=lambda text: None)
-    page._say, page._draw, page._turn, page._show = said.append, nothing, nothing, lambda *_: None
+    page._say, page._draw, page._turn = said.append, nothing, nothing
     monkeypatch.setattr(demo, "Study", study)
     asyncio.run(page._take(SimpleNamespace(file=Upload())))
     if not seen:

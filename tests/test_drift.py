@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,19 @@ from torch import nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 
 from detection import fasterrcnn_efficientnet_lite0_fpn
+from detection.anchors import AnchorGenerator
+from detection.boxes import BoxCoder
 from detection.data import scenes
 from detection.data.datamodule import DetectionDataModule
 from detection.drift import present_recipe
 from detection.inference import Detector
 from detection.interop import CheckpointError, load_detector, save_detector
+from detection.losses import ClassWeights, GIoULoss, SmoothL1Loss
+from detection.matching import BalancedSampler, HardExampleSampler, Matcher
 from detection.models.fast import accelerate
+from detection.models.pooling import RoIPooler
+from detection.models.roi_heads import TwoFCHead
+from detection.recipes import describe
 from detection.training.module import DetectionModule
 
 
@@ -85,3 +93,89 @@ def test_a_run_keeps_the_changes_and_the_sizes_of_its_data(tmp_path: Path, caplo
     assert loaded.roi_heads.score_thresh == 0.3
     assert (loaded.transform.min_size, loaded.transform.max_size) == ((48, 64), 96)
     assert (detector.min_size, detector.max_size) == (64, 96)
+
+
+class OwnSampler:
+    """As a user writes it, without a recipe."""
+
+    max_positive = 8
+
+    def __call__(self, labels: torch.Tensor, hardness: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        indices = torch.arange(min(8, labels.shape[1])).expand(len(labels), -1)
+        return indices, labels.gather(1, indices) >= 0
+
+
+ASSIGNED: dict[str, Any] = {
+    "rpn.matcher": Matcher(0.6, 0.4, allow_low_quality_matches=True),
+    "rpn.sampler": HardExampleSampler(32),
+    "rpn.box_coder": BoxCoder((2.0, 2.0, 1.0, 1.0)),
+    "rpn.objectness_loss": partial(torch.nn.functional.binary_cross_entropy_with_logits, reduction="none"),
+    "rpn.box_loss": GIoULoss(2.0),
+    "rpn.anchor_generator": AnchorGenerator([[8], [16], [32], [64], [128]]),
+    "roi_heads.matcher": Matcher(0.6, 0.4),
+    "roi_heads.sampler": BalancedSampler(16, 0.5),
+    "roi_heads.box_coder": BoxCoder((5.0, 5.0, 2.0, 2.0)),
+    "roi_heads.class_loss": ClassWeights([1.0, 2.0, 3.0, 4.0]),
+    "roi_heads.box_loss": SmoothL1Loss(1.0),
+    "roi_heads.box_roi_pool": RoIPooler(sampling_ratio=1),
+}
+
+
+@pytest.mark.parametrize("path", ASSIGNED)
+def test_a_part_that_is_assigned_is_kept(path: str, tmp_path: Path) -> None:
+    model, (home, name) = build(), path.split(".")
+    setattr(getattr(model, home), name, ASSIGNED[path])
+    save_detector(tmp_path / "changed.safetensors", model)
+    loaded = load_detector(tmp_path / "changed.safetensors")
+    kept = getattr(getattr(loaded, home), name)
+    assert type(kept) is type(ASSIGNED[path]) and describe(kept) == describe(ASSIGNED[path])
+    assert present_recipe(loaded) == loaded.recipe
+    images = torch.rand(2, 3, 70, 90).unbind()
+    targets = [{"boxes": torch.tensor([[5.0, 5.0, 60.0, 50.0]]), "labels": torch.tensor([2])}] * 2
+    losses = []
+    for detector in (model, loaded):
+        torch.manual_seed(3)
+        losses.append(detector.train()(list(images), targets))
+    for loss, value in losses[0].items():
+        assert torch.equal(value, losses[1][loss]), loss
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "kept"),
+    [
+        ("rpn.matcher.fg_iou_thresh", 0.6, True),
+        ("roi_heads.box_loss.beta", 0.5, True),
+        ("roi_heads.sampler.positive_fraction", 0.5, False),  # of which it has made a number already
+        ("roi_heads.sampler", OwnSampler(), False),
+        ("roi_heads.class_loss", lambda logits, labels: logits.sum(1), False),
+        ("roi_heads.nms", torch.ops.torchvision.nms, False),
+        ("rpn.pre_nms_top_n", {"training": 5, "testing": 5}, False),
+    ],
+)
+def test_a_part_that_was_changed_itself_is_kept_or_refused(path: str, value: Any, kept: bool, tmp_path: Path) -> None:
+    model, (*homes, name) = build(), path.split(".")
+    part: Any = model
+    for home in homes:
+        part = getattr(part, home)
+    setattr(part, name, value)
+    file = tmp_path / "changed.safetensors"
+    if not kept:
+        with pytest.raises(
+            CheckpointError, match=rf"^{homes[0]}\.{path.split('.')[1]} was changed after .* give it to"
+        ):
+            save_detector(file, model)
+        assert not list(tmp_path.iterdir())
+        return
+    save_detector(file, model)
+    loaded: Any = load_detector(file)
+    for home in path.split("."):
+        loaded = getattr(loaded, home)
+    assert loaded == value
+
+
+def test_parts_given_as_factories_or_functions_of_ones_own_are_no_change() -> None:
+    given = {"box_loss": GIoULoss(), "class_loss": ClassWeights([1.0, 2.0, 3.0, 4.0]), "box_sampler": OwnSampler()}
+    model = build(**given)
+    assert model.recipe is None and present_recipe(model) is None  # said when it is saved, with the sampler's name
+    model = build(box_loss=GIoULoss(), class_loss=ClassWeights([1.0, 2.0, 3.0, 4.0]), box_head=TwoFCHead)
+    assert present_recipe(model) == model.recipe

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import detection as reference
 
 from detection import (
     AnchorGenerator,
@@ -20,12 +21,16 @@ from detection import (
     TestTimeAugmentation,
     cascadercnn_efficientnet_lite0_fpn,
     fasterrcnn_efficientnet_lite0_fpn,
+    load_detector,
     maskrcnn_efficientnet_lite0_fpn,
     rcnn_efficientnet_lite0,
 )
+from detection.__main__ import main as command
+from detection.data import scenes
 from detection.data.augment import resize_into
 from detection.data.images import read_image
 from detection.interop.export import (
+    ExportableDetector,
     ExportError,
     _resize_as_opencv,
     check_exportable,
@@ -35,6 +40,8 @@ from detection.interop.export import (
     to_torch,
     torch_runner,
 )
+from detection.weights import read_saved
+from tests.runs import scene_flags
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 SIZES = [(80, 120), (150, 70), (64, 64), (201, 333), (207, 209)]  # the last loses a pixel with a careless division
@@ -126,7 +133,7 @@ def test_onnx_takes_batches_and_images_without_objects(exported):
     assert (alone["scores"][0, count:] == 0).all()
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_onnx_on_real_images(exported, shared_data):
     model, path = exported
     files = sorted((shared_data / "bccd" / "JPEGImages").glob("*.jpg"))[:20]
@@ -192,3 +199,63 @@ def test_class_names_travel_with_the_file(exported):
 
     facts = onnxruntime.InferenceSession(str(exported[1])).get_modelmeta().custom_metadata_map
     assert json.loads(facts["class_names"]) == ["a", "b", "c"]
+
+
+@pytest.mark.slow
+def test_from_another_library_by_a_run_of_other_sizes_to_a_file(tmp_path, monkeypatch):
+    """A file of torchvision -> converted -> trained on at other sizes -> exported: it sees and finds what predict does.
+
+    Each of them could have sizes of its own: 800 of torchvision, those of the run, and those of the file.
+    """
+    pytest.importorskip("onnxscript", reason='needs pip install "detection[export]"')
+    pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DETECTION_RUN_FOLDER", raising=False)
+    torch.manual_seed(0)
+    torch.save(reference.fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None).state_dict(), "tv.pth")
+    data = scenes.draw(tmp_path / "scenes", train=4, val=2)
+    assert not command(["convert", "import", "--source", "tv.pth", "--output", "tv.safetensors"])
+    sizes = ["--data.min_size", "112", "--data.max_size", "144", "--data.batch_size", "2", "--data.num_workers", "0"]
+    detector = ["--model.detector", "detection.detector_for_classes", "--model.detector.path", "tv.safetensors"]
+    steps = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--model.lr", "0.0001"]
+    assert not command(["fit", "--config", "own_data", *scene_flags(data), *sizes, *detector, *steps])
+    (run,) = (tmp_path / "runs").glob("*/*")
+    photo = next(iter(sorted(data.rglob("val/*.jpg"))))
+    assert not command(["export", "--ckpt", str(run), "--output", "d.onnx", "--images", str(photo)])
+    assert json.loads(facts_of("d.onnx")["parity"])["images"] == 1
+    assert not command(
+        ["predict", "--ckpt", str(run), "--source", str(photo), "--score_thresh", "0", "--device", "cpu"]
+    )
+
+    pixels = read_image(photo)
+    theirs = {name: value[0] for name, value in onnx_runner(Path("d.onnx"))(planes(pixels)).items()}
+    found = json.loads(Path("predictions/predictions.json").read_text())["annotations"]
+    count = int(theirs["counts"])
+    assert count == len(found) > 20
+    ours = np.array([row["bbox"] for row in found])
+    ours[:, 2:] += ours[:, :2]
+    gaps = np.abs(ours[:, None] - theirs["boxes"][None, :count]).max(axis=2)
+    assert (gaps.min(axis=1) < 0.05).mean() > 0.95  # of those with almost equal scores NMS may keep others
+
+    model = load_detector(run / "last.ckpt")
+    assert (model.transform.min_size, model.transform.max_size) == ((112,), 144)
+    seen = ExportableDetector(model)._resize(torch.from_numpy(planes(pixels)))[0]
+    batch = Detector.from_checkpoint(run / "last.ckpt", "cpu").batch([pixels]).images
+    assert torch.equal((seen * 255).round().to(torch.uint8), batch)  # to the pixel
+    model.transform.min_size = (128,)  # as a file of other sizes would
+    parity = compare(as_trained(model, run), onnx_runner(Path("d.onnx")), [pixels])
+    assert parity.unmatched > 0 or parity.box > 0.1
+
+
+def planes(pixels):
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))[None]
+
+
+def facts_of(path):
+    import onnx
+
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+def as_trained(model, run):
+    return Detector(model, read_saved(run / "last.ckpt").class_names, device="cpu")

@@ -7,7 +7,6 @@ import logging
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from detection.anchors import AnchorGenerator, default_anchors
 from detection.batch import Batch
 from detection.cli.check import main as check_data
 from detection.cli.configuration import strides_of
-from detection.cli.fit import LOGGERS, FitCLI
+from detection.cli.fit import FitCLI
 from detection.data import scenes
 from detection.data.anchor_fit import Boxes, Grid, generator_for, recall
 from detection.data.coco import read_coco
@@ -30,22 +29,8 @@ from detection.data.records import DataError
 from detection.data.splitting import Split
 from detection.data.voc import read_voc
 from detection.data.writers import write_voc
-from detection.training.checkpoints import RUN_FOLDER
 from detection.training.module import DetectionModule
 from tests.runs import TINY
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The command line sets up its own process, which here is also that of other tests."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
-    monkeypatch.setenv(RUN_FOLDER, "")
-    monkeypatch.delenv(RUN_FOLDER)
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
 
 
 @pytest.fixture
@@ -234,8 +219,8 @@ def test_a_run_goes_on_with_its_own_anchors(folder: Path) -> None:
 @pytest.mark.slow
 def test_the_command_that_the_check_ends_with_trains(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check_data(["--root", str(folder), "--min-size", "64", "--max-size", "96"]) < 2
-    python, script, *args = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("Next: "))
-    assert (python, script) == ("python", "scripts/fit.py")
+    program, command, *args = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("Next: "))
+    assert (program, command) == ("detection", "fit")
     small = ["--data.num_workers", "0", "--output", str(folder.parent / "runs"), "--trainer.max_steps", "1"]
     cli = FitCLI([*args, *TINY[4:], *small, "--trainer.limit_val_batches", "1"])
     cli.fit()
@@ -243,7 +228,7 @@ def test_the_command_that_the_check_ends_with_trains(folder: Path, capsys: pytes
 
 
 def test_auto_without_data_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match=r"rpn_anchor_generator: auto is for scripts/fit.py.*generator_for\(index"):
+    with pytest.raises(ValueError, match=r"rpn_anchor_generator: auto is for `detection fit`.*generator_for\(index"):
         fasterrcnn_resnet_fpn(rpn_anchor_generator="auto")
 
 

@@ -115,7 +115,7 @@ def main(rank: int, folder: Path) -> None:
     torch.save({"weights": weights, "moved": moved}, folder / f"{rank}.pt")
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_two_processes_unfreeze_together(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

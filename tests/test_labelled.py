@@ -244,7 +244,7 @@ def _target(number: int, image: Tensor, boxes: Tensor, labels: Tensor) -> Target
     return Target(number, f"{number}.png", (SIDE, SIDE), boxes, labels, areas, none, none)
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_classes_that_one_camera_lacks_are_learned_from_the_other() -> None:
     """Without the mask the heads learn that the old camera sees no discs."""
     (without, without_discs), (with_mask, with_discs) = trained(with_mask=False), trained(with_mask=True)

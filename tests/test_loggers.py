@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 import resource
 from pathlib import Path
 
@@ -43,7 +42,6 @@ def test_rows_after_the_checkpoint_are_cut(tmp_path: Path) -> None:
 def test_rows_wait_for_room_on_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Fault: no room for metrics.csv | injected: a limit of the system on the size of files |
     promise: training goes on, one line says so, and no row is lost or torn once there is room."""
-    logging.getLogger("detection").propagate = True  # other tests have set up the command line's output
     logger = MetricsFile(tmp_path)
     logger.log_metrics({"loss": 1.0}, 0)
     size = (tmp_path / "metrics.csv").stat().st_size

@@ -155,3 +155,13 @@ def test_a_network_that_can_not_checkpoint_is_refused(backbone: Backbone) -> Non
     detector: Any = type("Detector", (), {"backbone": backbone})
     with pytest.raises(ValueError, match=r"(WholeImage|Flat) can't compute .* leave model.grad_checkpointing out"):
         checkpoint_activations(detector)
+
+
+def test_checkpoints_name_each_code_that_trained() -> None:
+    module = make_module()
+    for code, expected in (("a", "a"), ("a", "a"), ("b+", "a, then b+"), ("c", "a, then b+, then c")):
+        checkpoint: dict[str, Any] = {}
+        module._code = code
+        module.on_save_checkpoint(checkpoint)
+        assert checkpoint["code"] == expected
+        module._code_before = expected

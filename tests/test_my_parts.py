@@ -27,7 +27,7 @@ from detection.models.fast import accelerate
 from detection.models.two_stage import TwoStageDetector
 from detection.recipes import EVERYTHING, RecipeError, named_in, rebuild
 from detection.training.module import DetectionModule
-from tests.runs import ROOT, differences, rows, state
+from tests.runs import ROOT, differences, rehearsed, rows, state
 
 EXAMPLES = ROOT / "examples"
 WHOLE = yaml.safe_load((EXAMPLES / "my_parts.yaml").read_text())
@@ -141,7 +141,7 @@ def command(name: str, home: Path, folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", rehearsed(COMMANDS, "export"))
 def test_without_trust_a_command_says_which_part_and_what_to_do(name: str, home: Path, resumed: Path) -> None:
     code, said = run(*command(name, home, resumed), cwd=home)
     assert code == (2 if name == "resume" else 1) and "Traceback" not in said
@@ -165,9 +165,9 @@ def test_with_trust_it_is_exported_and_the_file_agrees(home: Path, resumed: Path
     pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
     code, said = run(*command("export", home, resumed), "--trust", "my_parts", cwd=home)
     assert code == 0, said
-    figures = dict(re.findall(r"(\w+)=([\d.e-]+)", said.partition("Parity(")[2]))
-    assert int(figures["images"]) == 4 and int(figures["detections"]) > 0 and int(figures["unmatched"]) == 0
-    assert float(figures["box"]) < 1e-2 and float(figures["score"]) < 1e-4
+    found = r"(\d+) detections on 4 images, 0 in one .* others ([\d.e-]+) pixels, ([\d.e-]+) of a score"
+    count, box, score = re.search(found, said)[1:]  # type: ignore[index]
+    assert int(count) > 0 and float(box) < 1e-2 and float(score) < 1e-4
 
 
 @pytest.mark.slow
@@ -231,7 +231,7 @@ def build(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ALONE)
+@pytest.mark.parametrize("part", rehearsed(ALONE, "backbone", "augmentations", "reader"))
 def test_each_part_alone_trains_and_comes_out_of_the_checkpoint(part: str, my_parts: Path, tmp_path: Path) -> None:
     module, data = build(*ALONE[part])
     before = {name: value.clone() for name, value in module.detector.state_dict().items()}
@@ -265,7 +265,7 @@ def test_each_part_alone_trains_and_comes_out_of_the_checkpoint(part: str, my_pa
         assert_same(again, module.detector)
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_own_proposer_goes_to_onnx(my_parts: Path, tmp_path: Path) -> None:
     export = pytest.importorskip("detection.interop.export")
     pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')

@@ -47,7 +47,7 @@ def official_map(gt, dt):
     return evaluator.stats[:3].tolist()
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_from_twenty_images_to_onnx(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
     data = tmp_path / "my_data"

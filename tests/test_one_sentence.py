@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +12,12 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from detection.cli.fit import LOGGERS, FitCLI, main
+from detection.cli.fit import FitCLI, main
 from detection.data import scenes
 from detection.inference import Detector
-from detection.training.checkpoints import RUN_FOLDER
 from detection.training.precision import WeightPrecision
 from tests.runs import ROOT, TINY, scene_flags
 from tests.test_drift import build
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_trace() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
-    os.environ.pop(RUN_FOLDER, None)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +39,16 @@ def args(data: Path, tmp_path: Path) -> list[str]:
         (["--data.batch_size", "0"], "batch_size 0"),
         (["--trainer.val_check_interval", "0"], "trainer.val_check_interval is 0"),
         (["--data.classes", "[bal]"], "did you mean 'ball'?"),
+        (["--model.lr_mult", "{rpn: -1}"], "model.lr_mult of rpn is -1"),
+        (["--model.freeze", "{rpn: -1}"], "model.freeze of rpn is -1: give epochs from 0 on"),
+        (["--model.metrics", "[torchmetrics.MeanMetric]"], "model.metrics: MeanMetric does not take detections"),
+        (["--trainer.max_steps", "0"], "nothing was trained"),
+        (["--trainer.max_epochs", "0"], "nothing was trained"),
+        (["--trainer.max_time", "00:00:00:00"], "nothing was trained"),
+        (["--trainer.limit_train_batches", "0"], "nothing would be trained"),
+        (["--trainer.accelerator", "tpu"], "Requirement 'torch_xla"),
         (["--trainer.val_check_interval", "100"], "must be less than or equal to the number of the training batches"),
-        (["--trainer.max_epochs=-1", "--trainer.max_steps=-1", "--trainer.max_time", "00:00:01:00"], "end of the run"),
+        (["--trainer.max_epochs=-1", "--trainer.max_steps=-1"], "give trainer.max_epochs, max_steps or max_time"),
         (["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/mpa"], "did you mean val/map?"),
         (["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "map_50"], "did you mean val/map_50?"),
         (
@@ -86,6 +80,13 @@ def test_it_is_one_sentence_and_no_folder(
         (["--model.schedule.warmup_steps", "{a: 1}"], "--model.schedule.warmup_steps takes a whole number", "Union"),
         (["--data.scale_jitter_size", "true"], "--data.scale_jitter_size takes a whole number, not true", "None"),
         (["--model.optimizer", "AdanW"], "did you mean AdamW?", "dot import"),
+        (
+            ["--model.schedule", "torch.optim.lr_scheduler.StepLR"],
+            "--model.schedule: the following arguments are required: step_size",
+            "Union",
+        ),
+        (["--model.schedule", "{milestones: [0.5]}"], "write --model.schedule.milestones of detection.Multi", "Union"),
+        (["--model.schedule", "CosineSchedule"], "did you mean detection.CosineSchedule?", "dot import"),
     ],
 )
 def test_suggestions_lead_where_they_should(
@@ -102,9 +103,13 @@ def test_suggestions_lead_where_they_should(
     [
         ["--trainer.precision", "bf16-true"],
         ["--trainer.precision", "64-true"],
+        ["--trainer.precision", "bf16-mixed", "--trainer.gradient_clip_val", "0.1", "--model.optimizer", "AdamW"],
+        ["--trainer.precision", "16-mixed", "--trainer.gradient_clip_val", "0.1", "--model.optimizer", "AdamW"],
         ["--trainer.precision", "16-true", "--model.lr", "1e-5"],
         ["--model.schedule.warmup_steps", "0"],
         ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/map"],
+        ["--trainer.callbacks", "Timer"],  # whose default is an Enum
+        ["--trainer.callbacks", "TQDMProgressBar"],  # in the place of ours, which needs a terminal
     ],
     ids=" ".join,
 )
@@ -115,6 +120,10 @@ def test_it_trains(flags: list[str], args: list[str]) -> None:
     head = cli.model.detector.roi_heads.box_predictor.cls_score.weight
     assert cli.trainer.global_step == 2 and head.isfinite().all()
     assert head.dtype == dtypes.get(flags[1], torch.float32)
+    if "mixed" in flags[1]:
+        assert cli.trainer.optimizers[0].param_groups[0]["fused"]
+        gradient = torch.nn.utils.get_total_norm([p.grad for p in cli.model.parameters() if p.grad is not None])
+        assert gradient <= 0.1 * (1 + 1e-5)
     detector = Detector.from_checkpoint(cli.folder / "last.ckpt", "cpu")  # and the file is one like any other
     assert detector.model.roi_heads.box_predictor.cls_score.weight.dtype == torch.float32
 

@@ -77,6 +77,16 @@ def test_readme_names_only_what_exists() -> None:
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
 
 
+def test_readme_is_short_and_names_the_one_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 900
+    assert "make fit" in text and "make test" in text
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        calls = re.findall(r"python (?:\.\./)?scripts/(\w+)\.py", page.read_text())
+        # scripts are said once; that which runs exported files is none of the commands
+        assert set(calls) <= ({"run_onnx", "fit"} if page.name == "README.md" else {"run_onnx"}), page
+
+
 def test_make_fit_installs_before_it_runs(tmp_path: Path) -> None:
     # VENV names a place with nothing in it: a fresh machine.
     command = ["make", "-n", "fit", f"VENV={tmp_path / 'venv'}", "CPU=1"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,8 @@ import torch
 from detection.cli.fit import FitCLI
 from detection.data import scenes
 from detection.data.datamodule import DetectionDataModule
-from detection.training.checkpoints import RUN_FOLDER
 from detection.training.resume import random_state, set_random_state
-from tests.runs import TINY, differences, rows, scene_flags, state
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_trace() -> Iterator[None]:
-    yield
-    os.environ.pop(RUN_FOLDER, None)
+from tests.runs import TINY, differences, rehearsed, rows, scene_flags, state
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +79,7 @@ RUNS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", rehearsed(RUNS, "validated", "accumulated", "so many steps, never validated"))
 def test_failures_change_nothing(kind: str, data: Path, tmp_path: Path) -> None:
     flags, failures = RUNS[kind]
     make(data, tmp_path / "whole", *flags).fit()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Timer
 
-from detection.cli.fit import LOGGERS, FitCLI, main
+from detection.cli.fit import FitCLI, main
 from detection.data import scenes
-from detection.training.checkpoints import RUN_FOLDER
 from tests.runs import TINY, rows, scene_flags
 
 FLAGS = [
@@ -30,17 +29,6 @@ FLAGS = [
     "--trainer.max_epochs",
     "2",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _leave_no_trace() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
-    os.environ.pop(RUN_FOLDER, None)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +90,6 @@ def factors(total: int, warmup: int = 50) -> list[float]:
 
 def test_a_new_rate_is_the_rate_that_steps(begin: Begin, caplog: pytest.LogCaptureFixture) -> None:
     folder, before = begin("--model.lr", "0.008", stop=3)  # 8 steps in all, 2 images each
-    logging.getLogger("detection").propagate = True
     caplog.set_level(logging.INFO, "detection")
     resumed = follow(["--resume", str(folder), "--model.lr", "0.0008", "--model.weight_decay", "0.01"])[1]
     wanted = [0.008 * 2 / 16 * factor for factor in factors(8)[:3]]
@@ -112,6 +99,27 @@ def test_a_new_rate_is_the_rate_that_steps(begin: Begin, caplog: pytest.LogCaptu
     assert resumed.options["weight_decay"] == 0.01
     said = next(m for m in caplog.messages if "settings changed from here on" in m)
     assert "model.lr 0.0008 (it was 0.008)" in said and "model.weight_decay 0.01" in said
+
+
+def test_a_run_that_ends_by_the_clock_has_a_schedule_of_that_length(
+    begin: Begin, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a step takes a second, twenty seconds are twenty steps; on resume what is left of them."""
+    passed = [0.0]
+
+    def tick(*_: Any) -> None:
+        passed[0] += 1.0
+
+    monkeypatch.setattr(Timer, "time_elapsed", lambda *_: passed[0])
+    monkeypatch.setattr(Timer, "on_train_batch_start", tick)
+    logging.getLogger("detection").propagate = True
+    caplog.set_level(logging.INFO, "detection")
+    no_end = ("--trainer.max_epochs=-1", "--trainer.max_steps=-1", "--trainer.max_time", "00:00:00:20")
+    folder, watch = begin(*no_end, "--trainer.limit_val_batches", "0", stop=12)
+    resumed = follow(["--resume", str(folder)])[1]
+    wanted = [0.003 * 2 / 16 * factor for factor in factors(20)]
+    assert watch.rates + resumed.rates == pytest.approx(wanted, rel=1e-6)
+    assert "as many steps as the time allows" in caplog.text
 
 
 def test_optimiser_options_are_taken_too(begin: Begin) -> None:
@@ -210,6 +218,8 @@ def test_a_run_without_its_configuration_is_no_quickstart(
     for resume in (folder, folder / "last.ckpt"):
         assert main(["--resume", str(resume)]) == 2
         assert f"{folder} has no config.yaml" in capsys.readouterr().err
+    assert main(["--resume", str(folder.parent)]) == 2
+    assert f"name one of its runs, such as --resume {folder}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("resume", ["nowhere", "null", "auto", "nowhere.ckpt"])
@@ -237,7 +247,6 @@ def test_the_seed_decides_the_order_of_the_images(data: Path, tmp_path: Path) ->
 def test_a_run_without_validation_names_the_checkpoint_it_keeps(
     flags: list[str], begin: Begin, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logging.getLogger("detection").propagate = True
     folder, _ = begin(*flags, "--trainer.max_epochs", "1")
     readme = (folder / "README.md").read_text()
     assert not (folder / "best.ckpt").exists() and "best.ckpt" not in readme and f"{folder}/last.ckpt" in readme

@@ -65,7 +65,7 @@ def test_two_agents_of_wandb_train_what_they_were_given(shared_data: Path, tmp_p
         assert sweep["metric"]["name"] in logged
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_two_trials_of_ray_train_what_was_drawn(ray_tune: ModuleType, shared_data: Path, tmp_path: Path) -> None:
     """What Ray calls, by two threads; it runs wherever Ray is not."""
     flags = [f"--data.root={shared_data / 'bccd'}", *QUICK, "--wandb=off"]
@@ -77,7 +77,7 @@ def test_two_trials_of_ray_train_what_was_drawn(ray_tune: ModuleType, shared_dat
     assert sorted(trained, key=lambda draw: draw["model.lr"]) == DRAWS
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_ray_searches_with_two_trials(
     ray_tune: ModuleType, shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

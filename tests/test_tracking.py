@@ -44,6 +44,7 @@ from detection.training.tracking import (
     recalled,
     same_size,
 )
+from tests.runs import scene_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = 32768
@@ -116,19 +117,7 @@ SHOWN = [
 @pytest.mark.slow
 def test_a_run_is_recorded_whole_and_goes_on_as_the_same_run(tmp_path: Path) -> None:
     data = scenes.draw(tmp_path / "scenes", train=8, val=3)
-    flags = [
-        "--config",
-        "quickstart",
-        "--data.format",
-        "coco",
-        "--data.root",
-        str(data),
-        "--output",
-        str(tmp_path / "runs"),
-        *SMALL,
-    ]
-    for split, (file, images) in scenes.SPLITS.items():
-        flags += [f"--data.{split}_split", file, f"--data.{split}_images", images]
+    flags = ["--config", "quickstart", *scene_flags(data), "--output", str(tmp_path / "runs"), *SMALL]
     assert main([*flags, "--trainer.max_epochs", "1", "--log_model", "true", *SHOWN]) == 0
     (folder,) = (tmp_path / "runs" / "quickstart").iterdir()
     (first,) = folder.glob("wandb/offline-run-*/*.wandb")
@@ -246,7 +235,6 @@ def test_an_error_in_wandb_is_one_warning_and_training_goes_on(
         if len(calls) > 2:
             raise BrokenPipeError("the service is gone")
 
-    monkeypatch.setattr(logging.getLogger("detection"), "propagate", True)
     tracker = Tracker("offline", tmp_path / "a" / "b")
     monkeypatch.setattr(type(tracker.experiment), "log", fails)
     trainer = train(tmp_path, tracker)
@@ -259,7 +247,6 @@ def test_an_error_in_wandb_is_one_warning_and_training_goes_on(
 def test_no_server_is_offline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("detection"), "propagate", True)
     caplog.set_level(logging.INFO, "detection")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # where nobody answers
@@ -293,7 +280,7 @@ print("steps", trainer.global_step)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds W&B's process in /proc")
 def test_the_end_of_wandbs_process_is_not_the_end_of_training(tmp_path: Path) -> None:
     code = BROKEN.format(paths=[str(ROOT), str(ROOT / "tests")], folder=str(tmp_path / "a" / "b"))

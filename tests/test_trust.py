@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from detection.models.roi_heads import TwoFCHead
 from detection.models.zoo import fasterrcnn_efficientnet_lite0_fpn
 from detection.training.checkpoints import WholeFiles
 from detection.training.module import DetectionModule
-from tests.runs import ROOT, TINY, scene_flags
+from tests.runs import ROOT, TINY, rehearsed, scene_flags
 
 PARTS = '''
 from __future__ import annotations
@@ -121,7 +120,7 @@ def error_of(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", rehearsed(COMMANDS, "evaluate", "resume"))
 def test_without_trust_a_command_says_what_to_do(name: str, trained: Path, data: Path) -> None:
     line = error_of(run(*command(name, trained, data), cwd=trained))
     assert "my_parts.PlainHead" in line or "my_parts.AbsoluteLoss" in line
@@ -129,7 +128,7 @@ def test_without_trust_a_command_says_what_to_do(name: str, trained: Path, data:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", rehearsed(COMMANDS, "predict"))
 def test_from_another_folder_a_command_says_where_it_has_looked(
     name: str, trained: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -139,7 +138,7 @@ def test_from_another_folder_a_command_says_where_it_has_looked(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["evaluate", "predict", "export", "convert", "benchmark"])
+@pytest.mark.parametrize("name", rehearsed(["evaluate", "predict", "export", "convert", "benchmark"], "predict"))
 def test_with_trust_a_command_runs(name: str, trained: Path, data: Path) -> None:
     done = run(*command(name, trained, data), "--trust", "other_parts", "my_parts", cwd=trained)
     assert done.returncode == 0, done.stderr
@@ -180,12 +179,11 @@ def test_python_rebuilds_a_part_of_ones_own_where_it_is_trusted(trained: Path, m
 
 
 def test_a_warning_at_the_start_names_the_parts_that_no_checkpoint_can_make_again(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class OwnHead(TwoFCHead):
         """Not in a module."""
 
-    monkeypatch.setattr(logging.getLogger("detection"), "propagate", True)
     sizes = {"min_size": 64, "max_size": 96, "num_classes": 1 + len(scenes.CLASSES)}
     options: dict[str, Any] = {"rpn_post_nms_top_n_train": 50, "weights_backbone": None, "fpn_channels": 16}
     own = fasterrcnn_efficientnet_lite0_fpn(**sizes, **options, box_head=OwnHead(16))
@@ -215,33 +213,39 @@ def test_a_warning_at_the_start_names_the_parts_that_no_checkpoint_can_make_agai
     assert again.class_names == list(scenes.CLASSES)
 
 
+def of_builder(**arguments: Any) -> dict[str, Any]:
+    return {"model": {"detector": {"class_path": "detection.fasterrcnn_resnet_fpn", "init_args": arguments}}}
+
+
+EVIL = {"class_path": "evil_parts.make", "init_args": {}}
+# Each form in which a configuration is parsed.
+BODIES: dict[str, dict[str, Any]] = {
+    "trust of its own": {"trust": ["evil_parts"], "model": {"detector": EVIL}},
+    "coder": of_builder(box_coder=EVIL),
+    "text": of_builder(box_coder=json.dumps(EVIL)),
+    "name": of_builder(box_head="evil_parts.make"),
+    "loss": of_builder(box_loss=EVIL),
+}
+
+
 @pytest.mark.slow
-def test_a_configuration_of_a_run_can_not_bring_code(
-    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("form", rehearsed(BODIES, "trust of its own", "text"))
+def test_a_configuration_of_a_run_can_not_bring_code(form: str, data: Path, tmp_path: Path) -> None:
     """Fault: the config.yaml beside somebody's checkpoint names a module of theirs, in each form that is parsed |
     injected: such files, and the module | promise: one sentence; the module is not imported, and the parts of ours
     that open files are not trusted with it either."""
     (tmp_path / "evil_parts.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\ndef make(): ...\n")
-    evil = {"class_path": "evil_parts.make", "init_args": {}}
-    inner = {"box_coder": evil}, {"box_coder": json.dumps(evil)}, {"box_head": "evil_parts.make"}, {"box_loss": evil}
-    content: dict[str, Any] = {"trust": ["evil_parts"], "model": {"detector": evil}}
-    bodies = [
-        content,
-        *({"model": {"detector": {"class_path": "detection.fasterrcnn_resnet_fpn", "init_args": i}}} for i in inner),
-    ]
-    for body in bodies:
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(body))
-        WholeFiles().save_checkpoint(
-            {"loops": {}, "optimizer_states": [], "state_dict": {}, "epoch": 0, "global_step": 1},
-            tmp_path / "last.ckpt",
-        )
-        code = f"""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(BODIES[form]))
+    WholeFiles().save_checkpoint(
+        {"loops": {}, "optimizer_states": [], "state_dict": {}, "epoch": 0, "global_step": 1},
+        tmp_path / "last.ckpt",
+    )
+    code = f"""
 import os, sys
 os.chdir({str(tmp_path)!r})
 from detection.cli.fit import main
 sys.exit(main(["--resume", {str(tmp_path)!r}, *{scene_flags(data)!r}]))
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
-        assert done.returncode == 2 and not (tmp_path / "mark").exists(), done.stderr
-        assert "evil_parts" in error_of(done)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2 and not (tmp_path / "mark").exists(), done.stderr
+    assert "evil_parts" in error_of(done)

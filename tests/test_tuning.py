@@ -19,7 +19,6 @@ from detection.data import scenes
 from detection.training import tuning
 from detection.training.module import DetectionModule
 from tests.runs import TINY, differences, scene_flags
-from tests.test_cli import _leave_no_trace  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def test_files_without_weights(content: object, tmp_path: Path) -> None:
 
 def test_absent_weights_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    wanted = r"FasterRCNN_ResNet50_FPN_Weights\.COCO_V1 are not at .*convert\.py download --weights FasterRCNN_Res"
+    wanted = r"FasterRCNN_ResNet50_FPN_Weights\.COCO_V1 are not at .*detection convert download --weights Faster"
     with pytest.raises(FileNotFoundError, match=wanted):
         weights.find_weights("DEFAULT", FasterRCNN_ResNet50_FPN_Weights)
 

@@ -41,7 +41,7 @@ def measure_accuracy(
         root: folder of the data set.
         seeds: of initial weights, order and augmentation.
         contenders: some of `ours`, `torchvision` and `torchvision, our settings`; all by default.
-        output: folder that keeps ours as `ours_<seed>.ckpt`, for `benchmark.py family`.
+        output: folder that keeps ours as `ours_<seed>.ckpt`, for `detection benchmark family`.
     """
     settings = yaml.safe_load(config.read_text())
     settings["data"] |= {"root": str(root), "num_workers": 0}

@@ -1,4 +1,4 @@
-"""The commands of `scripts/benchmark.py`; each imports what it measures only when it runs."""
+"""The commands of `detection benchmark`; each imports what it measures only when it runs."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class _TorchvisionDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         record = self.index.records[i]
         image = Image.open(self.index.root / record.file_name).convert("RGB")
         size = (record.height, record.width)
-        boxes = tv_tensors.BoundingBoxes(torch.from_numpy(record.boxes), format="XYXY", canvas_size=size)  # type: ignore[call-arg]
+        boxes = tv_tensors.BoundingBoxes(torch.from_numpy(record.boxes), format="XYXY", canvas_size=size)
         result: tuple[Tensor, dict[str, Any]] = self.transform(image, {"boxes": boxes, "labels": record.labels})
         return result
 
@@ -97,7 +98,7 @@ def loader_throughput(
         for turn in range(rounds):
             sampler.set_epoch(turn)
             for name, loader in loaders.items():
-                speeds[name].append(_images_per_second(lambda loader=loader: iter(loader), batch_size))  # type: ignore[misc]
+                speeds[name].append(_images_per_second(partial(iter, loader), batch_size))
     result = {name: statistics.median(values) for name, values in speeds.items()}
     return result | {f"times_{name}": result["ours"] / result[f"torchvision_{name}"] for name in ("uint8", "float")}
 

@@ -33,7 +33,7 @@ def measure_family(
     validation split the checkpoints were trained with.
 
     Args:
-        ckpts: checkpoints of `scripts/fit.py`, all of one data set.
+        ckpts: checkpoints of `detection fit`, all of one data set.
         root: folder of the data set, if it has moved.
         images: how many of the validation split are timed.
         rounds: how often.

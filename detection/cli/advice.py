@@ -1,4 +1,4 @@
-"""The end of `scripts/check_data.py`: anchors to paste into a configuration, and the command that trains."""
+"""The end of `detection check`: anchors to paste into a configuration, and the command that trains."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def next_steps(
     """
     if any(audit.code == 2 for audit in audits):
         return "Next: correct what is broken, and check again."
-    parts = ["python", "scripts/fit.py"]
+    parts = ["detection", "fit"]
     parts += ["--config", str(config)] if config else []
     parts += ["--data.root", str(root)] if root else []
     for name, value in flags.items():

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import isclass, signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import yaml
@@ -32,6 +32,7 @@ from detection.recipes import (
     rebuild,
     trusted_names,
 )
+from detection.training.checkpoints import LAST, progress
 
 QUICKSTART, OWN_DATA = "quickstart", "own_data"
 AUTO = "auto"  # of `rpn_anchor_generator`: anchors that fit the data
@@ -70,6 +71,7 @@ def complete(args: Sequence[str]) -> Given:
     detector where it names another. What the configuration of a run names is checked, as it may be somebody else's.
 
     Raises:
+        ValueError: the checkpoint to resume, which has no configuration beside it, is damaged.
         RecipeError: the run to resume has no configuration; or it names a part of a package that is not trusted, or
             that can't be imported.
     """
@@ -98,12 +100,9 @@ def complete(args: Sequence[str]) -> Given:
             if (run / CONFIG).is_file():
                 default = run / CONFIG
             elif flag == "--resume":
-                unknown = run
+                unknown = Path(value)
     if unknown is not None and all(path.parent == PRESETS for path in configs):
-        raise RecipeError(
-            f"{unknown} has no {CONFIG}, so the settings of its run are not known: give --config with them, or begin "
-            f"another run with its weights, with --weights {unknown}"
-        )
+        _refuse_without_settings(unknown)
     expanded = _configs_first(expanded)
     if not all(path.parent == PRESETS for path in configs):
         return Given(expanded, None, (EVERYTHING, *trust))
@@ -114,6 +113,19 @@ def complete(args: Sequence[str]) -> Given:
     trusted = name_only_known(own, trust)
     check_parts(default, (A_RUN, *trusted))
     return Given(expanded, default, (A_RUN, *trusted))
+
+
+def _refuse_without_settings(resume: Path) -> NoReturn:
+    """Say what is wrong with the checkpoint, or else with its folder, which has no configuration."""
+    if resume.is_file():
+        progress(resume)
+    run = resume if resume.is_dir() else resume.parent
+    if runs := sorted(path.parent for path in run.glob(f"*/{LAST}")):
+        raise RecipeError(f"{run} has no {CONFIG}; name one of its runs, such as --resume {runs[-1]}")
+    raise RecipeError(
+        f"{run} has no {CONFIG}, so the settings of its run are not known: give --config with them, or begin another "
+        f"run with its weights, with --weights {resume}"
+    )
 
 
 def _configs_first(args: Sequence[str]) -> list[str]:

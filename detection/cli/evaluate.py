@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from detection.batch import Id
 from detection.cli.flags import check_ranges, chosen, run_command
 from detection.cli.output import set_up_output
+from detection.commit import code_version
 from detection.data.checks import Folder
 from detection.data.datamodule import DetectionDataModule
 from detection.data.images import picture, read_image
@@ -103,7 +102,13 @@ def evaluate(
     metric.frequencies = dataset.frequencies
     home, name = dataset.root, split if annotations is None else annotations.stem
     run, kept = ckpt.resolve().parent, read_torch(ckpt)
-    facts = {"checkpoint": ckpt.name, "step": str(kept.get("global_step", "unknown")), "code": version()}
+    facts = {
+        "checkpoint": ckpt.name,
+        "step": str(kept.get("global_step", "unknown")),
+        "code": kept.get("code", "not recorded"),
+    }
+    if (now := code_version()) != facts["code"]:
+        facts["evaluated with"] = now
     facts |= {"data": home.name, "split": name, "precision": precision}
     config = run / "config.yaml"
     said = config.read_text() if config.is_file() else yaml.safe_dump(dict(kept.get("hyper_parameters", {})))
@@ -201,6 +206,10 @@ def _write(
     if left_out:
         counts = ", ".join(f"{name} {count}" for name, count in left_out.items())
         print(f"not exported, as the annotations lack the class: {counts}")
+    if crowds := sum(int(result.gt_iscrowd.sum()) for result in metric.results):
+        print(
+            f"{crowds} more object{'s are crowds' if crowds > 1 else ' is a crowd'}, which COCO's protocol leaves out"
+        )
     print(f"report: {folder / 'report.html'}")
 
 
@@ -208,18 +217,3 @@ def _line(name: str, width: int, value: float, objects: int) -> str:
     """A figure and on how many objects it rests; a dash where there are none, so that there is no figure."""
     figure = f"{value:8.4f}" if value > -1 else f"{'-':>8}"
     return f"{name:<{width}}{figure}{objects:8} object{'s' * (objects != 1)}"
-
-
-def version() -> str:
-    """Of this package: the commit of its checkout, with `+` where files differ from it; else that of the package."""
-    here = Path(__file__).resolve()
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(here.parent), *args]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # or it would be the commit of what the package lies in
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return f"version {metadata.version('detection')}"

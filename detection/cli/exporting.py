@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -30,26 +31,27 @@ def export(
     Inputs and outputs are described by `detection.interop.export.ExportableDetector`.
 
     Args:
-        ckpt: run's folder, its checkpoint, or .safetensors of scripts/convert.py.
+        ckpt: run's folder, its checkpoint, or .safetensors of `detection convert`.
         output: .onnx, or .pt2 for torch.export.
-        images: image, folder or pattern to check the file on, against predict.py; an ONNX file notes the figures.
+        images: image, folder or pattern to check the file on, against `detection predict`; an ONNX file keeps the
+            figures.
         count: check on so many.
         compiled: write a .pt2 file of machine code for this machine's CPU, by AOTInductor.
         tolerance: largest difference of a coordinate, in pixels, that passes the check.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
     check_ranges(count=(count, 1), tolerance=(tolerance, 0))
-    ckpt = chosen(ckpt)
-    model, saved = load_detector(ckpt, trust), read_saved(ckpt)
     if output.suffix not in (".onnx", ".pt2"):
         raise ExportError(f"{output}: write .onnx or .pt2")
+    ckpt = chosen(ckpt)
+    model, saved = load_detector(ckpt, trust), read_saved(ckpt)
     if output.suffix == ".onnx":
         to_onnx(model, output, {"class_names": saved.class_names})
         run = onnx_runner(output)
     else:
         to_torch(model, output, compiled)
         run = torch_runner(output, compiled, model.has_masks)
-    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, not checked" if images is None else output)
+    print(f"{output}: {output.stat().st_size / 1e6:.1f} MB{', not checked (see --images)' if images is None else ''}")
     if images is None:
         return
     source = open_source(images, PixelFormat.of(model))
@@ -57,7 +59,10 @@ def export(
         raise DataError(f"{images}: the check takes images, not a video")
     names = saved.class_names or ["?"] * (model.num_classes - 1)
     parity = compare(Detector(model, names, device="cpu"), run, [pixels for _, pixels in islice(source, count)])
-    print(parity)
+    if parity.detections or parity.unmatched:
+        print(f"checked against the model: {parity}")
+    else:
+        print(f"nothing was found on {images}, so nothing was compared: give images with objects", file=sys.stderr)
     if output.suffix == ".onnx":
         write_facts(output, {"parity": parity.as_dict()})
     if parity.unmatched or parity.box > tolerance:

@@ -89,7 +89,9 @@ def page() -> str:
 
 def texts(*sections: str) -> dict[str, str]:
     """Flag -> its text, of the sections of `fit` named, as their docstrings have it, or of all and the run's own."""
-    lightning = Path(str(importlib.util.find_spec("lightning").origin)).parent  # type: ignore[union-attr]
+    installed = importlib.util.find_spec("lightning")
+    assert installed is not None and installed.origin is not None
+    lightning = Path(installed.origin).parent
     classes = {
         "data": (PACKAGE / "data" / "datamodule.py", "DetectionDataModule"),
         "model": (PACKAGE / "training" / "module.py", "DetectionModule"),

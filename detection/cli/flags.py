@@ -11,7 +11,7 @@ from jsonargparse import auto_cli
 
 from detection.cli.wording import CommandParser
 from detection.errors import complaint
-from detection.training.checkpoints import BEST, LAST
+from detection.training.checkpoints import best_or_last
 
 TRUST = "--trust"
 
@@ -30,19 +30,10 @@ def take_trust(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def chosen(ckpt: Path) -> Path:
-    """The checkpoint to work with: the file itself, or of a run's folder the best one, else the last; says which.
-
-    Raises:
-        FileNotFoundError: the folder has neither.
-    """
-    if not ckpt.is_dir():
-        return ckpt
-    found = next((ckpt / name for name in (BEST, LAST) if (ckpt / name).is_file()), None)
-    if found is None:
-        runs = sorted(path.parent for name in (BEST, LAST) for path in ckpt.glob(f"*/{name}"))
-        hint = f"; name one of its runs, such as {runs[-1]}" if runs else ": is it the folder of a run?"
-        raise FileNotFoundError(f"there is no {BEST} or {LAST} in {ckpt}{hint}")
-    print(f"{ckpt}: taking {found.name}", file=sys.stderr)
+    """The checkpoint to work with, see `best_or_last`; says which of a folder's it is."""
+    found = best_or_last(ckpt)
+    if found != ckpt:
+        print(f"{ckpt}: taking {found.name}", file=sys.stderr)
     return found
 
 

@@ -84,10 +84,10 @@ def write_readme(folder: Path, packages: list[str], validated: bool, saved: bool
 INTRODUCTION = """A training run: `config.yaml` repeats it; curves: `metrics.csv`, `plots`; pictures: `predictions.jpg`.
 """
 USE = """
-Go on with it:   python scripts/fit.py --resume {folder}{flag}    (stopped by a signal: exit code 75)
-Begin with its weights another:   python scripts/fit.py --weights {folder}{flag}
-Evaluate it:     python scripts/evaluate.py --ckpt {folder}/{file}{flag}
-Detect with it:  python scripts/predict.py --ckpt {folder}/{file} --source IMAGES{flag}
+Go on with it:   detection fit --resume {folder}{flag}    (stopped by a signal: exit code 75)
+Begin with its weights another:   detection fit --weights {folder}{flag}
+Evaluate it:     detection evaluate --ckpt {folder}/{file}{flag}
+Detect with it:  detection predict --ckpt {folder}/{file} --source IMAGES{flag}
 
     from detection import Detector
 
@@ -109,5 +109,11 @@ def never_validates(trainer: L.Trainer) -> str | None:
 def remove(folder: Path) -> None:
     """Take away the folder of a run that never trained, and that of its name where it is empty then."""
     shutil.rmtree(folder, ignore_errors=True)
+    remove_empty(folder.parent)
+
+
+def remove_empty(*folders: Path) -> None:
+    """Take away folders in turn, up to the first that holds something."""
     with suppress(OSError):
-        folder.parent.rmdir()
+        for folder in folders:
+            folder.rmdir()

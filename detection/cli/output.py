@@ -13,7 +13,7 @@ from rich.logging import RichHandler
 LOGGERS = ("detection", "lightning.pytorch", "lightning.fabric")
 NOISE = re.compile(
     r"GPU available|TPU available|HPU available|.*Tip: |.*litlogger|Seed set to|.*Trainer.fit. stopped|"
-    r"Loading `.*_dataloader` to|Restor.*\.(lr_find|scale_batch_size)_|LR finder stopped early|"
+    r"Loading `.*_dataloader` to|Restor(ing|ed) (all )?states|LR finder stopped early|"
     r"`weights_only` was not set|Finished batch size"
 )
 MISLEADING = (

@@ -40,7 +40,7 @@ def predict_in(
     """Write annotated images or a video, predictions.json (COCO) and predictions.csv.
 
     Args:
-        ckpt: run's folder, its checkpoint, or .safetensors of scripts/convert.py.
+        ckpt: run's folder, its checkpoint, or .safetensors of `detection convert`.
         source: image, folder, pattern such as 'photos/*.jpg' (quoted), video, URL of a stream, or number of a camera.
         output: folder to write to.
         score_thresh: detections below it are left out; 0.5, or 0 with `annotations`, by default.
@@ -85,7 +85,10 @@ def predict_in(
     done = predict(detector, found_in, output, lowest, classes, batch_size, tiles, limit, **drawn, shared=shared)
     if fabric is not None and not fabric.is_global_zero:
         return
-    print(f"{done.images} images, {sum(done.counts.values())} objects: {done.counts}; results in {output}")
+    found, each = sum(done.counts.values()), ", ".join(f"{name} {count}" for name, count in done.counts.items())
+    told = f": {each}" if found else f" of score {lowest:g} or more (--score_thresh lowers that)"
+    print(f"{done.images} image{'s' * (done.images != 1)}, {found} object{'s' * (found != 1)}{told}")
+    print(f"results in {output}")
     if done.left_out:
         print(f"in no JSON, as {annotations} lacks the class: {done.left_out}", file=sys.stderr)
     if done.notes:

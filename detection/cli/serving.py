@@ -8,13 +8,22 @@ from pathlib import Path
 from detection.cli.flags import check_ranges, chosen, run_command
 
 
-def show(ckpt: Path, port: int = 7860, host: str = "127.0.0.1", device: str = "auto", trust: list[str] = []) -> None:  # noqa: B006
+def show(
+    ckpt: Path,
+    beside: Path | None = None,
+    port: int = 7860,
+    host: str = "127.0.0.1",
+    device: str = "auto",
+    trust: list[str] = [],  # noqa: B006
+) -> None:
     """Serve a page that detects in images dropped on it and shows the detector's stages, until interrupted.
 
-    Nothing that the page needs is loaded from anywhere else. Needs `pip install "detection[demo]"`.
+    Pictures that the run was validated on, or drawn scenes, are there to begin with. Nothing that the page needs is
+    loaded from anywhere else. Needs `pip install "detection[demo]"`.
 
     Args:
-        ckpt: run's folder, its checkpoint, or .safetensors of scripts/convert.py.
+        ckpt: run's folder, its checkpoint, or .safetensors of `detection convert`.
+        beside: another of these, which looks at the same images: the two are shown side by side.
         port: to listen at.
         host: to listen at; 0.0.0.0 lets everybody in who can reach this machine.
         device: auto, cpu, cuda, cuda:1, mps.
@@ -23,7 +32,7 @@ def show(ckpt: Path, port: int = 7860, host: str = "127.0.0.1", device: str = "a
     check_ranges(port=(port, 0, 65535))
     from detection.demo import serve
 
-    serve(chosen(ckpt), host, port, device, trust)
+    serve([chosen(path) for path in (ckpt, beside) if path is not None], host, port, device, trust)
 
 
 def main(args: Sequence[str]) -> str | None:

@@ -58,7 +58,7 @@ class Audit:
 
     @property
     def code(self) -> int:
-        """0 clean (notes at most), 1 repairable, 2 broken: the exit code of `scripts/check_data.py`."""
+        """0 clean (notes at most), 1 repairable, 2 broken: the exit code of `detection check`."""
         return max((("note", "repairable", "broken").index(d.severity) for d in self.defects), default=0)
 
     def summary(self) -> list[tuple[str, str, str, int, Defect]]:

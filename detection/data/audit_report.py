@@ -74,7 +74,7 @@ def _print_channels(audit: Audit, console: Console) -> None:
     if audit.channels:
         rows = [f"        {name}: {values}" for name, values in audit.channels.items()]
         form = [f"  channels: {audit.form.channels}", f"  depth: {audit.form.depth}"]
-        console.print("Channels, which fit.py measures by itself where they are not given:")
+        console.print("Channels, which training measures by itself where they are not given:")
         lines = ["data:", *form, "model:", "  detector:", "    init_args:", *(row[2:] for row in rows)]
         console.print("\n".join(lines), soft_wrap=True, highlight=False)
 

@@ -69,7 +69,7 @@ def read_file(
     entries = {label_of(item.get("id")): item for item in content["categories"] if isinstance(item, dict)}
     index.frequencies = frequencies(entries[label] for label in range(1, len(index.classes) + 1))
     by_image = reader.group(content["annotations"])
-    known: set[Id] = set()
+    known: dict[Id, str] = {}
     for position, image in enumerate(content["images"]):
         record = reader.image(position, image, by_image, labels, known)
         if record is not None:
@@ -158,17 +158,20 @@ class _Reader:
         item: Any,
         by_image: dict[Id, list[tuple[int, dict[str, Any]]]],
         labels: dict[Id, int],
-        known: set[Id],
+        known: dict[Id, str],
     ) -> Record | None:
         """The record of one entry of `images`, or None where it can't be used."""
         item = item if isinstance(item, dict) else {}
         key, name = _key(item.get("id")), image_name(item)
         where = f"image at {position}" if key is None else f"image {key}"
+        if key is not None and known.get(key) == name:
+            self.report(where, f"'{name}' is listed twice", "it is read once; delete the copy")
+            return None
         if key is None or key in known:
             problem = _no_id(item) if key is None else f"the id is used twice, now for {str(name)[:80]!r}"
             self.report(where, problem, "this image is left out; give it an id of its own", "broken")
             return None
-        known.add(key)
+        known[key] = str(name)
         if not _is_name(item):
             self.report(where, "it has no file_name", "the image and its annotations are left out; add it", "broken")
             return None
@@ -194,7 +197,7 @@ class _Reader:
     def picture(self, written: str, where: str) -> tuple[str, Path]:
         """The file of an image, relative to the root and whole, which may be missing; no name leads out of the root."""
         if (found := self.pictures.find(written)) is not None:
-            if os.path.basename(found) != os.path.basename(written):
+            if os.path.basename(found) != os.path.basename(written.replace("\\", "/")):
                 self.spelt.append((written, found))
             return found, self.tree.root / found
         inside = "/".join(filter(None, (self.pictures.base, written.replace("\\", "/"))))
@@ -202,7 +205,12 @@ class _Reader:
         return path.relative_to(self.tree.root).as_posix(), path
 
     def say_spellings(self) -> None:
-        """Note that pictures were found under other names."""
+        """Say where the names of pictures left a choice, and note that some were found under other names."""
+        if self.pictures.rivals:
+            problem = f"'{self.pictures.rivals[0]}' holds pictures of these names too"
+            self.report(
+                "images", problem, f"those of '{self.pictures.base}' are read; name the folder (data.train_images)"
+            )
         if self.spelt:
             written, found = self.spelt[0]
             problem = f"{len(self.spelt)} names are not those of the files, first '{written}' of '{found}'"
@@ -222,7 +230,7 @@ class _Reader:
         if not labels[category]:
             return None
         segment = None
-        bbox, area = _box(item.get("bbox")), _number(item.get("area"))
+        bbox, area = _box(item.get("bbox")), _number(_plain(item.get("area")))
         if self.masks or bbox is None or area is None:
             segment = self.segment(objects, what, item.get("segmentation"))
         if bbox is None:
@@ -350,11 +358,19 @@ def _number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def _plain(value: Any) -> Any:
+    """The number of a text that is one, else the value as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def _box(value: Any) -> list[float] | None:
     """`[x, y, w, h]` as `[x1, y1, x2, y2]`, or None where it is not four finite numbers."""
     if not isinstance(value, list) or len(value) != 4:
         return None
-    numbers = [_number(v) for v in value]
+    numbers = [_number(_plain(v)) for v in value]
     if any(n is None for n in numbers):
         return None
     x, y, width, height = (float(n) for n in numbers if n is not None)

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from detection.data.federated import image_name
 from detection.data.images import EXTENSIONS
-from detection.data.tree import Tree, base_of, loose, role_of, role_of_path, suffix
+from detection.data.tree import PICTURES, Tree, base_of, loose, role_of, role_of_path, suffix
 
 HEAD = 1 << 20  # bytes in which the first names of pictures are looked for
 SIDE_TASKS = ("keypoint", "caption", "stuff", "panoptic", "image_info", "person")  # beside the instances of a set
@@ -24,10 +24,16 @@ NO_PICTURES = (".json", ".xml", ".txt", ".csv", ".yaml", ".yml")
 
 def instance_files(tree: Tree) -> list[str]:
     """The COCO files below a root, judged by the keys in them; captions, panoptic and other JSON are passed over."""
-    return [name for name in tree.with_suffix(".json") if _is_instances(tree, name)]
+    keys = (b'"annotations"', b'"categories"')
+    return [name for name in tree.with_suffix(".json") if _is_instances(tree, name, keys)]
 
 
-def _is_instances(tree: Tree, name: str) -> bool:
+def incomplete_files(tree: Tree) -> list[str]:
+    """The JSON files that name pictures as COCO's do, whatever else they hold or lack."""
+    return [name for name in tree.with_suffix(".json") if _is_instances(tree, name, (b'"file_name"',))]
+
+
+def _is_instances(tree: Tree, name: str, keys: Sequence[bytes]) -> bool:
     path = tree.root / name
     if path.stat().st_size < 2:
         return False
@@ -37,7 +43,7 @@ def _is_instances(tree: Tree, name: str) -> bool:
             return False
         if content.find(b'"segments_info"') >= 0 or content.find(b'"caption"') >= 0:
             return False
-        whole = content.find(b'"annotations"') >= 0 and content.find(b'"categories"') >= 0
+        whole = all(content.find(key) >= 0 for key in keys)
     return whole or _is_cut_off(path)  # whoever reads that one will say so
 
 
@@ -61,7 +67,8 @@ def groups(tree: Tree) -> dict[str, list[str]]:
 
 def _rank(name: str) -> tuple[bool, bool, int, str]:
     stem = loose(PurePosixPath(name).stem)
-    return any(word in stem for word in SIDE_TASKS), "instances" not in stem, name.count("/"), name
+    plain = os.path.splitext(name)[0]  # "train" comes before its copy "train (1)"
+    return any(word in stem for word in SIDE_TASKS), "instances" not in stem, name.count("/"), plain
 
 
 def role_of_file(name: str) -> str | None:
@@ -96,18 +103,25 @@ class PictureFinder:
 
     Attributes:
         base: the folder; None where the pictures are spread over several and found by their own names.
+        rivals: further folders that hold pictures of these names just as well.
     """
 
     def __init__(self, tree: Tree, file: str, names: Sequence[str], images: str = "") -> None:
         self.tree, self.role = tree, role_of_file(file)
+        self._kinds = sorted({suffix(name) for name in tree.pictures})
         said = tree.folder(images) if images.strip("/. ") else None
-        self.base: str | None = said if said is not None else tree.best_base(names, self._folders(file))
+        folders = self._folders(file)
+        found = [said] if said is not None else tree.best_bases(names, folders)
+        if not found:
+            found = tree.best_bases([other for name in names[:200] for other in self._of_other_kinds(name)], folders)
+        self.base: str | None = found[0] if found else None
+        self.rivals = [folder for folder in found[1:] if self._order(folder, file) == self._order(found[0], file)]
         if said is None and names:
             step = max(1, len(names) // 200)
             sample = names[::step]
-            below = sum(self.base is not None and tree.file(name, (self.base,)) is not None for name in sample)
+            below = sum(self.base is not None and self.find(name) is not None for name in sample)
             if 2 * below < sum(self._anywhere(name) is not None for name in sample):
-                self.base = None
+                self.base, self.rivals = None, []
 
     def _folders(self, file: str) -> list[str]:
         """The folders that may hold the pictures, the likeliest first; those of another split are none of them."""
@@ -118,28 +132,30 @@ class PictureFinder:
         }
         roles = {folder: role_of_path(f"{folder}/x") for folder in folders}
         fitting = [f for f in folders if roles[f] in (None, self.role) or self.role in (None, "trainval") or f == own]
-        stem = loose(PurePosixPath(file).stem)
+        return sorted(fitting, key=lambda folder: (self._order(folder, file), folder.count("/"), folder))
 
-        def order(folder: str) -> tuple[bool, bool, bool, int, str]:
-            last = loose(os.path.basename(folder))
-            named = bool(last) and last in (stem, stem.removeprefix("instances_"))
-            fits = self.role is not None and roles[folder] == self.role
-            return not named, not fits, folder != own, folder.count("/"), folder
-
-        return sorted(fitting, key=order)
+    def _order(self, folder: str, file: str) -> tuple[bool, ...]:
+        """Less for a folder that says more clearly that it is that of the annotation file."""
+        last, stem = loose(os.path.basename(folder)), loose(PurePosixPath(file).stem)
+        named = bool(last) and last in (stem, stem.removeprefix("instances_"))
+        fits = self.role is not None and role_of_path(f"{folder}/x") == self.role
+        return not named, not fits, folder != os.path.dirname(file), last not in PICTURES
 
     def find(self, name: str) -> str | None:
-        """The picture of a `file_name`; one of another extension where there is just one of its stem."""
+        """The picture of a `file_name`; one of another extension, or of any, where there is just one of its stem."""
         if self.base is None:
             return self._anywhere(name)
         found = self.tree.file(name, (self.base,))
         if found is not None and suffix(found) in NO_PICTURES:
             return None
-        if found is None and suffix(name) in EXTENSIONS:
-            stem = name[: -len(suffix(name))]
-            others = {other for kind in EXTENSIONS if (other := self.tree.file(stem + kind, (self.base,)))}
+        if found is None:
+            others = {other for n in self._of_other_kinds(name) if (other := self.tree.file(n, (self.base,)))}
             found = others.pop() if len(others) == 1 else None
         return found
+
+    def _of_other_kinds(self, name: str) -> list[str]:
+        stem = name[: -len(suffix(name))] if suffix(name) in EXTENSIONS else name
+        return [stem + kind for kind in self._kinds]
 
     def _anywhere(self, name: str) -> str | None:
         found = self.tree.by_name(name)

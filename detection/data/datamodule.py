@@ -165,7 +165,7 @@ class DetectionDataModule(L.LightningDataModule):
             raise ValueError(
                 f"proposals would no longer fit after {names[0]}: leave it out, or use hflip and scale_jitter"
             )
-        augmentations = [recipe_of(step) for step in self.augmentations]  # type: ignore[misc]
+        augmentations = [recipe_of(step) for step in self.augmentations]
         self.reader: Reader | None = rebuild(reader) if isinstance(reader, Mapping) else reader
         reader = recipe_of_reader(self.reader)
         self.save_hyperparameters()

@@ -286,7 +286,7 @@ class DetectionDataset(Dataset[Sample]):
             labels=torch.from_numpy(labels[own]),
             target=make_target(record),
             masks=None if out.masks is None else torch.from_numpy(out.masks[own]),
-            windows=None if out.windows is None else torch.from_numpy(out.windows[own]),  # type: ignore[index]
+            windows=None if out.windows is None else torch.from_numpy(out.windows[own]),
             proposals=None if self.proposals is None else torch.from_numpy(out.boxes[labels < 0]),
             ignored=torch.from_numpy(out.boxes[labels == IGNORED]),
             labelled=None if picture.labelled is None else torch.from_numpy(picture.labelled),
@@ -331,8 +331,9 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
         resize_into(sample.pixels, slot[:, :h, :w])
         slot[:, h:], slot[:, :h, w:] = 0, 0
     gt_boxes, gt_labels, gt_valid = pad_objects([s.boxes for s in samples], [s.labels for s in samples])
-    masks, windows = [s.masks for s in samples if s.masks is not None], [s.windows for s in samples]
-    gt_masks, gt_windows = pad_masks(masks, windows, gt_valid.shape[1]) if masks else (None, None)  # type: ignore[arg-type]
+    masks = [s.masks for s in samples if s.masks is not None]
+    windows = [s.windows for s in samples if s.windows is not None]
+    gt_masks, gt_windows = pad_masks(masks, windows, gt_valid.shape[1]) if masks else (None, None)
     proposals, proposals_valid = None, None
     found = [s.proposals for s in samples if s.proposals is not None]
     if found:

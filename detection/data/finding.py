@@ -19,8 +19,8 @@ from detection.data.checks import nearest
 from detection.data.federated import image_name
 from detection.data.records import DataError, Index
 from detection.data.tree import Tree, base_of, role_of
-from detection.data.voc_layout import VocLayout, common_base
-from detection.data.yolo_layout import LABEL_LINE, YoloLayout
+from detection.data.voc_layout import VocLayout, common_base, list_rank
+from detection.data.yolo_layout import YoloLayout
 
 Format: TypeAlias = Literal["coco", "voc", "yolo"]
 Stage: TypeAlias = Literal["train", "val", "test"]
@@ -175,7 +175,10 @@ def _nothing(tree: Tree, format: Format | None) -> str:
 
 def _coco(tree: Tree) -> Iterator[Layout]:
     absent = ""
-    for base, files in coco_layout.groups(tree).items():
+    if not (sets := coco_layout.groups(tree)):
+        for file in coco_layout.incomplete_files(tree):
+            coco.load_file(tree.root / file)  # it says what is missing
+    for base, files in sets.items():
         splits: dict[str, Split] = {}
         pictures: set[str] = set()
         unread = []
@@ -233,10 +236,9 @@ def _voc(tree: Tree) -> Iterator[Layout]:
 def _merged(tree: Tree) -> Iterator[list[str]]:
     """XML files by data set; folders of one depth without lists of their own are one, e.g. a folder a batch."""
     by_depth: dict[int, list[list[str]]] = {}
-    lists = {base_of(name) for name in tree.with_suffix(".txt") if "imagesets/" in name.lower()}
     for xml in VocLayout.candidates(tree):
         base = common_base(xml)
-        if base in lists:
+        if any(list_rank(name, base) is not None for name in tree.below(base)):
             yield xml
         else:
             by_depth.setdefault(base.count("/") + bool(base), []).append(xml)
@@ -254,7 +256,7 @@ def _read_voc(layout: VocLayout, split: str, classes: Sequence[str] | None, mask
 
 
 def _yolo(tree: Tree) -> Iterator[Layout]:
-    configs = YoloLayout.configs(tree)
+    configs, refusal = YoloLayout.configs(tree), ""
     by_base: dict[str, str | None] = {}
     for name in configs:
         by_base.setdefault(base_of(name), name)
@@ -265,23 +267,25 @@ def _yolo(tree: Tree) -> Iterator[Layout]:
         splits = {
             name: Split(name, count, partial(_read_yolo, layout, name)) for name, count in layout.splits().items()
         }
-        if splits and any(_looks_labelled(layout, label) for label in list(layout.pairs.pictures)[:50]):
+        absent, unlabelled = layout.absent(), layout.unlabelled()
+        if splits and layout.pairs.pictures and not unlabelled:
             how = layout.source or "labels without class names"
-            absent = [f"'{layout.config[key]}' of '{key}' is not there" for key in layout.absent()]
-            how += f" ({', '.join(absent)})" if absent else ""
+            how += f" ({', '.join(absent.values())})" if absent else ""
             official = bool(layout.config)
             yield Layout(tree.root, "yolo", how, layout.base, splits, frozenset(layout.pairs.label), official)
+        elif not splits and absent:
+            problem = next(iter(absent.values()))
+            refusal = refusal or f"{tree.root / layout.source}: {problem}; correct the path"
+        else:
+            refusal = refusal or unlabelled or ""
+    if refusal:
+        raise DataError(refusal)
 
 
 def _may_have_labels(tree: Tree) -> bool:
     stems = {os.path.splitext(os.path.basename(name))[0].lower() for name in tree.pictures}
     texts = [os.path.splitext(os.path.basename(name))[0].lower() for name in tree.with_suffix(".txt")]
     return any(stem in stems or os.path.splitext(stem)[0] in stems for stem in texts)
-
-
-def _looks_labelled(layout: YoloLayout, file: str) -> bool:
-    text = (layout.tree.root / file).read_text("utf-8-sig", errors="replace")
-    return any(LABEL_LINE.match(line.strip()) for line in text.splitlines())
 
 
 def _read_yolo(layout: YoloLayout, split: str, classes: Sequence[str] | None, masks: bool) -> Index:

@@ -272,7 +272,7 @@ def _refuse_huge(path: Path, shape: tuple[int, int]) -> None:
     if shape[0] * shape[1] > LARGEST:
         raise DataError(
             f"{path}: {shape[0]}x{shape[1]} pixels (height x width) are too many to be looked at at once; cut the "
-            "image and its annotations into tiles (scripts/predict.py looks at it in tiles by itself)"
+            "image and its annotations into tiles (`detection predict` looks at it in tiles by itself)"
         )
 
 

@@ -220,7 +220,7 @@ def describe(index: Index, split: str) -> str:
     repaired = [defect for defect in index.defects if defect.severity != "note" and not defect.is_of_split]
     if repaired:
         lines += [f"{split}: {len(repaired)} records repaired or left out, the first of them:"]
-        lines += [f"  {defect}" for defect in repaired[:3]] + ["  (scripts/check_data.py lists all)"]
+        lines += [f"  {defect}" for defect in repaired[:3]] + ["  (`detection check` lists all)"]
     lines += [str(defect) for defect in index.defects if defect.file == "split"]  # images that came after it was made
     return "\n".join(lines)
 

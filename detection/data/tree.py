@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Container, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -138,23 +139,34 @@ class Tree(Folder):
 
     def below(self, folder: str) -> list[str]:
         """The files below a folder, those in sub-folders included."""
-        return [name for name in self.files if name.startswith(f"{folder}/")] if folder else self.files
+        if not folder:
+            return self.files
+        first, behind = f"{folder}/", f"{folder}0"  # "0" comes after "/"
+        return self.files[bisect_left(self.files, first) : bisect_left(self.files, behind)]
 
     def file(self, written: str, bases: Iterable[str] = ("",)) -> str | None:
         """The file that a written path means, below the first of these folders that has it; None where none does."""
-        return _find(written, bases, self._files, self._loose)
+        found = _find(written, bases, self._files, self._loose)
+        return found and found[0]
 
     def folder(self, written: str, bases: Iterable[str] = ("",)) -> str | None:
         """The folder that a written path means, likewise."""
-        return _find(written, bases, self._folders, self._loose_folders)
+        found = _find(written, bases, self._folders, self._loose_folders)
+        return found and found[0]
 
-    def best_base(self, names: Sequence[str], bases: Iterable[str]) -> str | None:
-        """The folder below which most of these written paths are found, the first of equals; None where none is."""
+    def best_bases(self, names: Sequence[str], bases: Iterable[str]) -> list[str]:
+        """The folders below which these written paths are found best, equals in the order given; none where none is.
+
+        Counted are the parts of the paths that are there: `b/1.jpg` is not well found by `a/1.jpg` below `a`.
+        """
         step = max(1, len(names) // 200)
-        sample = names[::step]
-        counts = {base: sum(self.file(name, (base,)) is not None for name in sample) for base in dict.fromkeys(bases)}
-        best = max(counts, key=lambda base: counts[base], default=None)
-        return best if best is not None and counts[best] else None
+        counts = dict.fromkeys(bases, 0)
+        for base in counts:
+            for name in names[::step]:
+                found = _find(name, (base,), self._files, self._loose)
+                counts[base] += found[1] if found else 0
+        best = max(counts.values(), default=0)
+        return [base for base, count in counts.items() if count == best > 0]
 
     def contents(self) -> str:
         """What lies here, for messages: the commonest kinds of files with their counts."""
@@ -190,7 +202,18 @@ def _by_loose_name(names: Iterable[str]) -> dict[str, list[str]]:
     return table
 
 
-def _find(written: str, bases: Iterable[str], exact: set[str], table: dict[str, list[str]]) -> str | None:
+def contradicts(written: str, found: str) -> bool:
+    """Whether a path below the root names another split's folder than that of the file that was found for it.
+
+    The folders of another machine's path say nothing of ours.
+    """
+    plain = written.strip().replace("\\", "/")
+    said, role = role_of_path(plain), role_of_path(found)
+    return not re.match(r"/|[A-Za-z]+:", plain) and said is not None and role is not None and said != role
+
+
+def _find(written: str, bases: Iterable[str], exact: set[str], table: dict[str, list[str]]) -> tuple[str, int] | None:
+    """What a written path means, and how many of its parts are there."""
     parts, bases = cleaned(written), list(bases)
     if "\0" in written or (not parts and "" in bases and written.strip() not in (".", "./")):
         return None
@@ -198,12 +221,13 @@ def _find(written: str, bases: Iterable[str], exact: set[str], table: dict[str, 
         tail = "/".join(parts[start:])
         for base in bases:
             name = "/".join(filter(None, (base, tail)))
-            if name in exact:
-                return name
+            if name in exact and not (start and contradicts(written, name)):
+                return name, len(parts) - start
         for base in bases:
             found = table.get(loose("/".join(filter(None, (base, tail)))), [])
-            if len(found) == 1:  # of several that differ in case alone, none is meant more than another
-                return found[0]
+            # Of several that differ in case alone, none is meant more than another.
+            if len(found) == 1 and not (start and contradicts(written, found[0])):
+                return found[0], len(parts) - start
     return None
 
 

@@ -14,17 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import Element, ParseError  # only the types: parsing is defusedxml's
+from xml.etree.ElementTree import Element  # only the type: parsing is defusedxml's
 
 import numpy as np
-from defusedxml.ElementTree import fromstring
 from PIL import Image
 
 from detection.data import rle
 from detection.data.checks import Objects, checked_size, choose_classes, finish_index, short
 from detection.data.records import DataError, Defect, Index, Record, Severity
 from detection.data.tree import Tree
-from detection.data.voc_layout import Entry, VocLayout
+from detection.data.voc_layout import Entry, VocLayout, read_xml
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -130,11 +129,9 @@ class _Reader:
             return None
         file = entry.xml
         try:
-            tree: Element = fromstring(self.tree.locate(file, "split").read_bytes())
-        # defusedxml's own refusals (entities, external references) are ValueErrors
-        except (OSError, ParseError, ValueError, LookupError) as error:
-            problem = f"not readable as XML ({type(error).__name__}: {str(error)[:80]})"
-            self.report(file, "file", problem, "the image is left out; repair the file", "broken")
+            tree = read_xml(self.tree.locate(file, "split"))
+        except DataError as error:
+            self.report(file, "file", str(error), "the image is left out; repair the file", "broken")
             return None
         if tree.tag != "annotation":
             problem = f"the root element is <{str(tree.tag)[:40]}>, not <annotation>"
@@ -212,8 +209,8 @@ class _Reader:
         for file in self.layout.xml:
             if file not in used:
                 try:
-                    tree = fromstring((self.tree.root / file).read_bytes())
-                except (OSError, ParseError, ValueError, LookupError):
+                    tree = read_xml(self.tree.root / file)
+                except DataError:
                     continue  # parse() reports the file where it is part of the split
                 names |= {(item.findtext("name") or "").strip() for item in tree.findall("object")}
         return names - {""}
@@ -227,6 +224,9 @@ class _Reader:
             if name not in classes:
                 continue
             box = _bndbox(item)
+            if item.find("bndbox") is None and (around := _around(item)) is not None:
+                objects.report(what, "it has no bndbox", "the box around its polygon is used; add its bndbox")
+                box = around
             if isinstance(box, str):
                 objects.report(what, box, "the box is left out; delete or redraw it")
                 continue
@@ -288,7 +288,7 @@ def _bndbox(item: Element) -> list[float] | str:
     """`[xmin, ymin, xmax, ymax]` of an object's bndbox (not of its parts'), or what is missing in it."""
     bndbox = item.find("bndbox")
     if bndbox is None:
-        return "it has no bndbox"
+        return "it has no bndbox" + (", but a robndbox, which is turned" if item.find("robndbox") is not None else "")
     corners: list[float] = []
     for tag in ("xmin", "ymin", "xmax", "ymax"):
         value = _float(bndbox.findtext(tag))
@@ -296,6 +296,17 @@ def _bndbox(item: Element) -> list[float] | str:
             return f"{tag} is missing or not a finite number"
         corners.append(value)
     return corners
+
+
+def _around(item: Element) -> list[float] | None:
+    """`[xmin, ymin, xmax, ymax]` of the points of an object's polygon, None without one."""
+    polygon = item.find("polygon")
+    texts = {} if polygon is None else {point: point.text for point in polygon.iter() if point.tag[:1] in ("x", "y")}
+    values = {axis: [_float(text) for point, text in texts.items() if point.tag[0] == axis] for axis in "xy"}
+    xs, ys = ([value for value in numbers if value is not None] for numbers in values.values())
+    if len(xs) < 3 or len(xs) != len(ys) or len(xs) + len(ys) < len(texts):
+        return None
+    return [min(xs), min(ys), max(xs), max(ys)]
 
 
 def _flaw(corners: list[float]) -> str | None:

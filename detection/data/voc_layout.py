@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from xml.etree.ElementTree import Element, ParseError
 
@@ -22,6 +22,7 @@ from detection.data.records import DataError, Defect
 from detection.data.tree import LABELS, Tree, base_of, cleaned, loose, role_of, role_of_path, suffix
 
 FLAG = re.compile(r"\s+(-1|0|1)$")  # the list of one class says so of each picture, which belongs to the split anyway
+ENCODING = re.compile(rb"""<\?xml[^>]*encoding\s*=\s*["']([\w.-]+)""")
 LISTS = {"imagesets/main": 0, "imagesets": 1, "splits": 2, "": 3}
 
 
@@ -112,31 +113,39 @@ class VocLayout:
     def _ask_the_files(self, pictures: list[str]) -> None:
         """What XML files without a picture of their name say: another name, or that they are no VOC at all."""
         self._foreign: set[str] = set()
-        free = {loose(os.path.basename(name)): name for name in pictures if name not in self.pairs.label}
+        free: dict[str, list[str]] = {}
+        for name in pictures:
+            if name not in self.pairs.label:
+                free.setdefault(_own_name(name), []).append(name)
         for label in self.pairs.alone:
-            root = _root_of(self.tree, label)
-            if root is None:
+            try:
+                root = read_xml(self.tree.root / label)
+            except DataError:
+                continue  # the reader reports it
+            if root.tag != "annotation":
+                problem = "it is CVAT's own XML" if root.tag == "annotations" else f"its root element is <{root.tag}>"
+                fix = "it is not read; export the annotations as Pascal VOC or COCO"
+                self.defects.append(Defect(label, "file", problem, fix, "broken"))
+                self._foreign.add(label)
                 continue
-            if root.tag != "annotation" and root.tag not in ("other",):
-                if root.tag == "annotations":  # CVAT's own format, all pictures in one file
-                    problem, fix = "it is CVAT's own XML", "it is not read; export the task as COCO or Pascal VOC"
-                    self.defects.append(Defect(label, "file", problem, fix, "broken"))
-                    self._foreign.add(label)
-                continue
-            said = cleaned(root.findtext("filename") or "")
-            if said and (name := free.pop(loose(said[-1]), None)):
-                self.picture[label], self.others[label] = name, []
-                problem = f"no picture has its name, but <filename> says '{said[-1]}'"
-                self.defects.append(Defect(label, "filename", problem, "that picture is read", "note"))
+            tag = next((tag for tag in ("filename", "path") if cleaned(root.findtext(tag) or "")), "filename")
+            said = "/".join(cleaned(root.findtext(tag) or "")[-1:])
+            found = free.get(_own_name(said), [])
+            if exact := [name for name in found if loose(os.path.basename(name)) == loose(said)]:
+                found = exact
+            if len(found) == 1:
+                del free[_own_name(said)]
+                self.picture[label], self.others[label] = found[0], []
+                problem = f"no picture has its name, but <{tag}> says '{short(said)}'"
+                fix = "that picture is read" if exact else f"'{os.path.basename(found[0])}' is read"
+                self.defects.append(Defect(label, tag, problem, fix, "note"))
 
     def _find_lists(self) -> tuple[dict[str, list[str]], dict[str, str]]:
         """The list files of this data set, from the most official folder that has some."""
         ranked: dict[int, list[str]] = {}
-        for name in self.tree.with_suffix(".txt"):
-            inside = name.removeprefix(f"{self.base}/") if self.base else name
-            folder = loose(os.path.dirname(inside))
-            if folder in LISTS and (folder.startswith("imagesets") or role_of(PurePosixPath(name).stem)):
-                ranked.setdefault(LISTS[folder], []).append(name)
+        for name in self.tree.below(self.base):
+            if (rank := list_rank(name, self.base)) is not None:
+                ranked.setdefault(rank, []).append(name)
         files = {PurePosixPath(name).stem: name for name in ranked[min(ranked)]} if ranked else {}
         lists: dict[str, list[str]] = {}
         places: dict[str, str] = {}
@@ -145,10 +154,13 @@ class VocLayout:
             if prefix and split in files:  # cat_train stands beside train
                 continue
             plain = split if prefix and role_of(split) else name  # cat_train and dog_train list the same pictures
+            lines = self.lines(file)
+            if plain != name and all(FLAG.search(line.rstrip()) for line in lines):
+                lines = [FLAG.sub("", line.rstrip()) for line in lines]
             if plain not in lists or plain == name:
-                lists[plain], places[plain] = self.lines(file), file
+                lists[plain], places[plain] = lines, file
             else:
-                lists[plain] += [line for line in self.lines(file) if line not in lists[plain]]
+                lists[plain] = list(dict.fromkeys((*lists[plain], *lines)))
         return lists, places
 
     def lines(self, file: str) -> list[str]:
@@ -212,14 +224,12 @@ class VocLayout:
         plain = {line: FLAG.sub("", line).strip() for _, line in lines}
         # A stem may itself end in ` 1`: the reading under which more pictures are there is right.
         whole, bare = ({_look_up(name, table) for name in names} for names in (plain.keys(), plain.values()))
-        flagged = len(bare - {None}) > len(whole - {None})
+        flagged = len(bare - {None}) > len(whole - {None}) or whole == {None}
         defects: list[Defect] = []
         entries: dict[str, Entry] = {}
         for number, line in lines:
             stem = plain[line] if flagged else line
             xml = _look_up(stem, table)
-            if xml is None and not flagged and len(whole - {None}) == 0:
-                stem = plain[line]
             if xml is None:
                 self._refuse(stem)
             key = xml or stem
@@ -252,6 +262,13 @@ class VocLayout:
         return table
 
 
+def list_rank(name: str, base: str) -> int | None:
+    """How official a list file is to the data set of a folder, 0 the most; None where it is no list of it."""
+    folder = loose(os.path.dirname(name[len(base) :].lstrip("/")))
+    named = folder.startswith("imagesets") or role_of(PurePosixPath(name).stem)
+    return LISTS.get(folder) if suffix(name) == ".txt" and named else None
+
+
 def common_base(names: Iterable[str]) -> str:
     """The folder of the data set that these files belong to."""
     bases = {base_of(name) for name in names}
@@ -276,9 +293,26 @@ def _without_kind(name: str) -> str:
     return name
 
 
-def _root_of(tree: Tree, file: str) -> Element | None:
+def _own_name(path: str) -> str:
+    """The file's name without its folders and the extension of a picture, however it is spelt."""
+    return loose(_without_kind(os.path.basename(path)))
+
+
+def read_xml(path: Path) -> Element:
+    """The root element of an XML file; its tags have lost their namespace.
+
+    Raises:
+        DataError: it is not readable.
+    """
     try:
-        root: Element = fromstring((tree.root / file).read_bytes())
-    except (OSError, ParseError, ValueError, LookupError):
-        return None  # the reader reports it
+        content: bytes | str = path.read_bytes().lstrip()
+        if isinstance(content, bytes) and b"\0" not in content[:4]:  # not UTF-16, which the parser knows itself
+            said = ENCODING.match(content)
+            content = content.decode(said[1].decode() if said else "utf-8-sig")
+        root: Element = fromstring(content)
+    # defusedxml's own refusals (entities, external references) are ValueErrors
+    except (OSError, ParseError, ValueError, LookupError) as error:
+        raise DataError(f"not readable as XML ({type(error).__name__}: {str(error)[:80]})") from error
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
     return root

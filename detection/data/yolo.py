@@ -7,6 +7,7 @@ without a text file has no objects: that is how the format writes background.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from detection.data.records import DataError, Defect, Index, Record, Severity
 from detection.data.tree import Tree
 from detection.data.yolo_layout import YoloLayout
 
+FEWEST = 3  # lines from which their form shows what they are
 LARGEST = 2.0  # relative coordinates beyond this are pixels, not boxes that reach over the edge
 
 
@@ -50,6 +52,7 @@ def read_layout(layout: YoloLayout, split: str, classes: Sequence[str] | None = 
         if (record := reader.record(position, picture)) is not None:
             index.records.append(record)
     reader.judge_numbers()
+    reader.judge_key_points()
     return finish_index(index, f"{layout.tree.root} split '{split}'" if split else str(layout.tree.root))
 
 
@@ -61,6 +64,7 @@ class _Reader:
         shape: Any = layout.config.get("kpt_shape")
         good = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)
         self.seen: set[int] = set()  # class numbers
+        self.long = Counter[tuple[int, bool]]()  # lines by how many numbers follow the class, and if key points may
         self.points = shape[0] * shape[1] if good else 0  # numbers of the key points that follow the box
 
     def report(self, file: str, record: str, problem: str, fix: str, severity: Severity = "repairable") -> None:
@@ -74,6 +78,15 @@ class _Reader:
             problem = f"class numbers in the label files run from {min(self.seen)} to {count}, but names count from 0"
             where = self.layout.tree.root / self.layout.source
             raise DataError(f"{where}: {problem}; subtract 1 from the class numbers", self.defects)
+
+    def judge_key_points(self) -> None:
+        """Raise where all long lines look like a box and key points that no `kpt_shape` announces."""
+        (count, alike), lines = next(iter(self.long.items()), ((0, False), 0))
+        if len(self.long) == 1 and alike and lines >= FEWEST:
+            points = (count - 4) // 3
+            problem = f"{count} numbers follow each class, and every third behind the box is 0, 1 or 2: key points"
+            where = self.layout.tree.root / self.layout.source
+            raise DataError(f"{where}: {problem}; add the line kpt_shape: [{points}, 3]", self.defects)
 
     def record(self, position: int, image: str) -> Record | None:
         """The record of one image, or None where it can't be used."""
@@ -111,14 +124,17 @@ class _Reader:
             return objects.report(what, problem, f"the line is left out; use 0..{max(self.labels)}")
         if self.points and len(values) == 4 + self.points:
             values = values[:4]
+        if len(values) > 6:
+            self.long[len(values), _may_be_key_points(values)] += 1
+        if len(values) == 5:
+            objects.report(what, "a sixth number follows the box", "it is not used; remove scores", "note")
+            values = values[:4]
         if not all(abs(value) <= LARGEST for value in values):
             problem = "coordinates are not relative to the image (0 to 1)"
             return objects.report(what, problem, "the line is left out; divide by width and height")
-        if len(values) in (4, 5):
-            x, y, w, h = values[:4]
+        if len(values) == 4:
+            x, y, w, h = values
             box = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
-            if len(values) == 5:
-                objects.report(what, "a sixth number follows the box", "it is not used; remove scores", "note")
         elif len(values) >= 6 and len(values) % 2 == 0:
             box = [min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])]
         else:
@@ -128,3 +144,11 @@ class _Reader:
             scale = (objects.width, objects.height, objects.width, objects.height)
             objects.add(what, [value * side for value, side in zip(box, scale, strict=True)], label, number)
         return None
+
+
+def _may_be_key_points(values: list[float]) -> bool:
+    """Whether the numbers may be a box inside its picture and points `x y visibility`."""
+    x, y, width, height = values[:4]
+    inside = min(x - width / 2, y - height / 2) > -0.01 and max(x + width / 2, y + height / 2) < 1.01
+    flags = values[6::3]
+    return inside and min(width, height) > 0 and len(values) % 3 == 1 and all(value in (0, 1, 2) for value in flags)

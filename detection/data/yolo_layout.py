@@ -6,20 +6,23 @@ Read are data.yaml of every kind, Darknet's obj.data with obj.names (CVAT, Robof
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 from collections import Counter
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
-import yaml
-
-from detection.data.checks import nearest
+from detection.data.checks import nearest, short
+from detection.data.judging import shown
 from detection.data.pairing import Pairs, pair
 from detection.data.records import DataError, Defect
 from detection.data.tree import LABELS, Tree, base_of, loose, role_of, role_of_folder, role_of_path, suffix
+from detection.data.yolo_yaml import has_names, numbered, read_yaml
 
 NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "_darknet.labels", "darknet.labels", "predefined_classes.txt")
+YAML = (".yaml", ".yml")
 SPLITS = ("train", "val", "valid", "validation", "test", "minival")
 NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 LABEL_LINE = re.compile(rf"\d+(\.0*)?(\s+{NUMBER}){{4,}}")
@@ -46,16 +49,20 @@ class YoloLayout:
 
     def __init__(self, tree: Tree, config: str | None = None) -> None:
         self.tree, self.defects = tree, list[Defect]()
-        found = self.configs(tree) if config is None else [config]
-        self.source = found[0] if found else ""
-        for other in found[1:]:
-            fix = f"'{self.source}' is read; pass the folder of the other as root to read that"
-            self.defects.append(Defect(other, "file", "it describes a data set too", fix, "note"))
+        found = self.configs(tree)
+        self.source = config or next(iter(found), "")
+        for other in found:
+            beside = base_of(other) == base_of(self.source)
+            if (beside or config is None) and not filecmp.cmp(tree.root / other, tree.root / self.source, False):
+                fix = "keep one of them here" if beside else "pass the folder of the other as root to read that"
+                problem, fix = "it describes a data set too", f"'{self.source}' is read; {fix}"
+                self.defects.append(Defect(other, "file", problem, fix, "note"))
         self.config: dict[str, Any] = {}
         names: dict[int, str] | None = None
-        if suffix(self.source) in (".yaml", ".yml"):
-            self.config = _yaml(tree, self.source)
-            names = _numbered(self.config["names"], self.config.get("nc"), tree.root / self.source)
+        if suffix(self.source) in YAML:
+            self.config = read_yaml(tree.root / self.source)
+            if self._file_of_names() is None:
+                names = numbered(self.config["names"], self.config.get("nc"), tree.root / self.source)
         elif suffix(self.source) == ".data":
             self.config = self._darknet(self.source)
         self.base = base_of(self.source) if self.source else ""
@@ -66,9 +73,10 @@ class YoloLayout:
         self.pairs = self._pair()
         first = {pictures[0] for pictures in self.pairs.pictures.values()}
         # Labelled pictures of a kind that is not read are listed too, so that the reader names them.
-        self.all_pictures = sorted({*tree.pictures, *(first & set(tree.unread))})
+        self._pictures = dict.fromkeys(sorted({*tree.pictures, *(first & set(tree.unread))}))
         self.defects += tree.remarks(labelled=first)
         self.names = self._used_numbers() if names is None else names
+        self._compare_names()
         for name, count in Counter(self.names.values()).items():
             if count > 1:
                 where = tree.root / self.source
@@ -84,7 +92,7 @@ class YoloLayout:
     @staticmethod
     def configs(tree: Tree) -> list[str]:
         """The files that describe a YOLO data set, the nearest and most official first."""
-        found = [name for ending in (".yaml", ".yml") for name in tree.with_suffix(ending) if _has_names(tree, name)]
+        found = [name for name in tree.files if suffix(name) in YAML and has_names(tree.root / name)]
         found = found or tree.with_suffix(".data")
         found = found or [name for name in tree.files if os.path.basename(name).lower() in NAME_FILES]
         found = found or tree.with_suffix(".names")
@@ -109,8 +117,7 @@ class YoloLayout:
 
     def _listed_names(self) -> dict[int, str] | None:
         """Class names from a file of one a line, which becomes the source; None where there is none."""
-        said = self.config.get("names")
-        file = self.tree.file(said, (self.base, "")) if isinstance(said, str) else None
+        file = self._file_of_names()
         if file is None and os.path.basename(self.source).lower() in NAME_FILES:
             file = self.source
         if file is None and suffix(self.source) in (".names", ".labels"):
@@ -120,12 +127,28 @@ class YoloLayout:
             file = min(beside, key=lambda n: (n.count("/"), n), default=None)
         if file is None:
             return None
-        lines = [line.strip() for line in _text(self.tree, file, "write one class name a line").splitlines()]
         self.source = file
-        names = dict(enumerate(line for line in lines if line))
+        names = _stripped(_text(self.tree, file, "write one class name a line"))
         if not names:
             raise DataError(f"{self.tree.root / file}: it names no class; write one class name a line")
-        return names
+        return dict(enumerate(names))
+
+    def _file_of_names(self) -> str | None:
+        """The file that `names` leads to, where that is a path and no name."""
+        said = self.config.get("names")
+        if not isinstance(said, str) or suffix(said.strip()) not in (".txt", ".names", ".labels"):
+            return None
+        return self.tree.file(said, (base_of(self.source), ""))
+
+    def _compare_names(self) -> None:
+        """Report files of names that say otherwise than the one that is read."""
+        for file in self.tree.below(self.base):
+            if file != self.source and os.path.basename(file).lower() in NAME_FILES[:-1]:
+                names = _stripped((self.tree.root / file).read_text("utf-8-sig", errors="replace"))
+                if names and names != list(self.names.values()):
+                    problem = f"it names {shown(names)}, but '{self.source}' {shown([*self.names.values()])}"
+                    fix = f"'{self.source}' is read; correct the one that is wrong"
+                    self.defects.append(Defect(file, "classes", problem, fix))
 
     def _used_numbers(self) -> dict[int, str]:
         """`class 0`, `class 1`, ... for the numbers in the label files, where nothing names them."""
@@ -136,9 +159,8 @@ class YoloLayout:
             if LABEL_LINE.match(line.strip())
         }
         if not numbers:
-            raise DataError(
-                f"{self.tree.root}: no data.yaml with 'names' and no classes.txt is there; write the class names down"
-            )
+            problem = "no data.yaml with 'names' and no classes.txt is there; write the class names down"
+            raise DataError(self.unlabelled() or f"{self.tree.root}: {problem}")
         problem, fix = "no file names the classes", "they are called by their numbers; write a classes.txt"
         self.defects.append(Defect("classes", "classes", problem, fix))
         return {number: f"class {number}" for number in sorted(numbers)}
@@ -173,16 +195,49 @@ class YoloLayout:
                 found.append(Defect(name, "file", problem, "it is not read; keep one of them"))
         return found
 
+    def unlabelled(self) -> str | None:
+        """What the label files hold instead of labels; None where a line of them is one, or they are empty."""
+        problem = None
+        for label in self.pairs.pictures:
+            lines = _stripped((self.tree.root / label).read_text("utf-8-sig", errors="replace"))
+            if any(map(LABEL_LINE.match, lines)):
+                return None
+            if lines and problem is None:
+                fix = "write class x_center y_center width height, relative to the image, with blanks between"
+                problem = f"{self.tree.root / label}: {short(lines[0], 80)!r} is no label; {fix}"
+        return problem
+
     def splits(self) -> dict[str, int]:
         """The pictures in each split whose entry leads somewhere; `""` is the only one where nothing names any."""
-        named = {key: self.config[key] for key in SPLITS if self.config.get(key)}
-        if named:
-            return {key: len(files) for key, value in named.items() if (files := self._entry(value, [])) is not None}
-        return {name: len(files) for name, files in (self._by_list() or self._by_folder()).items()}
+        return {name: len(pictures) for name, (pictures, _) in self._parts.items()}
 
-    def absent(self) -> list[str]:
-        """The keys of splits whose entry leads nowhere."""
-        return [key for key in SPLITS if self.config.get(key) and self._entry(self.config[key], []) is None]
+    def absent(self) -> dict[str, str]:
+        """What is wrong with the keys of splits whose entry leads nowhere."""
+        keys = [key for key in SPLITS if self.config.get(key) and key not in self._parts]
+        return {key: f"'{self.config[key]}' of '{key}' is not there" for key in keys}
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[list[str], list[Defect]]]:
+        """The pictures of each split and what was found wrong: as the file says, else by lists, else by folders."""
+        named = {key: self.config[key] for key in SPLITS if self.config.get(key)}
+        folders = self._by_folder()
+        if not named:
+            return self._by_list() or {name: (pictures, []) for name, pictures in folders.items()}
+        parts: dict[str, tuple[list[str], list[Defect]]] = {}
+        for key, value in named.items():
+            defects: list[Defect] = []
+            found = self._entry(value, defects)
+            if found is None and (found := folders.get(role_of(key) or "")):
+                fix = f"'{os.path.dirname(found[0])}' is read by its name; correct the path"
+                defects.append(Defect(self.source, key, f"'{value}' of '{key}' is not there", fix))
+            if found is not None:
+                parts[key] = (found, defects)
+        taken = {name for pictures, _ in parts.values() for name in pictures}
+        spare = [] if any(role_of(key) == "val" for key in parts) else folders.get("val", [])
+        if any(name in self.pairs.label for name in spare) and taken.isdisjoint(spare):
+            fix = f"'{os.path.dirname(spare[0])}' is read by its name; write it down"
+            parts["val"] = (spare, [Defect(self.source, "val", "it names no pictures to validate on", fix)])
+        return parts
 
     def pictures(self, split: str) -> tuple[list[str], list[Defect]]:
         """The pictures of a split, each once, and what was found wrong.
@@ -193,36 +248,24 @@ class YoloLayout:
         Raises:
             DataError: there is no such split.
         """
-        defects: list[Defect] = []
-        role, key = role_of(split), self._key(split)
-        if key:
-            found = self._entry(self.config[key], defects)
-            if found is None:
-                found = self._by_folder().get(role or "", [])
-                problem = f"'{self.config[key]}' of '{key}' is not there"
-                if not found:
-                    raise DataError(f"{self.tree.root / self.source}: {problem}; correct the path")
-                fix = f"'{os.path.dirname(found[0])}' is read by its name; correct the path"
-                defects.append(Defect(self.source, key, problem, fix))
-        else:
-            groups = self._by_list() or self._by_folder()
-            found = groups.get(split) or groups.get(role or split) or self._of_folder(split)
-            if not found:
-                hint = nearest(split, [name for name in self.splits() if name])
-                raise DataError(f"{self.tree.root}: there is no split '{split}'{hint}", defects)
-        for name, count in Counter(found).items():
-            if count > 1:
-                defects.append(Defect(split, "list", f"'{name}' is listed twice", "it is read once; delete the copy"))
-        return list(dict.fromkeys(found)), defects
-
-    def _key(self, split: str) -> str | None:
-        """The key of the file that means this split, if it says something."""
-        same = [key for key in SPLITS if role_of(key) == role_of(split)] if role_of(split) else []
-        return next((key for key in (split, *same) if split and self.config.get(key)), None)
+        absent, role = self.absent(), role_of(split)
+        same = [key for key in (*SPLITS, *self._parts) if role and role_of(key) == role]
+        key = next((key for key in (split, *same) if key in self._parts or key in absent), None)
+        if key in absent:
+            raise DataError(f"{self.tree.root / self.source}: {absent[key]}; correct the path")
+        found, defects = self._parts[key] if key is not None else (self._of_folder(split), [])
+        if not found and key is None:
+            hint = nearest(split, [name for name in self.splits() if name])
+            raise DataError(f"{self.tree.root}: there is no split '{split}'{hint}")
+        twice = [name for name, count in Counter(found).items() if count > 1]
+        copies = [Defect(split, "list", f"'{n}' is listed twice", "it is read once; delete the copy") for n in twice]
+        return list(dict.fromkeys(found)), [*defects, *copies]
 
     def _of_folder(self, split: str) -> list[str]:
-        """The pictures of a folder that bears the name of the split."""
+        """The pictures of a folder that bears the name of the split, or one of the words for it."""
         self.tree.locate(split, f"split '{split}'")
+        if found := self._by_folder().get(role_of(split) or split):
+            return found
         for place in (f"images/{split}", f"{split}/images", split):
             folder = self.tree.folder(place, (self.base,)) if split else None
             if folder and loose(folder).endswith(loose(place)):
@@ -257,14 +300,12 @@ class YoloLayout:
         return [base for base in (inner, self.base, "") if base is not None]
 
     def _below(self, folder: str) -> list[str]:
-        inside = set(self.tree.below(folder))
-        return [name for name in self.all_pictures if name in inside]
+        return [name for name in self.tree.below(folder) if name in self._pictures]
 
     def _listed(self, file: str, defects: list[Defect]) -> list[str]:
         """The pictures of a list file, whose lines are relative to one of several folders."""
-        lines = [line.strip() for line in _text(self.tree, file, "write one image path a line").splitlines()]
-        lines = [line for line in lines if line]
-        base = self.tree.best_base(lines, [os.path.dirname(file), *self._bases()])
+        lines = _stripped(_text(self.tree, file, "write one image path a line"))
+        base = next(iter(self.tree.best_bases(lines, [os.path.dirname(file), *self._bases()])), None)
         found = []
         for number, line in enumerate(lines, 1):
             name = self.tree.file(line, (base,)) if base is not None else None
@@ -275,17 +316,21 @@ class YoloLayout:
                 found.append(name)
         return found
 
-    def _by_list(self) -> dict[str, list[str]]:
-        """The splits of list files such as `train.txt` that nothing else names."""
-        files = [n for n in self.tree.below(self.base) if suffix(n) == ".txt" and self._names_split(n)]
-        lists = {role_of_folder(PurePosixPath(n).stem) or "": self._listed(n, []) for n in files}
-        return {name: pictures for name, pictures in lists.items() if pictures}
+    def _by_list(self) -> dict[str, tuple[list[str], list[Defect]]]:
+        """The splits of list files such as `train.txt` that nothing else names, and the lines that mean nothing."""
+        parts: dict[str, tuple[list[str], list[Defect]]] = {}
+        for file in self.tree.below(self.base):
+            if suffix(file) == ".txt" and self._names_split(file):
+                defects: list[Defect] = []
+                if found := self._listed(file, defects):
+                    parts[role_of_folder(PurePosixPath(file).stem) or ""] = (found, defects)
+        return parts
 
     def _by_folder(self) -> dict[str, list[str]]:
         """Pictures by the role of their folder. A folder where no picture has a label is none of the data set's."""
         labelled = {os.path.dirname(name) for name in self.pairs.label}
         folders: dict[str, list[str]] = {}
-        for name in self.all_pictures:
+        for name in self._pictures:
             role = role_of_path(name) or ""
             if os.path.dirname(name) in labelled or (role and name.startswith(f"{self.base}/" if self.base else "")):
                 folders.setdefault(role, []).append(name)
@@ -301,36 +346,9 @@ def _text(tree: Tree, file: str, fix: str) -> str:
         raise DataError(f"{tree.root / file}: not UTF-8 text; {fix}") from error
 
 
-def _yaml(tree: Tree, file: str) -> dict[str, Any]:
-    path = tree.root / file
-    try:
-        config = _parsed(path.read_text("utf-8-sig"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise DataError(f"{path}: not readable as YAML ({type(error).__name__}); correct the file") from error
-    if not isinstance(config, dict) or "names" not in config:
-        raise DataError(f"{path}: it has no 'names'; write the class names down")
-    return config
-
-
-def _parsed(text: str) -> Any:
-    """The YAML of a text, in which a quoted path of Windows is no series of escapes."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return yaml.safe_load(text.replace("\\", "/"))
-
-
-def _has_names(tree: Tree, file: str) -> bool:
-    """Whether a YAML file describes a data set; one of its usual name that can't be read counts, to be reported."""
-    official = os.path.basename(file).lower() in ("data.yaml", "data.yml", "dataset.yaml")
-    try:
-        text = (tree.root / file).read_text("utf-8-sig")
-        if not official and not re.search(r"^\s*['\"]?names['\"]?\s*:", text, re.MULTILINE) and "{" not in text:
-            return False
-        config = _parsed(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return official
-    return isinstance(config, dict) and "names" in config
+def _stripped(text: str) -> list[str]:
+    """The lines with something on them."""
+    return [line for line in map(str.strip, text.splitlines()) if line]
 
 
 def _holds_labels(tree: Tree, file: str) -> bool:
@@ -338,43 +356,3 @@ def _holds_labels(tree: Tree, file: str) -> bool:
     with (tree.root / file).open(encoding="utf-8-sig", errors="replace") as lines:
         first = next((line.strip() for line in lines if line.strip()), "")
     return LABEL_LINE.match(first) is not None
-
-
-def _numbered(names: Any, count: Any, path: Any) -> dict[int, str]:
-    """Class names by number: from a list, a mapping of numbers, or text with a separator."""
-    if isinstance(names, str):
-        names = _split_text(names, count)
-    if isinstance(names, dict):
-        try:
-            numbers = {int(number): name for number, name in names.items()}
-        except (TypeError, ValueError):
-            if all(type(number) is int for number in names.values()):  # {red: 0, blue: 1}
-                numbers = {number: name for name, number in names.items()}
-            else:
-                raise DataError(
-                    f"{path}: 'names' has keys that are no class numbers; number them 0, 1, 2, ..."
-                ) from None
-        if min(numbers, default=0) < 0 or len(numbers) != len(names):
-            raise DataError(f"{path}: 'names' does not number the classes 0, 1, 2, ...; number each class once")
-    else:
-        numbers = dict(enumerate(names)) if isinstance(names, list) else {}
-    if not numbers or not all(isinstance(name, str | int | float) for name in numbers.values()):
-        raise DataError(f"{path}: 'names' is not a list of class names; write them as a YAML list")
-    return {number: str(numbers[number]).strip() for number in sorted(numbers)}
-
-
-def _split_text(text: str, count: Any) -> list[str]:
-    """Names from one string: a list in brackets, or separated by commas, lines, or blanks where their count says so."""
-    if text.strip().startswith("["):
-        try:
-            inner = yaml.safe_load(text)
-        except yaml.YAMLError:
-            inner = None
-        if isinstance(inner, list):
-            return [str(name) for name in inner]
-    for separator in (r"[,;\n]+", r"\s+"):
-        parts = [part.strip(" '\"-[]\t") for part in re.split(separator, text.strip())]
-        parts = [part for part in parts if part]
-        if len(parts) > 1 and (separator != r"\s+" or len(parts) == count):
-            return parts
-    return [text.strip()]

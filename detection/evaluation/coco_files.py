@@ -48,8 +48,8 @@ def compare_files(annotations: Path, results: Path, detections_per_img: int = 10
     Args:
         annotations: COCO instances file. Its images need not be there.
         results: a list of `{"image_id", "category_id", "bbox": [x, y, w, h] and / or "segmentation": RLE, "score"}`, or
-            the `predictions.json` of scripts/predict.py. Masks are compared where the first entry has one. The area of
-            a mask is its own; pycocotools takes that of the box where an entry has one.
+            the `predictions.json` of `detection predict`. Masks are compared where the first entry has one. The area
+            of a mask is its own; pycocotools takes that of the box where an entry has one.
         detections_per_img: how many detections of an image and class count.
         masks: false compares boxes alone.
 

@@ -77,7 +77,7 @@ class Detector:
     def from_checkpoint(
         cls, path: str | Path, device: str = "auto", precision: Precision = "32", trust: Iterable[str] = ()
     ) -> Detector:
-        """The detector of a run's `.ckpt`, or of a `.safetensors` file of `save_detector` or `scripts/convert.py`.
+        """The detector of a run's `.ckpt`, or of a `.safetensors` file of `save_detector` or `detection convert`.
 
         Args:
             path: of the file.

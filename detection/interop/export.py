@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -334,13 +335,16 @@ def to_torch(model: FasterRCNN, path: Path, compiled: bool = False) -> None:
         ExportError: see `check_exportable`.
     """
     program, _ = trace(model)
-    # torchvision's operator in the place of ours, which nobody knows without this package.
-    program = program.run_decompositions({torch.ops.detection.grouped_nms.default: _nms_apart})
     path.parent.mkdir(parents=True, exist_ok=True)
-    if compiled:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-    else:
-        torch.export.save(program, path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*create_unbacked_symint")  # torchvision's call of PyTorch
+        warnings.filterwarnings("ignore", "No complete tensor found")  # concerns weights on a GPU
+        # torchvision's operator in the place of ours, which nobody knows without this package.
+        program = program.run_decompositions({torch.ops.detection.grouped_nms.default: _nms_apart})
+        if compiled:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        else:
+            torch.export.save(program, path)
 
 
 def _nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
@@ -389,13 +393,18 @@ class Parity:
     score: float
     mask: float
 
+    def __str__(self) -> str:
+        differences = f"{self.box:.2g} pixels, {self.score:.2g} of a score, {self.mask:.2g} in a mask"
+        alone = f"{self.unmatched} in one of the two alone, the largest differences of the others {differences}"
+        return f"{self.detections} detections on {self.images} image{'s' * (self.images != 1)}, {alone}"
+
     def as_dict(self) -> dict[str, float]:
         """For a file."""
         return asdict(self)
 
 
 def compare(detector: Detector, run: Run, images: Sequence[Pixels]) -> Parity:
-    """Detections as `predict.py` makes them and those of an exported file, on `(H, W, C)` images, each alone.
+    """Detections as `detection predict` makes them and those of an exported file, on `(H, W, C)` images, each alone.
 
     A detection's partner has its label and the nearest box, less than a pixel away and not taken.
 

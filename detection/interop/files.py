@@ -313,7 +313,7 @@ def _read_own(path: Path) -> Saved:
     saved = read_saved(path)
     if saved.recipe is None:
         of_a_run = path.suffix == ".ckpt"
-        told = NO_RECIPE if of_a_run else "does not say how to build its detector: convert it with scripts/convert.py"
+        told = NO_RECIPE if of_a_run else "does not say how to build its detector: convert it with `detection convert`"
         raise CheckpointError(f"{path}: {told}")
     return saved
 

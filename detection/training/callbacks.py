@@ -115,7 +115,7 @@ class Bar(RichProgressBar):
 
     FIGURES: Mapping[str, str] = {  # the last are left out first where the line is full
         "train/loss": "loss {:.3f}",
-        "val_map": "mAP {:.3f}",
+        "val/map": "mAP {:.3f}",
         "images/s": "{:.3g} img/s",
         "gpu": "{:.1f} GiB",
     }

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 AFRESH = "start afresh from its weights with --weights {run} in the place of --resume"
 Settings = Mapping[str, Any]
+FAR = 10**9  # steps: an end that no schedule nears
 
 
 def differences(old: Any, new: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
@@ -172,3 +174,26 @@ def total_steps(trainer: L.Trainer, checkpoint: Mapping[str, Any] | None) -> flo
     epochs = max(0.0, trainer.max_epochs - checkpoint["epoch"] - progress / then["batches"])  # type: ignore[operator]
     steps = checkpoint["global_step"] + math.ceil(epochs * math.ceil(now["batches"] / now["accumulated"]))
     return min(steps, trainer.max_steps) if trainer.max_steps != -1 else steps
+
+
+def steps_by_time(trainer: L.Trainer) -> Callable[[int], int] | None:
+    """A step -> all steps of a run of `max_time`, if they take as long as those before did; None without `max_time`.
+
+    So the share of the steps that are done is the share of the time that has passed, validations included, and a
+    schedule ends with the time. All ranks go by the first one's clock. Before the first step the end is far away.
+    """
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    timer = next((timer for timer in timers if timer.time_remaining() is not None), None)
+    if timer is None:
+        return None
+    known = {0: FAR}
+
+    def length(step: int) -> int:
+        if step not in known:
+            passed, left = timer.time_elapsed(), timer.time_remaining() or 0.0
+            steps = round(step * (1 + max(0.0, left) / passed)) if passed > 0 else FAR
+            known.clear()  # each group of parameters asks for the step that is done
+            known[step] = int(trainer.strategy.broadcast(steps))
+        return known[step]
+
+    return length

@@ -70,9 +70,7 @@ def _find(resume: str | None, parent: Path, make: bool) -> Start:
             return Start(path.parent, _announce(path))
         checkpoint = newest_checkpoint(path)
         if checkpoint is None:
-            raise FileNotFoundError(
-                f"no checkpoint at {path}: --resume takes a .ckpt file, the folder of a run, or auto"
-            )
+            raise FileNotFoundError(f"no checkpoint at {path}: {WANTED}")
         return Start(path, checkpoint)
     folder = _handed_folder() or _newest_run(parent)
     if folder is None:
@@ -141,6 +139,24 @@ def progress(path: Path) -> tuple[int, int]:
         )
         raise ValueError(f"{path} holds weights, but not the optimiser's state to go on with: {there}")
     return int(content["epoch"]), int(content["global_step"])
+
+
+def best_or_last(path: Path) -> Path:
+    """Whose weights are meant: the file itself, or of a run's folder the best checkpoint, else the last.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the folder has neither.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if not path.is_dir():
+        return path
+    found = next((path / name for name in (BEST, LAST) if (path / name).is_file()), None)
+    if found is None:
+        runs = sorted(file.parent for name in (BEST, LAST) for file in path.glob(f"*/{name}"))
+        hint = f"; name one of its runs, such as {runs[-1]}" if runs else ": is it the folder of a run?"
+        raise FileNotFoundError(f"there is no {BEST} or {LAST} in {path}{hint}")
+    return found
 
 
 class Kept(NamedTuple):

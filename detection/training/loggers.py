@@ -167,7 +167,7 @@ class Tracker(WandbLogger):
         )
         self._wandb_init.pop("anonymous", None)  # W&B warns of it
         self._wandb_init |= {name: value for name, value in (shown or {}).items() if value is not None}
-        self.folder = folder
+        self.folder, self._wanted = folder, mode
         self.lost = False
 
     @property
@@ -197,7 +197,7 @@ class Tracker(WandbLogger):
             if mode == "online":
                 log.info("W&B: %s", run.url)
             else:
-                why = "" if logged_in() else "not logged in, so "
+                why = "" if self._wanted == "offline" or logged_in() else "not logged in, so "
                 send = f"wandb sync {self.folder.as_posix()}/wandb/offline-run-*"
                 log.info("W&B: %soffline; send the run later with: %s", why, send)
             run.define_metric("trainer/global_step")
@@ -258,20 +258,22 @@ class Tracker(WandbLogger):
 
         self.attempt(send)
 
-    def log_facts(self, kind: str, files: Mapping[str, str], facts: Mapping[str, Any]) -> None:
-        """Keep small texts as an artifact of the run; the same content again is the same version.
+    def log_facts(self, kind: str, files: Mapping[str, str], facts: Mapping[str, Any], name: str | None = None) -> None:
+        """Keep small texts as an artifact; the same content again, in any run, is the same version of its name.
 
         Args:
             kind: `dataset` or `config`, the artifact's type.
             files: name -> content.
             facts: shown beside them.
+            name: what runs share it by; None is for this run alone.
         """
+        shared = re.sub(r"[^\w.-]+", "-", name or "")
 
         def send() -> None:
             import wandb
 
             run = self.experiment
-            artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind, metadata=dict(facts))
+            artifact = wandb.Artifact(f"{kind}-{shared or run.id}", type=kind, metadata=dict(facts))
             for name, content in files.items():
                 with artifact.new_file(name, mode="w", encoding="utf-8") as file:
                     file.write(content)

@@ -17,6 +17,7 @@ from torch.optim import SGD
 from torchmetrics import Metric
 
 from detection.batch import Batch, check_batch
+from detection.commit import code_version
 from detection.data.spectral import PixelFormat
 from detection.drift import present_recipe
 from detection.evaluation.mean_ap import MeanAP
@@ -27,7 +28,7 @@ from detection.models.masks import paste_masks
 from detection.models.transform import ImageTransform
 from detection.models.two_stage import FasterRCNN
 from detection.recipes import RecipeError, describe, rebuild, trusting
-from detection.training.changes import check_changes, check_groups, take_rates, total_steps
+from detection.training.changes import check_changes, check_groups, steps_by_time, take_rates, total_steps
 from detection.training.checkpoints import announce_parts
 from detection.training.freezing import Freeze, Freezing, share_anew
 from detection.training.loaders import as_batch, images_per_step
@@ -133,6 +134,9 @@ class DetectionModule(L.LightningModule):
         self.optimizer, self.lr, self.weight_decay, self.schedule = optimizer, lr, weight_decay, schedule
         self.lr_mult, self.layer_decay, self.images_per_batch = dict(lr_mult or {}), layer_decay, images_per_batch
         check_prefixes(detector, self.lr_mult, "model.lr_mult")
+        for prefix, factor in self.lr_mult.items():
+            if not 0 <= factor < math.inf:
+                raise ValueError(f"model.lr_mult of {prefix} is {factor}: give a number from 0 on")
         if layer_decay is not None:
             layer_scales(detector, layer_decay)
         self.freezing = Freezing(detector, freeze or ())
@@ -144,6 +148,7 @@ class DetectionModule(L.LightningModule):
         self.step_losses: dict[str, Tensor] = {}  # of the newest training step, for those who look for what went wrong
         self._images_seen = 0  # in evaluation, of those that bring no id of their own
         self._resumed: dict[str, Any] | None = None  # the checkpoint, until its run goes on
+        self._code, self._code_before = "unknown", ""
         self._given: list[dict[str, Any]] = []  # of each group of the optimiser, what it was built with
 
     @classmethod
@@ -183,6 +188,7 @@ class DetectionModule(L.LightningModule):
         choose_precision(self.trainer)
         if stage == "fit":
             self._describe_detector(settings)
+            self.own_metrics.check(self.detector.has_masks)
             check_monitors(self.trainer, known_figures(self.class_names, self.metric.iou_type, self.detector.has_masks))
         if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
@@ -229,6 +235,7 @@ class DetectionModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Say what will be needed to open the checkpoints, or that they can't rebuild the detector."""
+        self._code = code_version()  # now, as the files may change while it trains
         if self.trainer.is_global_zero:
             parts = {"optimizer": self.optimizer, "schedule": self.schedule, "metrics": list(self.own_metrics)}
             settings = {f"model.{name}": part for name, part in parts.items()}
@@ -245,7 +252,12 @@ class DetectionModule(L.LightningModule):
             return
         data = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
         check_changes(checkpoint, self.hparams, data, self, self._run_name())
-        self._resumed = checkpoint
+        self._resumed, self._code_before = checkpoint, str(checkpoint.get("code", ""))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep which code has trained it; of a run that went on with other code, each."""
+        known = self._code_before.split(", then ") if self._code_before else []
+        checkpoint["code"] = ", then ".join(known if known[-1:] == [self._code] else [*known, self._code])
 
     def _run_name(self) -> str:
         return str(Path(self.trainer.ckpt_path or "").parent)
@@ -334,7 +346,6 @@ class DetectionModule(L.LightningModule):
         values = {f"{stage}/{name.removeprefix('bbox_')}": value for name, value in figures.items()}
         # COCO says -1 where there is no object of a size; in a chart that would be a figure.
         self.log_dict({name: value for name, value in values.items() if value >= 0 or name == f"{stage}/map"})
-        self.log(f"{stage}_map", values[f"{stage}/map"], prog_bar=True, logger=False)
         for kind, prefix in zip(self.metric.iou_type, ("ap", "segm_ap"), strict=False):
             of_classes = self.metric.per_class(kind)  # type: ignore[arg-type]
             self.log_dict({f"{stage}/{prefix}/{name}": value for name, value in of_classes.items()})
@@ -346,7 +357,9 @@ class DetectionModule(L.LightningModule):
         images = images_per_step(self.trainer, self.images_per_batch)
         steps = total_steps(self.trainer, self._resumed)
         lr = self.lr * images / REFERENCE_BATCH
-        log.info("learning rate %g: %g for 16 images, scaled to %d a step; %g steps", lr, self.lr, images, steps)
+        by_time = steps_by_time(self.trainer)
+        length = f"{steps:g} steps" if by_time is None or not math.isinf(steps) else "as many steps as the time allows"
+        log.info("learning rate %g: %g for 16 images, scaled to %d a step; %s", lr, self.lr, images, length)
         shares = self.lr_mult, self.layer_decay
         groups = parameter_groups(self.detector, lr, self.weight_decay, *shares, self.freezing.trainable)
         # A fused optimiser takes the scale off float16 gradients itself, so late that they can't be clipped before.
@@ -356,7 +369,7 @@ class DetectionModule(L.LightningModule):
         if self._resumed is not None:
             check_groups(self._resumed, optimizer, self._run_name())
         self._given = settings_of(optimizer, self.optimizer)
-        scheduler = build_scheduler(self.schedule, optimizer, steps)
+        scheduler = build_scheduler(self.schedule, optimizer, steps, by_time)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

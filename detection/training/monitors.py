@@ -25,7 +25,7 @@ def known_figures(class_names: Sequence[str], iou_type: Any, masks: bool) -> lis
     losses = [*LOSSES, *(["loss_mask"] if masks else [])]
     names = [*(name.removeprefix("bbox_") for name in figures), *losses, *(f"ap/{name}" for name in class_names)]
     names += [f"proposals_ar_{limit}" for limit in (100, 300, 1000)]
-    return [*(f"val/{name}" for name in names), *(f"train/{name}" for name in losses), *WATCHED, "val_map"]
+    return [*(f"val/{name}" for name in names), *(f"train/{name}" for name in losses), *WATCHED]
 
 
 def check_monitors(trainer: L.Trainer, known: Sequence[str]) -> None:

@@ -218,22 +218,28 @@ def takes(factory: Callable[..., Any], argument: str) -> bool:
     return argument in parameters or any(p.kind is Parameter.VAR_KEYWORD for p in parameters.values())
 
 
-def build_scheduler(schedule: Schedule, optimizer: Optimizer, total_steps: float) -> LRScheduler:
+def build_scheduler(
+    schedule: Schedule, optimizer: Optimizer, total_steps: float, by_time: Callable[[int], int] | None = None
+) -> LRScheduler:
     """What multiplies the rates at each step.
 
     Args:
         schedule: `(step, total_steps) -> factor`, or a factory of one of torch's schedulers.
         optimizer: whose rates they are.
         total_steps: optimiser steps of the run; infinite where it has no end.
+        by_time: of a run that ends by the clock alone: a step -> all steps, as far as is known then.
 
     Raises:
         ValueError: the schedule is neither, or needs an end and there is none.
     """
     wanted = [p for p in signature(schedule).parameters.values() if p.default is Parameter.empty]
     if len([p for p in wanted if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]) == 2:
-        if math.isinf(total_steps):
-            raise ValueError("the schedule needs to know the end of the run: give trainer.max_epochs or max_steps")
-        return LambdaLR(optimizer, lambda step: schedule(step, int(total_steps)))  # type: ignore[arg-type, call-arg, return-value]
+        if math.isinf(total_steps) and by_time is None:
+            raise ValueError(
+                "the schedule needs to know the end of the run: give trainer.max_epochs, max_steps or max_time"
+            )
+        length = by_time if math.isinf(total_steps) and by_time else lambda _: int(total_steps)
+        return LambdaLR(optimizer, lambda step: schedule(step, length(step)))  # type: ignore[arg-type, call-arg, return-value]
     scheduler = schedule(optimizer)  # type: ignore[arg-type, call-arg]
     if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(

@@ -1,5 +1,7 @@
 """`precision` bf16-true, 16-true and 64-true: weights, and the layers they are in, in that type; boxes stay float32.
 
+And `bf16-mixed`, with clipping.
+
 Lightning converts a whole batch and module, anchors and boxes too: in bfloat16 a coordinate of 300 is right to a pixel.
 """
 
@@ -9,7 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, Precision
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
 
 
@@ -43,10 +45,23 @@ class WeightPrecision(Precision):
         return tuple(a.to(self.dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
+class UnscaledPrecision(MixedPrecision):
+    """`bf16-mixed`, whose gradients have no scale, so that those of a fused optimiser can be clipped as any.
+
+    Lightning refuses it as for float16, where the fused optimiser takes the scale off too late.
+    """
+
+    def clip_gradients(self, *args: Any, **options: Any) -> None:
+        """As in float32."""
+        Precision.clip_gradients(self, *args, **options)
+
+
 def choose_precision(trainer: L.Trainer) -> None:
-    """Put `WeightPrecision` in the place of Lightning's plugins that convert all of a batch, which can't be done."""
+    """Put ours in the place of Lightning's plugins that convert all of a batch, or refuse to clip what has no scale."""
     plugin = trainer.strategy.precision_plugin
-    if type(plugin) is DoublePrecision:
+    if type(plugin) is MixedPrecision and plugin.precision == "bf16-mixed":
+        trainer.strategy.precision_plugin = UnscaledPrecision("bf16-mixed", plugin.device)
+    elif type(plugin) is DoublePrecision:
         trainer.strategy.precision_plugin = WeightPrecision("64-true", torch.float64)
     elif type(plugin) is HalfPrecision:
         dtype = torch.bfloat16 if plugin.precision == "bf16-true" else torch.float16

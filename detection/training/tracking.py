@@ -143,7 +143,7 @@ class SampledForeground(L.Callback):
 class Tracking(L.Callback):
     """Plots in the run's folder, and to W&B, where it is in use, plots, a table by class, pictures and the checkpoint.
 
-    After a validation: `plots/*.png` as `scripts/evaluate.py` draws them, AP by class as a table, and the same images
+    After a validation: `plots/*.png` as `detection evaluate` draws them, AP by class as a table, and the same images
     each time with boxes and masks of ground truth and predictions to switch on and off. In a long run that happens ever
     more rarely, 32 times and then 16 in each doubling of validations, for the sake of disk and quota. At the end:
     `plots/curves.png`, and the best checkpoint as an artifact, if wanted.
@@ -168,10 +168,11 @@ class Tracking(L.Callback):
             tracker.start()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        facts, config = data_facts(trainer), self.folder / "config.yaml"
+        config = self.folder / "config.yaml"
         for tracker in trackers(trainer):
-            if facts:
-                tracker.log_facts("dataset", {"dataset.json": json.dumps(facts, indent=1)}, facts)
+            if facts := data_facts(trainer):  # reads all objects, so only where it is wanted
+                folder = Path(next(iter(facts.values()))["root"]).name
+                tracker.log_facts("dataset", {"dataset.json": json.dumps(facts, indent=1)}, facts, folder)
             if config.is_file():
                 tracker.log_facts("config", {config.name: config.read_text(encoding="utf-8")}, {})
 

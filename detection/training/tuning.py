@@ -1,4 +1,4 @@
-"""`fit.py --find`: the learning rate or the batch to begin with, looked for by Lightning's tuner; it trains nothing."""
+"""`detection fit --find` looks for a learning rate or a batch with Lightning's tuner, and trains nothing."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import pytest
 from detection.benchmarks.evaluation import benchmark_eval
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_rows_agree_and_have_a_time_and_a_size():
     rows = benchmark_eval(images=40, detections=20, classes=5)
     assert [row["evaluator"] for row in rows] == [

@@ -65,7 +65,7 @@ def test_few_classes_and_many_boxes_can_be_timed() -> None:
         step()
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_each_quick_form_is_left_out_once() -> None:
     rows = measure_forms("efficientnet_lite0", 64, 1, False, 1, "cpu")
     assert [row["forms"] for row in rows] == [

@@ -208,7 +208,7 @@ def test_the_anchors_that_it_prints_are_taken_back_and_judged(
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     check_data(*data, "--json", str(first))
     output = capsys.readouterr().out
-    command = f"python scripts/fit.py --data.root {shared_data / 'cells'} --data.train_split train --data.min_size 240 "
+    command = f"detection fit --data.root {shared_data / 'cells'} --data.train_split train --data.min_size 240 "
     assert output.splitlines()[-1] == f"Next: {command}--data.max_size 400"
     (tmp_path / "plain.yaml").write_text("model: {detector: detection.models.zoo.fasterrcnn_resnet50_fpn}")
     check_data(*data, "--config", str(tmp_path / "plain.yaml"))
@@ -218,7 +218,7 @@ def test_the_anchors_that_it_prints_are_taken_back_and_judged(
     check_data(*data, "--json", str(second), "--config", str(tmp_path / "anchors.yaml"))
     output = capsys.readouterr().out
     assert "proposed" not in output and "rpn_anchor_generator" not in output
-    assert output.splitlines()[-1].startswith(f"Next: python scripts/fit.py --config {tmp_path / 'anchors.yaml'} ")
+    assert output.splitlines()[-1].startswith(f"Next: detection fit --config {tmp_path / 'anchors.yaml'} ")
     ((before,), (after,)) = (json.loads(file.read_text()) for file in (first, second))
     assert after["anchors"]["recall"] == before["anchors"]["proposal_recall"] != before["anchors"]["recall"]
     assert after["anchors"]["grid"] == before["anchors"]["proposal"] and "proposal" not in after["anchors"]

@@ -272,7 +272,7 @@ def private_memory() -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the kernel reports no private memory")
 def test_memory_of_workers_stays_flat() -> None:
     """4 workers, 200,000 records: after the first hundredth, private memory grows by less than a tenth."""

@@ -17,6 +17,7 @@ import torch
 
 from detection import Detector, maskrcnn_efficientnet_lite0_fpn
 from detection.cli.evaluate import evaluate
+from detection.commit import code_version
 from detection.data.coco import read_coco
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
@@ -94,6 +95,30 @@ def test_figures_are_those_of_training(trained, pycoco):
     assert (out / "report.html").is_file()
 
 
+@pytest.mark.slow
+def test_the_report_names_the_code_that_trained(trained, tmp_path):
+    content = torch.load(trained[0] / "last.ckpt", weights_only=True)
+    assert content["code"] == code_version() != "unknown"
+    torch.save(content | {"code": "0123abcdef, then 4567abcdef"}, trained[0] / "older.ckpt")
+    evaluate(trained[0] / "older.ckpt", accelerator="cpu", batch_size=12, output=tmp_path)
+    facts = json.loads((tmp_path / "figures.json").read_text())["facts"]
+    assert (facts["code"], facts["evaluated with"]) == ("0123abcdef, then 4567abcdef", code_version())
+    assert "code <b>0123abcdef, then 4567abcdef</b>" in (tmp_path / "report.html").read_text()
+
+
+def test_crowds_are_said_to_be_left_out(tmp_path, capsys):
+    box = {"bbox": [5, 5, 20, 20], "area": 400, "image_id": 1, "category_id": 1}
+    gt = {"images": [{"id": 1, "file_name": "a.png", "height": 60, "width": 60}]}
+    gt |= {"categories": [{"id": 1, "name": "a"}]}
+    gt["annotations"] = [box | {"id": i + 1, "iscrowd": int(i > 0)} for i in range(3)]
+    (tmp_path / "gt.json").write_text(json.dumps(gt))
+    (tmp_path / "dt.json").write_text(json.dumps([box | {"score": 0.5}]))
+    evaluate(results=tmp_path / "dt.json", annotations=tmp_path / "gt.json")
+    printed = capsys.readouterr().out
+    assert re.search(r"^map +1\.0000 +1 object$", printed, re.MULTILINE)
+    assert "\n2 more objects are crowds, which COCO's protocol leaves out\n" in printed
+
+
 def report_of(folder):
     return json.loads((folder / "figures.json").read_text())["figures"]
 
@@ -138,7 +163,7 @@ def test_other_data_needs_nothing_of_the_training_data(trained, pycoco, tmp_path
         assert own == pytest.approx(official, abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_two_processes_give_the_figures_of_one(trained, tmp_path):
     folder, _ = trained
     found = []

@@ -24,9 +24,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from detection.cli.fit import FitCLI, main
 from detection.data import scenes
+from tests.runs import scene_flags
 
 SMALL = [
-    *("--name", "quickstart"),
     *("--data.num_workers", "0"),
     *("--data.min_size", "64"),
     *("--data.batch_size", "2"),
@@ -179,11 +179,7 @@ def fit(tmp_path: Path, data: list[str]) -> Fit:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The flags for a small data set of drawn scenes."""
-    root = scenes.draw(tmp_path_factory.mktemp("scenes"), train=8, val=3)
-    flags = ["--data.format", "coco", "--data.root", str(root)]
-    for split, (file, images) in scenes.SPLITS.items():
-        flags += [f"--data.{split}_split", file, f"--data.{split}_images", images]
-    return flags
+    return scene_flags(scenes.draw(tmp_path_factory.mktemp("scenes"), train=8, val=3))
 
 
 @pytest.fixture(scope="session")

@@ -91,6 +91,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, f
     return folder_of(output), time.monotonic() - began
 
 
+@pytest.mark.rehearsal
 @pytest.mark.fault(
     fault="the run is killed",
     injected="SIGKILL to all its processes at random moments, FAULTS_KILLS times",
@@ -166,6 +167,7 @@ def test_second_signal_ends_at_once(data: Path, tmp_path: Path, record_property:
     record_property("happened", "alive after the first, ended by the second")
 
 
+@pytest.mark.rehearsal
 @pytest.mark.fault(
     fault="SIGTERM reaches one rank only",
     injected="SIGTERM to the second of two processes (gloo)",

@@ -203,13 +203,20 @@ class Kill(L.Callback):
 """
 
 
+FAILURES = [
+    pytest.param("kill", 0, id="kill0"),
+    pytest.param("kill", 1, id="kill1", marks=pytest.mark.rehearsal),
+    pytest.param("raise", 1, id="raise1", marks=pytest.mark.rehearsal),
+]
+
+
 @pytest.mark.slow
 @pytest.mark.fault(
     fault="one of two ranks fails: {case}",
     injected="SIGKILL to itself, or an exception, in two processes that scripts/fit.py has started",
     promised="the whole job ends within a minute, not with 0, and no process is left",
 )
-@pytest.mark.parametrize(("deed", "rank"), [("kill", 0), ("kill", 1), ("raise", 1)], ids=["kill0", "kill1", "raise1"])
+@pytest.mark.parametrize(("deed", "rank"), FAILURES)
 def test_failing_rank(
     deed: str, rank: int, small: list[str], data: list[str], tmp_path: Path, record_property: Record
 ) -> None:

@@ -31,6 +31,7 @@ from detection.models import zoo
 from detection.models.fast import accelerate
 from detection.models.two_stage import FasterRCNN
 from detection.recipes import rebuild
+from tests.runs import rehearsed
 
 Sample = tuple[list[Tensor], list[dict[str, Tensor]]]
 Calibrated = Callable[[Callable[[], nn.Module]], nn.Module]
@@ -177,7 +178,7 @@ FORMS: dict[str, Callable[[FasterRCNN], FasterRCNN]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", rehearsed(TWINS, "resnet50", "resnet50_v2", "mobilenet_320", "mask_resnet50"))
 def test_twins_agree(name: str, calibrated: Calibrated, real_samples: Sample) -> None:
     build_theirs, build_ours, levels, size = TWINS[name]
     theirs = calibrated(partial(build_theirs, **OPTIONS, **size))

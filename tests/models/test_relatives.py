@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import logging
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from detection.batch import Batch
 from detection.cli.configuration import CONFIGS
-from detection.cli.fit import LOGGERS, FitCLI
+from detection.cli.fit import FitCLI
 from detection.data import scenes
 from detection.data.images import read_image
 from detection.models.backbones import Backbone, resnet_fpn
@@ -42,7 +41,6 @@ from detection.models.two_stage import FasterRCNN
 from detection.parts import FeatureMaps
 from detection.recipes import rebuild
 from detection.selective_search import SelectiveSearch
-from detection.training.checkpoints import RUN_FOLDER
 from detection.training.module import DetectionModule
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,18 +223,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scenes.draw(tmp_path_factory.mktemp("scenes"), train=4, val=2)
 
 
-@pytest.fixture
-def _no_trace() -> Iterator[None]:
-    """The command line sets up its own process, which here is also that of other tests."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
-    yield
-    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
-    os.environ.pop(RUN_FOLDER, None)
-
-
 def configuration(name: str, data: Path, output: Path) -> Path:
     """A packaged configuration, made small: drawn scenes, a quick search, two steps, networks without weights."""
     content = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
@@ -254,7 +240,6 @@ def configuration(name: str, data: Path, output: Path) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("_no_trace")
 @pytest.mark.parametrize("name", ["bccd_fastrcnn", "bccd_rcnn"])
 def test_the_packaged_configurations_train_from_the_command_line(name: str, data: Path, tmp_path: Path) -> None:
     cli = FitCLI(["--config", str(configuration(name, data, tmp_path))])

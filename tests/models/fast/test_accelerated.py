@@ -27,6 +27,7 @@ from detection.models.relatives import rcnn_resnet
 from detection.models.roi_heads import RoIHeads, TwoFCHead
 from detection.models.rpn import RegionProposalNetwork
 from detection.models.two_stage import TwoStageDetector
+from tests.runs import rehearsed
 
 SIZE = (96, 128)
 COMMON: dict[str, Any] = {
@@ -121,7 +122,7 @@ DEVICES = ["cpu", "cuda"]  # whose forms are chosen; all of them run here
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", rehearsed(DETECTORS, "Faster R-CNN", "Mask R-CNN"))
 def test_ten_steps_have_the_losses_of_the_plain_detector(name: str, device: str) -> None:
     """With weights and maps in float64, where 8e-7 was measured.
 
