@@ -34,7 +34,7 @@ def ray_tune() -> ModuleType:
     spec = importlib.util.spec_from_file_location("ray_tune", ROOT / "sweeps" / "ray_tune.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where Ray's processes look for it
+    sys.modules[spec.name] = module  # where pickle looks for it
     spec.loader.exec_module(module)
     return module
 
@@ -83,6 +83,7 @@ def test_ray_searches_with_two_trials(
 ) -> None:
     ray = pytest.importorskip("ray", reason="Ray Tune is not installed")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "sweeps")]))  # of Ray's processes
     ray.init(num_cpus=2, include_dashboard=False)
     try:
         best = ray_tune.main([f"--data.root={shared_data / 'bccd'}", *QUICK, "--wandb=off"], trials=2)

@@ -108,6 +108,7 @@ def timm_fpn(
     if plain and pyramid is None:
         pyramid = _simple_pyramid(name, strides[0], out_channels, fpn_norm)
     body.indices = network.prune_intermediate_layers(list(out_indices), prune_norm=True, prune_head=True)
+    network.head = nn.Identity()  # never run, but before timm 1.0.31 ConvNeXt's kept a normalisation that can't train
     if is_given(weights):
         load_matching(network, find_weights(weights), name)
     if window_size is not None:

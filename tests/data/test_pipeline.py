@@ -134,7 +134,8 @@ def test_boxes_without_masks_hold_the_pixels(name: str) -> None:
                 assert min(box[2:] - box[:2]) < 3
                 continue
             over = np.concatenate([around[:2] - box[:2], box[2:] - around[2:]])
-            assert (over >= -min(tolerance, 1.1) - 1e-3).all()
+            # OpenCV 4.11 moves in steps of 1/32 pixel.
+            assert (over >= -min(tolerance, 1.1) - (1 / 32 if name == "Affine" else 1e-3)).all()
             if name not in TURNED or ((around[:2] > 0).all() and (around[2:] < (width, height)).all()):
                 assert over.max() <= tolerance + 1e-3
                 compared += 1

@@ -46,8 +46,7 @@ def folder_of(output: Path) -> Path:
 def test_a_killed_run_goes_on_bit_for_bit(device: str, tmp_path: Path) -> None:
     data = scenes.draw(tmp_path / "scenes", train=8, val=4)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert begin(data, whole, device).wait(300) == 0, (whole / "log.txt").read_text()[-3000:]
-    run = begin(data, killed, device)
+    run, beside = begin(data, killed, device), begin(data, whole, device)
     for _ in range(6000):
         found = list(killed.glob("quickstart/*/metrics.csv"))
         if found and len(found[0].read_text().splitlines()) > 4:
@@ -57,6 +56,7 @@ def test_a_killed_run_goes_on_bit_for_bit(device: str, tmp_path: Path) -> None:
     os.killpg(run.pid, signal.SIGKILL)
     assert run.wait(30) == -signal.SIGKILL  # and so it was not done
     assert begin(data, killed, device).wait(300) == 0, (killed / "log.txt").read_text()[-3000:]
+    assert beside.wait(300) == 0, (whole / "log.txt").read_text()[-3000:]
     assert rows(folder_of(whole)) == rows(folder_of(killed))
     assert differences(*(state(folder_of(output) / "last.ckpt") for output in (whole, killed))) == []
 
@@ -80,18 +80,22 @@ def learn(rank: int, world: int, backend: str, device: str, folder: Path) -> Non
     dist.destroy_process_group()
 
 
-def weights_of(world: int, backend: str, device: str, folder: Path) -> list[torch.Tensor]:
+def begin_learning(world: int, backend: str, device: str, folder: Path) -> list[subprocess.Popen[bytes]]:
     folder.mkdir()
     command = [sys.executable, "-m", "tests.gpu.test_processes", str(world), backend, device, str(folder)]
-    runs = [subprocess.Popen([*command, str(rank)], env=os.environ | ENVIRONMENT, cwd=ROOT) for rank in range(world)]
-    assert [run.wait(200) for run in runs] == [0] * world
-    return [torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pt"))]
+    return [subprocess.Popen([*command, str(rank)], env=os.environ | ENVIRONMENT, cwd=ROOT) for rank in range(world)]
 
 
 def test_two_processes_on_one_device_learn_what_one_learns(device: str, tmp_path: Path) -> None:
     """Two with gloo against one with NCCL, which takes no two processes on one device."""
-    (one,) = weights_of(1, "nccl" if device == "cuda" else "gloo", device, tmp_path / "one")
-    first, second = weights_of(2, "gloo", device, tmp_path / "two")
+    runs = begin_learning(1, "nccl" if device == "cuda" else "gloo", device, tmp_path / "one")
+    runs += begin_learning(2, "gloo", device, tmp_path / "two")
+    assert [run.wait(300) for run in runs] == [0, 0, 0]
+    one, first, second = (
+        torch.load(path, weights_only=True)
+        for name in ("one", "two")
+        for path in sorted((tmp_path / name).glob("*.pt"))
+    )
     start = torch.cat([p.detach().flatten() for p in make_module().parameters()])
     assert (one - start).abs().max() > 1e-4  # it has learned
     assert torch.equal(first, second)

@@ -130,7 +130,7 @@ class PackedConv2d(Packing, nn.Conv2d):
         if self.pads_same:
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
         cast = self.cast(x)
-        if cast is None:
+        if cast is None or (other is not None and other.shape[2:].numel() == 1):  # PyTorch 2.11 can't sum single pixels
             y = nn.Conv2d.forward(self, x)
             return self.activation(y if other is None else y + other)
         geometry = self.padding, self.stride, self.dilation, self.groups

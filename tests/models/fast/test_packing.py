@@ -69,8 +69,11 @@ def half_precision(enabled: bool) -> torch.autocast:
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("activation", [nn.Identity(), nn.ReLU(), nn.ReLU6()])
-def test_a_packed_convolution_carries_out_sum_and_activation(activation: nn.Module, half: bool) -> None:
-    layer, x, other = nn.Conv2d(8, 16, 3, padding=1), 9 * torch.randn(2, 8, 9, 7), torch.randn(2, 16, 9, 7)
+@pytest.mark.parametrize("size", [(9, 7), (1, 1)])
+def test_a_packed_convolution_carries_out_sum_and_activation(
+    size: tuple[int, int], activation: nn.Module, half: bool
+) -> None:
+    layer, x, other = nn.Conv2d(8, 16, 3, padding=1), 9 * torch.randn(2, 8, *size), torch.randn(2, 16, *size)
     packed = nn.Sequential(copy.deepcopy(layer), nn.Identity(), activation)
     pack(packed)
     assert type(packed[0].activation) is type(activation) and type(packed[2]) is nn.Identity
