@@ -45,7 +45,7 @@ REHEARSAL = Sizes(
     height=64,
     width=96,
     batch=2,
-    inference=(1, 2),
+    inference=(1,),
     rounds=1,
     backbone="resnet18",
     options={
@@ -55,11 +55,11 @@ REHEARSAL = Sizes(
         "box_detections_per_img": 5,
     },
     side=96,
-    images=16,
+    images=8,
     workers=1,
     fit=(
         *("--data.min_size", "64", "--data.max_size", "96", "--data.num_workers", "0"),
-        *("--trainer.max_steps", "4", "--trainer.limit_val_batches", "2", "--trainer.log_every_n_steps", "1"),
+        *("--trainer.max_steps", "2", "--trainer.limit_val_batches", "2", "--trainer.log_every_n_steps", "1"),
         *("--model.detector.fpn_channels", "16", "--model.detector.weights_backbone", "null"),
     ),
     backend="eager",
