@@ -39,6 +39,14 @@ def args(data: Path, tmp_path: Path) -> list[str]:
         (["--data.batch_size", "0"], "batch_size 0"),
         (["--trainer.val_check_interval", "0"], "trainer.val_check_interval is 0"),
         (["--data.classes", "[bal]"], "did you mean 'ball'?"),
+        (["--model.lr_mult", "{rpn: -1}"], "model.lr_mult of rpn is -1"),
+        (["--model.freeze", "{rpn: -1}"], "model.freeze of rpn is -1: give epochs from 0 on"),
+        (["--model.metrics", "[torchmetrics.MeanMetric]"], "model.metrics: MeanMetric does not take detections"),
+        (["--trainer.max_steps", "0"], "nothing was trained"),
+        (["--trainer.max_epochs", "0"], "nothing was trained"),
+        (["--trainer.max_time", "00:00:00:00"], "nothing was trained"),
+        (["--trainer.limit_train_batches", "0"], "nothing would be trained"),
+        (["--trainer.accelerator", "tpu"], "Requirement 'torch_xla"),
         (["--trainer.val_check_interval", "100"], "must be less than or equal to the number of the training batches"),
         (["--trainer.max_epochs=-1", "--trainer.max_steps=-1"], "give trainer.max_epochs, max_steps or max_time"),
         (["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/mpa"], "did you mean val/map?"),
@@ -72,6 +80,13 @@ def test_it_is_one_sentence_and_no_folder(
         (["--model.schedule.warmup_steps", "{a: 1}"], "--model.schedule.warmup_steps takes a whole number", "Union"),
         (["--data.scale_jitter_size", "true"], "--data.scale_jitter_size takes a whole number, not true", "None"),
         (["--model.optimizer", "AdanW"], "did you mean AdamW?", "dot import"),
+        (
+            ["--model.schedule", "torch.optim.lr_scheduler.StepLR"],
+            "--model.schedule: the following arguments are required: step_size",
+            "Union",
+        ),
+        (["--model.schedule", "{milestones: [0.5]}"], "write --model.schedule.milestones of detection.Multi", "Union"),
+        (["--model.schedule", "CosineSchedule"], "did you mean detection.CosineSchedule?", "dot import"),
     ],
 )
 def test_suggestions_lead_where_they_should(
@@ -93,6 +108,8 @@ def test_suggestions_lead_where_they_should(
         ["--trainer.precision", "16-true", "--model.lr", "1e-5"],
         ["--model.schedule.warmup_steps", "0"],
         ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/map"],
+        ["--trainer.callbacks", "Timer"],  # whose default is an Enum
+        ["--trainer.callbacks", "TQDMProgressBar"],  # in the place of ours, which needs a terminal
     ],
     ids=" ".join,
 )

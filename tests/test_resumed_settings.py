@@ -107,12 +107,11 @@ def test_a_run_that_ends_by_the_clock_has_a_schedule_of_that_length(
     """Where a step takes a second, twenty seconds are twenty steps; on resume what is left of them."""
     passed = [0.0]
 
-    def tick(timer: Timer, trainer: L.Trainer, *_: Any) -> None:
+    def tick(*_: Any) -> None:
         passed[0] += 1.0
-        timer._check_time_remaining(trainer)
 
     monkeypatch.setattr(Timer, "time_elapsed", lambda *_: passed[0])
-    monkeypatch.setattr(Timer, "on_train_batch_end", tick)
+    monkeypatch.setattr(Timer, "on_train_batch_start", tick)
     logging.getLogger("detection").propagate = True
     caplog.set_level(logging.INFO, "detection")
     no_end = ("--trainer.max_epochs=-1", "--trainer.max_steps=-1", "--trainer.max_time", "00:00:00:20")
@@ -219,6 +218,8 @@ def test_a_run_without_its_configuration_is_no_quickstart(
     for resume in (folder, folder / "last.ckpt"):
         assert main(["--resume", str(resume)]) == 2
         assert f"{folder} has no config.yaml" in capsys.readouterr().err
+    assert main(["--resume", str(folder.parent)]) == 2
+    assert f"name one of its runs, such as --resume {folder}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("resume", ["nowhere", "null", "auto", "nowhere.ckpt"])

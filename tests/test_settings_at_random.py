@@ -44,7 +44,22 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trainer.plugins": ("TorchCheckpointIO", "AsyncCheckpointIO", "MixedPrecision", "abc", "[]"),
     "trainer.max_time": ("00:00:00:05", "00:00:00:00", "5", "{seconds: 5}", "{secs: 5}", "-00:00:00:05"),
     "trainer.default_root_dir": ("elsewhere", "null"),
-    "trainer.callbacks": (*callbacks.__all__, "EarlyStoping", "abc", "[]"),
+    "trainer.callbacks": (
+        *(*callbacks.__all__, "EarlyStoping", "abc", "[]", "[LearningRateMonitor, DeviceStatsMonitor]"),
+        *(
+            f"{{class_path: {name}, init_args: {{{arguments}}}}}"
+            for name, arguments in (
+                ("EarlyStopping", "monitor: val/map"),
+                ("EarlyStopping", "monitor: val/loss, patience: -1"),
+                ("EarlyStopping", "monitor: 3"),
+                ("ModelCheckpoint", "monitor: val/map_50, save_top_k: 2"),
+                ("ModelCheckpoint", "monitor: map"),
+                ("StochasticWeightAveraging", "swa_lrs: 0.01"),
+                ("GradientAccumulationScheduler", "scheduling: {0: 2}"),
+                ("Timer", "duration: '00:00:00:05'"),
+            )
+        ),
+    ),
     "trainer.logger": (*loggers.__all__, "CVSLogger", "true", "false", "[]"),
     "trainer.fast_dev_run": ("true", "false", "1", "2", "0", "-1"),
     "trainer.val_check_interval": ("0", "1", "2", "0.5", "-1", "100", "00:00:00:01", "nan"),
@@ -140,7 +155,7 @@ def test_it_trains_or_says_why_not(
     assert "Traceback" not in said, (given, said)
     if code == 0:
         rehearsal = any(flag.startswith("--trainer.fast_dev_run=") for flag in given)
-        assert not sentences and (len(folders) == 1 or rehearsal), (given, said)
+        assert not sentences and (rehearsal or (steps and len(folders) == 1)), (given, said)
     else:
         assert len(sentences) == 1 and len(sentences[0]) < 700, (given, said)
         assert not re.search(r"frozen dataclass|NoneType|object is not|'int'|'str'", sentences[0]), (given, said)
@@ -170,10 +185,11 @@ def in_this_process(line: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[f
 
 
 def in_a_process(line: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[float, Any, int]:
-    """The same of a run that may start others; steps count as taken where a checkpoint was written."""
+    """The same of a run that may start others; steps count as taken where it went well, or wrote a checkpoint."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run([sys.executable, "-m", "detection", "fit", *line], env=environment, timeout=240)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return seconds, done.returncode, len(list(Path().glob("runs/*/*/last.ckpt")))
+    trained = done.returncode == 0 or any(Path().glob("runs/*/*/last.ckpt"))
+    return seconds, done.returncode, int(trained)

@@ -7,13 +7,14 @@ import os
 import sys
 import weakref
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
@@ -26,7 +27,7 @@ from detection.cli.fit_help import description, explain_all
 from detection.cli.folder import SaveConfig, never_validates, remove, remove_empty, say_changes, write_readme
 from detection.cli.output import LOGGERS as LOGGERS
 from detection.cli.output import set_up_output
-from detection.cli.parser import Parser
+from detection.cli.parser import Parser, cause
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
 from detection.errors import RunError, SettingsError, explain
@@ -59,6 +60,8 @@ log = logging.getLogger(__name__)
 
 # What libraries raise at settings that they can't be built with.
 UNEXPLAINED = (ArithmeticError, ImportError, LookupError, OSError, RuntimeError, TypeError, MisconfigurationException)
+# Lightning's `Timer` has one as a default, which no configuration could be written with otherwise.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_str(str(value.value)))
 set_parsing_settings(import_path_denylist=[])  # jsonargparse's own, such as `os`, is an error and no warning
 
 
@@ -153,6 +156,7 @@ class FitCLI(LightningCLI):
         if _rank() and RUN_FOLDER in os.environ:  # started by the first rank, not by a cluster's launcher
             end_with_parent(os.getppid())
         self._check_run()
+        weights = best_or_last(Path(self.config.weights)) if self.config.weights else None
         leaves_nothing = self.config.find or self.config.trainer.fast_dev_run
         self._start = start(self.config.resume, Path(self.config.output) / self.config.name, not leaves_nothing)
         if self._start.made:  # for this run alone, so before there is anything to write, which may never come
@@ -172,14 +176,19 @@ class FitCLI(LightningCLI):
         parts = self._make_parts(config.pop("model"))
         self.config_init = self.parser.instantiate(config)  # the trainer's callbacks, loggers, plugins
         self.model = DetectionModule(**parts, class_names=self.datamodule.class_names)
-        if self.config.weights and not self.checkpoint:
-            self._take_weights(Path(self.config.weights))
+        if weights is not None and not self.checkpoint:
+            take_weights(self.model.detector, weights, self.datamodule.class_names)
+            log.info("beginning with the weights of %s, with a new optimiser and schedule", weights)
         self.trainer = self.instantiate_trainer()
 
     def _check_run(self) -> None:
         """Refuse flags of the run and the trainer that contradict each other."""
         if (parts := self.config.trainer.accumulate_grad_batches) < 1:
             raise ValueError(f"trainer.accumulate_grad_batches is {parts}: it counts batches, so at least 1")
+        if self.config.trainer.limit_train_batches == 0:
+            raise ValueError(
+                "trainer.limit_train_batches is 0: nothing would be trained; to look at figures alone, evaluate"
+            )
         if self.config.find and (self.config.resume or self.config.trainer.fast_dev_run):
             raise ValueError("--find looks before a run begins: leave --resume and --trainer.fast_dev_run out")
         if self.config.weights and self.config.resume not in (None, "auto"):
@@ -192,11 +201,6 @@ class FitCLI(LightningCLI):
         if (folder := self.config.trainer.default_root_dir) is not None:
             raise ValueError(f"a run's folder is OUTPUT/NAME/TIME: give --output {folder} in the place of "
                              "--trainer.default_root_dir")  # fmt: skip
-
-    def _take_weights(self, path: Path) -> None:
-        path = best_or_last(path)
-        take_weights(self.model.detector, path, self.datamodule.class_names)
-        log.info("beginning with the weights of %s, with a new optimiser and schedule", path)
 
     def clean_up(self) -> None:
         """Take away the folder that was made for this run, unless it has trained."""
@@ -217,7 +221,8 @@ class FitCLI(LightningCLI):
         StrategyRegistry.register("ddp", DDPStrategy, override=True, start_method="popen", gradient_as_bucket_view=True)
         settings: dict[str, Any] = {"default_root_dir": str(self.folder)}
         settings["plugins"] = [*_listed(given.plugins), WholeFiles(), *([SyncNorms()] if given.sync_batchnorm else [])]
-        settings["enable_progress_bar"] = self._shows_bar(given) and not self.config.find
+        bar = self._shows_bar(given) or (_has_bar(given) and given.enable_progress_bar is not False)
+        settings["enable_progress_bar"] = bar and not self.config.find
         self.guard = Guard(self.folder, self.datamodule.hparams["timeout"])
         if self.config.find:
             return super().instantiate_trainer(**settings, **tuning.SETTINGS, callbacks=[], **kwargs)
@@ -228,7 +233,8 @@ class FitCLI(LightningCLI):
         return super().instantiate_trainer(**settings, **kwargs)
 
     def _shows_bar(self, given: Namespace) -> bool:
-        return given.enable_progress_bar is not False and Console().is_terminal
+        """Whether ours is shown: to a person at a terminal who has not chosen another."""
+        return given.enable_progress_bar is not False and Console().is_terminal and not _has_bar(given)
 
     def _callbacks(self, given: Namespace) -> list[Callback]:
         bar = self._shows_bar(given)
@@ -274,6 +280,11 @@ class FitCLI(LightningCLI):
         total, trained = sum(n for n, _ in parameters), sum(n for n, trains in parameters if trains)
         log.info("detector: %.1f M parameters, of which %.1f M train", total / 1e6, trained / 1e6)
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.checkpoint)
+        if not self.guard.begun and not self.checkpoint:  # one that goes on may have been at its end
+            raise SettingsError(
+                "nothing was trained: max_epochs, max_steps, max_time or limit_train_batches of trainer leave no step",
+                on_all_ranks=True,
+            )
         if _rank() == 0 and not self.config.trainer.fast_dev_run:
             self._write_readme(validated=(self.folder / BEST).is_file())
         if not self.guard.begun:
@@ -339,11 +350,15 @@ def _unknown(error: Exception, what: str) -> str:
     return f"these settings {what}: {type(error).__name__}: {said} (JSONARGPARSE_DEBUG=true shows where)"
 
 
+def _has_bar(given: Namespace) -> bool:
+    return any(isinstance(callback, ProgressBar) for callback in _listed(given.callbacks))
+
+
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
 def _fail(error: Exception) -> int:
     if _rank() == 0:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {cause(' '.join(str(error).split()))}\n")
     return 2

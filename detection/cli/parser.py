@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import detection
 from detection.cli.configuration import CONFIGS, PRESETS, defaults
-from detection.cli.wording import in_words, is_about_names, nearest
+from detection.cli.wording import flag_before, in_words, is_about_names, nearest
 from detection.models import relatives, zoo
 from detection.recipes import NEVER, advice
 from detection.training.optimisation import MOVED
@@ -62,6 +62,8 @@ class Parser(LightningArgumentParser):
             return f" (did you mean --{'.'.join([*_keys(message), *near])}?)" if near else ""
         options = {option.lstrip("-") for option in self._option_string_actions if option.startswith("--")}
         known = options | {"trust"} | {f"model.detector.{name}" for name in vars(defaults(TYPICAL))}
+        if hint := flag_before(message, known):
+            return hint
         quoted = re.findall(r"['\"]([\w.+-]+)['\"]", message) if is_about_names(message) else []
         for word in re.findall(r"--([\w.+-]+)", message) + quoted:
             if word not in known and (name := nearest(word, known)):
@@ -71,9 +73,10 @@ class Parser(LightningArgumentParser):
             near = difflib.get_close_matches(Path(file[1]).stem, packaged, 1, 0.6)
             return f" (did you mean --config {near[0]}?)" if near else f"; packaged are {', '.join(sorted(packaged))}"
         if absent := re.search(r"dot import path string: (\w+)", message):
-            homes = (torch.optim, callbacks, loggers, detection)
-            near = difflib.get_close_matches(absent[1], [n for home in homes for n in dir(home)], 1, 0.7)
-            return f" (did you mean {near[0]}?)" if near else ""
+            homes = {name: home for home in (detection, loggers, callbacks, torch.optim) for name in dir(home)}
+            near = difflib.get_close_matches(absent[1], homes, 1, 0.7)
+            path = f"{homes[near[0]].__name__}." if near == [absent[1]] else ""  # a short name is of some types alone
+            return f" (did you mean {path}{near[0]}?)" if near else ""
         builder = difflib.get_close_matches(message.split()[-1], {**vars(zoo), **vars(relatives)}, 1, 0.75)
         return f" (did you mean {builder[0]}?)" if builder else ""
 
@@ -85,12 +88,22 @@ def shorten(message: str) -> str:
     )
     if value:  # of an argument of a part
         return f'Parser key "{value[1]}.{value[2]}": {value[3]}'
+    called = re.findall(r"expects a function or a callable class: (.*?)(?: - Type |\.? G(?:ot|iven) value|$)", message)
+    if own := [why for why in called if not why.startswith("Expected '")]:
+        return f"--{'.'.join(_keys(message))}: {own[0]}"
     causes = message.rpartition("Errors: - ")[2].split(" - ")
     named = [cause for cause in causes if "given class_path" in cause]
     if "Errors: - " not in message or not named:
         return message
     inner = named[0].replace("Problem with given class_path ", "").partition(" Got value")[0]
     return f"--{'.'.join(_keys(message))}: {inner}"
+
+
+def cause(message: str) -> str:
+    """Why a part can't be made, out of jsonargparse's list of all types that it is not; else the message."""
+    errors = message.rpartition("Errors: - ")[2].partition(" Given value type")[0].split(" - ")
+    own = [error for error in errors if not error.startswith(("Expected a", "Not of type"))]
+    return own[0] if "Errors: - " in message and own else message
 
 
 def _keys(message: str) -> list[str]:

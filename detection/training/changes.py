@@ -182,8 +182,9 @@ def steps_by_time(trainer: L.Trainer) -> Callable[[int], int] | None:
     So the share of the steps that are done is the share of the time that has passed, validations included, and a
     schedule ends with the time. All ranks go by the first one's clock. Before the first step the end is far away.
     """
-    timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)  # type: ignore[attr-defined]
-    if timer is None or timer.time_remaining() is None:
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    timer = next((timer for timer in timers if timer.time_remaining() is not None), None)
+    if timer is None:
         return None
     known = {0: FAR}
 

@@ -30,12 +30,15 @@ class Freezing:
         still: batch normalisations that keep their statistics now.
 
     Raises:
-        ValueError: a prefix names nothing.
+        ValueError: a prefix names nothing, or a number of epochs is negative.
     """
 
     def __init__(self, detector: nn.Module, freeze: Freeze) -> None:
         self.epochs = dict(freeze) if isinstance(freeze, Mapping) else dict.fromkeys(freeze)
         check_prefixes(detector, self.epochs, "model.freeze")
+        for prefix, epochs in self.epochs.items():
+            if epochs is not None and epochs < 0:
+                raise ValueError(f"model.freeze of {prefix} is {epochs}: give epochs from 0 on, or null for good")
         needs_gradient = {name for name, p in detector.named_parameters() if p.requires_grad}
         self.trainable = {name for name in needs_gradient if self._epochs_of(name) is not None}
         self.still: list[nn.Module] = []

@@ -134,6 +134,9 @@ class DetectionModule(L.LightningModule):
         self.optimizer, self.lr, self.weight_decay, self.schedule = optimizer, lr, weight_decay, schedule
         self.lr_mult, self.layer_decay, self.images_per_batch = dict(lr_mult or {}), layer_decay, images_per_batch
         check_prefixes(detector, self.lr_mult, "model.lr_mult")
+        for prefix, factor in self.lr_mult.items():
+            if not 0 <= factor < math.inf:
+                raise ValueError(f"model.lr_mult of {prefix} is {factor}: give a number from 0 on")
         if layer_decay is not None:
             layer_scales(detector, layer_decay)
         self.freezing = Freezing(detector, freeze or ())
@@ -185,6 +188,7 @@ class DetectionModule(L.LightningModule):
         choose_precision(self.trainer)
         if stage == "fit":
             self._describe_detector(settings)
+            self.own_metrics.check(self.detector.has_masks)
             check_monitors(self.trainer, known_figures(self.class_names, self.metric.iou_type, self.detector.has_masks))
         if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")

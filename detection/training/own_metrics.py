@@ -39,6 +39,28 @@ class OwnMetrics(nn.Module):
             metric.distributed_available_fn = _alone
         self._skipped: set[str] = set()
 
+    def check(self, with_masks: bool) -> None:
+        """Give each metric a detection before a run does, hours later.
+
+        Raises:
+            ValueError: one does not take it.
+        """
+        boxes, labels = torch.tensor([[2.0, 2.0, 12.0, 10.0]]), torch.ones(1, dtype=torch.int64)
+        found = {"boxes": boxes, "scores": torch.full((1,), 0.5), "labels": labels}
+        truth = {"boxes": boxes, "labels": labels, "area": torch.full((1,), 80.0), "iscrowd": torch.zeros_like(labels)}
+        truth["image_id"] = torch.tensor(1)
+        if with_masks:
+            found["masks"] = truth["masks"] = torch.ones((1, 16, 16), dtype=torch.bool)
+        for name, metric in zip(self.metrics, self, strict=True):
+            try:
+                metric.update([_to(found, metric.device)], [_to(truth, metric.device)])
+            except Exception as error:
+                raise ValueError(
+                    f"model.metrics: {name} does not take detections as torchmetrics.detection has them: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            metric.reset()
+
     def __iter__(self) -> Iterator[Metric]:
         return iter(self.metrics.values())  # type: ignore[arg-type]
 
