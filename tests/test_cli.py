@@ -78,6 +78,7 @@ def test_misspelt_key_in_a_file_fails_with_the_nearest(tmp_path: Path, capsys: p
         (["--data.format", "voc"], "needs root"),
         (["--data.format", "voc", "--data.root", "/nowhere"], "/nowhere"),
         (["--resume", "/nowhere"], "no checkpoint at /nowhere"),
+        (["--weights", "/nowhere"], "no checkpoint at /nowhere"),
         (["--model.detector.num_classes", "3"], "num_classes=7"),
         (["--model.detector.weights_backbone", "/nowhere.pth"], "/nowhere.pth"),
     ],

@@ -136,6 +136,24 @@ def test_the_nearest_flag_is_suggested(name: str, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("args", "said"),
     [
+        (["fit", "photos"], "a value goes behind its flag, as in --data.root photos)"),
+        (["check", "photos"], "a value goes behind its flag, as in --root photos)"),
+        (["predict", "run", "--source", "photos"], "a value goes behind its flag, as in --ckpt run)"),
+        (["predict", "--source", "photos"], "error: give --ckpt\n"),
+        (["download"], "error: give dataset, --root\n"),
+        (["fit", "--config", "bcd"], "bcd (did you mean --config bccd?)"),
+    ],
+)
+def test_what_is_missing_on_the_command_line(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        command.main(args)
+    shown = capsys.readouterr().err
+    assert end.value.code == 2 and said in shown and shown.count("\n") == 1 and "Parser key" not in shown
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
         (["convert", "imprt"], "did you mean import?"),
         (["benchmark", "trian"], "did you mean train?"),
     ],

@@ -319,3 +319,61 @@ def test_a_visit(browser: Any, served: Served, tmp_path: Path) -> None:
     served.process.terminate()
     served.process.wait(20)
     assert "Traceback" not in served.text
+
+
+@pytest.mark.slow
+def test_rows_and_boxes_point_at_each_other_and_files_are_given(browser: Any, demo: Any, tmp_path: Path) -> None:
+    """Side by side: what one detector has points at nothing of the other, whose classes are others."""
+    expect = importlib.import_module("playwright.sync_api").expect
+    save_detector(tmp_path / "tiny.safetensors", tiny(), NAMES)
+    save_detector(tmp_path / "other.safetensors", tiny(), ("ball", "hat", "shoe"))
+    flags = ("--beside", str(tmp_path / "other.safetensors"))
+    served = Served(tmp_path / "tiny.safetensors", tmp_path / "log.txt", *flags)
+    try:
+        page = browser.new_page()
+        page.goto(served.url)
+        sentences = page.locator(".knows")
+        expect(sentences).to_have_text([re.compile("ball, ring, star"), re.compile("ball, hat, shoe")])
+        expect(page.locator(".example")).to_have_count(6)
+        page.locator(".example").nth(1).click()
+        expect(page.locator("img.picture:visible")).to_have_count(2, timeout=60_000)
+        rows, boxes = page.locator("tr[data-box]"), page.locator("rect[data-box]")
+        expect(rows.first).to_be_visible()
+        keys = rows.evaluate_all("rows => rows.map(row => row.dataset.box)")
+        assert len(set(keys)) == len(keys) == boxes.count() > 2
+        assert {key.split("-")[1] for key in keys} == {"0", "1"}
+
+        marked = """() => [...document.querySelectorAll("[data-box]")].filter(e => e.tagName === "TR"
+          ? getComputedStyle(e).backgroundColor !== "rgba(0, 0, 0, 0)" : getComputedStyle(e).stroke !== "none")
+          .map(e => [e.tagName.toUpperCase(), e.dataset.box])"""
+        assert page.evaluate(marked) == []
+        last = keys[-1]
+        page.locator(f'tr[data-box="{last}"]').hover()
+        both = sorted([["TR", last], ["RECT", last]])
+        assert sorted(page.evaluate(marked)) == both
+        page.locator(".title").hover()
+        assert page.evaluate(marked) == []
+        page.locator(f'rect[data-box="{last}"]').dispatch_event("click")  # another may lie above its middle
+        page.locator(".title").hover()
+        assert sorted(page.evaluate(marked)) == both  # kept
+        page.keyboard.press("Escape")
+        assert page.evaluate(marked) == []
+
+        for number in range(2):
+            lists = page.locator(".list .q-table__container").nth(number).locator("tr[data-box]")
+            with page.expect_download() as given:
+                page.get_by_role("button", name="JSON").nth(number).click()
+            assert given.value.suggested_filename == "scene_2_detections.json"
+            document = json.loads(Path(given.value.path()).read_text())
+            names = {entry["id"]: entry["name"] for entry in document["categories"]}
+            found = [f"{names[e['category_id']]} {e['score']:.2f}" for e in document["annotations"]]
+            assert found == [" ".join(text.split()[:2]) for text in lists.all_inner_texts()]
+            with page.expect_download() as given:
+                page.get_by_role("button", name="Picture").nth(number).click()
+            size = document["images"][0]["width"], document["images"][0]["height"]
+            drawn = Image.open(given.value.path())
+            assert drawn.format == "JPEG" and drawn.width / drawn.height == pytest.approx(size[0] / size[1], rel=0.01)
+        assert "Traceback" not in served.text
+    finally:
+        served.process.kill()
+        served.process.wait()

@@ -218,6 +218,8 @@ def test_a_run_without_its_configuration_is_no_quickstart(
     for resume in (folder, folder / "last.ckpt"):
         assert main(["--resume", str(resume)]) == 2
         assert f"{folder} has no config.yaml" in capsys.readouterr().err
+    assert main(["--resume", str(folder.parent)]) == 2
+    assert f"name one of its runs, such as --resume {folder}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("resume", ["nowhere", "null", "auto", "nowhere.ckpt"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-COMMAND = "scripts/benchmark.py gpu --minutes 8"
+COMMAND = "detection benchmark gpu --minutes 8"
 NOTHING = f"""# On a GPU
 
 **Nothing has been measured on a GPU yet.** `make gpu` (`{COMMAND}`) measures all of it in one command that stops by

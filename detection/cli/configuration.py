@@ -32,7 +32,7 @@ from detection.recipes import (
     rebuild,
     trusted_names,
 )
-from detection.training.checkpoints import progress
+from detection.training.checkpoints import LAST, progress
 
 QUICKSTART, OWN_DATA = "quickstart", "own_data"
 AUTO = "auto"  # of `rpn_anchor_generator`: anchors that fit the data
@@ -120,6 +120,8 @@ def _refuse_without_settings(resume: Path) -> NoReturn:
     if resume.is_file():
         progress(resume)
     run = resume if resume.is_dir() else resume.parent
+    if runs := sorted(path.parent for path in run.glob(f"*/{LAST}")):
+        raise RecipeError(f"{run} has no {CONFIG}; name one of its runs, such as --resume {runs[-1]}")
     raise RecipeError(
         f"{run} has no {CONFIG}, so the settings of its run are not known: give --config with them, or begin another "
         f"run with its weights, with --weights {resume}"

@@ -59,13 +59,14 @@ def export(
         raise DataError(f"{images}: the check takes images, not a video")
     names = saved.class_names or ["?"] * (model.num_classes - 1)
     parity = compare(Detector(model, names, device="cpu"), run, [pixels for _, pixels in islice(source, count)])
-    print(f"checked against the model: {parity}")
+    if parity.detections or parity.unmatched:
+        print(f"checked against the model: {parity}")
+    else:
+        print(f"nothing was found on {images}, so nothing was compared: give images with objects", file=sys.stderr)
     if output.suffix == ".onnx":
         write_facts(output, {"parity": parity.as_dict()})
     if parity.unmatched or parity.box > tolerance:
         raise ExportError(f"{output}: its detections are not those of the model: {parity}")
-    if not parity.detections:
-        print(f"nothing was found on {images}, so nothing was compared: give images with objects", file=sys.stderr)
 
 
 def main(args: Sequence[str]) -> str | None:

@@ -156,6 +156,7 @@ class FitCLI(LightningCLI):
         if _rank() and RUN_FOLDER in os.environ:  # started by the first rank, not by a cluster's launcher
             end_with_parent(os.getppid())
         self._check_run()
+        weights = best_or_last(Path(self.config.weights)) if self.config.weights else None
         leaves_nothing = self.config.find or self.config.trainer.fast_dev_run
         self._start = start(self.config.resume, Path(self.config.output) / self.config.name, not leaves_nothing)
         if self._start.made:  # for this run alone, so before there is anything to write, which may never come
@@ -175,8 +176,9 @@ class FitCLI(LightningCLI):
         parts = self._make_parts(config.pop("model"))
         self.config_init = self.parser.instantiate(config)  # the trainer's callbacks, loggers, plugins
         self.model = DetectionModule(**parts, class_names=self.datamodule.class_names)
-        if self.config.weights and not self.checkpoint:
-            self._take_weights(Path(self.config.weights))
+        if weights is not None and not self.checkpoint:
+            take_weights(self.model.detector, weights, self.datamodule.class_names)
+            log.info("beginning with the weights of %s, with a new optimiser and schedule", weights)
         self.trainer = self.instantiate_trainer()
 
     def _check_run(self) -> None:
@@ -199,11 +201,6 @@ class FitCLI(LightningCLI):
         if (folder := self.config.trainer.default_root_dir) is not None:
             raise ValueError(f"a run's folder is OUTPUT/NAME/TIME: give --output {folder} in the place of "
                              "--trainer.default_root_dir")  # fmt: skip
-
-    def _take_weights(self, path: Path) -> None:
-        path = best_or_last(path)
-        take_weights(self.model.detector, path, self.datamodule.class_names)
-        log.info("beginning with the weights of %s, with a new optimiser and schedule", path)
 
     def clean_up(self) -> None:
         """Take away the folder that was made for this run, unless it has trained."""

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import detection
 from detection.cli.configuration import CONFIGS, PRESETS, defaults
-from detection.cli.wording import in_words, is_about_names, nearest
+from detection.cli.wording import flag_before, in_words, is_about_names, nearest
 from detection.models import relatives, zoo
 from detection.recipes import NEVER, advice
 from detection.training.optimisation import MOVED
@@ -62,6 +62,8 @@ class Parser(LightningArgumentParser):
             return f" (did you mean --{'.'.join([*_keys(message), *near])}?)" if near else ""
         options = {option.lstrip("-") for option in self._option_string_actions if option.startswith("--")}
         known = options | {"trust"} | {f"model.detector.{name}" for name in vars(defaults(TYPICAL))}
+        if hint := flag_before(message, known):
+            return hint
         quoted = re.findall(r"['\"]([\w.+-]+)['\"]", message) if is_about_names(message) else []
         for word in re.findall(r"--([\w.+-]+)", message) + quoted:
             if word not in known and (name := nearest(word, known)):

@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -45,6 +45,13 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return by_last_part[last[0]] if last else None
 
 
+def flag_before(message: str, known: Collection[str]) -> str:
+    """A hint where a value stands without a flag, as with commands that take their data without one."""
+    stray = re.search(r"[Uu]nrecognized arguments: ([^-\s]\S*)", message)
+    flag = next((name for name in ("data.root", "root", "ckpt") if name in known), None)
+    return f" (a value goes behind its flag, as in --{flag} {stray[1]})" if stray and flag else ""
+
+
 def is_about_names(message: str) -> bool:
     """Whether a flag or a key is unknown, and not the value of a known one wrong."""
     return re.search(r"[Uu]nrecognized arguments|is not accepted|does not accept option|not found", message) is not None
@@ -52,6 +59,8 @@ def is_about_names(message: str) -> bool:
 
 def in_words(message: str) -> str:
     """A message on a value of the wrong type, without Python's names of types; others as they are."""
+    if file := re.search(r"\"config\": File does not exist: '(.*?)'", message):
+        return f"--config: there is no file {file[1]}"
     key = re.match(r'Parser key "([\w.]+)":', message)
     if key and (name := re.search(r"dot import path string: (\S+)", message)):
         return f"--{key[1]}: there is no class {name[1]}"
@@ -78,7 +87,10 @@ def complain(message: str, options: Iterable[str]) -> NoReturn:
     """Write the one line, with the nearest option for an unknown one, and exit with code 2."""
     message = in_words(" ".join(message.split()))
     known = {option.lstrip("-") for option in options if option.startswith("--")}
-    hint = ""
+    if missing := re.search(r"the following arguments are required: (.*)", message):
+        names = missing[1].split(", ")
+        message = f"give {', '.join(f'--{name}' if name in known else name for name in names)}"
+    hint = flag_before(message, known)
     if is_about_names(message):
         for word in re.findall(r"--([\w.+-]+)", message):
             name = nearest(word, known)

@@ -69,7 +69,7 @@ def read_file(
     entries = {label_of(item.get("id")): item for item in content["categories"] if isinstance(item, dict)}
     index.frequencies = frequencies(entries[label] for label in range(1, len(index.classes) + 1))
     by_image = reader.group(content["annotations"])
-    known: set[Id] = set()
+    known: dict[Id, str] = {}
     for position, image in enumerate(content["images"]):
         record = reader.image(position, image, by_image, labels, known)
         if record is not None:
@@ -158,17 +158,20 @@ class _Reader:
         item: Any,
         by_image: dict[Id, list[tuple[int, dict[str, Any]]]],
         labels: dict[Id, int],
-        known: set[Id],
+        known: dict[Id, str],
     ) -> Record | None:
         """The record of one entry of `images`, or None where it can't be used."""
         item = item if isinstance(item, dict) else {}
         key, name = _key(item.get("id")), image_name(item)
         where = f"image at {position}" if key is None else f"image {key}"
+        if key is not None and known.get(key) == name:
+            self.report(where, f"'{name}' is listed twice", "it is read once; delete the copy")
+            return None
         if key is None or key in known:
             problem = _no_id(item) if key is None else f"the id is used twice, now for {str(name)[:80]!r}"
             self.report(where, problem, "this image is left out; give it an id of its own", "broken")
             return None
-        known.add(key)
+        known[key] = str(name)
         if not _is_name(item):
             self.report(where, "it has no file_name", "the image and its annotations are left out; add it", "broken")
             return None

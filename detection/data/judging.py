@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from detection.data.federated import seen_together
 from detection.data.images import EXTENSIONS
+from detection.data.pairing import pair
 from detection.data.records import Defect, Form, Index, Record, Severity, relabel
 
 Boxes = NDArray[np.float64]
@@ -158,16 +159,16 @@ def _reason(index: Index) -> str:
 
 
 def _labels_elsewhere(index: Index) -> str | None:
-    """The folder below the root with most label files, not empty, named as the pictures are; None without one."""
+    """The folder below the root with most label files of the pictures' names that belong to none of them, not empty."""
     stems = {PurePosixPath(record.file_name).stem for record in index.records}
-    found = Counter[str]()
+    labels: list[str] = []
     for place, folders, files in os.walk(index.root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        labels = [name for name in files if name.lower().endswith(LABEL_KINDS) and Path(name).stem in stems]
-        count = sum(os.path.getsize(Path(place, name)) > 0 for name in labels)
-        found[Path(place).relative_to(index.root).as_posix()] += count
-    place, count = found.most_common(1)[0] if found else ("", 0)
-    return place if count else None
+        named = [name for name in files if name.lower().endswith(LABEL_KINDS) and Path(name).stem in stems]
+        labels += [Path(place, name).relative_to(index.root).as_posix() for name in named]
+    alone = pair([record.file_name for record in index.records], labels).alone
+    found = Counter(os.path.dirname(name) for name in alone if os.path.getsize(index.root / name) > 0)
+    return found.most_common(1)[0][0] if found else None
 
 
 def kind_of(problem: str) -> str:

@@ -35,11 +35,14 @@ h2 { margin: 0 0 .2rem; font-size: 1.15rem; }
 .pair > * { min-width: 0; }
 @media (min-width: 900px) { .pair.uneven { grid-template-columns: 2.2fr 1fr; } }
 img.plot { display: block; max-width: 100%; height: auto; margin: auto; }
-.scroll { overflow: auto; max-height: 560px; }
+.scroll { overflow: auto; max-height: 560px;  /* a shadow where there is more to the right */
+  background: linear-gradient(to left, var(--card) 40%, transparent) right / 2.4rem 100% no-repeat local,
+    linear-gradient(to left, #00000050, transparent) right / 1rem 100% no-repeat scroll; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .38rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 td.text, th.text { text-align: left; }
-td.text { white-space: normal; }
+td.text { white-space: normal; min-width: 8.5rem; }
+td.text + td.text { min-width: 11rem; }
 thead th { position: sticky; top: 0; background: var(--card); z-index: 1; }
 th button { all: unset; cursor: pointer; color: var(--soft); font-weight: 600; }
 th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 3px; }

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,12 +19,11 @@ from detection.batch import Id
 from detection.data.images import LARGEST
 from detection.inference.detections import Detections
 from detection.inference.detector import Detector
+from detection.inference.films import Film
 from detection.inference.sources import ANNOTATED, RESULTS, Images, Listed, Pixels, Video
 from detection.inference.tiles import Tiles
 from detection.visualize import Names
 
-# A coder that is missing is no error here; OpenCV reads this once, when it opens its first film.
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 DRAWN = 8000  # pixels of the longer side of the picture of an image beyond LARGEST
 WRITTEN = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")  # kinds of pictures that every viewer shows
 COLUMNS = ("image", "class", "score", "x1", "y1", "x2", "y2")
@@ -305,43 +301,7 @@ class _Pictures:
         return []
 
 
-class _Film:
-    """Annotated frames as one video: H.264, which browsers play, or MPEG-4 where this OpenCV can't write that."""
-
-    def __init__(self, path: Path, fps: float) -> None:
-        self.path, self.fps = path, fps
-        self._writer: cv2.VideoWriter | None = None
-        self._notes: list[str] = []
-
-    def write(self, name: str, picture: Image.Image) -> None:
-        width, height = picture.width & ~1, picture.height & ~1  # video has colours for pairs of pixels
-        if self._writer is None:
-            self._writer = self._open((width, height))
-        self._writer.write(np.ascontiguousarray(np.asarray(picture)[:height, :width, ::-1]))
-
-    def _open(self, size: tuple[int, int]) -> cv2.VideoWriter:
-        level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        try:
-            writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*"avc1"), self.fps, size)
-        finally:
-            cv2.utils.logging.setLogLevel(level)
-        if writer.isOpened():
-            return writer
-        other = self.path.with_stem(f"{self.path.stem}_h264").name
-        self._notes.append(
-            f"{self.path}: MPEG-4, which browsers don't play, as this OpenCV writes no H.264; to convert it: ffmpeg -i "
-            f"{self.path.name} -c:v libx264 -pix_fmt yuv420p {other}"
-        )
-        return cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*"mp4v"), self.fps, size)
-
-    def close(self) -> list[str]:
-        """Finish the file; what is to be said of it."""
-        if self._writer is not None:
-            self._writer.release()
-        return self._notes
-
-
-def _writer(folder: Path, source: Images | Video) -> _Pictures | _Film:
+def _writer(folder: Path, source: Images | Video) -> _Pictures | Film:
     if isinstance(source, Images):
         return _Pictures(folder / ANNOTATED)
-    return _Film(folder / f"{Path(source.name).stem}_annotated.mp4", source.fps)
+    return Film(folder / f"{Path(source.name).stem}_annotated.mp4", source.fps)

@@ -70,9 +70,7 @@ def _find(resume: str | None, parent: Path, make: bool) -> Start:
             return Start(path.parent, _announce(path))
         checkpoint = newest_checkpoint(path)
         if checkpoint is None:
-            raise FileNotFoundError(
-                f"no checkpoint at {path}: --resume takes a .ckpt file, the folder of a run, or auto"
-            )
+            raise FileNotFoundError(f"no checkpoint at {path}: {WANTED}")
         return Start(path, checkpoint)
     folder = _handed_folder() or _newest_run(parent)
     if folder is None:
@@ -147,8 +145,10 @@ def best_or_last(path: Path) -> Path:
     """Whose weights are meant: the file itself, or of a run's folder the best checkpoint, else the last.
 
     Raises:
-        FileNotFoundError: the folder has neither.
+        FileNotFoundError: there is no such file, or the folder has neither.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
     if not path.is_dir():
         return path
     found = next((path / name for name in (BEST, LAST) if (path / name).is_file()), None)

@@ -167,7 +167,7 @@ class Tracker(WandbLogger):
         )
         self._wandb_init.pop("anonymous", None)  # W&B warns of it
         self._wandb_init |= {name: value for name, value in (shown or {}).items() if value is not None}
-        self.folder = folder
+        self.folder, self._wanted = folder, mode
         self.lost = False
 
     @property
@@ -197,7 +197,7 @@ class Tracker(WandbLogger):
             if mode == "online":
                 log.info("W&B: %s", run.url)
             else:
-                why = "" if logged_in() else "not logged in, so "
+                why = "" if self._wanted == "offline" or logged_in() else "not logged in, so "
                 send = f"wandb sync {self.folder.as_posix()}/wandb/offline-run-*"
                 log.info("W&B: %soffline; send the run later with: %s", why, send)
             run.define_metric("trainer/global_step")

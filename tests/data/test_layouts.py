@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from detection.data.finding import Layout, Stage, find
+from detection.data.judging import judge
 from detection.data.records import DataError, Index
 
 LABEL = "0 0.5 0.5 0.25 0.25\n"
@@ -318,3 +319,29 @@ def test_coco_boxes_that_are_text(tmp_path: Path) -> None:
     whole["annotations"][0]["bbox"][0] = "nan"
     write(tmp_path, {"a.json": json.dumps(whole)})
     assert "bbox is not four finite numbers" in problems(read(tmp_path))
+
+
+def test_a_coco_image_that_is_listed_twice(tmp_path: Path) -> None:
+    save(tmp_path, "a.png", "b.png")
+    whole = json.loads(coco(["a.png", "b.png"]))
+    whole["images"].append(whole["images"][0])
+    write(tmp_path, {"a.json": json.dumps(whole)})
+    index = read(tmp_path)
+    assert names_of(index) == ["a.png", "b.png"] and [len(record.boxes) for record in index.records] == [1, 1]
+    assert "image 0: 'a.png' is listed twice; it is read once" in problems(index)
+    assert {defect.severity for defect in index.defects} == {"repairable"}
+    whole["images"][-1] = whole["images"][0] | {"file_name": "b.png"}
+    write(tmp_path, {"a.json": json.dumps(whole)})
+    assert "image 0: the id is used twice, now for 'b.png'" in problems(read(tmp_path))
+
+
+def test_why_no_object_is_left(tmp_path: Path) -> None:
+    two = "names: [cat, dog]\ntrain: images/train\nval: images/val\n"
+    yolo(tmp_path, two)
+    split = find(tmp_path).stage("train")
+    assert split is not None
+    (defect,) = judge(split.read(["dog"], False))
+    assert defect.problem == "none of 2 images has an object"
+    (tmp_path / "labels/val").rename(tmp_path / "labels/test")
+    (defect,) = judge(read(tmp_path, "val"), "val")
+    assert "label files of these names lie in 'labels/test'" in defect.problem

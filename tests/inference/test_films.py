@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -57,6 +58,33 @@ def test_video_is_h264_where_opencv_writes_it(tmp_path, monkeypatch):
     Writer.fourcc = staticmethod(lambda *letters: int.from_bytes("".join(letters).encode(), "little"))
     done = predict(Blobs(), open_source(str(path)), tmp_path / "out", limit=2)
     assert asked == [b"avc1", (212, 320, 3), (212, 320, 3)] and not done.notes
+
+
+def test_video_is_h264_by_pyav_where_opencv_does_not_write_it(tmp_path, monkeypatch):
+    av = pytest.importorskip("av", reason='needs pip install "detection[video]"')
+    real, asked = cv2.VideoWriter, []
+
+    def writer(path, code, *settings):
+        asked.append(int(code).to_bytes(4, "little"))
+        return real() if asked[-1] == b"avc1" else real(path, code, *settings)
+
+    writer.fourcc = real.fourcc
+    path = film(tmp_path / "clip.mp4", "mp4v")
+    monkeypatch.setattr(cv2, "VideoWriter", writer)
+    done = predict(Blobs(), open_source(str(path)), tmp_path / "out")
+    assert asked == [b"avc1"] and not done.notes
+    with av.open(str(tmp_path / "out" / "clip_annotated.mp4")) as made, av.open(str(path)) as given:
+        stream = made.streams.video[0]
+        assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 12)
+        frames = [frame.to_ndarray(format="rgb24") for frame in made.decode(video=0)]
+        count = sum(1 for _ in given.decode(video=0))
+    assert len(frames) == count == 9 and frames[0].shape == (212, 320, 3)
+    assert np.abs(frames[0].astype(int) - frames[-1]).mean() > 1  # the blob has moved
+
+    monkeypatch.setitem(sys.modules, "av", None)
+    done = predict(Blobs(), open_source(str(path)), tmp_path / "other", limit=1)
+    assert asked[1:] == [b"avc1", b"mp4v"] and len(done.notes) == 1
+    assert 'pip install "detection[video]"' in done.notes[0] and "browsers don't play" in done.notes[0]
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ def test_files_that_can_not_be_used(small: FasterRCNN, tmp_path: Path) -> None:
         save_detector(path, small, ["a", "b"])
     state = {k: v.contiguous() for k, v in small.state_dict().items()}
     save_file(state, path)
-    with pytest.raises(CheckpointError, match=r"ours\.safetensors: does not say how to build.*convert\.py"):
+    with pytest.raises(CheckpointError, match=r"ours\.safetensors: does not say how to build.*`detection convert`"):
         load_detector(path)
 
     def write(recipe: Any, tensors: dict[str, Tensor] = state) -> None:
