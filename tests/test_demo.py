@@ -240,6 +240,7 @@ def browser(tmp_path: Path) -> Iterator[Any]:
             tmp_path / "profile", executable_path=chromium, headless=True, args=flags
         )
         context.set_default_timeout(20_000)
+        playwright.expect.set_options(timeout=30_000)  # machines are busy
         yield context
         context.close()
 
@@ -336,7 +337,7 @@ def test_rows_and_boxes_point_at_each_other_and_files_are_given(browser: Any, de
         expect(sentences).to_have_text([re.compile("ball, ring, star"), re.compile("ball, hat, shoe")])
         expect(page.locator(".example")).to_have_count(6)
         page.locator(".example").nth(1).click()
-        expect(page.locator("img.picture:visible")).to_have_count(2, timeout=60_000)
+        expect(page.locator("img.picture:visible")).to_have_count(2)
         rows, boxes = page.locator("tr[data-box]"), page.locator("rect[data-box]")
         expect(rows.first).to_be_visible()
         keys = rows.evaluate_all("rows => rows.map(row => row.dataset.box)")

@@ -166,7 +166,7 @@ def test_with_trust_it_is_exported_and_the_file_agrees(home: Path, resumed: Path
     code, said = run(*command("export", home, resumed), "--trust", "my_parts", cwd=home)
     assert code == 0, said
     found = r"(\d+) detections on 4 images, 0 in one .* others ([\d.e-]+) pixels, ([\d.e-]+) of a score"
-    count, box, score = re.search(found, said)[1:]  # type: ignore[index]
+    ((count, box, score),) = re.findall(found, said)
     assert int(count) > 0 and float(box) < 1e-2 and float(score) < 1e-4
 
 

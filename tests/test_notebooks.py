@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.runs import rehearsed
-
 nbformat = pytest.importorskip("nbformat", reason='needs pip install "detection[notebooks]"')
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -74,15 +72,14 @@ def test_pages_of_the_site_show_what_the_notebooks_hold(path: Path, tmp_path: Pa
     assert not PATHS.search(page) and "../detection" not in page
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("count", rehearsed([1, 4], 1))
-def test_notebooks_run(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.rehearsal
+def test_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nbclient", reason='needs pip install "detection[notebooks]"')
     pytest.importorskip("ipykernel", reason='needs pip install "detection[notebooks]"')
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # the kernels': they find the first one's run, and no older
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert len(NOTEBOOKS) == 4
-    for path in NOTEBOOKS[:count]:
+    for path in NOTEBOOKS:
         executed = load_runner().execute(path)  # an error in a cell is raised
         said = [text for cell in executed.cells for text in cell.get("outputs", []) if text.get("name") == "stderr"]
         assert not said, f"{path.name} wrote to stderr: {said[0].text}"

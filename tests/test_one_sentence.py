@@ -86,6 +86,7 @@ def test_it_is_one_sentence_and_no_folder(
             "Union",
         ),
         (["--model.schedule", "{milestones: [0.5]}"], "write --model.schedule.milestones of detection.Multi", "Union"),
+        (["--trainer.callbacks", "{class_path: EarlyStopping, init_args: {monitor: 3}}"], "it takes text", "class '"),
         (["--model.schedule", "CosineSchedule"], "did you mean detection.CosineSchedule?", "dot import"),
     ],
 )

@@ -181,7 +181,7 @@ def test_what_is_no_schedule_is_refused(schedule: Any) -> None:
     optimizer = SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises((ValueError, TypeError), match=r"neither a function of \(step, total_steps\)|argument"):
         build_scheduler(schedule, optimizer, 10)
-    with pytest.raises(ValueError, match=r"give trainer\.max_epochs or max_steps"):
+    with pytest.raises(ValueError, match=r"give trainer\.max_epochs, max_steps or max_time"):
         build_scheduler(CosineSchedule(), optimizer, math.inf)
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import detection
 from detection.cli.configuration import CONFIGS, PRESETS, defaults
-from detection.cli.wording import flag_before, in_words, is_about_names, nearest
+from detection.cli.wording import KINDS, flag_before, in_words, is_about_names, nearest
 from detection.models import relatives, zoo
 from detection.recipes import NEVER, advice
 from detection.training.optimisation import MOVED
@@ -96,6 +96,7 @@ def shorten(message: str) -> str:
     if "Errors: - " not in message or not named:
         return message
     inner = named[0].replace("Problem with given class_path ", "").partition(" Got value")[0]
+    inner = re.sub(r"Expected a <class '(\w+)'>", lambda kind: f"it takes {KINDS.get(kind[1], kind[1])}", inner)
     return f"--{'.'.join(_keys(message))}: {inner}"
 
 

@@ -164,7 +164,7 @@ class _Reader:
         item = item if isinstance(item, dict) else {}
         key, name = _key(item.get("id")), image_name(item)
         where = f"image at {position}" if key is None else f"image {key}"
-        if key is not None and known.get(key) == name:
+        if key is not None and name is not None and known.get(key) == name:
             self.report(where, f"'{name}' is listed twice", "it is read once; delete the copy")
             return None
         if key is None or key in known:

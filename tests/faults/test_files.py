@@ -42,7 +42,8 @@ def images_of(data: list[str], tmp_path: Path, **options: Any) -> DetectionDataM
     source = Path(data[data.index("--data.root") + 1])
     root = tmp_path / "copy"
     os.system(f"cp -r {source} {root}")
-    flags = dict(zip((flag.removeprefix("--data.") for flag in data[::2]), data[1::2], strict=True))
+    pairs = zip(data[::2], data[1::2], strict=True)
+    flags = {flag.removeprefix("--data."): value for flag, value in pairs if flag.startswith("--data.")}
     module = DetectionDataModule(**flags | {"root": str(root), "batch_size": 2, "num_workers": 0} | options)
     module.setup("fit")
     return module
