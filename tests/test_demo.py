@@ -63,7 +63,7 @@ def noise(seed: int = 0) -> np.ndarray[Any, Any]:
 @pytest.fixture
 def demo() -> Any:
     pytest.importorskip("nicegui", reason='needs pip install "detection[demo]"')
-    return importlib.import_module("detection.demo")
+    return importlib.import_module("detection.demo.demo_page")
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_boxes_and_files_are_those_that_are_chosen(demo: Any) -> None:
 
 
 def test_examples_are_validation_pictures_or_drawn_scenes(demo: Any, tmp_path: Path) -> None:
-    study = importlib.import_module("detection.study")
+    study = importlib.import_module("detection.demo.study")
     save_detector(tmp_path / "tiny.safetensors", tiny(), NAMES)
     drawn, said = study.examples(tmp_path / "tiny.safetensors", RGB, tmp_path)
     assert said == "Drawn scenes" and len(drawn) == study.EXAMPLES
@@ -137,7 +137,7 @@ def test_examples_are_validation_pictures_or_drawn_scenes(demo: Any, tmp_path: P
 
 
 def test_what_a_detector_knows(demo: Any) -> None:
-    study = importlib.import_module("detection.study")
+    study = importlib.import_module("detection.demo.study")
     assert "trained on: cat, dog. All else" in study.knows(["cat", "dog"])
     assert "k11 and 68 more." in study.knows([f"k{i}" for i in range(80)])
 
@@ -172,10 +172,10 @@ def test_stages_are_drawn_at_the_size_that_was_detected_at(demo: Any) -> None:
 
 
 def test_without_nicegui_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "detection.demo", raising=False)
+    monkeypatch.delitem(sys.modules, "detection.demo.demo_page", raising=False)
     monkeypatch.setitem(sys.modules, "nicegui", None)
     with pytest.raises(RunError, match=r'pip install "detection\[demo\]"'):
-        importlib.import_module("detection.demo")
+        importlib.import_module("detection.demo.demo_page")
 
 
 def test_a_port_that_is_taken(demo: Any, tmp_path: Path) -> None:

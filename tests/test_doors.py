@@ -177,7 +177,7 @@ def by_onnx(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def by_upload(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What the demo page makes of a file that is dropped on it."""
     pytest.importorskip("nicegui", reason='needs pip install "detection[demo]"')
-    demo = importlib.import_module("detection.demo")
+    demo = importlib.import_module("detection.demo.demo_page")
     seen: list[Any] = []
     said: list[str] = []
 

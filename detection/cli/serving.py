@@ -30,7 +30,7 @@ def show(
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
     check_ranges(port=(port, 0, 65535))
-    from detection.demo import serve
+    from detection.demo.demo_page import serve
 
     serve([chosen(path) for path in (ckpt, beside) if path is not None], host, port, device, trust)
 

@@ -1,7 +1,7 @@
 """A page to look at a detector at work: choose an image and among its detections, step through its stages.
 
-What is shown of an image is in `detection.study`. The page is served by NiceGUI, which brings all its parts: nothing is
-loaded from anywhere else.
+What is shown of an image is in `detection.demo.study`. The page is served by NiceGUI, which brings all its parts:
+nothing is loaded from anywhere else.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 from detection.data.images import EXTENSIONS, read_image, remarks
 from detection.data.records import DataError
-from detection.demo_looks import COLUMNS, ROW, SCRIPT, STYLE
+from detection.demo.demo_looks import COLUMNS, ROW, SCRIPT, STYLE
+from detection.demo.study import STAGES, Example, Study, examples, knows, model_of
 from detection.errors import RunError
 from detection.inference import Detector
 from detection.models.two_stage import FasterRCNN
-from detection.study import STAGES, Example, Study, examples, knows, model_of
 
 try:
     from nicegui import app, events, ui
