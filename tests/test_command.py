@@ -261,7 +261,7 @@ def test_the_wheel_works_outside_of_a_clone(installed: Path, tmp_path: Path, mod
     assert evaluated.returncode == 0 and (folder / "evaluation_val" / "report.html").is_file(), evaluated.stderr
     (photo,) = list(data.rglob("*.jpg"))[:1] or list(data.rglob("*.png"))[:1]
     found = run("predict", *ckpt, "--source", str(photo), "--output", "out", "--device", "cpu")
-    assert found.returncode == 0 and "1 images" in found.stdout, found.stderr
+    assert found.returncode == 0 and "1 image, " in found.stdout, found.stderr
     assert f"{folder}: taking best.ckpt" in found.stderr
     missing = run("predict", "--ckpt", "none.ckpt", "--source", str(photo))
     assert missing.returncode == 1 and missing.stderr.startswith("error: ")

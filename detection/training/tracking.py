@@ -123,7 +123,10 @@ class CountingSampler:
 
 
 class SampledForeground(L.Callback):
-    """Logs `train/foreground_rpn` and `train/foreground_roi_heads`: positives an image in what each sampler draws."""
+    """Logs `train/foreground_rpn` and `train/foreground_roi_heads`: positives an image in what each sampler draws.
+
+    The samplers of the detector are wrapped while it trains, and their own again behind it.
+    """
 
     def __init__(self) -> None:
         self._samplers: dict[str, CountingSampler] = {}
@@ -138,6 +141,14 @@ class SampledForeground(L.Callback):
         for name, sampler in self._samplers.items():
             if sampler.foreground is not None:  # a cascade's later stages draw none of their own
                 pl_module.log(f"train/foreground_{name.split('.')[0]}", sampler.foreground, batch_size=1)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for name, counting in self._samplers.items():
+            pl_module.detector.get_submodule(name).sampler = counting.sampler  # type: ignore[operator, union-attr]
+        self._samplers.clear()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.on_fit_end(trainer, pl_module)
 
 
 class Tracking(L.Callback):
