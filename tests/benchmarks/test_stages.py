@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -10,6 +12,21 @@ import torch
 
 from detection.benchmarks.speed import contenders, measure_forms
 from detection.benchmarks.stages import Stopwatch, measure_stages
+
+STAGES = """
+import torch
+from detection.benchmarks.stages import Stopwatch
+
+watch = Stopwatch("cpu")
+with watch.stage("before"):
+    pass
+with watch.stage("large"):
+    block = torch.ones(64, 2**20)  # 256 MiB, and gone with the stage
+    del block
+with watch.stage("after"):
+    pass
+print(watch.peak["before"], watch.peak["large"], watch.peak["after"])
+"""
 
 
 def test_a_stage_inside_another_counts_for_itself_alone() -> None:
@@ -24,16 +41,11 @@ def test_a_stage_inside_another_counts_for_itself_alone() -> None:
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel's high-water mark is Linux's")
 def test_the_peak_of_a_stage_is_its_own() -> None:
-    watch = Stopwatch("cpu")
-    with watch.stage("before"):
-        pass
-    with watch.stage("large"):
-        block = torch.ones(64, 2**20)  # 256 MiB, and gone with the stage
-        del block
-    with watch.stage("after"):
-        pass
-    assert watch.peak["large"] - watch.peak["after"] > 200
-    assert watch.peak["large"] - watch.peak["before"] > 200
+    # In a process of its own, as the benchmarks: one that has run other tests may keep 256 MiB for the next who asks.
+    done = subprocess.run([sys.executable, "-c", STAGES], capture_output=True, text=True, check=True)
+    before, large, after = map(float, done.stdout.split())
+    assert large - after > 200
+    assert large - before > 200
 
 
 @pytest.mark.slow
