@@ -36,7 +36,8 @@ h2 { margin: 0 0 .2rem; font-size: 1.15rem; }
 @media (min-width: 900px) { .pair.uneven { grid-template-columns: 2.2fr 1fr; } }
 img.plot { display: block; max-width: 100%; height: auto; margin: auto; }
 .scroll { overflow: auto; max-height: 560px;  /* a shadow where there is more to the right */
-  background: linear-gradient(to left, var(--card) 40%, transparent) right / 2.4rem 100% no-repeat local,
+  background: linear-gradient(to left, var(--card) 40%, transparent) right -2px top / calc(2.4rem + 2px) 100%
+      no-repeat local,
     linear-gradient(to left, #00000050, transparent) right / 1rem 100% no-repeat scroll; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .38rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
