@@ -47,11 +47,12 @@ class Film:
         self._writer.write(np.ascontiguousarray(np.asarray(picture)[:height, :width, ::-1]))
 
     def _open(self, size: tuple[int, int]) -> Writer:
-        level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+        log = getattr(cv2.utils, "logging", cv2)  # before OpenCV 4.13 its functions are those of cv2
+        level = log.setLogLevel(0)  # silent
         try:
             writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*"avc1"), self.fps, size)
         finally:
-            cv2.utils.logging.setLogLevel(level)
+            log.setLogLevel(level)
         if writer.isOpened():
             return writer
         try:

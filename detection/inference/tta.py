@@ -91,7 +91,10 @@ def mirror(batch: Batch) -> Batch:
     """The mirror image of each image of a batch, whose padding stays at the right; without ground truth."""
     column, width = torch.arange(batch.images.shape[-1], device=batch.images.device), batch.image_sizes[:, 1, None]
     source = torch.where(column < width, width - 1 - column, column)
-    return replace(batch, images=batch.images.gather(3, source[:, None, None].expand_as(batch.images)))
+    deep = batch.images.dtype == torch.uint16  # which PyTorch 2.11 does not gather, but the same bits as int16
+    pixels = batch.images.view(torch.int16) if deep else batch.images
+    mirrored = pixels.gather(3, source[:, None, None].expand_as(pixels))
+    return replace(batch, images=mirrored.view(torch.uint16) if deep else mirrored)
 
 
 def _mirror_back(detection: dict[str, Tensor], width: Tensor) -> dict[str, Tensor]:
