@@ -17,6 +17,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -210,14 +211,14 @@ def _members(path: Path) -> Iterator[Member]:
                         f"{path}: the member {info.filename[:200]!r} is a link or device; don't use this archive"
                     )
                 if not info.is_dir():
-                    yield info.filename, info.file_size, lambda info=info: archive.open(info)  # type: ignore[misc]
+                    yield info.filename, info.file_size, partial(archive.open, info)
         return
     with tarfile.open(path) as tar:
         for member in tar:
             if not (member.isfile() or member.isdir()):
                 raise DataError(f"{path}: the member {member.name[:200]!r} is a link or device; don't use this archive")
             if member.isfile():
-                yield member.name, member.size, lambda member=member: tar.extractfile(member)  # type: ignore[misc]
+                yield member.name, member.size, partial(tar.extractfile, member)
 
 
 def _write(target: Path, size: int, opened: Callable[[], IO[bytes] | None], path: Path) -> None:

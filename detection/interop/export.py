@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from timm.layers import Conv2dSame
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
 
@@ -244,14 +244,14 @@ def _pad_by_constants(network: nn.Module) -> None:
 _SCHEMA = "(Tensor boxes, Tensor scores, Tensor groups, float iou_thresh) -> Tensor"
 
 
-@torch.library.custom_op("detection::grouped_nms", mutates_args=(), schema=_SCHEMA)
+@library.custom_op("detection::grouped_nms", mutates_args=(), schema=_SCHEMA)
 def _grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
     return grouped_nms(boxes, scores, groups, iou_thresh)
 
 
 @_grouped_nms.register_fake
 def _(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
-    return groups.new_empty(torch.library.get_ctx().new_dynamic_size())
+    return groups.new_empty(library.get_ctx().new_dynamic_size())
 
 
 def trace(model: FasterRCNN) -> tuple[torch.export.ExportedProgram, list[str]]:
