@@ -134,7 +134,7 @@ def _heads(layout: Layout) -> dict[str, Any]:
     """The arguments of a builder for heads, and for proposals, that are not the usual ones."""
     parts: dict[str, Any] = {}
     if (layout.convs, layout.linears) != (0, 2):
-        shape = {"convs": layout.convs, "linears": layout.linears, "norm": layout.box_norm}
+        shape: dict[str, Any] = {"convs": layout.convs, "linears": layout.linears, "norm": layout.box_norm}
         parts["box_head"] = partial(ConvLinearHead, **shape)
     if layout.mask and layout.mask_norm:
         parts["mask_head"] = partial(ConvStack, norm=layout.mask_norm)

@@ -205,7 +205,7 @@ def _import(
     elif any(name.startswith(mmdetection.PREFIXES) for name in state):
         told, names = mmdetection.read_meta(meta)
         guess = rows.STYLES[style or told or ("caffe" if "caffe" in source.name else "pytorch")]
-        halves = {"bgr": bgr, "stride_in_1x1": stride_in_1x1}
+        halves: dict[str, Any] = {"bgr": bgr, "stride_in_1x1": stride_in_1x1}
         model = mmdetection.from_mmdetection(
             state, replace(guess, **{name: half for name, half in halves.items() if half is not None})
         )
