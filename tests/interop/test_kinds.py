@@ -1,7 +1,9 @@
-"""Kinds of Detectron2's detectors beyond its plain ones, each held against its definition, and refusals by name."""
+"""Kinds of Detectron2's and MMDetection's detectors beyond the plain ones, by their definition; refusals by name."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detection.interop import kinds, rows
+from detection.interop import kinds, mmdetection, rows
 from detection.interop.builders import Layout, build, resnet_of
 from detection.interop.detectron2 import choose_style, from_detectron2, read_layout, to_detectron2
 from detection.interop.heads import ConvLinearHead, ConvStack
-from detection.interop.mmdetection import read_layout as read_mmdetection
+from detection.interop.names import rename
 from detection.interop.rows import STYLES, Style
 from detection.interop.torchvision import find_builder
 from detection.models.backbones import resnet_dc5, resnet_fpn
@@ -47,6 +49,26 @@ def test_every_kind_is_known_by_its_tensors(name: str) -> None:
         first = "0." if layout.stages > 1 else ""
         assert theirs[f"roi_heads.box_head.{first}conv4.norm.weight"].shape == (256,)
         assert theirs["backbone.fpn_lateral5.norm.bias"].shape == (256,)
+
+
+@pytest.mark.parametrize("name", ["GN", "ResNeXt", "class-agnostic", "Cascade with convolutions"])
+def test_mmdetection_has_them_too(name: str) -> None:
+    layout = replace(LAYOUTS[name], mask=LAYOUTS[name].mask and LAYOUTS[name].stages == 1)
+    with torch.device("meta"):
+        model = build(layout, STYLES["pytorch"], **mmdetection.CASCADE)
+        ours = rows.without_counters(rows.background_to_back(model.state_dict()))
+        table = rename(ours, mmdetection.RULES)
+        kind = "gn" if layout.norm == "group" else "bn"
+        theirs = {re.sub(r"\.bn(\d?)\.", rf".{kind}\1.", table[key]): value for key, value in ours.items()}
+        again = mmdetection.from_mmdetection(theirs, STYLES["pytorch"])
+    assert {key: value.shape for key, value in again.state_dict().items()} == {
+        key: value.shape for key, value in model.state_dict().items()
+    }
+    if layout.convs:
+        first = "0." if layout.stages > 1 else ""
+        known = {"backbone.layer1.0.gn1.weight", "neck.lateral_convs.3.gn.bias", "neck.fpn_convs.0.conv.weight"}
+        known |= {f"roi_head.bbox_head.{first}shared_convs.3.gn.weight", f"roi_head.bbox_head.{first}shared_fcs.0.bias"}
+        assert known <= set(theirs)
 
 
 def small(layout: Layout, seed: int = 0) -> tuple[dict[str, Tensor], Any]:
@@ -173,8 +195,9 @@ def test_the_style_of_a_file() -> None:
     assert choose_style(plain | bgr, "caffe").stride_in_1x1
     with pytest.raises(CheckpointError, match="its pixel_mean is that of BGR, not RGB"):
         choose_style(plain | bgr, bgr=False)
-    own = build(LAYOUTS["ResNet-18"], Style(False, True, (51.0, 102.0, 153.0)))
-    torch.testing.assert_close(own.transform.mean.flatten(), torch.tensor([0.2, 0.4, 0.6]))
+    with torch.device("meta"):
+        own = build(LAYOUTS["ResNet-18"], Style(False, True, (51.0, 102.0, 153.0)))
+    assert own.recipe is not None and own.recipe["init_args"]["image_mean"] == pytest.approx([0.2, 0.4, 0.6])
 
 
 R50 = {"backbone.bottom_up.stem.conv1.norm.weight", "roi_heads.box_predictor.cls_score.weight", "proposal_generator.a"}
@@ -229,7 +252,9 @@ REFUSED = [
     ("library", "names", "said"), REFUSED, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_refusals_name_the_kind(library: str, names: set[str], said: str) -> None:
-    read: Any = {"detectron2": read_layout, "mmdetection": read_mmdetection, "torchvision": find_builder}[library]
+    read: Any = {"detectron2": read_layout, "mmdetection": mmdetection.read_layout, "torchvision": find_builder}[
+        library
+    ]
     with pytest.raises(CheckpointError, match=said):
         read({name: torch.zeros(4, 1) for name in names})
 
