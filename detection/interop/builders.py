@@ -86,11 +86,8 @@ def resnet_of(blocks: int, kernel: Tensor | None = None, bottleneck: bool = True
         name = f"resnext{depth}_{len(kernel) // kernel.shape[1]}x{kernel.shape[1]}d"
     known = get_args(ResNetName)
     if name not in known or (bottleneck and depth == 18):
-        found = f"{name}, with " if depth else ""
-        raise CheckpointError(
-            f"the backbone is {found}{blocks} blocks of {3 if bottleneck else 2} convolutions in its third stage: "
-            f"{', '.join(known)} can be converted"
-        )
+        what = f"is {name}" if depth else f"has {blocks} blocks in its third stage"
+        raise CheckpointError(f"the backbone {what}, where {', '.join(known)} can be converted")
     return name  # type: ignore[return-value]
 
 
