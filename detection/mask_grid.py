@@ -103,8 +103,8 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: tuple[int, int], gri
         `(D, 1, H, W)` float32 probabilities, 0 outside of the window that the grid gives.
     """
     laid = probabilities.new_zeros((len(probabilities), 1, *size))
-    for slot, (rows, columns, values) in zip(laid[:, 0], grid.windows(probabilities, boxes, size), strict=True):
-        slot[rows, columns] = values
+    for i, (rows, columns, values) in enumerate(grid.windows(probabilities, boxes, size)):
+        laid[i, 0, rows, columns] = values
     return laid
 
 

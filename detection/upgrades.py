@@ -45,4 +45,5 @@ def upgrade(path: str, arguments: dict[str, Any], written: bool = False) -> tupl
 
 
 def _has_masks(path: str, arguments: dict[str, Any]) -> bool:
-    return bool(arguments.get("masks") or arguments.get("mask_predictor") or path.endswith(".mask_rcnn"))
+    builder = path.rpartition(".")[2].startswith(("mask_rcnn", "maskrcnn_"))
+    return bool(builder or arguments.get("masks") or arguments.get("mask_predictor"))
