@@ -93,6 +93,22 @@ def test_pixels_on_the_very_edge_have_half_and_half_counts() -> None:
     assert TorchvisionMaskGrid().inside(torch.tensor([0.5, 0.51])).tolist() == [False, True]
 
 
+def test_the_program_beside_an_onnx_file_lays_masks_alike() -> None:
+    """Which has no PyTorch: the same pixels, but where a probability is one half to within rounding."""
+    source = (Path(__file__).parents[1] / "scripts" / "run_onnx.py").read_text().partition("\nparser = ")[0]
+    script: dict[str, Any] = {}
+    exec(compile(source, "run_onnx.py", "exec"), script)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        (x, y), (w, h) = rng.uniform(-5, 20, 2), rng.uniform(1, 30, 2)
+        box = np.array([x, y, x + w, y + h], np.float32)
+        mask = rng.random((28, 28)).astype(np.float32)
+        laid = paste_masks(torch.from_numpy(mask[None]), torch.from_numpy(box[None]), SIZE, MaskGrid())[0, 0]
+        found = np.asarray(script["lay_mask"](mask, box, SIZE[::-1])) > 0
+        sure = ((laid - 0.5).abs() > 1e-4).numpy()
+        np.testing.assert_array_equal(found[sure], (laid >= 0.5).numpy()[sure])
+
+
 def soft_ellipses(side: int, count: int = 30) -> tuple[Tensor, Tensor, Tensor]:
     """Predictions `(N, 28, 28)` of ellipses whose edges fade, their boxes `side` pixels wide, and their true pixels."""
     rng, centres = np.random.default_rng(side), (np.arange(28) + 0.5) / 14 - 1
