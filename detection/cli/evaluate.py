@@ -85,6 +85,8 @@ def evaluate(
     moved = ({} if root is None else {"root": str(root)}) | ({} if batch_size is None else {"batch_size": batch_size})
     moved |= {} if masks else {"masks": False}
     data = _data_of(ckpt, trust, module, moved | changes)
+    if root is None and not changes and (home := data.hparams["root"]) and not Path(home).exists():
+        raise DataError(f"{home}: the data of the training is not there (any more): give its folder as --root")
     if not changes and split == "test" and data.hparams["test_split"] is None:
         raise DataError(f"{ckpt}: the model was trained without naming a test split; use --split val")
     data.predict_split = "test" if not changes and split == "test" else "val"
