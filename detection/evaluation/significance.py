@@ -140,12 +140,11 @@ def compare(
     measured = [np.concatenate(drawn(run, len(names), one, one, limits), 1)[0] for run in runs]
     resampled = [np.concatenate(drawn(run, len(names), weights, weights, limits), 1) for run in runs]
     shuffled = _shuffled(runs, len(a), images, len(names), limits, draws, rng)
-    labels, side = [*figure_names(limits), *names], len(a)
-    found = [
-        difference(label, np.array([run[f] for run in measured]), np.stack([run[:, f] for run in resampled]), side, images)
-        for f, label in enumerate(labels)
-    ]
-    found = [_tested(own, shuffled[:, f]) for f, own in enumerate(found)]
+    side = len(a)
+    found = []
+    for f, name in enumerate([*figure_names(limits), *names]):
+        here = np.array([run[f] for run in measured]), np.stack([run[:, f] for run in resampled])
+        found.append(_tested(difference(name, *here, side, images), shuffled[:, f]))
     figures, classes = found[: -len(names)], [own for own in found[-len(names) :] if not math.isnan(own.difference)]
     judged = [analyse(results, len(names), limit=max(limits)) for results in (*a, *b)]
     counts = np.stack([_mistakes(run, images) for run in judged])
@@ -154,14 +153,15 @@ def compare(
         for k, kind in enumerate(KINDS)
     ]
     costs = [{row.name: row.delta_ap for row in error_breakdown(run)} for run in judged]
-    weight = np.stack([_weight(run, images) for run in judged])
+    weight = np.stack([mistake_weight(run, images) for run in judged])
+    chances = np.nan_to_num([own.p for own in classes], nan=1.0)
     return Contrast(
         figures=figures,
         classes=classes,
-        adjusted=stats.false_discovery_control(np.nan_to_num([own.p for own in classes], nan=1.0)).tolist() if classes else [],
+        adjusted=stats.false_discovery_control(chances).tolist(),
         mistakes=mistakes,
         delta_ap={
-            kind: float(np.mean([c[kind] for c in costs[:side]]) - np.mean([c[kind] for c in costs[side:]]))
+            kind: float(np.mean([run[kind] for run in costs[:side]]) - np.mean([run[kind] for run in costs[side:]]))
             for kind in KINDS
         },
         change=weight[side:].mean(0) - weight[:side].mean(0),
@@ -262,12 +262,12 @@ def _mistakes(judged: Analysis, images: int) -> NDArray[np.float64]:
     return np.stack([*columns, np.bincount(judged.gt.image[judged.missed], minlength=images)], 1).astype(np.float64)
 
 
-def _weight(judged: Analysis, images: int) -> Floats:
+def mistake_weight(judged: Analysis, images: int) -> Floats:
     """`(I,)` as `worst_images` weighs: scores of wrong detections, and one for each object not found."""
     wrong = (judged.kind != RIGHT) & (judged.kind != IGNORED)
     lost = ~judged.found & ~judged.gt.crowd
-    weight = np.bincount(judged.dt.image[wrong], judged.dt.scores[wrong], minlength=images)
-    return weight + np.bincount(judged.gt.image[lost], minlength=images)
+    weight = np.bincount(judged.dt.image[wrong], judged.dt.scores[wrong], minlength=images).astype(np.float64)
+    return weight + np.bincount(judged.gt.image[lost], minlength=images).astype(np.float64)
 
 
 def _reach() -> float:
