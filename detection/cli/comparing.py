@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -52,7 +51,10 @@ def main(flags: Sequence[str]) -> int | str | None:
     parser.add_argument(TRUST, nargs="+", help="packages whose parts the checkpoints may use: their code runs")
     given = parser.parse_args(flags)
     set_up_output()
-    return complaint(lambda: _compare(given, trust))
+    try:
+        return complaint(lambda: _compare(given, trust))
+    except ValueError as error:
+        return f"error: {error}"
 
 
 def _compare(given: argparse.Namespace, trust: list[str]) -> None:
@@ -169,7 +171,7 @@ def _plain(name: str) -> str:
 def _print(found: Contrast, a: Side, b: Side) -> None:
     """The figures as a table, and the verdict on AP."""
     heads = ("figure", "A", "B", "A - B", f"{LEVEL:.0%} interval", "p", "p images")
-    table = Table(*heads, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(*heads, box=None, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
     for row in shown_figures(found):

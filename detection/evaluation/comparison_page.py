@@ -191,7 +191,7 @@ def _render(found: Contrast, a: Side, b: Side, names: Sequence[str], draws: int,
     settings = differing(a, b)
     body = [
         f'<div class="tiles">{shown}</div>',
-        section("What it says", "", f'<p class="verdict">{escape(said)}</p>'),
+        section("Verdict", "", f'<p class="verdict">{escape(said)}</p>'),
         section("Figures", FIGURES_NOTE, _figures(found)),
         section("Classes", CLASSES_NOTE, _classes(found)),
         section("Mistakes", MISTAKES_NOTE, _mistakes(found)),
