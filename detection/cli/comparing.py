@@ -17,9 +17,9 @@ from detection.cli.output import set_up_output
 from detection.cli.wording import Flags
 from detection.data.records import DataError
 from detection.errors import complaint
-from detection.evaluation.comparison_page import Side, shown_figures, verdict, write_comparison
+from detection.evaluation.comparison_page import SURE, Side, shown_figures, verdict, write_comparison
 from detection.evaluation.results import ImageResult
-from detection.evaluation.significance import LEVEL, Contrast, compare
+from detection.evaluation.significance import Contrast, compare
 
 DESCRIPTION = """Compares two detectors on the same validation images: A - B, with 95 % intervals.
 
@@ -170,7 +170,7 @@ def _plain(name: str) -> str:
 
 def _print(found: Contrast, a: Side, b: Side) -> None:
     """The figures as a table, and the verdict on AP."""
-    heads = ("figure", "A", "B", "A - B", f"{LEVEL:.0%} interval", "p", "p images")
+    heads = ("figure", "A", "B", "A - B", f"{SURE} interval", "p", "p images")
     table = Table(*heads, box=None, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"

@@ -23,7 +23,8 @@ PICTURES = 6  # images of each side, those that gained most by it
 NO_SETTINGS = ("config", "resume", "find", "print_config", "name", "trainer.logger", "trainer.callbacks")  # of a run
 # Differences of 0 are drawn in the middle; right is better for A, except for mistakes.
 OWN_STYLE = """
-svg.whisker { display: inline-block; width: 11rem; height: 1.1rem; vertical-align: middle; overflow: visible; }
+svg.whisker { display: inline-block; width: min(11rem, 30vw); height: 1.1rem; vertical-align: middle;
+  overflow: visible; }
 svg.whisker line { stroke: var(--soft); stroke-width: 1; }
 svg.whisker .reach { stroke-width: 3; stroke-linecap: round; }
 svg.whisker circle { fill: var(--soft); }
@@ -63,6 +64,7 @@ METHOD = (
     "{power:.0%} of such comparisons would find a difference as large as the one measured. Images that would: "
     "(1.96 + 0.84)² images / (difference² - (1.96 + 0.84)² s² h) times as many.",
 )
+SURE = f"{100 * LEVEL:.0f} %"
 NAMES = {"map": "AP", "map_50": "AP50", "map_75": "AP75"} | {f"map_{area}": f"AP {area}" for area in AREAS[1:]}
 
 
@@ -122,7 +124,7 @@ def verdict(ap: Difference, a: str, b: str) -> str:
     """In words whether a figure differs, and if that is not known what would tell."""
     if math.isnan(ap.difference):
         return "There is no ground truth, so there is nothing to compare."
-    interval = f"{ap.difference:+.4f} AP, {LEVEL:.0%} interval {ap.low:+.4f} to {ap.high:+.4f}"
+    interval = f"{ap.difference:+.4f} AP, {SURE} interval {ap.low:+.4f} to {ap.high:+.4f}"
     unknown = (
         " The interval is of the images alone: with one run on each side nothing is known of other seeds. Train two "
         "more of each to know."
@@ -185,7 +187,7 @@ def _render(found: Contrast, a: Side, b: Side, names: Sequence[str], draws: int,
     facts = {"A": f"{a.name} ({_runs(a)})", "B": f"{b.name} ({_runs(b)})", "images": str(len(a.results))}
     facts |= {"draws": str(draws)}
     tiles = [(f"{np.mean(first.a):.3f}", f"AP of A, {a.name}"), (f"{np.mean(first.b):.3f}", f"AP of B, {b.name}")]
-    tiles += [(_signed(first.difference, 3), "A - B"), (f"{first.low:+.3f} to {first.high:+.3f}", "95 % interval")]
+    tiles.append((_signed(first.difference, 3), f"A - B, {SURE} interval {first.low:+.3f} to {first.high:+.3f}"))
     tiles += [(_chance(first.p), "p"), (_chance(first.p_images), "p of images alone")]
     shown = "".join(f'<div class="tile"><b>{value}</b><span>{escape(text)}</span></div>' for value, text in tiles)
     settings = differing(a, b)
@@ -216,7 +218,7 @@ def _figures(found: Contrast) -> str:
         [(NAMES.get(row.name, row.name.replace("mar_", "AR ")), row.name), *_cells(row, widest), _p(row.p_images)]
         for row in found.figures
     ]
-    return _scroll(("figure", "A", "B", "A - B", "interval", "p", "p images"), rows)
+    return _scroll(("figure", "A - B", "interval", "A", "B", "p", "p images"), rows)
 
 
 def _classes(found: Contrast) -> str:
@@ -225,7 +227,7 @@ def _classes(found: Contrast) -> str:
         [(escape(row.name), row.name), *_cells(row, widest), _p(p)]
         for row, p in zip(found.classes, found.adjusted, strict=True)
     ]
-    return _scroll(("class", "A", "B", "A - B", "interval", "p", "p adjusted"), rows)
+    return _scroll(("class", "A - B", "interval", "A", "B", "p", "p adjusted"), rows)
 
 
 def _mistakes(found: Contrast) -> str:
@@ -236,23 +238,19 @@ def _mistakes(found: Contrast) -> str:
         cost = 100 * found.delta_ap[row.name]
         name = (f"{dot(colours[row.name])}{row.name}", row.name)
         rows.append([name, *_cells(row, widest, 1), (f"{cost:+.1f}", cost)])
-    return _scroll(("mistake", "A", "B", "A - B", "interval", "p", "dAP50"), rows)
+    return _scroll(("mistake", "A - B", "interval", "A", "B", "p", "dAP50"), rows)
 
 
 def _cells(row: Difference, widest: float, digits: int = 3) -> list[tuple[str, Any]]:
-    """Both means, their difference, the interval and p, each with what it is sorted by."""
+    """The difference, its interval, both means and p, each with what it is sorted by."""
     a, b = float(np.mean(row.a)), float(np.mean(row.b))
     if math.isnan(row.difference):
         return [("&ndash;", "")] * 5
     spread = (_spread(row.a, digits), _spread(row.b, digits))
     means = [(f"{value:.{digits}f}{wide}", value) for value, wide in zip((a, b), spread, strict=True)]
     title = f"{row.low:+.{digits + 1}f} to {row.high:+.{digits + 1}f}"
-    return [
-        *means,
-        (_signed(row.difference, digits), row.difference),
-        (_whisker(row, widest, title), row.low),
-        _p(row.p),
-    ]
+    gap = (_signed(row.difference, digits), row.difference)
+    return [gap, (_whisker(row, widest, title), row.low), *means, _p(row.p)]
 
 
 def _whisker(row: Difference, widest: float, title: str) -> str:
@@ -305,7 +303,7 @@ def _gallery(found: Contrast, a: Side, b: Side, names: Sequence[str]) -> str:
             )
         better, gain = (a.name, found.change[i]) if found.change[i] > 0 else (b.name, -found.change[i])
         head = f"<b>{escape(a.results[i].file_name)}</b>: lighter by {gain:.2f} with {escape(better)}"
-        shown.append(f'<p class="note">{head}. Left A, {escape(a.name)}; right B, {escape(b.name)}.</p>')
+        shown.append(f'<p class="note">{head}. First A, {escape(a.name)}; then B, {escape(b.name)}.</p>')
         shown.append(f'<div class="sides">{"".join(pair)}</div>')
     return section(
         "Images that changed most", CHANGED_NOTE, f'{controls()}{"".join(shown)}<dialog id="large"></dialog>{hidden}'

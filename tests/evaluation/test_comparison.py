@@ -135,7 +135,7 @@ def test_runs_in_one_list_give_each_its_own_figures():
 
 def test_one_run_each_gives_the_spread_of_the_draws():
     rng = np.random.default_rng(3)
-    draws = rng.normal(0, [[0.01], [0.02]], (2, 4000)) + [[0.5], [0.4]]
+    draws = rng.normal([[0.5], [0.4]], [[0.01], [0.02]], (2, 4000))
     found = difference("map", np.array([0.5, 0.4]), draws, 1, 200)
     reach = stats.t.ppf(0.975, 199) * math.hypot(0.01, 0.02)
     assert (found.high - found.low) / 2 == pytest.approx(reach, rel=0.05)
@@ -155,7 +155,7 @@ def test_without_images_it_is_the_t_test_of_the_seeds():
 def test_how_many_seeds_would_decide():
     kwargs = {"name": "map", "low": -1.0, "high": 1.0, "p": 0.5, "p_images": 0.5, "draws": 9, "a": (0.1,), "b": (0.1,)}
     found = significance.Difference(difference=0.01, images=1e-6, seed=1e-4, **kwargs)
-    wanted = next(n for n in range(1, 1000) if 1e-4 >= (1.959964 + 0.841621) ** 2 * (1e-6 + 2e-4 / n))
+    wanted = next(n for n in range(1, 1000) if (1.959964 + 0.841621) ** 2 * (1e-6 + 2e-4 / n) <= 1e-4)
     assert found.seeds_needed() == wanted == 18
     never = replace(found, images=2e-5)
     assert never.seeds_needed() == math.inf and never.images_needed() == math.inf
@@ -246,6 +246,11 @@ def test_the_command_on_results_files(files, capsys, monkeypatch):
     assert content["figures"][0]["name"] == "map" and content["figures"][0]["decided"] and content["images"] == 40
     assert {row["name"] for row in content["classes"]} == set(CLASSES) and len(content["images_changed"]) == 40
     page = (files / "out" / "comparison.html").read_text()
+    heads = re.findall(r'<th[^>]*><button type="button">([^<]*)<', page.partition("<h2>Figures</h2>")[2])[:7]
+    row = dict(zip(heads, re.findall(r'<td[^>]* data-value="([^"]*)">', page), strict=False))
+    ap = content["figures"][0]
+    assert (row["figure"], float(row["A - B"]), float(row["interval"])) == ("map", ap["difference"], ap["low"])
+    assert (float(row["A"]), float(row["p images"])) == (np.mean(ap["a"]), ap["p_images"])
     assert "http" not in page.replace("http://www.w3.org", "") and page.count('class="whisker') == 12 + 3 + 6
 
 
@@ -284,7 +289,10 @@ def test_other_validation_sets_are_refused_or_their_common_images_taken(files):
     (files / "other.json").write_text(json.dumps(gt))
     found = [entry for entry in json.loads((files / "bad0.json").read_text()) if entry["image_id"] > 2]
     (files / "bad.json").write_text(json.dumps(found))
-    a, b = of_file(files / "good0.json", files / "gt.json", None), of_file(files / "bad.json", files / "other.json", None)
+    a, b = (
+        of_file(files / "good0.json", files / "gt.json", None),
+        of_file(files / "bad.json", files / "other.json", None),
+    )
     with pytest.raises(DataError, match=r"other validation sets \(38 and 40 images, 37 the same .*--common"):
         same_images([[a], [b]])
     with pytest.raises(DataError, match=r"other validation sets \(40 and 38 images"):
