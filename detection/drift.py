@@ -52,6 +52,7 @@ ARGUMENTS = {
     "roi_heads.mask_predictor": "mask_predictor",
 }
 ALIKE = {faster_rcnn.FastRCNNPredictor: FastRCNNPredictor, mask_rcnn.MaskRCNNPredictor: MaskPredictor}
+ROUNDED = 1e-2  # what a detector's way through bfloat16 may leave on a constant
 NO_SETTING = ("training", "recipe", "resolved", "unrecorded")
 
 
@@ -118,6 +119,19 @@ def _unlike(own: nn.Module, other: nn.Module) -> Iterator[str]:
     yield from sorted(key for key in names if not _same_part(getattr(own, key, None), getattr(other, key, None)))
     if _in_tensors(own) != _in_tensors(other):
         yield ""
+    yield from _changed_constants(own)
+
+
+def _changed_constants(module: nn.Module) -> Iterator[str]:
+    """Names of tensors that come from a module's recipe and no file has, as an image's mean, with other values now."""
+    recipe, kept = getattr(module, "recipe", None), module.state_dict()
+    constants = {name: tensor for name, tensor in module.named_buffers(recurse=False) if name not in kept}
+    if recipe is None or not constants or list(module.children()):
+        return
+    built = dict(rebuild(recipe, packages_of(recipe)).named_buffers(recurse=False))
+    for name, tensor in constants.items():
+        if name in built and not torch.allclose(built[name].float(), tensor.cpu().float(), rtol=ROUNDED):
+            yield name
 
 
 def _in_tensors(module: nn.Module) -> dict[str, Any]:

@@ -160,7 +160,10 @@ def data_of_run(ckpt: Path, trust: list[str], module: DetectionModule, settings:
     settings = {"classes": module.class_names} | settings
     if "min_size" in (read_torch(ckpt).get("datamodule_hyper_parameters") or {}):  # of a `DetectionDataModule`
         with readable(ckpt):
-            return DetectionDataModule.load_from_checkpoint(ckpt, trust, **settings)
+            data = DetectionDataModule.load_from_checkpoint(ckpt, trust, **settings)
+        if "root" not in settings and (home := data.hparams["root"]) and not Path(home).exists():
+            raise DataError(f"{home}: the data of the training is not there (any more): give its folder as --root")
+        return data
     if "val_split" not in settings:
         raise DataError(
             f"{ckpt}: it was trained with loaders that can't be made again; name data: --annotations, or --root and "

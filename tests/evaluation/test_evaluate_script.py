@@ -174,6 +174,8 @@ def test_other_data_needs_nothing_of_the_training_data(trained, pycoco, tmp_path
     hidden = folder.with_name("hidden")
     folder.rename(hidden)  # the training data is not there
     try:
+        with pytest.raises(DataError, match=r"the data of the training is not there .* as --root"):
+            evaluate(ckpt, accelerator="cpu")
         done = run("--ckpt", ckpt, "--root", tmp_path, "--annotations", "other.json", "--images", "pictures",
                    "--accelerator", "cpu")  # fmt: skip
     finally:
