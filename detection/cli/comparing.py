@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from rich.console import Console
@@ -134,9 +134,9 @@ def same_images(sides: Sequence[Sequence[Detected]], common: bool = False) -> li
 
 
 def _same(one: ImageResult, other: ImageResult) -> bool:
-    """Whether two runs mean the same image with the same objects; files round coordinates."""
+    """Whether two runs mean the same image with the same objects; files round coordinates, and know no folders."""
     return (
-        one.file_name == other.file_name
+        PurePath(one.file_name).name == PurePath(other.file_name).name
         and np.array_equal(one.gt_labels, other.gt_labels)
         and np.array_equal(one.gt_iscrowd, other.gt_iscrowd)
         and np.allclose(one.gt_boxes, other.gt_boxes, rtol=1e-5, atol=0.01)

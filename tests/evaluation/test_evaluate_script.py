@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ import pytest
 import torch
 
 from detection import Detector, maskrcnn_efficientnet_lite0_fpn
-from detection.cli.detected import of_run
+from detection.cli.comparing import same_images
+from detection.cli.detected import of_file, of_run
 from detection.cli.evaluate import evaluate
 from detection.commit import code_version
 from detection.data.coco import read_coco
@@ -24,6 +26,7 @@ from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
 from detection.data.writers import write_voc
 from detection.evaluation.mean_ap import MeanAP
+from detection.evaluation.significance import compare
 from detection.training.module import DetectionModule
 from detection.training.optimisation import CosineSchedule
 
@@ -126,6 +129,10 @@ def test_a_comparison_detects_once_and_reads_what_it_kept(trained, monkeypatch):
     for one, other in zip(first.results, again.results, strict=True):
         assert np.array_equal(one.boxes, other.boxes) and np.array_equal(one.scores, other.scores)
         assert np.array_equal(one.labels, other.labels) and len(one.masks) == len(other.masks) == len(one.labels)
+    file = of_file(folder / "detections_val_last" / "detections_bbox.json", folder / "objects.json", None)
+    (run,), (same,) = same_images([[again], [file]])
+    found = compare([run.results], [same.results], run.class_names, draws=100)
+    assert {row.difference for row in found.figures if not math.isnan(row.difference)} == {0.0}
     content = torch.load(folder / "last.ckpt", weights_only=True)
     torch.save(content | {"code": "0123abcdef"}, folder / "last.ckpt")  # another file: what was kept is not its
     assert "detected in 12 images" in of_run(folder / "last.ckpt", "val", [], None, "cpu", 12).notes[0]
