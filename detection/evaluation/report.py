@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from io import BytesIO
@@ -30,6 +31,7 @@ from detection.evaluation.analysis import (
     operating_points,
     worst_images,
 )
+from detection.evaluation.calibration import calibration
 from detection.evaluation.coco_eval import AREAS, evaluate
 from detection.evaluation.coco_results import write_coco_results
 from detection.evaluation.mean_ap import MeanAP, mean_valid
@@ -99,6 +101,9 @@ def write_evaluation(
     summary["mistakes"] = {
         row.name: {"count": row.count, "delta_ap50": row.delta_ap} for row in error_breakdown(judged)
     }
+    found = calibration(judged)
+    known = {"error": found.error, "temperature": found.temperature, "error_after": found.error_after}
+    summary["calibration"] = {name: value for name, value in known.items() if not math.isnan(value)}
     (folder / "figures.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
     shown = draw_plots(results, names, judged)
     (folder / "plots").mkdir(exist_ok=True)
@@ -120,6 +125,7 @@ def draw_plots(results: Sequence[ImageResult], names: Sequence[str], judged: Ana
         "confusion": plots.confusion(confusion_matrix(judged, CONFIDENT), names),
         "scores": plots.score_histogram(judged),
         "sizes": plots.by_size(size),
+        "reliability": plots.reliability(calibration(judged)),
     }
 
 
@@ -144,12 +150,14 @@ def render(
     matrix = confusion_table.table(confusion_matrix(judged, CONFIDENT), names)
     confused = section("Confusion", CONFUSION_NOTE + confusion_table.note(len(names)), matrix)
     sizes = section("Size of objects", "AP and AR by annotated area in pixels.", _plot(shown["sizes"]))
+    reliable = section("Calibration", _calibration_note(judged), _plot(shown["reliability"]))
     body = [
         _tiles(figures),
         pair(curve, scores),
         section("What goes wrong", MISTAKES_NOTE, pair(f"<div>{_plot(shown['mistakes'])}</div>", _mistakes(rows))),
         section("Classes", CLASSES_NOTE, _classes(results, names, judged)),
         pair(confused, sizes).replace("pair", "pair uneven") if len(names) > WIDE_MATRIX else pair(confused, sizes),
+        reliable,
         _gallery(results, names, judged, load_image),
         f"<section><details><summary>Settings of the run</summary><pre>{escape(settings)}</pre></details></section>"
         if settings
@@ -162,6 +170,19 @@ def render(
         script=SCRIPT,
         body="\n".join(body),
         footer=FOOTER,
+    )
+
+
+def _calibration_note(judged: Analysis) -> str:
+    found = calibration(judged)
+    if math.isnan(found.error):
+        return "There are no detections."
+    said = f"Expected calibration error {found.error:.3f}: the mean gap between score and share of right detections."
+    if math.isnan(found.error_after):
+        return said
+    return (
+        f"{said} A temperature of {found.temperature:.2f} fits these images best; fitted on one half of them and measured "
+        f"on the other it leaves {found.error_after:.3f}."
     )
 
 
