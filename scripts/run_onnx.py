@@ -44,10 +44,10 @@ def open_model(path: str) -> tuple[Callable[[Any], dict[str, Any]], list[str] | 
 
 def lay_mask(mask: Any, box: Any, size: tuple[int, int]) -> Image.Image:
     """A mask `(m, m)` of probabilities inside its box as picture of `size`, white where the object is."""
-    x1, y1, x2, y2 = (round(float(value)) for value in box)
-    small, laid = Image.fromarray((mask * 255).astype(np.uint8)), Image.new("L", size)
-    laid.paste(small.resize((max(1, x2 - x1), max(1, y2 - y1)), Image.Resampling.BILINEAR), (x1, y1))
-    return laid.point(lambda value: 110 if value > 127 else 0)
+    a, e = (len(mask) / max(box[i + 2] - box[i], 1e-6) for i in (0, 1))  # cells a pixel; the border has one more
+    where = (a, 0, 1 - box[0] * a, 0, e, 1 - box[1] * e), Image.Resampling.BILINEAR
+    laid = Image.fromarray(np.pad(mask, 1)).transform(size, Image.Transform.AFFINE, *where)
+    return Image.fromarray(np.uint8(np.asarray(laid) >= 0.5) * np.uint8(110))
 
 
 parser = argparse.ArgumentParser(description=__doc__)
