@@ -164,6 +164,7 @@ def aligned_rcnn(
     rpn_box_loss: Callable[..., Any] | None = None,
     box_loss: Callable[..., Any] | None = None,
     mask_head: nn.Module | Factory | None = None,
+    mask_grid: Any = None,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Faster or Mask R-CNN as Detectron2 and MMDetection train it.
@@ -178,6 +179,7 @@ def aligned_rcnn(
         rpn_post_nms_top_n_train: proposals of an image in training.
         rpn_box_loss, box_loss: default: plain L1.
         mask_head: default: four convolutions, or the stage of a `Res5Head`.
+        mask_grid: see `faster_rcnn`; the default, `MaskGrid`, is that of both libraries.
         **kwargs: see `faster_rcnn`.
     """
     arguments: dict[str, Any] = kwargs | {
@@ -191,7 +193,7 @@ def aligned_rcnn(
     if not masks:
         return faster_rcnn(backbone, num_classes, **arguments)
     mask_head = Res5Maps(box_head) if isinstance(box_head, Res5Head) else mask_head
-    return mask_rcnn(backbone, num_classes, _pooler(14), mask_head, **arguments)
+    return mask_rcnn(backbone, num_classes, _pooler(14), mask_head, mask_grid=mask_grid, **arguments)
 
 
 @recorded
@@ -204,6 +206,7 @@ def aligned_cascade_rcnn(
     mean_of_logits: bool = False,
     rpn_box_loss: Callable[..., Any] | None = None,
     box_loss: Callable[..., Any] | None = None,
+    mask_grid: Any = None,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Cascade R-CNN as Detectron2 trains it and, with other arguments, MMDetection.
@@ -213,6 +216,7 @@ def aligned_cascade_rcnn(
         cascade_bbox_reg_weights: of each stage.
         mean_of_logits: average the stages' logits (MMDetection) in place of their probabilities.
         rpn_box_loss, box_loss: default: plain L1.
+        mask_grid: see `faster_rcnn`; the default, `MaskGrid`, is that of both libraries.
         **kwargs: see `cascade_rcnn`.
     """
     return cascade_rcnn(
@@ -220,6 +224,7 @@ def aligned_cascade_rcnn(
         num_classes,
         masks,
         mask_roi_pool=_pooler(14),
+        mask_grid=mask_grid,
         cascade_bbox_reg_weights=cascade_bbox_reg_weights,
         mean_of_logits=mean_of_logits,
         rpn_box_loss=rpn_box_loss or SmoothL1Loss(0.0),
