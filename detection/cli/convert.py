@@ -8,6 +8,7 @@ from pathlib import Path
 from detection.cli.flags import chosen, run_command
 from detection.interop import export_detector, fetch_weights, import_detector, save_detector
 from detection.interop.files import Library, StyleName
+from detection.interop.told import report
 
 
 def bring(
@@ -17,6 +18,7 @@ def bring(
     contiguous: bool = False,
     without_epsilon: bool | None = None,
     trust: list[str] = [],  # noqa: B006
+    config: Path | None = None,
 ) -> None:
     """Write a checkpoint as .safetensors that says how to build its detector: no settings are needed later.
 
@@ -28,10 +30,15 @@ def bring(
         contiguous: give the 91 classes of torchvision's COCO detectors the labels 1 to 80.
         without_epsilon: frozen normalisation was trained with epsilon 0; by default for torchvision's own such files.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
+        config: for what tensors can't show (anchors, RoI Align, thresholds, ...): the .yaml of Detectron2 with its
+            bases beside it, or the .py of MMDetection. Nothing in it is run. By default what MMDetection has put into
+            the checkpoint, else the library's defaults.
     """
-    model, saved = import_detector(chosen(source), style, contiguous, without_epsilon, trust)
-    save_detector(output, model, saved.class_names, saved.category_ids)
+    model, saved = import_detector(chosen(source), style, contiguous, without_epsilon, trust, config)
+    save_detector(output, model, saved.class_names, saved.category_ids, saved.origins)
     print(f"{output}: {model.num_classes - 1} classes, {sum(p.numel() for p in model.parameters()):,} parameters")
+    if saved.origins:
+        print(report(saved.origins))
 
 
 def take(

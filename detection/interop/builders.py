@@ -18,6 +18,7 @@ from torchvision.models.resnet import Bottleneck
 
 from detection.anchors import Anchors, chosen_anchors
 from detection.interop.rows import STYLES, Style
+from detection.interop.told import Told, usual
 from detection.losses import SmoothL1Loss
 from detection.models.backbones import Backbone, ResNetName, resnet_c4, resnet_dc5, resnet_fpn
 from detection.models.c4 import Res5Head, Res5Maps, res5_head
@@ -64,30 +65,38 @@ def resnet_of(blocks: int) -> ResNetName:
     return DEPTHS[blocks]
 
 
-def build(layout: Layout, style: Style, **options: Any) -> FasterRCNN:
+def build(layout: Layout, style: Style, told: Told = Told(), **options: Any) -> FasterRCNN:  # noqa: B008
     """A detector of this layout and style, with random weights and a recipe.
 
     Args:
         layout, style: from the checkpoint.
+        told: by a configuration, or nothing.
         **options: those of `aligned_cascade_rcnn` in which the libraries differ.
 
     Raises:
-        CheckpointError: a cascade without a pyramid, or of other than three stages.
+        CheckpointError: a cascade without a pyramid, or of other than three stages; or what is told is of another
+            detector.
     """
     name, count = layout.resnet, layout.num_classes
+    depth = int(name.removeprefix("resnet"))
+    told.check({"num_classes": count, "mask": layout.mask, "stages": layout.stages, "depth": depth})
     common: dict[str, Any] = {"norm": "frozen", "stride_in_1x1": style.stride_in_1x1}
+    settings = usual(count) | told.arguments
+    trained = {"trainable_layers": told.trainable_layers}
     if layout.stages > 1:
         if layout.features != "fpn" or layout.stages != 3:
             raise CheckpointError("a cascade can be converted with three stages and a pyramid only")
-        return aligned_cascade_rcnn(resnet_fpn(name, **common), count, layout.mask, **options)
+        backbone = resnet_fpn(name, **common, **trained)
+        return aligned_cascade_rcnn(backbone, count, layout.mask, **(options | settings))
     if layout.features == "fpn":
-        return aligned_rcnn(resnet_fpn(name, **common), count, layout.mask)
+        return aligned_rcnn(resnet_fpn(name, **common, **trained), count, layout.mask, **settings)
     proposals: dict[str, Any] = {"rpn_pre_nms_top_n_train": 12000, "rpn_pre_nms_top_n_test": 6000}
     proposals["rpn_post_nms_top_n_train"] = 2000
+    settings = proposals | settings
     if layout.features == "dc5":
-        return aligned_rcnn(resnet_dc5(name, **common), count, layout.mask, **proposals)
-    head, backbone = res5_head(name, **common), resnet_c4(name, **common)
-    return aligned_rcnn(backbone, count, layout.mask, box_head=head, box_output_size=14, **proposals)
+        return aligned_rcnn(resnet_dc5(name, **common, **trained), count, layout.mask, **settings)
+    head, backbone = res5_head(name, **common), resnet_c4(name, **common, **trained)
+    return aligned_rcnn(backbone, count, layout.mask, box_head=head, box_output_size=14, **settings)
 
 
 def style_of(model: FasterRCNN) -> Style:
@@ -109,6 +118,8 @@ def aligned_rcnn(
     masks: bool = False,
     box_head: nn.Module | None = None,
     box_output_size: int = 7,
+    box_roi_pool: nn.Module | None = None,
+    mask_roi_pool: nn.Module | None = None,
     rpn_anchor_generator: Anchors = None,
     rpn_post_nms_top_n_train: int = 1000,
     rpn_box_loss: Callable[..., Any] | None = None,
@@ -123,6 +134,7 @@ def aligned_rcnn(
         masks: with a mask branch.
         box_head: default: two layers of 1024. A `Res5Head` serves the masks, too.
         box_output_size: side of the pooled features.
+        box_roi_pool, mask_roi_pool: default: aligned RoI Align with as many samples as a bin has cells.
         rpn_anchor_generator: default: that of `faster_rcnn`, not rounded.
         rpn_post_nms_top_n_train: proposals of an image in training.
         rpn_box_loss, box_loss: default: plain L1.
@@ -131,7 +143,7 @@ def aligned_rcnn(
     arguments: dict[str, Any] = kwargs | {
         "rpn_anchor_generator": chosen_anchors(rpn_anchor_generator, len(backbone.strides), round_anchors=False),
         "rpn_post_nms_top_n_train": rpn_post_nms_top_n_train,
-        "box_roi_pool": _pooler(box_output_size),
+        "box_roi_pool": box_roi_pool or _pooler(box_output_size),
         "box_head": box_head,
         "rpn_box_loss": rpn_box_loss or SmoothL1Loss(0.0),
         "box_loss": box_loss or SmoothL1Loss(0.0),
@@ -139,7 +151,7 @@ def aligned_rcnn(
     if not masks:
         return faster_rcnn(backbone, num_classes, **arguments)
     mask_head = Res5Maps(box_head) if isinstance(box_head, Res5Head) else None
-    return mask_rcnn(backbone, num_classes, _pooler(14), mask_head, **arguments)
+    return mask_rcnn(backbone, num_classes, mask_roi_pool or _pooler(14), mask_head, **arguments)
 
 
 @recorded
@@ -147,6 +159,8 @@ def aligned_cascade_rcnn(
     backbone: Backbone,
     num_classes: int,
     masks: bool = False,
+    box_roi_pool: nn.Module | None = None,
+    mask_roi_pool: nn.Module | None = None,
     rpn_anchor_generator: Anchors = None,
     cascade_bbox_reg_weights: Sequence[Sequence[float]] = ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)),
     mean_of_logits: bool = False,
@@ -157,7 +171,7 @@ def aligned_cascade_rcnn(
     """Cascade R-CNN as Detectron2 trains it and, with other arguments, MMDetection.
 
     Args:
-        backbone, num_classes, masks, rpn_anchor_generator: see `aligned_rcnn`.
+        backbone, num_classes, masks, box_roi_pool, mask_roi_pool, rpn_anchor_generator: see `aligned_rcnn`.
         cascade_bbox_reg_weights: of each stage.
         mean_of_logits: average the stages' logits (MMDetection) in place of their probabilities.
         rpn_box_loss, box_loss: default: plain L1.
@@ -167,13 +181,13 @@ def aligned_cascade_rcnn(
         backbone,
         num_classes,
         masks,
-        mask_roi_pool=_pooler(14),
+        mask_roi_pool=mask_roi_pool or _pooler(14),
         cascade_bbox_reg_weights=cascade_bbox_reg_weights,
         mean_of_logits=mean_of_logits,
         rpn_box_loss=rpn_box_loss or SmoothL1Loss(0.0),
         box_loss=box_loss or SmoothL1Loss(0.0),
         rpn_anchor_generator=chosen_anchors(rpn_anchor_generator, len(backbone.strides), round_anchors=False),
-        box_roi_pool=_pooler(7),
+        box_roi_pool=box_roi_pool or _pooler(7),
         **kwargs,
     )
 

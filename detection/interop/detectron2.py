@@ -11,6 +11,7 @@ from detection.interop import rows
 from detection.interop.builders import Layout, box_pool_of, build, resnet_of, style_of
 from detection.interop.names import Rules, collect, count_blocks, drop, load, rename, state_of
 from detection.interop.rows import Style
+from detection.interop.told import Told, scale_of
 from detection.models.two_stage import FasterRCNN
 from detection.weights import CheckpointError
 
@@ -61,27 +62,34 @@ def read_layout(state: Mapping[str, Tensor]) -> Layout:
     )
 
 
-def from_detectron2(state: Mapping[str, Tensor], style: Style) -> FasterRCNN:
+def from_detectron2(state: Mapping[str, Tensor], style: Style, told: Told = Told()) -> FasterRCNN:  # noqa: B008
     """The detector that these tensors make.
 
     Args:
         state: under Detectron2's names.
         style: of the backbone; `caffe` for all R-50 and R-101 of its model zoo, which start from MSRA's weights.
+        told: by a configuration, or nothing.
 
     Raises:
         CheckpointError: tensors that are missing, left over or of the wrong shape.
     """
     state = drop(state, DROPPED)
     layout = read_layout(state)
-    model = build(layout, style)
+    model = build(layout, style, told)
     table = names_of(model, layout)
     state = rows.frozen_statistics({name: value.float() for name, value in state.items()}, list(table.values()))
     state = collect(state, table)
     state = rows.background_to_front(state)
-    if layout.features != "fpn":
-        state = rows.anchors_to_ratio_major(state, *anchor_grid(model))
-    load(model, rows.fold_bytes(state) if style.bgr_bytes else state)
+    state = rows.anchors_to_ratio_major(state, *anchor_grid(model))
+    load(model, fold(state, style, told))
     return model
+
+
+def fold(state: Mapping[str, Tensor], style: Style, told: Told) -> dict[str, Tensor]:
+    """Weights for the pixels of a configuration, or else of a style -> for normalised RGB."""
+    if told.std is not None:
+        return rows.fold_pixels(state, bool(told.bgr), scale_of(told.std))
+    return rows.fold_bytes(state) if style.bgr_bytes else dict(state)
 
 
 def to_detectron2(model: FasterRCNN) -> dict[str, Tensor]:
@@ -98,8 +106,7 @@ def to_detectron2(model: FasterRCNN) -> dict[str, Tensor]:
     if style_of(model).bgr_bytes:
         state = rows.unfold_bytes(state, model.transform.std.flatten().tolist())
     state = rows.background_to_back(state)
-    if not pyramid:
-        state = rows.anchors_to_size_major(state, *anchor_grid(model))
+    state = rows.anchors_to_size_major(state, *anchor_grid(model))
     table = rename(names, RULES if pyramid else WITHOUT_FPN)
     theirs = {table[name]: value for name, value in state.items()}
     layout = read_layout(theirs)

@@ -17,9 +17,17 @@ from torchvision.models import get_weight
 
 from detection.data.voc import VOC_CLASSES
 from detection.drift import present_recipe
-from detection.interop import detectron2, mmdetection, rows, torchvision
+from detection.interop import (
+    detectron2,
+    detectron2_config,
+    mmdetection,
+    mmdetection_config,
+    rows,
+    torchvision,
+)
 from detection.interop.names import load, state_of
 from detection.interop.pickles import read_pickle
+from detection.interop.told import CONFIG, DEFAULT, TENSORS, Told, origins_of
 from detection.models.two_stage import FasterRCNN
 from detection.recipes import RecipeError, blame, rebuild, trusting
 from detection.weights import (
@@ -120,6 +128,7 @@ def save_detector(
     model: FasterRCNN,
     class_names: Sequence[str] | None = None,
     category_ids: Sequence[int] | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> None:
     """Write a detector as `.safetensors`: its tensors, how to build it, and what its labels mean.
 
@@ -128,6 +137,7 @@ def save_detector(
         model: from one of the builders.
         class_names: of the foreground, label 1 first.
         category_ids: of the data set, likewise.
+        origins: of a converted detector, see `Saved`.
 
     Raises:
         CheckpointError: the model has parts, or was changed in a way, that no recipe describes; or another number of
@@ -151,6 +161,8 @@ def save_detector(
         "class_names": list(class_names) if class_names is not None else None,
         "category_ids": list(category_ids) if category_ids is not None else None,
     }
+    if origins is not None:
+        facts["origins"] = dict(origins)
     tensors = state_of(model)
     metadata = {"format": "pt", FACTS: json.dumps(facts)}
     _write(Path(path), lambda part: save_file(tensors, part, metadata))
@@ -162,6 +174,7 @@ def import_detector(
     contiguous: bool = False,
     without_epsilon: bool | None = None,
     trust: Iterable[str] = (),
+    config: Path | None = None,
 ) -> tuple[FasterRCNN, Saved]:
     """The detector in a file of torchvision, Detectron2 or MMDetection, or in a checkpoint of one of our runs.
 
@@ -171,9 +184,12 @@ def import_detector(
             the file says, else `caffe` for Detectron2, and for MMDetection `pytorch` unless its name has `caffe`.
         contiguous, without_epsilon: see `torchvision.from_torchvision`.
         trust: see `load_detector`.
+        config: what the other library calls its configuration, for what tensors can't show: a `.yaml` of Detectron2
+            with its bases, a `.py` of MMDetection. Nothing in it is run. By default what a checkpoint of MMDetection
+            has of it, and else the library's defaults.
 
     Returns:
-        the detector, and its tensors with recipe, class names and category ids.
+        the detector, and its tensors with recipe, class names, category ids, and where each fact is from.
 
     Raises:
         CheckpointError: it can't be read, or does not fit; the message names the file.
@@ -182,30 +198,62 @@ def import_detector(
     if not source.is_file():
         raise FileNotFoundError(f"no checkpoint at {source}")
     with trusting(trust):
-        return _named(source, lambda: _import(source, style, contiguous, without_epsilon))
+        return _named(source, lambda: _import(source, style, contiguous, without_epsilon, config))
 
 
 def _import(
-    source: Path, style: StyleName | None, contiguous: bool, without_epsilon: bool | None
+    source: Path, style: StyleName | None, contiguous: bool, without_epsilon: bool | None, config: Path | None
 ) -> tuple[FasterRCNN, Saved]:
     state, meta = _read_foreign(source)
     names: list[str] | None = None
+    facts = Told()
     if any(name.startswith("proposal_generator.") for name in state):
         told = detectron2.read_style(state)
         if style and told and style != told:
             raise CheckpointError(f"its pixel_mean is that of style {told}, not {style}")
-        model = detectron2.from_detectron2(state, rows.STYLES[style or told or "caffe"])
+        facts = _follow(config, detectron2_config.read_told) if config else Told()
+        model = detectron2.from_detectron2(state, _style(style, told or "caffe", facts), facts)
     elif any(name.startswith(("rpn_head.", "ema_rpn_head.", "bbox_head.")) for name in state):
         told, names = mmdetection.read_meta(meta)
         guess = "caffe" if "caffe" in source.name else "pytorch"
-        model = mmdetection.from_mmdetection(state, rows.STYLES[style or told or guess])
+        text = mmdetection.config_of(meta)
+        if config is not None:
+            facts = _follow(config, mmdetection_config.read_file)
+        elif mmdetection_config.is_config(text):
+            facts = mmdetection_config.read_told(text)
+        model = mmdetection.from_mmdetection(state, _style(style, told or guess, facts), facts)
+    elif config is not None:
+        raise CheckpointError(f"--config {config}: only checkpoints of Detectron2 and MMDetection have one")
     elif any(name.startswith("detector.") for name in state):
         saved = read_saved(source)
         return load_detector(source).train(), saved
     else:
+        told = TENSORS
         model = torchvision.from_torchvision(state, source.name, None, without_epsilon, contiguous)
     names, ids = _classes(model.num_classes, names)
-    return model, Saved(model.state_dict(), model.recipe, names, ids)
+    style_from = CONFIG if facts.bgr is not None else TENSORS if told or style else DEFAULT
+    origins = origins_of(model.recipe or {}, facts, style_from)
+    return model, Saved(model.state_dict(), model.recipe, names, ids, origins=origins)
+
+
+def _follow(config: Path, read: Callable[[Path], Told]) -> Told:
+    """What a configuration tells; where something is wrong with it, its name stands before what it is."""
+    told: Told = _named(config, lambda: read(config))
+    return told
+
+
+def _style(named: StyleName | None, guess: str, told: Told) -> rows.Style:
+    """How the backbone was trained: as the configuration says, or the caller, or by what is known of such files.
+
+    Raises:
+        CheckpointError: the caller says another than the configuration.
+    """
+    if told.bgr is None or told.stride_in_1x1 is None:
+        return rows.STYLES[named or guess]
+    style = rows.Style(told.stride_in_1x1, told.bgr)
+    if named and rows.STYLES[named] != style:
+        raise CheckpointError(f"the config is not that of style {named}: leave the style out")
+    return style
 
 
 def export_detector(

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from detection.interop import rows
 from detection.interop.builders import Layout, build, resnet_of
+from detection.interop.detectron2 import fold
 from detection.interop.names import Rules, collect, count_blocks, drop, load, rename
 from detection.interop.rows import Style
+from detection.interop.told import Told
 from detection.losses import SmoothL1Loss
 from detection.models.two_stage import FasterRCNN
 from detection.weights import CheckpointError
@@ -74,12 +76,13 @@ def read_layout(state: Mapping[str, Tensor]) -> Layout:
     )
 
 
-def from_mmdetection(state: Mapping[str, Tensor], style: Style) -> FasterRCNN:
+def from_mmdetection(state: Mapping[str, Tensor], style: Style, told: Told = Told()) -> FasterRCNN:  # noqa: B008
     """The detector that these tensors make.
 
     Args:
         state: under MMDetection's names.
         style: of the backbone, as in the detector's configuration.
+        told: by a configuration, or nothing.
 
     Raises:
         CheckpointError: tensors that are missing, left over or of the wrong shape.
@@ -88,12 +91,17 @@ def from_mmdetection(state: Mapping[str, Tensor], style: Style) -> FasterRCNN:
         state = {name.removeprefix("ema_"): value for name, value in state.items()}
     state = drop(state, DROPPED)
     layout = read_layout(state)
-    model = build(layout, style, **CASCADE)
+    model = build(layout, style, told, **CASCADE)
     table = rename(rows.without_counters(model.state_dict()), RULES)
     state = collect({name: value.float() for name, value in state.items()}, table)
     state = rows.background_to_front(state)
-    load(model, rows.fold_bytes(state) if style.bgr_bytes else state)
+    load(model, fold(state, style, told))
     return model
+
+
+def config_of(meta: Mapping[str, Any]) -> str:
+    """The text of the configuration in what a file tells of itself; empty where there is none."""
+    return str(meta.get("config", meta.get("cfg", "")))
 
 
 def read_meta(meta: Mapping[str, Any]) -> tuple[str | None, list[str] | None]:
@@ -102,7 +110,7 @@ def read_meta(meta: Mapping[str, Any]) -> tuple[str | None, list[str] | None]:
     Args:
         meta: what stands under this name in the file: the configuration as text, and classes.
     """
-    text = str(meta.get("config", meta.get("cfg", "")))
+    text = config_of(meta)
     styles = re.findall(r"style\s*=\s*['\"](pytorch|caffe)['\"]", text)
     described = meta.get("dataset_meta")
     classes = (described.get("classes") if isinstance(described, Mapping) else None) or meta.get("CLASSES")

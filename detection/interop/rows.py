@@ -77,6 +77,19 @@ def fold_bytes(state: Mapping[str, Tensor], std: Sequence[float] = IMAGENET_STD)
     return dict(state) | {STEM: state[STEM][:, [2, 1, 0]] * _bytes(std)}
 
 
+def fold_pixels(state: Mapping[str, Tensor], bgr: bool, scale: Sequence[float]) -> State:
+    """A first convolution for pixels in another order and of another size -> for normalised RGB.
+
+    Args:
+        state: weights with `STEM` `(C, 3, 7, 7)`.
+        bgr: it sees blue, green, red.
+        scale: of red, green and blue, see `told.scale_of`.
+    """
+    stem = state[STEM][:, [2, 1, 0]] if bgr else state[STEM]
+    exact = all(abs(factor - 1) < 1e-6 for factor in scale)
+    return dict(state) | {STEM: stem if exact else stem * torch.tensor(scale).view(1, 3, 1, 1)}
+
+
 def unfold_bytes(state: Mapping[str, Tensor], std: Sequence[float] = IMAGENET_STD) -> State:
     """The way back."""
     return dict(state) | {STEM: (state[STEM] / _bytes(std))[:, [2, 1, 0]]}
