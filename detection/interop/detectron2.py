@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from detection.interop import rows
-from detection.interop.builders import Layout, box_pool_of, build, resnet_of, style_of
+from detection.interop.builders import Layout, build, resnet_of, style_of
+from detection.interop.detectron2_export import config_of, is_rounded, spread_anchors
 from detection.interop.names import Rules, collect, count_blocks, drop, load, rename, state_of
 from detection.interop.rows import Style
 from detection.interop.told import Told, scale_of
@@ -106,14 +109,16 @@ def to_detectron2(model: FasterRCNN) -> dict[str, Tensor]:
     if style_of(model).bgr_bytes:
         state = rows.unfold_bytes(state, model.transform.std.flatten().tolist())
     state = rows.background_to_back(state)
-    state = rows.anchors_to_size_major(state, *anchor_grid(model))
+    rounded = is_rounded(model)
+    if not rounded:
+        state = rows.anchors_to_size_major(state, *anchor_grid(model))
     table = rename(names, RULES if pyramid else WITHOUT_FPN)
     theirs = {table[name]: value for name, value in state.items()}
     layout = read_layout(theirs)
     with torch.device("meta"):
         expected = names_of(build(layout, style_of(model)), layout)
     collect(theirs, {name: name for name in expected.values()})
-    return theirs
+    return spread_anchors(theirs, model.rpn.anchor_generator.num_anchors_per_location()[0]) if rounded else theirs
 
 
 def read_style(state: Mapping[str, Tensor]) -> str | None:
@@ -123,27 +128,21 @@ def read_style(state: Mapping[str, Tensor]) -> str | None:
 
 
 def pixel_statistics(model: FasterRCNN) -> dict[str, Tensor]:
-    """The tensors of a file that say what its pixels are, and so its style: `pixel_mean` and `pixel_std`."""
+    """What the pixels are, and so the style: `pixel_mean` and `pixel_std`, `(3, 1, 1)`.
+
+    Files of older versions of Detectron2 have them among their tensors. Today's refuse them there.
+    """
     mean, std = 255 * model.transform.mean.flatten(), 255 * model.transform.std.flatten()
     if style_of(model).bgr_bytes:
         mean, std = mean.flip(0), torch.ones(3)
     return {"pixel_mean": mean.view(3, 1, 1), "pixel_std": std.view(3, 1, 1)}
 
 
-def settings_of(model: FasterRCNN) -> str:
-    """What Detectron2's configuration has to say for the weights of `to_detectron2` to give the same detections."""
-    style, pool = style_of(model), box_pool_of(model)
-    mean, std = (value.flatten() for value in pixel_statistics(model).values())
-    settings = {
-        "MODEL.RESNETS.STRIDE_IN_1X1": style.stride_in_1x1,
-        "INPUT.FORMAT": "BGR" if style.bgr_bytes else "RGB",
-        "MODEL.PIXEL_MEAN": [round(value, 3) for value in mean.tolist()],
-        "MODEL.PIXEL_STD": [round(value, 3) for value in std.tolist()],
-        "MODEL.ROI_HEADS.NUM_CLASSES": model.num_classes - 1,
-        "MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignV2" if pool.aligned else "ROIAlign",
-        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": pool.sampling_ratio,
-    }
-    return "Set " + ", ".join(f"{name} {value}" for name, value in settings.items())
+def settings_of(model: FasterRCNN, weights: Path) -> dict[str, Any]:
+    """Detectron2's configuration with which `to_detectron2`'s weights at this path give the same detections."""
+    layout = read_layout(to_detectron2(model))
+    depth = int(layout.resnet.removeprefix("resnet"))
+    return config_of(model, pixel_statistics(model), layout.features, depth, str(weights))
 
 
 def names_of(model: FasterRCNN, layout: Layout) -> dict[str, str]:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import yaml
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import get_weight
@@ -26,7 +28,7 @@ from detection.interop import (
     torchvision,
 )
 from detection.interop.names import load, state_of
-from detection.interop.pickles import read_pickle
+from detection.interop.pickles import read_pickle, read_without_objects
 from detection.interop.told import CONFIG, DEFAULT, TENSORS, Told, origins_of
 from detection.models.two_stage import FasterRCNN
 from detection.recipes import RecipeError, blame, rebuild, trusting
@@ -45,6 +47,7 @@ from detection.weights import (
 
 StyleName = Literal["pytorch", "caffe"]
 Library = Literal["torchvision", "detectron2"]
+PIXELS = "pixels"  # entry of a file for Detectron2 beside its tensors, which says what its pixels are
 
 
 def load_detector(path: str | Path, trust: Iterable[str] = ()) -> FasterRCNN:
@@ -268,7 +271,8 @@ def export_detector(
 
     Args:
         source: as for `load_detector`.
-        output: `.pth`, `.safetensors`, or, for Detectron2, `.pkl`.
+        output: `.pth`, `.safetensors`, or, for Detectron2, `.pkl`. For Detectron2 its configuration is written beside
+            it, as `.yaml`.
         library: who shall read it.
         category_ids, without_epsilon: see `torchvision.to_torchvision`.
         trust: see `load_detector`.
@@ -281,21 +285,28 @@ def export_detector(
     """
     model = load_detector(source, trust)
     content: dict[str, Any]
+    metadata: dict[str, str] = {}
     if library == "torchvision":
         content = state = torchvision.to_torchvision(model, without_epsilon, category_ids)
         advice = torchvision.advice(model, state)
     else:
-        state = detectron2.to_detectron2(model) | detectron2.pixel_statistics(model)
-        content, advice = {"model": state}, detectron2.settings_of(model)
+        state = detectron2.to_detectron2(model)
+        pixels = {name: value.flatten().tolist() for name, value in detectron2.pixel_statistics(model).items()}
+        content, metadata = {"model": state, PIXELS: pixels}, {PIXELS: json.dumps(pixels)}
+        settings, config = detectron2.settings_of(model, output), output.with_suffix(".yaml")
+        advice = f"Beside it is {config.name}: cfg.merge_from_file({str(config)!r}), then DefaultPredictor(cfg)"
     if output.suffix == ".safetensors":
-        _write(output, lambda part: save_file(state, part, {"format": "pt"}))
+        _write(output, lambda part: save_file(state, part, metadata | {"format": "pt"}))
     elif output.suffix == ".pth":
         _write(output, lambda part: torch.save(content, part))
     elif output.suffix == ".pkl" and library == "detectron2":
         arrays = {name: value.numpy() for name, value in state.items()}
-        _write(output, lambda part: part.write_bytes(pickle.dumps({"model": arrays, "__author__": "detection"})))
+        named = {"model": arrays, PIXELS: pixels, "__author__": "detection"}
+        _write(output, lambda part: part.write_bytes(pickle.dumps(named)))
     else:
         raise CheckpointError(f"{output}: write .pth or .safetensors, or .pkl for Detectron2")
+    if library == "detectron2":
+        _write(config, lambda part: part.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8"))
     return advice
 
 
@@ -331,8 +342,10 @@ def _read_foreign(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, facts = read_safetensors(source)
         if facts:
             raise CheckpointError("written by this project already: load_detector reads it")
-        return tensors, {}
-    content = read_pickle(source) if source.suffix == ".pkl" else read_torch(source)
+        with safe_open(source, framework="pt") as file:
+            pixels = json.loads((file.metadata() or {}).get(PIXELS, "{}"))
+        return tensors | _statistics(pixels), {}
+    content = read_pickle(source) if source.suffix == ".pkl" else _read_pth(source)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"holds {type(content).__name__}, not a state_dict")
     meta = content.get("meta")
@@ -340,7 +353,25 @@ def _read_foreign(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         name: torch.from_numpy(np.array(value)) if isinstance(value, (np.ndarray, np.generic)) else value
         for name, value in find_state(content, source).items()
     }
-    return state, dict(meta) if isinstance(meta, Mapping) else {}
+    return state | _statistics(content.get(PIXELS)), dict(meta) if isinstance(meta, Mapping) else {}
+
+
+def _read_pth(source: Path) -> Any:
+    try:
+        return read_torch(source)
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, pickle.UnpicklingError):
+            raise
+        try:
+            return read_without_objects(source)
+        except CheckpointError:
+            raise error from error.__cause__
+
+
+def _statistics(pixels: Any) -> dict[str, Tensor]:
+    """What stands beside the tensors of a file that this project wrote for Detectron2, as `read_style` wants it."""
+    named = pixels if isinstance(pixels, Mapping) else {}
+    return {name: torch.tensor(value) for name, value in named.items() if name in ("pixel_mean", "pixel_std")}
 
 
 def _classes(num_classes: int, names: list[str] | None) -> tuple[list[str] | None, list[int] | None]:
