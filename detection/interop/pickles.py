@@ -78,11 +78,15 @@ TENSORS = {("collections", "OrderedDict"), ("torch", "Size"), ("torch._utils", "
            ("torch._utils", "_rebuild_parameter")}  # fmt: skip
 
 
+# What NumPy's arrays and MMEngine's buffers name besides themselves. Here these, too, make nothing of nothing.
+OF_OBJECTS = {("_codecs", "encode"), ("__builtin__", "getattr"), ("builtins", "getattr")}
+
+
 class _WithoutObjects(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in TENSORS:
             return super().find_class(module, name)
-        if module.partition(".")[0] in ("mmengine", "mmcv", "numpy"):
+        if module.partition(".")[0] in ("mmengine", "mmcv", "numpy") or (module, name) in OF_OBJECTS:
             return _Dropped
         _refuse(f"it names {module}.{name}, which a file of tensors has no use for")
 
