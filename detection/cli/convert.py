@@ -18,6 +18,8 @@ def bring(
     contiguous: bool = False,
     without_epsilon: bool | None = None,
     trust: list[str] = [],  # noqa: B006
+    bgr: bool | None = None,
+    stride_in_1x1: bool | None = None,
     config: Path | None = None,
 ) -> None:
     """Write a checkpoint as .safetensors that says how to build its detector: no settings are needed later.
@@ -26,15 +28,19 @@ def bring(
         source: .pth, .pkl (read without running anything in it), .safetensors, or the .ckpt of a run or its folder.
         output: .safetensors file to write.
         style: of a ResNet: caffe (stride in the 1x1 convolution, BGR from 0 to 255) or pytorch. By default what the
-            file says, else caffe for Detectron2 and pytorch for MMDetection.
+            file says, else that of such models in Detectron2's zoo, and pytorch for MMDetection.
         contiguous: give the 91 classes of torchvision's COCO detectors the labels 1 to 80.
         without_epsilon: frozen normalisation was trained with epsilon 0; by default for torchvision's own such files.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
+        bgr: the network sees blue, green, red, whatever the style says.
+        stride_in_1x1: its blocks have their stride in the 1x1 convolution, whatever the style says.
         config: for what tensors can't show (anchors, RoI Align, thresholds, ...): the .yaml of Detectron2 with its
             bases beside it, or the .py of MMDetection. Nothing in it is run. By default what MMDetection has put into
             the checkpoint, else the library's defaults.
     """
-    model, saved = import_detector(chosen(source), style, contiguous, without_epsilon, trust, config)
+    model, saved = import_detector(
+        chosen(source), style, contiguous, without_epsilon, trust, bgr, stride_in_1x1, config
+    )
     save_detector(output, model, saved.class_names, saved.category_ids, saved.origins)
     print(f"{output}: {model.num_classes - 1} classes, {sum(p.numel() for p in model.parameters()):,} parameters")
     if saved.origins:

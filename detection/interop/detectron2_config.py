@@ -16,7 +16,8 @@ import yaml
 
 from detection.anchors import AnchorGenerator
 from detection.boxes import BoxCoder
-from detection.interop.told import Told, image_statistics
+from detection.interop.rows import Style
+from detection.interop.told import Told
 from detection.losses import CIoULoss, GIoULoss, SmoothL1Loss
 from detection.models.pooling import RoIPool, RoIPooler
 from detection.weights import CheckpointError
@@ -78,9 +79,9 @@ BUILT: dict[str, tuple[Any, ...]] = {
     "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
     "MODEL.BACKBONE.NAME": ("build_resnet_backbone", "build_resnet_fpn_backbone"),
     "MODEL.KEYPOINT_ON": (False,),
-    "MODEL.LOAD_PROPOSALS": (False,),
+    "MODEL.LOAD_PROPOSALS": (False, True),
     "MODEL.FPN.FUSE_TYPE": ("sum",),
-    "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
+    "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN", "PrecomputedProposals"),
     "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": (0,),
     "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
     "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
@@ -103,7 +104,14 @@ BUILT: dict[str, tuple[Any, ...]] = {
 }
 # What the tensors show, or what is of no consequence without something that is refused.
 SHOWN = (
-    *("MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.FPN", "MODEL.RESNETS", "MODEL.ANCHOR_GENERATOR.ANGLES", "MODEL.RETINANET"),
+    *(
+        "MODEL.DEVICE",
+        "MODEL.WEIGHTS",
+        "MODEL.FPN",
+        "MODEL.RESNETS",
+        "MODEL.ANCHOR_GENERATOR.ANGLES",
+        "MODEL.RETINANET",
+    ),
     *("MODEL.SEM_SEG_HEAD", "MODEL.PANOPTIC_FPN", "MODEL.ROI_KEYPOINT_HEAD", "MODEL.ROI_HEADS.IN_FEATURES"),
     *("MODEL.ROI_BOX_HEAD.NUM_FC", "MODEL.ROI_BOX_HEAD.FC_DIM", "MODEL.ROI_BOX_HEAD.NUM_CONV"),
     *("MODEL.ROI_BOX_HEAD.CONV_DIM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"),
@@ -190,17 +198,14 @@ def read_told(path: Path) -> Told:
     bgr = get("INPUT.FORMAT") == "BGR"
     mean, std = (list(get(f"MODEL.PIXEL_{part}"))[:: -1 if bgr else 1] for part in ("MEAN", "STD"))
     return Told(
-        arguments | image_statistics(mean),
+        arguments,
         {
             "num_classes": get("MODEL.ROI_HEADS.NUM_CLASSES") + 1,
             "mask": bool(get("MODEL.MASK_ON")),
             "stages": len(get("MODEL.ROI_BOX_CASCADE_HEAD.IOUS")) if kind == "CascadeROIHeads" else 1,
             "depth": get("MODEL.RESNETS.DEPTH"),
         },
-        bgr,
-        tuple(mean),
-        tuple(std),
-        get("MODEL.RESNETS.STRIDE_IN_1X1"),
+        Style(get("MODEL.RESNETS.STRIDE_IN_1X1"), bgr, tuple(mean), tuple(std)),
         min(5, max(0, 5 - get("MODEL.BACKBONE.FREEZE_AT"))),
     )
 

@@ -10,6 +10,7 @@ Shape shorthand:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor
 
 from detection.boxes import BoxCoder
-from detection.interop.builders import box_pool_of, style_of
+from detection.interop.builders import Layout, box_pool_of, style_of
 from detection.losses import SmoothL1Loss
 from detection.models.cascade import CascadeRoIHeads
 from detection.models.pooling import RoIPool, RoIPooler
 from detection.models.two_stage import FasterRCNN
 from detection.weights import CheckpointError
 
+NORMS: dict[str, str] = {"frozen": "FrozenBN", "batch": "BN", "group": "GN"}
 NEVER, OUTSIDE = -1e4, 1e5  # objectness of an anchor that is switched off; how far it moves, in widths
 OBJECTNESS, DELTAS = (f"proposal_generator.rpn_head.{name}." for name in ("objectness_logits", "anchor_deltas"))
 
@@ -48,27 +50,26 @@ def spread_anchors(state: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
     return spread
 
 
-def config_of(model: FasterRCNN, pixels: Mapping[str, Tensor], features: str, depth: int, weights: str) -> Any:
+def config_of(model: FasterRCNN, pixels: Mapping[str, Tensor], layout: Layout, weights: str) -> Any:
     """The configuration, as nested plain values.
 
     Args:
         model: what is exported.
         pixels: see `detectron2.pixel_statistics`.
-        features: see `Layout`.
-        depth: of the ResNet.
+        layout: of the exported tensors.
         weights: path of the exported weights.
 
     Raises:
         CheckpointError: Detectron2 can't compute this; it names what.
     """
-    style, heads, rpn = style_of(model), model.roi_heads, model.rpn
+    style, heads = style_of(model), model.roi_heads
     cascade = isinstance(heads, CascadeRoIHeads)
-    first: Any = list(heads.stages)[0] if cascade else heads  # type: ignore[call-overload]
+    first: Any = next(iter(heads.stages)) if cascade else heads  # type: ignore[call-overload]
     if first.soft_nms_sigma is not None:
         raise CheckpointError("Detectron2 has no Soft-NMS: set soft_nms_sigma to None")
+    features, grouped = layout.features, re.findall(r"\d+", layout.resnet)
     pyramid, names = features == "fpn", ["res2", "res3", "res4", "res5"]
     single = "res4" if features == "c4" else "res5"
-    sizes, ratios = _anchors(model)
     config: dict[str, Any] = {
         "META_ARCHITECTURE": "GeneralizedRCNN",
         "WEIGHTS": weights,
@@ -77,23 +78,15 @@ def config_of(model: FasterRCNN, pixels: Mapping[str, Tensor], features: str, de
         "PIXEL_STD": pixels["pixel_std"].flatten().tolist(),
         "BACKBONE": {"NAME": f"build_resnet_{'fpn_' if pyramid else ''}backbone"},
         "RESNETS": {
-            "DEPTH": depth,
+            "DEPTH": int(grouped[0]),
+            "NUM_GROUPS": int(grouped[1]) if len(grouped) > 1 else 1,
+            "WIDTH_PER_GROUP": int(grouped[2]) if len(grouped) > 2 else 64,
+            "NORM": NORMS[layout.norm],
             "OUT_FEATURES": names if pyramid else [single],
             "STRIDE_IN_1X1": style.stride_in_1x1,
             "RES5_DILATION": 2 if features == "dc5" else 1,
         },
-        "FPN": {"IN_FEATURES": names if pyramid else []},
-        "ANCHOR_GENERATOR": {"SIZES": sizes, "ASPECT_RATIOS": ratios, "OFFSET": rpn.anchor_generator.offset},
-        "RPN": {
-            "IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"] if pyramid else [single],
-            "PRE_NMS_TOPK_TRAIN": rpn.pre_nms_top_n["training"],
-            "PRE_NMS_TOPK_TEST": rpn.pre_nms_top_n["testing"],
-            "POST_NMS_TOPK_TRAIN": rpn.post_nms_top_n["training"],
-            "POST_NMS_TOPK_TEST": rpn.post_nms_top_n["testing"],
-            "NMS_THRESH": rpn.nms_thresh,
-            "BBOX_REG_WEIGHTS": _weights(rpn.box_coder),
-        }
-        | _beta(rpn.box_loss),
+        "FPN": {"IN_FEATURES": names if pyramid else [], "NORM": NORMS.get(layout.fpn_norm or "", "")},
         "ROI_HEADS": {
             "NAME": "CascadeROIHeads" if cascade else "Res5ROIHeads" if features == "c4" else "StandardROIHeads",
             "IN_FEATURES": ["p2", "p3", "p4", "p5"] if pyramid else [single],
@@ -102,30 +95,53 @@ def config_of(model: FasterRCNN, pixels: Mapping[str, Tensor], features: str, de
             "NMS_THRESH_TEST": first.nms_thresh,
         },
         "ROI_BOX_HEAD": _pooler(box_pool_of(model)) | _beta(first.box_loss),
-    }
+    } | _proposals(model, ["p2", "p3", "p4", "p5", "p6"] if pyramid else [single], layout.precomputed)
     if features != "c4":
-        config["ROI_BOX_HEAD"] |= {"NAME": "FastRCNNConvFCHead", "NUM_FC": 2, "FC_DIM": first.box_head.out_channels}
+        shape = {"NUM_CONV": layout.convs, "NUM_FC": layout.linears, "NORM": NORMS.get(layout.box_norm or "", "")}
+        width = {"FC_DIM": first.box_head.out_channels} if layout.linears else {}
+        config["ROI_BOX_HEAD"] |= {"NAME": "FastRCNNConvFCHead"} | shape | width
     if cascade:
         weights_of = [_weights(stage.box_coder) for stage in heads.stages]
         ious = [stage.matcher.fg_iou_thresh for stage in heads.stages]
         config["ROI_BOX_CASCADE_HEAD"] = {"BBOX_REG_WEIGHTS": weights_of, "IOUS": ious}
         config["ROI_BOX_HEAD"]["CLS_AGNOSTIC_BBOX_REG"] = True
     else:
+        config["ROI_BOX_HEAD"]["CLS_AGNOSTIC_BBOX_REG"] = layout.agnostic
         config["ROI_BOX_HEAD"]["BBOX_REG_WEIGHTS"] = _weights(first.box_coder)
     if model.has_masks:
         layers = 0 if features == "c4" else len(heads.mask_head)
-        config["ROI_MASK_HEAD"] = _pooler(heads.mask_roi_pool) | {"NUM_CONV": layers}
+        config["ROI_MASK_HEAD"] = _pooler(heads.mask_roi_pool) | {
+            "NUM_CONV": layers,
+            "NORM": NORMS.get(layout.mask_norm or "", ""),
+        }
     size = model.transform
     return {
         "MODEL": config,
         "INPUT": {
-            "FORMAT": "BGR" if style.bgr_bytes else "RGB",
+            "FORMAT": "BGR" if style.bgr else "RGB",
             "MIN_SIZE_TEST": size.min_size[-1],
             "MAX_SIZE_TEST": size.max_size,
         },
         "TEST": {"DETECTIONS_PER_IMAGE": first.detections_per_img},
         "VERSION": 2,
     }
+
+
+def _proposals(model: FasterRCNN, maps: list[str], precomputed: bool) -> dict[str, Any]:
+    if precomputed:
+        return {"LOAD_PROPOSALS": True, "PROPOSAL_GENERATOR": {"NAME": "PrecomputedProposals"}}
+    rpn, (sizes, ratios) = model.rpn, _anchors(model)
+    settings = {
+        "IN_FEATURES": maps,
+        "PRE_NMS_TOPK_TRAIN": rpn.pre_nms_top_n["training"],
+        "PRE_NMS_TOPK_TEST": rpn.pre_nms_top_n["testing"],
+        "POST_NMS_TOPK_TRAIN": rpn.post_nms_top_n["training"],
+        "POST_NMS_TOPK_TEST": rpn.post_nms_top_n["testing"],
+        "NMS_THRESH": rpn.nms_thresh,
+        "BBOX_REG_WEIGHTS": _weights(rpn.box_coder),
+    }
+    anchors = {"SIZES": sizes, "ASPECT_RATIOS": ratios, "OFFSET": rpn.anchor_generator.offset}
+    return {"ANCHOR_GENERATOR": anchors, "RPN": settings | _beta(rpn.box_loss)}
 
 
 def _anchors(model: FasterRCNN) -> tuple[list[list[float]], list[list[float]]]:

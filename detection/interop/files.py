@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,6 +178,8 @@ def import_detector(
     contiguous: bool = False,
     without_epsilon: bool | None = None,
     trust: Iterable[str] = (),
+    bgr: bool | None = None,
+    stride_in_1x1: bool | None = None,
     config: Path | None = None,
 ) -> tuple[FasterRCNN, Saved]:
     """The detector in a file of torchvision, Detectron2 or MMDetection, or in a checkpoint of one of our runs.
@@ -184,9 +187,11 @@ def import_detector(
     Args:
         source: `.pth`, `.pkl`, `.safetensors` or `.ckpt`.
         style: of a ResNet: `caffe` has its stride in the 1x1 convolutions and sees BGR from 0 to 255. By default what
-            the file says, else `caffe` for Detectron2, and for MMDetection `pytorch` unless its name has `caffe`.
+            the file says, else that of such models in Detectron2's zoo (`detectron2.choose_style`), and for MMDetection
+            `pytorch` unless its name has `caffe`.
         contiguous, without_epsilon: see `torchvision.from_torchvision`.
         trust: see `load_detector`.
+        bgr, stride_in_1x1: either half of a style by itself, see `rows.Style`.
         config: what the other library calls its configuration, for what tensors can't show: a `.yaml` of Detectron2
             with its bases, a `.py` of MMDetection. Nothing in it is run. By default what a checkpoint of MMDetection
             has of it, and else the library's defaults.
@@ -201,40 +206,46 @@ def import_detector(
     if not source.is_file():
         raise FileNotFoundError(f"no checkpoint at {source}")
     with trusting(trust):
-        return _named(source, lambda: _import(source, style, contiguous, without_epsilon, config))
+        return _named(source, lambda: _import(source, style, bgr, stride_in_1x1, contiguous, without_epsilon, config))
 
 
 def _import(
-    source: Path, style: StyleName | None, contiguous: bool, without_epsilon: bool | None, config: Path | None
+    source: Path,
+    style: StyleName | None,
+    bgr: bool | None,
+    stride_in_1x1: bool | None,
+    contiguous: bool,
+    without_epsilon: bool | None,
+    config: Path | None,
 ) -> tuple[FasterRCNN, Saved]:
     state, meta = _read_foreign(source)
     names: list[str] | None = None
-    facts = Told()
-    if any(name.startswith("proposal_generator.") for name in state):
-        told = detectron2.read_style(state)
-        if style and told and style != told:
-            raise CheckpointError(f"its pixel_mean is that of style {told}, not {style}")
-        facts = _follow(config, detectron2_config.read_told) if config else Told()
-        model = detectron2.from_detectron2(state, _style(style, told or "caffe", facts), facts)
-    elif any(name.startswith(("rpn_head.", "ema_rpn_head.", "bbox_head.")) for name in state):
+    facts, said = Told(), style is not None or bgr is not None
+    if any(name.startswith(detectron2.PREFIXES) for name in state):
+        guess = detectron2.choose_style(state, style, bgr, stride_in_1x1)
+        said = said or "pixel_mean" in state
+        facts = _follow(config, detectron2_config.read_told) if config else facts
+        model = detectron2.from_detectron2(state, _style(guess, said, facts), facts)
+    elif any(name.startswith(mmdetection.PREFIXES) for name in state):
         told, names = mmdetection.read_meta(meta)
-        guess = "caffe" if "caffe" in source.name else "pytorch"
-        text = mmdetection.config_of(meta)
+        guess = rows.STYLES[style or told or ("caffe" if "caffe" in source.name else "pytorch")]
+        halves = {"bgr": bgr, "stride_in_1x1": stride_in_1x1}
+        guess = replace(guess, **{name: half for name, half in halves.items() if half is not None})
         if config is not None:
             facts = _follow(config, mmdetection_config.read_file)
-        elif mmdetection_config.is_config(text):
+        elif mmdetection_config.is_config(text := mmdetection.config_of(meta)):
             facts = mmdetection_config.read_told(text)
-        model = mmdetection.from_mmdetection(state, _style(style, told or guess, facts), facts)
+        model = mmdetection.from_mmdetection(state, _style(guess, said, facts), facts)
     elif config is not None:
         raise CheckpointError(f"--config {config}: only checkpoints of Detectron2 and MMDetection have one")
     elif any(name.startswith("detector.") for name in state):
         saved = read_saved(source)
         return load_detector(source).train(), saved
     else:
-        told = TENSORS
+        said = True
         model = torchvision.from_torchvision(state, source.name, None, without_epsilon, contiguous)
     names, ids = _classes(model.num_classes, names)
-    style_from = CONFIG if facts.bgr is not None else TENSORS if told or style else DEFAULT
+    style_from = CONFIG if facts.style else TENSORS if said else DEFAULT
     origins = origins_of(model.recipe or {}, facts, style_from)
     return model, Saved(model.state_dict(), model.recipe, names, ids, origins=origins)
 
@@ -245,18 +256,20 @@ def _follow(config: Path, read: Callable[[Path], Told]) -> Told:
     return told
 
 
-def _style(named: StyleName | None, guess: str, told: Told) -> rows.Style:
+def _style(guess: rows.Style, said: bool, told: Told) -> rows.Style:
     """How the backbone was trained: as the configuration says, or the caller, or by what is known of such files.
 
     Raises:
-        CheckpointError: the caller says another than the configuration.
+        CheckpointError: caller or file say another than the configuration.
     """
-    if told.bgr is None or told.stride_in_1x1 is None:
-        return rows.STYLES[named or guess]
-    style = rows.Style(told.stride_in_1x1, told.bgr)
-    if named and rows.STYLES[named] != style:
-        raise CheckpointError(f"the config is not that of style {named}: leave the style out")
-    return style
+    if told.style is None:
+        return guess
+    if said and (guess.bgr, guess.stride_in_1x1) != (told.style.bgr, told.style.stride_in_1x1):
+        raise CheckpointError(
+            f"the config says BGR {told.style.bgr} and stride in the 1x1 convolutions {told.style.stride_in_1x1}, but "
+            f"the style that is given, or the file's pixel_mean, BGR {guess.bgr} and {guess.stride_in_1x1}"
+        )
+    return told.style
 
 
 def export_detector(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detection.interop import rows
 from detection.interop.builders import Layout, build, resnet_of
-from detection.interop.detectron2 import fold
+from detection.interop.kinds import MMDETECTION, refuse
 from detection.interop.names import Rules, collect, count_blocks, drop, load, rename
 from detection.interop.rows import Style
 from detection.interop.told import Told
@@ -18,6 +18,7 @@ from detection.losses import SmoothL1Loss
 from detection.models.two_stage import FasterRCNN
 from detection.weights import CheckpointError
 
+PREFIXES = ("rpn_head.", "ema_rpn_head.", "bbox_head.", "roi_head.", "neck.")  # of its files alone
 _BOX = (
     (r"box_head\.fc6\.", "shared_fcs.0."),
     (r"box_head\.fc7\.", "shared_fcs.1."),
@@ -54,6 +55,7 @@ def read_layout(state: Mapping[str, Tensor]) -> Layout:
     Raises:
         CheckpointError: none that can be converted.
     """
+    refuse(state, "MMDetection", MMDETECTION)
     if any(name.startswith("bbox_head.") for name in state):
         raise CheckpointError("written by MMDetection 1: run its tools/model_converters/upgrade_model_version.py first")
     stages = count_blocks(state, "roi_head.bbox_head.")
@@ -95,7 +97,7 @@ def from_mmdetection(state: Mapping[str, Tensor], style: Style, told: Told = Tol
     table = rename(rows.without_counters(model.state_dict()), RULES)
     state = collect({name: value.float() for name, value in state.items()}, table)
     state = rows.background_to_front(state)
-    load(model, fold(state, style, told))
+    load(model, rows.fold_pixels(state, style.bgr, style.scale))
     return model
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from detection.anchors import AnchorGenerator
 from detection.boxes import BoxCoder
-from detection.interop.told import Told, image_statistics
+from detection.interop.rows import Style
+from detection.interop.told import Told
 from detection.losses import SmoothL1Loss
 from detection.models.pooling import RoIPooler
 from detection.weights import CheckpointError
@@ -77,7 +78,9 @@ def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
         return -inner if isinstance(inner, int | float) else unread
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         sides = [_value(side, known) for side in (node.left, node.right)]
-        if all(isinstance(side, int | float) for side in sides) and not (sides[1] == 0 and isinstance(node.op, ast.Div)):
+        if all(isinstance(side, int | float) for side in sides) and not (
+            sides[1] == 0 and isinstance(node.op, ast.Div)
+        ):
             return OPERATORS[type(node.op)](*sides)
     return unread
 
@@ -197,15 +200,11 @@ def read_told(text: str) -> Told:
         if not len(mean) == len(std) == 3:
             raise CheckpointError(f"{pixels.path}: images that are not normalised by a mean and std of three channels "
                                   "can't be built")  # fmt: skip
-        arguments |= image_statistics(mean)
     trained = min(5, 4 - backbone["frozen_stages"].get(-1)) if backbone["frozen_stages"].value is not None else None
     return Told(
         arguments,
         {name: value for name, value in shape.items() if value is not None},
-        bgr,
-        mean,
-        std,
-        stride_in_1x1,
+        Style(stride_in_1x1, bgr, mean, std),
         trained,
     )
 

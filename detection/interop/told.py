@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from detection.models.transform import IMAGENET_MEAN, IMAGENET_STD
+from detection.interop.rows import Style
 from detection.weights import CheckpointError
 
 TENSORS, CONFIG, DEFAULT = "tensors", "config", "default"
@@ -22,18 +22,13 @@ class Told:
     Attributes:
         arguments: of the builder, by name.
         shape: what the tensors show too, such as `num_classes`, and must agree with.
-        bgr: whether images are blue, green, red to the network; None where nothing is said.
-        mean, std: of the pixels in RGB order, from 0 to 255.
-        stride_in_1x1: see `Style`.
+        style: of the backbone, and its pixels; None where nothing is said.
         trainable_layers: see `resnet_fpn`; None for the library's usual.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
     shape: dict[str, Any] = field(default_factory=dict)
-    bgr: bool | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    stride_in_1x1: bool | None = None
+    style: Style | None = None
     trainable_layers: int | None = None
 
     def check(self, found: Mapping[str, Any]) -> None:
@@ -51,18 +46,6 @@ class Told:
 def usual(num_classes: int) -> dict[str, Any]:
     """What follows from the number of classes, background included, where no configuration says otherwise."""
     return dict(LVIS) if num_classes - 1 in LVIS_CLASSES else {}
-
-
-def image_statistics(mean: Sequence[float]) -> dict[str, Any]:
-    """The argument `image_mean` of pixels from 0 to 255 in RGB order, where it is not ImageNet's."""
-    if all(abs(a - 255 * b) < 0.01 for a, b in zip(mean, IMAGENET_MEAN, strict=True)):
-        return {}
-    return {"image_mean": [value / 255 for value in mean]}
-
-
-def scale_of(std: Sequence[float]) -> list[float]:
-    """What an RGB kernel for pixels divided by `std` is multiplied by, for pixels in [0, 1] divided by ImageNet's."""
-    return [255 * own / theirs for own, theirs in zip(IMAGENET_STD, std, strict=True)]
 
 
 FACTS = (  # arguments that no tensor shows
