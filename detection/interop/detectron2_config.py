@@ -273,8 +273,8 @@ def _chain(path: Path) -> Iterator[dict[str, Any]]:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file() or path.suffix not in (".yaml", ".yml"):
-        raise CheckpointError(f"no config at {path}: give a .yaml file of Detectron2 with its bases, or the config.yaml "
-                              "that a run writes, which has all in it")  # fmt: skip
+        raise CheckpointError(f"no config at {path}: give a .yaml file of Detectron2 with its bases, or the "
+                              "config.yaml that a run writes, which has all in it")  # fmt: skip
     if path.stat().st_size > LARGEST:
         raise CheckpointError(f"{path}: too large for a configuration")
     try:
