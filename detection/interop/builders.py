@@ -109,7 +109,7 @@ def build(layout: Layout, style: Style, told: Told = Told(), **options: Any) -> 
     Args:
         layout, style: from the checkpoint.
         told: by a configuration, or nothing.
-        **options: those of `aligned_cascade_rcnn` in which the libraries differ.
+        **options: those of the builder in which the libraries differ.
 
     Raises:
         CheckpointError: a cascade without a pyramid, or of other than three stages; or what is told is of another
@@ -122,12 +122,12 @@ def build(layout: Layout, style: Style, told: Told = Told(), **options: Any) -> 
     trained: dict[str, Any] = common | {
         "trainable_layers": 3 if told.trainable_layers is None else told.trainable_layers
     }
-    settings = usual(count) | told.arguments | style.image_mean | _heads(layout)
+    settings = options | usual(count) | told.arguments | style.image_mean | _heads(layout)
     if layout.stages > 1:
         if layout.features != "fpn" or layout.stages != 3:
             raise CheckpointError("a cascade can be converted with three stages and a pyramid only")
         backbone = resnet_fpn(name, **trained, fpn_norm=layout.fpn_norm)
-        return aligned_cascade_rcnn(backbone, count, layout.mask, **(options | settings))
+        return aligned_cascade_rcnn(backbone, count, layout.mask, **settings)
     if layout.features == "fpn":
         return aligned_rcnn(resnet_fpn(name, **trained, fpn_norm=layout.fpn_norm), count, layout.mask, **settings)
     proposals = {"rpn_pre_nms_top_n_train": 12000, "rpn_pre_nms_top_n_test": 6000, "rpn_post_nms_top_n_train": 2000}

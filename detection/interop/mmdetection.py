@@ -93,7 +93,8 @@ def from_mmdetection(state: Mapping[str, Tensor], style: Style, told: Told = Tol
         state = {name.removeprefix("ema_"): value for name, value in state.items()}
     state = drop(state, DROPPED)
     layout = read_layout(state)
-    model = build(layout, style, told, **CASCADE)
+    cascade = CASCADE if layout.stages > 1 else {}
+    model = build(layout, style, told, resizing="mmdetection", **cascade)
     table = rename(rows.without_counters(model.state_dict()), RULES)
     state = collect({name: value.float() for name, value in state.items()}, table)
     state = rows.background_to_front(state)

@@ -49,7 +49,16 @@ def usual(num_classes: int) -> dict[str, Any]:
 
 
 FACTS = (  # arguments that no tensor shows
-    *("min_size", "max_size", "image_mean", "rpn_anchor_generator", "box_roi_pool", "mask_roi_pool", "rpn_box_coder"),
+    *(
+        "min_size",
+        "max_size",
+        "resizing",
+        "image_mean",
+        "rpn_anchor_generator",
+        "box_roi_pool",
+        "mask_roi_pool",
+        "rpn_box_coder",
+    ),
     *("bbox_reg_weights", "cascade_bbox_reg_weights", "cascade_iou_thresh", "box_score_thresh", "box_nms_thresh"),
     *("box_detections_per_img", "rpn_nms_thresh", "rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_test"),
     *("rpn_pre_nms_top_n_train", "rpn_post_nms_top_n_train", "rpn_fg_iou_thresh", "rpn_bg_iou_thresh"),

@@ -244,7 +244,7 @@ def test_a_converted_file_follows_the_config(
 
 
 def test_anchors_off_the_diagonal_of_an_export_are_switched_off() -> None:
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for prefix, rows in (("objectness_logits", 1), ("anchor_deltas", 4)):
         name = f"proposal_generator.rpn_head.{prefix}."
         state |= {f"{name}weight": torch.rand(3 * rows, 8, 1, 1), f"{name}bias": torch.rand(3 * rows)}
