@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from detection.cli.fit_help import asks_for, page
+from detection.cli.fit_help import asks_for, page, whole_page
 
 # Name -> the module whose `main` takes the arguments behind it, and what it does.
 COMMANDS = {
@@ -24,6 +24,7 @@ COMMANDS = {
     "export": ("exporting", "write a detector as ONNX or .pt2, and check what was written"),
     "demo": ("serving", "look at a detector at work in the browser"),
     "benchmark": ("benchmark", "measure speed and accuracy beside other libraries"),
+    "compare": ("comparing", "say whether one detector is better than another, or it is noise"),
     "download": ("fetching", "fetch COCO 2017 or Pascal VOC"),
 }
 # What other programs call them.
@@ -47,10 +48,10 @@ def main(args: Sequence[str] | None = None) -> int | str | None:
         print(f"detection {installed_version()}")
     elif name not in COMMANDS:
         return _unknown(name)
-    elif name == "fit" and asks_for(flags) == "page":
-        print(page(), end="")
+    elif name == "fit" and (help := asks_for(flags)):
+        print(page() if help == "page" else whole_page(), end="")
     else:
-        return run(name, ["--help"] if name == "fit" and asks_for(flags) == "all" else flags)
+        return run(name, flags)
     return 0
 
 

@@ -46,6 +46,7 @@ ARGUMENTS = {
     "roi_heads.class_loss": "class_loss",
     "roi_heads.box_loss": "box_loss",
     "roi_heads.mask_loss": "mask_loss",
+    "roi_heads.mask_grid": "mask_grid",
     "roi_heads.mask_roi_pool": "mask_roi_pool",
     "roi_heads.box_roi_pool": "box_roi_pool",
     "roi_heads.box_head": "box_head",
@@ -54,6 +55,7 @@ ARGUMENTS = {
     "roi_heads.mask_predictor": "mask_predictor",
 }
 ALIKE = {faster_rcnn.FastRCNNPredictor: FastRCNNPredictor, mask_rcnn.MaskRCNNPredictor: MaskPredictor}
+ROUNDED = 1e-2  # what a detector's way through bfloat16 may leave on a constant
 NO_SETTING = ("training", "recipe", "resolved", "unrecorded")
 
 
@@ -120,6 +122,19 @@ def _unlike(own: nn.Module, other: nn.Module) -> Iterator[str]:
     yield from sorted(key for key in names if not _same_part(getattr(own, key, None), getattr(other, key, None)))
     if _in_tensors(own) != _in_tensors(other):
         yield ""
+    yield from _changed_constants(own)
+
+
+def _changed_constants(module: nn.Module) -> Iterator[str]:
+    """Names of tensors that come from a module's recipe and no file has, as an image's mean, with other values now."""
+    recipe, kept = getattr(module, "recipe", None), module.state_dict()
+    constants = {name: tensor for name, tensor in module.named_buffers(recurse=False) if name not in kept}
+    if recipe is None or not constants or list(module.children()):
+        return
+    built = dict(rebuild(recipe, packages_of(recipe)).named_buffers(recurse=False))
+    for name, tensor in constants.items():
+        if name in built and not torch.allclose(built[name].float(), tensor.cpu().float(), rtol=ROUNDED):
+            yield name
 
 
 def _in_tensors(module: nn.Module) -> dict[str, Any]:
@@ -137,7 +152,8 @@ def _parts(module: nn.Module) -> list[str]:
 
 
 def _is_part(value: Any) -> bool:
-    return (callable(value) or hasattr(value, "encode")) and not isinstance(value, Tensor | torch.device)
+    known = callable(value) or hasattr(value, "encode") or hasattr(value, "targets")  # coders of boxes, grids of masks
+    return known and not isinstance(value, Tensor | torch.device)
 
 
 def _same_part(own: Any, other: Any) -> bool:

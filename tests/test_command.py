@@ -69,7 +69,7 @@ def test_the_page_says_what_the_docstrings_say() -> None:
     for of, name in ((DetectionDataModule, "data.batch_size"), (DetectionModule, "model.lr")):
         text = re.search(rf"--{re.escape(name)} VALUE (.*?)\.", page)[1]  # type: ignore[index]
         assert f"{name.partition('.')[2]}: {text[0].lower()}{text[1:]}" in " ".join(str(of.__doc__).split())
-    assert "--wandb VALUE `auto`: online when logged in, else offline." in page
+    assert "--wandb VALUE `auto`: online when logged in, else offline; or `online`, `offline`, `off`." in page
 
 
 def test_arguments_that_are_described_together_share_the_text() -> None:
@@ -93,17 +93,22 @@ def test_which_help_is_asked_for(flags: list[str], asked: str | None) -> None:
     assert fit_help.asks_for(flags) == asked
 
 
-def test_every_flag_of_fit_is_explained(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_all_explains_every_flag_that_fit_takes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     known: list[Any] = []
     monkeypatch.setattr(FitCLI, "parse_arguments", lambda self, parser, args: known.extend(parser._actions) or exit())
     with pytest.raises(SystemExit):
         FitCLI([])
-    assert len(known) > 100
-    assert [action.option_strings for action in known if len(action.help or "") < 10] == []
-    shown = {name for names in fit_help.SHOWN.values() for name in names}
-    assert shown <= {action.dest for action in known}
-    (flips,) = [action.help for action in known if "--data.vflip" in action.option_strings]
-    assert flips.startswith("probability of each")
+    taken = {action.dest: action for action in known if not action.option_strings[-1].endswith(("help", ".help"))}
+    said, seconds = called("fit", "--help", "all")
+    assert set(re.findall(r"^  --([\w.]+)", said, re.M)) == set(taken) and len(taken) > 100
+    assert seconds < 1.5  # asked were 4
+    explained = fit_help.flags()
+    assert [name for name, (text, _) in explained.items() if len(text) < 10] == []
+    for name, action in taken.items():
+        if isinstance(action.default, bool | int | float | str) and name in explained and "." in name:
+            assert explained[name][1].endswith(f"default: {action.default!r})")
+    assert {name for names in fit_help.SHOWN.values() for name in names} <= set(taken)
+    assert explained["data.vflip"][0].startswith("probability of each")
 
 
 @pytest.mark.parametrize("function", [evaluate, predict_in, export, show], ids=lambda function: function.__name__)
@@ -125,6 +130,7 @@ def test_the_nearest_flag_is_suggested(name: str, capsys: pytest.CaptureFixture[
         "export": (["--ckpt", "x", "--outptu", "y.onnx"], "--output"),
         "demo": (["--ckpt", "x", "--prot", "1"], "--port"),
         "benchmark": ([next(iter(BENCHMARKS)), "--round", "1"], "--rounds"),
+        "compare": (["a", "b", "--agianst", "c"], "--against"),
         "download": (["voc2007", "--root", "x", "--kep"], "--keep"),
     }[name]
     with pytest.raises(SystemExit) as end:

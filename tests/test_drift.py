@@ -25,7 +25,7 @@ from detection.matching import BalancedSampler, HardExampleSampler, Matcher
 from detection.models.fast import accelerate
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import TwoFCHead
-from detection.recipes import describe
+from detection.recipes import RecipeError, describe
 from detection.training.module import DetectionModule
 
 
@@ -66,6 +66,14 @@ def test_what_no_argument_describes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"roi_heads\.box_head.* was changed after .* give it to"):
         save_detector(tmp_path / "changed.safetensors", model)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_images_mean_assigned_as_a_tensor_is_refused() -> None:
+    detector = fasterrcnn_efficientnet_lite0_fpn(num_classes=3, weights_backbone=None)
+    assert present_recipe(detector.bfloat16().float()) == detector.recipe  # rounded, not changed
+    detector.transform.std = detector.transform.std / 2
+    with pytest.raises(RecipeError, match=r"transform\.std was changed after the detector was built"):
+        present_recipe(detector)
 
 
 def test_a_run_keeps_the_changes_and_the_sizes_of_its_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

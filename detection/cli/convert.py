@@ -1,4 +1,4 @@
-"""The command `convert`: checkpoints of torchvision, Detectron2 and MMDetection come here, or ours go there."""
+"""The command `convert`: checkpoints of other libraries and of the Hub come here, or ours go there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detection.cli.flags import chosen, run_command
-from detection.interop import export_detector, fetch_weights, import_detector, save_detector
+from detection.interop import export_detector, fetch_weights, hub, import_detector, save_detector
 from detection.interop.files import Library, StyleName
 from detection.interop.told import report
 
@@ -77,6 +77,44 @@ def download(weights: str) -> None:
     print(fetch_weights(weights))
 
 
+def push(
+    ckpt: Path,
+    repo: str,
+    private: bool = True,
+    license: str | None = None,
+    trust: list[str] = [],  # noqa: B006
+) -> None:
+    """Upload a detector to the Hugging Face Hub, with a model card made of the run's report.
+
+    Args:
+        ckpt: run's folder, its checkpoint, or .safetensors of `detection convert`.
+        repo: owner/name; it is made if it is not there.
+        private: false lets everybody see a repository that is made.
+        license: of the weights, as the Hub spells it, e.g. apache-2.0.
+        trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
+    """
+    print(f"{repo}: {hub.push(chosen(ckpt), repo, private, trust, license)}")
+
+
+def pull(
+    repo: str,
+    output: Path,
+    revision: str | None = None,
+    trust: list[str] = [],  # noqa: B006
+) -> None:
+    """Download a detector that `push` has uploaded.
+
+    Args:
+        repo: owner/name.
+        output: .safetensors file to write.
+        revision: branch, tag or commit; the newest by default.
+        trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
+    """
+    model = hub.pull(repo, output, revision, trust)
+    print(f"{output}: {model.num_classes - 1} classes, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
 def main(args: Sequence[str]) -> str | None:
     """Run the command with its flags; returns the sentence on what went wrong, if anything did."""
-    return run_command("convert", {"import": bring, "export": take, "download": download}, args)
+    commands = {"import": bring, "export": take, "download": download, "push": push, "pull": pull}
+    return run_command("convert", commands, args, ImportError)

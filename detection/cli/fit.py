@@ -22,8 +22,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from detection.cli.configuration import complete, fit_anchors_to_data, fit_detector_to_data, plain
-from detection.cli.fit_help import description, explain_all
+from detection.cli.configuration import complete, fit_anchors_to_data, fit_detector_to_data, keep_mask_grid, plain
+from detection.cli.fit_help import DEFAULTS, FROM_DATA, description
 from detection.cli.folder import SaveConfig, never_validates, remove, remove_empty, say_changes, write_readme
 from detection.cli.output import LOGGERS as LOGGERS
 from detection.cli.output import set_up_output
@@ -105,10 +105,8 @@ class FitCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The flags of the trainer, the model and the data; classes come from the data."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
-        # Our samplers are rank-aware by themselves; the table of layers has one line that says anything.
-        parser.set_defaults({"trainer.use_distributed_sampler": False, "trainer.enable_model_summary": False})
-        known = {"class_names", "images_per_batch"}  # from the data
-        parser.add_class_arguments(DetectionModule, "model", skip=known, instantiate=False)
+        parser.set_defaults(DEFAULTS)
+        parser.add_class_arguments(DetectionModule, "model", skip=FROM_DATA, instantiate=False)
         parser.set_defaults({"model.optimizer": SGD_MOMENTUM, "model.schedule": COSINE})
         parser.add_class_arguments(DetectionDataModule, "data", instantiate=False)
 
@@ -138,13 +136,29 @@ class FitCLI(LightningCLI):
             help="Train nothing, but look for a learning rate (`lr`) or the largest batch of a GPU (`batch_size`).",
         )
         parser.add_argument(
-            "--wandb", type=WandbMode, default="auto", help="`auto`: online when logged in, else offline."
+            "--wandb",
+            type=WandbMode,
+            default="auto",
+            help="`auto`: online when logged in, else offline; or `online`, `offline`, `off`.",
         )
-        for name, text in RUN_FLAGS.items():
-            kind = list[str] | None if name == "tags" else str | None
-            parser.add_argument(f"--wandb_{name}", type=kind, default=None, help=text)
+        parser.add_argument(
+            "--wandb_project", type=str | None, default=None, help="W&B project; WANDB_PROJECT, or detection."
+        )
+        parser.add_argument(
+            "--wandb_entity", type=str | None, default=None, help="W&B team or user; WANDB_ENTITY, or that of the key."
+        )
+        parser.add_argument("--wandb_group", type=str | None, default=None, help="Group of the run in W&B.")
+        parser.add_argument(
+            "--wandb_tags",
+            type=list[str] | None,
+            default=None,
+            help="Tags of the run in W&B, e.g. '[baseline, night]'.",
+        )
+        parser.add_argument("--wandb_notes", type=str | None, default=None, help="Notes on the run in W&B.")
+        parser.add_argument(
+            "--wandb_name", type=str | None, default=None, help="Name of the run in W&B; that of its folder."
+        )
         parser.add_argument("--log_model", type=bool, default=False, help="Keep best.ckpt in W&B too, as an artifact.")
-        explain_all(parser)
 
     def instantiate_classes(self) -> None:
         """Build the data first: it knows the classes and image sizes that the detector needs.
@@ -173,6 +187,7 @@ class FitCLI(LightningCLI):
         self.datamodule.load_state_dict(going_on.data)
         fit_detector_to_data(config.model.detector, self.datamodule)
         fit_anchors_to_data(config.model.detector, self.datamodule, going_on.detector, self.trust)
+        keep_mask_grid(config.model.detector, going_on.detector)
         parts = self._make_parts(config.pop("model"))
         self.config_init = self.parser.instantiate(config)  # the trainer's callbacks, loggers, plugins
         self.model = DetectionModule(**parts, class_names=self.datamodule.class_names)

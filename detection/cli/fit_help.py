@@ -1,6 +1,6 @@
-"""The page of `detection fit --help`: the flags that people use, with the texts of the docstrings.
+"""The pages of `detection fit --help`: the flags that people use, or all, with the texts of the docstrings.
 
-The docstrings are read from the source, so that the page comes without importing PyTorch.
+Signatures and docstrings are read from the source, so that the pages come without importing PyTorch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 PACKAGE = Path(__file__).parents[1]
 CONFIGS = PACKAGE / "configs"
@@ -50,6 +50,9 @@ OWN_TEXTS = {
     "model": "YAML file with flags of the model.",
     "data": "YAML file with flags of the data.",
 }
+FROM_DATA = {"class_names", "images_per_batch"}  # arguments of the model that are no flags
+# Our samplers are rank-aware by themselves; the table of layers has one line that says anything.
+DEFAULTS = {"trainer.use_distributed_sampler": False, "trainer.enable_model_summary": False}
 ENTRY = re.compile(r" {4}(\w+(?:, \w+)*): ?(.*)")
 
 
@@ -70,69 +73,95 @@ def description() -> str:
 
 def page() -> str:
     """The help on the flags that people use."""
-    known, formatter = texts(), partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=WIDTH)
+    known = flags()
+    shown = {title: {name: (shortened(known[name][0]), "") for name in names} for title, names in SHOWN.items()}
+    return _page(
+        shown, "`detection fit --help all` explains every flag, --model.detector.help NAME those of one detector."
+    )
+
+
+def whole_page() -> str:
+    """The help on every flag, with its type and default."""
+    titles = {"data": "the data", "model": "the model", "trainer": "the training, flags of Lightning's Trainer"}
+    shown = dict[str, dict[str, tuple[str, str]]]()
+    for name, texts in flags().items():
+        section, dot, _ = name.partition(".")
+        shown.setdefault(titles[section] if dot else "the run", {})[name] = texts
+    return _page(shown, "--trainer.callbacks.help NAME explains the flags of one class, as with each flag that takes a "
+                 "class; a page with those that most people use: `detection fit --help`.")  # fmt: skip
+
+
+def _page(shown: dict[str, dict[str, tuple[str, str]]], epilog: str) -> str:
+    formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=WIDTH)
     wrapped = "\n".join(textwrap.fill(line, WIDTH) for line in description().splitlines())
     parser = argparse.ArgumentParser(
         usage="detection fit [--config NAME] [FLAG VALUE ...]",
         description=wrapped,
-        epilog="`detection fit --help all` explains every flag, --model.detector.help NAME those of one detector.",
+        epilog=textwrap.fill(epilog, WIDTH),
         formatter_class=formatter,
         add_help=False,
     )
-    for title, names in SHOWN.items():
+    for title, known in shown.items():
         group = parser.add_argument_group(title)
-        for name in names:
+        for name, (text, of_value) in known.items():
             value = "" if name == "print_config" else "VALUE"
-            group.add_argument(f"--{name}", help=shortened(known[name]).replace("%", "%%"), metavar=value)
+            group.add_argument(f"--{name}", help=f"{text} {of_value}".strip().replace("%", "%%"), metavar=value)
     return parser.format_help()
 
 
-def texts(*sections: str) -> dict[str, str]:
-    """Flag -> its text, of the sections of `fit` named, as their docstrings have it, or of all and the run's own."""
+def flags() -> dict[str, tuple[str, str]]:
+    """Flag -> its text, and its type and default in brackets; the run's own, then the sections'."""
     installed = importlib.util.find_spec("lightning")
     assert installed is not None and installed.origin is not None
-    lightning = Path(installed.origin).parent
     classes = {
         "data": (PACKAGE / "data" / "datamodule.py", "DetectionDataModule"),
         "model": (PACKAGE / "training" / "module.py", "DetectionModule"),
-        "trainer": (lightning / "pytorch" / "trainer" / "trainer.py", "Trainer"),
+        "trainer": (Path(installed.origin).parent / "pytorch" / "trainer" / "trainer.py", "Trainer"),
     }
-    found = {} if sections else own_flags(PACKAGE / "cli" / "fit.py")
-    for section in sections or classes:
-        of_section = arguments(docstring(*classes[section]))
-        found |= {f"{section}.{flag}": text for flag, text in of_section.items()}
-    return found | OWN_TEXTS
-
-
-def explain_all(parser: argparse.ArgumentParser) -> None:
-    """Put texts to flags that have none, as jsonargparse takes none of arguments that are described together."""
-    known = texts("data", "model")
-    for action in parser._actions:
-        text = known.get(action.dest)
-        if text is not None and (not action.help or text in OWN_TEXTS.values()):
-            action.help = text.replace("%", "%%")
-
-
-def own_flags(path: Path) -> dict[str, str]:
-    """Flag -> help of each `add_argument` of a source file."""
-    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    found = {}
-    for call in calls:
-        named = bool(call.args) and isinstance(call.args[0], ast.Constant)  # not in a loop
-        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument" and named:
-            (text,) = [ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "help"]
-            found[ast.literal_eval(call.args[0]).lstrip("-")] = text
+    found = {name: (text, "") for name, text in OWN_TEXTS.items()} | own_flags(PACKAGE / "cli" / "fit.py")
+    for section, (path, name) in classes.items():
+        text, values = described(path, name)
+        texts = {f"{section}.{flag}": said for flag, said in arguments(text).items()} | OWN_TEXTS
+        for flag, (kind, default) in values.items():
+            if flag not in FROM_DATA:
+                value = DEFAULTS.get(f"{section}.{flag}", default)
+                found[f"{section}.{flag}"] = texts[f"{section}.{flag}"], in_brackets(kind, value)
     return found
 
 
-def docstring(path: Path, name: str) -> str:
-    """What a class of a source file says of its arguments, or its `__init__`."""
+def own_flags(path: Path) -> dict[str, tuple[str, str]]:
+    """Flag -> help, type and default of each `add_argument` of a source file."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    found = {}
+    for call in calls:
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
+            given = {keyword.arg: keyword.value for keyword in call.keywords}
+            name, text = (ast.literal_eval(value) for value in (call.args[0], given["help"]))
+            found[name.lstrip("-")] = text, in_brackets(ast.unparse(given["type"]), ast.unparse(given["default"]))
+    return found
+
+
+def described(path: Path, name: str) -> tuple[str, dict[str, tuple[str, Any]]]:
+    """What a class of a source file says of its arguments, or its `__init__`; argument -> its type and default."""
     tree = ast.parse(path.read_text())
     (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
-    methods = [node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
-    nodes: list[ast.ClassDef | ast.FunctionDef] = [found, *methods]
-    said = [text for node in nodes if (text := ast.get_docstring(node)) and "Args:\n" in text]
-    return said[0]
+    (init,) = [node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    said = [text for node in (found, init) if (text := ast.get_docstring(node)) and "Args:\n" in text]
+    own, of_names = init.args.args[1:], init.args.kwonlyargs
+    defaults = [*[None] * (len(own) - len(init.args.defaults)), *init.args.defaults, *init.args.kw_defaults]
+    values = {
+        argument.arg: (
+            ast.unparse(argument.annotation) if argument.annotation else "",
+            default and ast.unparse(default),
+        )
+        for argument, default in zip([*own, *of_names], defaults, strict=True)
+    }
+    return said[0], values
+
+
+def in_brackets(kind: str, default: Any) -> str:
+    """A flag's type and default; one that has none has to be given."""
+    return f"({kind}; {'required' if default is None else f'default: {default}'})"
 
 
 def arguments(text: str) -> dict[str, str]:

@@ -87,11 +87,11 @@ def _print_anchors(anchors: dict[str, Any], console: Console) -> None:
         table.add_column("proposed: IoU .5")
         table.add_column("IoU .7")
     for name, figures in anchors["recall"].items():
-        row = [name, str(figures["boxes"]), f"{figures['recall_0.5']:.3f}", f"{figures['recall_0.7']:.3f}"]
-        if "proposal" in anchors:
-            better = anchors["proposal_recall"][name]
-            row += [f"{better['recall_0.5']:.3f}", f"{better['recall_0.7']:.3f}"]
-        table.add_row(*row)
+        shown = [figures, anchors["proposal_recall"][name]] if "proposal" in anchors else [figures]
+        shares = [
+            f"{grid[key]:.3f}" if grid["boxes"] else "-" for grid in shown for key in ("recall_0.5", "recall_0.7")
+        ]
+        table.add_row(name, str(figures["boxes"]), *shares)
     console.print(table)
     if "proposal" in anchors:
         better = anchors["proposal"]

@@ -29,7 +29,7 @@ from detection.inference.tta import TestTimeAugmentation
 from detection.interop import CheckpointError, load_detector
 from detection.models.two_stage import FasterRCNN
 from detection.resizing import resized_size
-from detection.training.module import encode_detections
+from detection.training.module import encode_detections, grid_of
 from detection.weights import read_saved
 
 ImageLike: TypeAlias = str | Path | Image.Image | Pixels | Tensor
@@ -141,7 +141,7 @@ class Detector:
         half = self.precision != "32"
         with torch.autocast(self.device.type, DTYPES.get(self.precision, torch.bfloat16), enabled=half):
             detections = self.model.run(batch, with_losses=False, with_detections=True)[1]
-        found = encode_detections(detections, batch)
+        found = encode_detections(detections, batch, grid_of(self.model))
         return [self._pack(d, image.shape[:2]) for d, image in zip(found, pixels, strict=True)]
 
     def _pack(self, detection: dict[str, Any], size: tuple[int, ...]) -> Detections:

@@ -18,6 +18,7 @@ from detection.batch import Batch
 from detection.boxes import grouped_nms
 from detection.models.transform import ImageTransform
 from detection.models.two_stage import Detections, FasterRCNN, Losses
+from detection.parts import MaskGridPart
 
 
 class TestTimeAugmentation(nn.Module):
@@ -48,6 +49,10 @@ class TestTimeAugmentation(nn.Module):
     @property
     def has_masks(self) -> bool:
         return self.detector.has_masks
+
+    @property
+    def mask_grid(self) -> MaskGridPart:
+        return self.detector.mask_grid
 
     def run(self, batch: Batch, with_losses: bool, with_detections: bool) -> tuple[Losses, Detections]:
         """As `FasterRCNN.run`; the losses are those of the batch as it is."""

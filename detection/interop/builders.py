@@ -143,7 +143,7 @@ def _heads(layout: Layout) -> dict[str, Any]:
     """The arguments of a builder for heads, and for proposals, that are not the usual ones."""
     parts: dict[str, Any] = {}
     if (layout.convs, layout.linears) != (0, 2):
-        shape = {"convs": layout.convs, "linears": layout.linears, "norm": layout.box_norm}
+        shape: dict[str, Any] = {"convs": layout.convs, "linears": layout.linears, "norm": layout.box_norm}
         parts["box_head"] = partial(ConvLinearHead, **shape)
     if layout.mask and layout.mask_norm:
         parts["mask_head"] = partial(ConvStack, norm=layout.mask_norm)
@@ -180,6 +180,7 @@ def aligned_rcnn(
     rpn_box_loss: Callable[..., Any] | None = None,
     box_loss: Callable[..., Any] | None = None,
     mask_head: nn.Module | Factory | None = None,
+    mask_grid: Any = None,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Faster or Mask R-CNN as Detectron2 and MMDetection train it.
@@ -195,6 +196,7 @@ def aligned_rcnn(
         rpn_post_nms_top_n_train: proposals of an image in training.
         rpn_box_loss, box_loss: default: plain L1.
         mask_head: default: four convolutions, or the stage of a `Res5Head`.
+        mask_grid: see `faster_rcnn`; the default, `MaskGrid`, is that of both libraries.
         **kwargs: see `faster_rcnn`.
     """
     arguments: dict[str, Any] = kwargs | {
@@ -208,7 +210,7 @@ def aligned_rcnn(
     if not masks:
         return faster_rcnn(backbone, num_classes, **arguments)
     mask_head = Res5Maps(box_head) if isinstance(box_head, Res5Head) else mask_head
-    return mask_rcnn(backbone, num_classes, mask_roi_pool or _pooler(14), mask_head, **arguments)
+    return mask_rcnn(backbone, num_classes, mask_roi_pool or _pooler(14), mask_head, mask_grid=mask_grid, **arguments)
 
 
 @recorded
@@ -223,6 +225,7 @@ def aligned_cascade_rcnn(
     mean_of_logits: bool = False,
     rpn_box_loss: Callable[..., Any] | None = None,
     box_loss: Callable[..., Any] | None = None,
+    mask_grid: Any = None,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Cascade R-CNN as Detectron2 trains it and, with other arguments, MMDetection.
@@ -232,6 +235,7 @@ def aligned_cascade_rcnn(
         cascade_bbox_reg_weights: of each stage.
         mean_of_logits: average the stages' logits (MMDetection) in place of their probabilities.
         rpn_box_loss, box_loss: default: plain L1.
+        mask_grid: see `faster_rcnn`; the default, `MaskGrid`, is that of both libraries.
         **kwargs: see `cascade_rcnn`.
     """
     return cascade_rcnn(
@@ -239,6 +243,7 @@ def aligned_cascade_rcnn(
         num_classes,
         masks,
         mask_roi_pool=mask_roi_pool or _pooler(14),
+        mask_grid=mask_grid,
         cascade_bbox_reg_weights=cascade_bbox_reg_weights,
         mean_of_logits=mean_of_logits,
         rpn_box_loss=rpn_box_loss or SmoothL1Loss(0.0),

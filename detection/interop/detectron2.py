@@ -127,8 +127,6 @@ def from_detectron2(state: Mapping[str, Tensor], style: Style, told: Told = Told
     model = build(layout, style, told, resizing="detectron2")
     table = names_of(model, layout)
     state = {name: value.float() for name, value in state.items()}
-    if layout.norm == "frozen":
-        state = rows.frozen_statistics(state, list(table.values()))
     state = collect(state, table)
     state = rows.background_to_front(rows.masks_of_each_class(state, layout.num_classes - 1))
     if not layout.precomputed:

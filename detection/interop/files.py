@@ -229,7 +229,7 @@ def _import(
     elif any(name.startswith(mmdetection.PREFIXES) for name in state):
         told, names = mmdetection.read_meta(meta)
         guess = rows.STYLES[style or told or ("caffe" if "caffe" in source.name else "pytorch")]
-        halves = {"bgr": bgr, "stride_in_1x1": stride_in_1x1}
+        halves: dict[str, Any] = {"bgr": bgr, "stride_in_1x1": stride_in_1x1}
         guess = replace(guess, **{name: half for name, half in halves.items() if half is not None})
         if config is not None:
             facts = _follow(config, mmdetection_config.read_file)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import detection as reference
 
 from detection.models.transform import IMAGENET_MEAN, IMAGENET_STD
-from detection.weights import FROZEN_EPS, CheckpointError, class_rows, pick_classes
+from detection.weights import CheckpointError, class_rows, pick_classes
 
 State = dict[str, Tensor]
 STEM = "backbone.body.conv1.weight"
@@ -149,17 +149,6 @@ def without_counters(state: Mapping[str, Tensor]) -> State:
 def counters_of(model: nn.Module) -> State:
     """How many batches a model's normalisation has seen, by name, which other files need not say."""
     return {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
-
-
-def frozen_statistics(state: Mapping[str, Tensor], wanted: Sequence[str]) -> State:
-    """Mean 0 and variance 1, epsilon included, for frozen layers whose statistics are in their weights already."""
-    filled = dict(state)
-    for name in wanted:
-        prefix, _, part = name.rpartition(".")
-        if part in ("running_mean", "running_var") and name not in state and f"{prefix}.weight" in state:
-            value = 0.0 if part == "running_mean" else 1 - FROZEN_EPS
-            filled[name] = torch.full_like(state[f"{prefix}.weight"], value)
-    return filled
 
 
 def to_contiguous(state: Mapping[str, Tensor]) -> State:

@@ -128,10 +128,10 @@ def resnet_network(
         ValueError: `stride_in_1x1` for a network without bottleneck blocks.
     """
     pretrained = is_given(weights) or norm == "frozen"
-    plain, _, groups_of = name.replace("resnext", "resnet").partition("_")
-    groups, width = (groups_of or "1x64d").removesuffix("d").split("x")
+    plain, _, grouped = name.replace("resnext", "resnet").partition("_")
+    count, width = (grouped or "1x64d").removesuffix("d").split("x")
     make, layer = resnet.__dict__[plain], NORM_LAYERS[norm or ("frozen" if pretrained else "batch")]
-    network: ResNet = make(norm_layer=layer, groups=int(groups), width_per_group=int(width))
+    network: ResNet = make(norm_layer=layer, groups=int(count), width_per_group=int(width))
     if is_given(weights):
         network.load_state_dict(find_weights(weights, get_model_weights(name) if name in list_models() else None))
     if stride_in_1x1:

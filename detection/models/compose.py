@@ -14,6 +14,7 @@ from torch import nn
 from detection.anchors import Anchors
 from detection.boxes import BoxCoder
 from detection.fitting import PartError, finish, name_of
+from detection.mask_grid import MaskGrid
 from detection.matching import Matcher
 from detection.models.cascade import CascadeRoIHeads
 from detection.models.masks import MaskHead, MaskPredictor
@@ -78,6 +79,7 @@ def faster_rcnn(
     mask_head: nn.Module | Factory | None = None,
     mask_predictor: nn.Module | Factory2 | None = None,
     mask_loss: Callable[..., Any] | None = None,
+    mask_grid: Any = None,
     rpn: nn.Module | ProposerFactory | None = None,
     roi_heads: nn.Module | Factory2 | None = None,
     in_channels: int = 3,
@@ -110,6 +112,7 @@ def faster_rcnn(
         rpn_objectness_loss, rpn_box_loss, class_loss, box_loss, mask_loss: in the place of binary cross-entropy, smooth
             L1, cross-entropy, smooth L1, and binary cross-entropy.
         mask_roi_pool, mask_head, mask_predictor: the mask branch, see `mask_rcnn`; None for boxes alone.
+        mask_grid: where a mask's cells lie in its box; default: `MaskGrid`, see there.
         rpn: another `Proposer`; the other `rpn_` arguments then have no effect.
         roi_heads: other RoI heads; the `box_` and `mask_` arguments then have no effect.
 
@@ -158,6 +161,7 @@ def faster_rcnn(
         mask_head=mask_head,
         mask_predictor=mask_predictor,
         mask_loss=mask_loss,
+        mask_grid=mask_grid,
     )
     model = TwoStageDetector(
         backbone,
@@ -182,26 +186,33 @@ def mask_rcnn(
     mask_roi_pool: nn.Module | None = None,
     mask_head: nn.Module | Factory | None = None,
     mask_predictor: nn.Module | Factory2 | None = None,
+    mask_grid: Any = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
-    """Mask R-CNN (He et al. 2017): Faster R-CNN with a mask branch; names and defaults of torchvision's `MaskRCNN`.
+    """Mask R-CNN (He et al. 2017): Faster R-CNN with a mask branch; names and defaults of torchvision's `MaskRCNN`,
+    but for the grid.
 
     Args:
         backbone, num_classes: see `faster_rcnn`.
         mask_roi_pool: default: RoI Align 14x14 with 2x2 samples on all levels but the last.
         mask_head: default: four 3x3 convolutions.
         mask_predictor: default: masks of 28x28, one a class.
+        mask_grid: see `faster_rcnn`; `TorchvisionMaskGrid` gives torchvision's masks.
         **kwargs: see `faster_rcnn`.
     """
-    return faster_rcnn(backbone, num_classes, **mask_branch(mask_roi_pool, mask_head, mask_predictor), **kwargs)
+    branch = mask_branch(mask_roi_pool, mask_head, mask_predictor, mask_grid)
+    return faster_rcnn(backbone, num_classes, **branch, **kwargs)
 
 
 def mask_branch(
-    roi_pool: nn.Module | None, head: nn.Module | Factory | None, predictor: nn.Module | Factory2 | None
+    roi_pool: nn.Module | None,
+    head: nn.Module | Factory | None,
+    predictor: nn.Module | Factory2 | None,
+    grid: Any = None,
 ) -> dict[str, Any]:
     """The arguments of `faster_rcnn` for a mask branch, with the defaults of `mask_rcnn`."""
-    parts = (roi_pool or RoIPooler(14), head or MaskHead, predictor or MaskPredictor)
-    return dict(zip(("mask_roi_pool", "mask_head", "mask_predictor"), parts, strict=True))
+    parts = (roi_pool or RoIPooler(14), head or MaskHead, predictor or MaskPredictor, grid or MaskGrid())
+    return dict(zip(("mask_roi_pool", "mask_head", "mask_predictor", "mask_grid"), parts, strict=True))
 
 
 @recorded
@@ -217,6 +228,7 @@ def cascade_rcnn(
     mask_roi_pool: nn.Module | None = None,
     mask_head: nn.Module | Factory | None = None,
     mask_predictor: nn.Module | Factory2 | None = None,
+    mask_grid: Any = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
     """Cascade R-CNN (Cai and Vasconcelos 2018, section 4): three box heads in a row.
@@ -228,7 +240,7 @@ def cascade_rcnn(
         cascade_bbox_reg_weights: of each stage; the boxes get better, so the deltas get smaller.
         mean_of_logits: see `CascadeRoIHeads`.
         box_head, box_predictor: factories, as each stage has its own; predictors are class-agnostic.
-        mask_roi_pool, mask_head, mask_predictor: see `mask_rcnn`.
+        mask_roi_pool, mask_head, mask_predictor, mask_grid: see `mask_rcnn`.
         **kwargs: see `faster_rcnn`; `box_fg_iou_thresh`, `box_bg_iou_thresh`, `box_matcher`, `bbox_reg_weights` and
             `box_coder` have no effect, as each stage has its own.
 
@@ -253,7 +265,7 @@ def cascade_rcnn(
         num_classes,
         box_head=head,
         box_predictor=predictor,
-        **(mask_branch(mask_roi_pool, mask_head, mask_predictor) if masks else {}),
+        **(mask_branch(mask_roi_pool, mask_head, mask_predictor, mask_grid) if masks else {}),
         **kwargs,
     )
     first: RoIHeads = model.roi_heads
@@ -277,7 +289,7 @@ def cascade_rcnn(
         for iou, weights in zip(cascade_iou_thresh, cascade_bbox_reg_weights, strict=True)
     ]
     branch = first.mask_roi_pool, first.mask_head, first.mask_predictor, first.mask_loss
-    model.roi_heads = CascadeRoIHeads(stages, *branch, mean_of_logits=mean_of_logits)
+    model.roi_heads = CascadeRoIHeads(stages, *branch, mean_of_logits, first.mask_grid)
     model.check()
     return channels_last(model)
 

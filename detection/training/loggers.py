@@ -23,14 +23,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-RUN_FLAGS = {  # what W&B's runs are found and grouped by
-    "project": "W&B project; WANDB_PROJECT, or detection.",
-    "entity": "W&B team or user; WANDB_ENTITY, or that of the key.",
-    "group": "Group of the run in W&B.",
-    "tags": "Tags of the run in W&B, e.g. '[baseline, night]'.",
-    "notes": "Notes on the run in W&B.",
-    "name": "Name of the run in W&B; that of its folder.",
-}
+RUN_FLAGS = ("project", "entity", "group", "tags", "notes", "name")  # what W&B's runs are found and grouped by
 BEST_OF = ("val/map", "val/map_50", "val/map_75", "val/segm_map")  # whose largest value is the run's summary
 WandbMode = Literal["off", "auto", "online", "offline"]
 START_TIMEOUT = 30.0  # seconds that W&B's server has to answer before the run is recorded offline

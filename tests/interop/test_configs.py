@@ -236,8 +236,8 @@ def test_a_converted_file_follows_the_config(
     ours = (pixel / 255 - model.transform.mean.flatten()) / model.transform.std.flatten()
     weight = model.backbone.body["conv1"].weight[0, :, 3, 3].detach()
     assert (weight @ ours).item() == pytest.approx((kernel @ seen).item(), rel=1e-4)
+    own.write_text(OWN.replace("DEPTH: 101", "DEPTH: 50"))
     with pytest.raises(CheckpointError, match="the config says num_classes 4, but the tensors are of 6"):
-        own.write_text(OWN.replace("DEPTH: 101", "DEPTH: 50"))
         bring(tmp_path / "model.pth", tmp_path / "again.safetensors", config=own)
     with pytest.raises(CheckpointError, match="the config says BGR True and stride in the 1x1 convolutions False"):
         bring(tmp_path / "model.pth", tmp_path / "again.safetensors", "caffe", config=own)
