@@ -24,6 +24,7 @@ COMMANDS = {
     "export": ("exporting", "write a detector as ONNX or .pt2, and check what was written"),
     "demo": ("serving", "look at a detector at work in the browser"),
     "benchmark": ("benchmark", "measure speed and accuracy beside other libraries"),
+    "compare": ("comparing", "say whether one detector is better than another, or it is noise"),
     "download": ("fetching", "fetch COCO 2017 or Pascal VOC"),
 }
 # What other programs call them.

@@ -25,6 +25,7 @@ from detection.recipes import RecipeError, describe, packages_of, rebuild
 ARGUMENTS = {
     "transform.min_size": "min_size",
     "transform.max_size": "max_size",
+    "transform.size_divisible": "size_divisible",
     "rpn.head": "rpn_head",
     "rpn.anchor_generator": "rpn_anchor_generator",
     "rpn.matcher": "rpn_matcher",

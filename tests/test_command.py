@@ -130,6 +130,7 @@ def test_the_nearest_flag_is_suggested(name: str, capsys: pytest.CaptureFixture[
         "export": (["--ckpt", "x", "--outptu", "y.onnx"], "--output"),
         "demo": (["--ckpt", "x", "--prot", "1"], "--port"),
         "benchmark": ([next(iter(BENCHMARKS)), "--round", "1"], "--rounds"),
+        "compare": (["a", "b", "--agianst", "c"], "--against"),
         "download": (["voc2007", "--root", "x", "--kep"], "--keep"),
     }[name]
     with pytest.raises(SystemExit) as end:

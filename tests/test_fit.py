@@ -69,7 +69,7 @@ def test_run_folder_holds_what_it_should(run: tuple[FitCLI, Path]) -> None:
     files = {"README.md", "config.yaml", "metrics.csv", "plots", "predictions.jpg"}
     assert names == files | {"best.ckpt", "last.ckpt", "previous.ckpt"}
     plots = {path.stem for path in (run[1] / "plots").iterdir()}
-    assert plots == {"confusion", "curves", "mistakes", "precision_recall", "scores", "sizes"}
+    assert plots == {"confusion", "curves", "mistakes", "precision_recall", "reliability", "scores", "sizes"}
     assert min(Image.open(run[1] / "predictions.jpg").size) > 100
     readme = (run[1] / "README.md").read_text()
     assert f'Detector.from_checkpoint("{run[1]}/best.ckpt")' in readme

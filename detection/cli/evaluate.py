@@ -12,11 +12,11 @@ import yaml
 from numpy.typing import NDArray
 
 from detection.batch import Id
+from detection.cli.detected import data_of_run
 from detection.cli.flags import check_ranges, chosen, run_command
 from detection.cli.output import set_up_output
 from detection.commit import code_version
 from detection.data.checks import Folder
-from detection.data.datamodule import DetectionDataModule
 from detection.data.images import picture, read_image
 from detection.data.records import DataError
 from detection.data.spectral import Pixels
@@ -26,7 +26,7 @@ from detection.evaluation.mean_ap import IouType, MeanAP
 from detection.evaluation.report import LoadImage, write_evaluation
 from detection.evaluation.results import ImageResult
 from detection.training.module import DetectionModule
-from detection.weights import read_torch, readable
+from detection.weights import read_torch
 
 Form = Literal["coco", "voc", "yolo"]
 
@@ -84,9 +84,7 @@ def evaluate(
     changes = _other_data(split, root, format, annotations, images)
     moved = ({} if root is None else {"root": str(root)}) | ({} if batch_size is None else {"batch_size": batch_size})
     moved |= {} if masks else {"masks": False}
-    data = _data_of(ckpt, trust, module, moved | changes)
-    if root is None and not changes and (home := data.hparams["root"]) and not Path(home).exists():
-        raise DataError(f"{home}: the data of the training is not there (any more): give its folder as --root")
+    data = data_of_run(ckpt, trust, module, moved | changes)
     if not changes and split == "test" and data.hparams["test_split"] is None:
         raise DataError(f"{ckpt}: the model was trained without naming a test split; use --split val")
     data.predict_split = "test" if not changes and split == "test" else "val"
@@ -126,23 +124,6 @@ def evaluate(
 def main(args: Sequence[str]) -> str | None:
     """Run the command with its flags; returns the sentence on what went wrong, if anything did."""
     return run_command("evaluate", evaluate, args, ValueError)
-
-
-def _data_of(ckpt: Path, trust: list[str], module: DetectionModule, settings: dict[str, Any]) -> DetectionDataModule:
-    """The data of the checkpoint's training with these settings in place of its own."""
-    settings = {"classes": module.class_names} | settings
-    if "min_size" in (read_torch(ckpt).get("datamodule_hyper_parameters") or {}):  # of a `DetectionDataModule`
-        with readable(ckpt):
-            return DetectionDataModule.load_from_checkpoint(ckpt, trust, **settings)
-    if "val_split" not in settings:
-        raise DataError(
-            f"{ckpt}: it was trained with loaders that can't be made again; name data: --annotations, or --root and "
-            "--format"
-        )
-    shape = module.detector.transform
-    sizes = {"min_size": shape.min_size[-1], "max_size": shape.max_size}
-    sizes |= {"channels": shape.channels, "depth": shape.image_depth}
-    return DetectionDataModule(**sizes | {"masks": module.detector.has_masks} | settings)
 
 
 def _other_data(

@@ -11,7 +11,7 @@ Shape shorthand:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,31 +225,52 @@ class Curves:
     scores: Floats
 
 
-def evaluate(
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The detections of one class in falling order of score, and its objects, after matching.
+
+    Attributes:
+        label: of the class.
+        image: `(n,)` position of the image in the list of results.
+        rank: `(n,)` position among the detections of the class in the image.
+        scores: `(n,)`.
+        tp, fp: `(T, A, n)` right, and wrong; what is neither does not count.
+        gt_image: `(N,)` likewise of the objects.
+        counted: `(A, N)` objects that are not ignored.
+    """
+
+    label: int
+    image: Ints
+    rank: Ints
+    scores: Floats
+    tp: Bools
+    fp: Bools
+    gt_image: Ints
+    counted: Bools
+
+
+def judge(
     results: Sequence[ImageResult],
     num_classes: int,
-    max_detections: Sequence[int] = (1, 10, 100),
+    limit: int = 100,
     use_masks: bool = False,
     thresholds: Floats = IOU_THRESHOLDS,
-) -> Curves:
-    """Match and accumulate as the official evaluator does; `results` must be in the order of image id.
+) -> Iterator[Judged]:
+    """Match as the official evaluator does; each class that has objects in turn.
 
     Detections that match nothing do not count where they lie outside of the area range, or are `excused`.
     """
-    dt, gt = sorted_detections(results, max(max_detections), use_masks), sorted_objects(results, use_masks)
+    dt, gt = sorted_detections(results, limit, use_masks), sorted_objects(results, use_masks)
     pairs = find_pairs(dt, gt, min(thresholds.min(), 1 - 1e-10))
     rows = np.unique(pairs.dt)
     ignore = gt.crowd | _outside(gt.areas)
     matched = match(pairs, rows, dt.label[rows] * (len(results) + 1) + dt.image[rows], thresholds, ignore, gt.crowd)
-    shape = (len(thresholds), num_classes, len(AREAS), len(max_detections))
-    precision = np.full((shape[0], len(RECALL_THRESHOLDS), *shape[1:]), -1.0)
-    recall, scores = np.full(shape, -1.0), precision.copy()
     bounds = np.arange(1, num_classes + 2)
     gt_at, dt_at = np.searchsorted(gt.label, bounds), np.searchsorted(dt.label, bounds)
     row_at = np.searchsorted(rows, dt_at)
     for k in range(num_classes):
-        counted = (~ignore[:, gt_at[k] : gt_at[k + 1]]).sum(1)
-        if not counted.any():
+        own = slice(gt_at[k], gt_at[k + 1])
+        if ignore[:, own].all():
             continue
         mine, picked = slice(dt_at[k], dt_at[k + 1]), slice(row_at[k], row_at[k + 1])
         hit = np.zeros((len(thresholds), len(AREAS), dt_at[k + 1] - dt_at[k]), bool)
@@ -259,9 +280,34 @@ def evaluate(
         on_ignored = ignore[np.arange(len(AREAS))[:, None], objects] if len(gt.crowd) else skip[:, :, columns]
         skip[:, :, columns] = np.where(objects >= 0, on_ignored, skip[:, :, columns])
         order = np.argsort(-dt.scores[mine], kind="stable")
+        yield Judged(
+            label=k + 1,
+            image=dt.image[mine][order],
+            rank=dt.rank[mine][order],
+            scores=dt.scores[mine][order],
+            tp=(hit & ~skip)[:, :, order],
+            fp=(~hit & ~skip)[:, :, order],
+            gt_image=gt.image[own],
+            counted=~ignore[:, own],
+        )
+
+
+def evaluate(
+    results: Sequence[ImageResult],
+    num_classes: int,
+    max_detections: Sequence[int] = (1, 10, 100),
+    use_masks: bool = False,
+    thresholds: Floats = IOU_THRESHOLDS,
+) -> Curves:
+    """Match and accumulate as the official evaluator does; `results` must be in the order of image id."""
+    shape = (len(thresholds), num_classes, len(AREAS), len(max_detections))
+    precision = np.full((shape[0], len(RECALL_THRESHOLDS), *shape[1:]), -1.0)
+    recall, scores = np.full(shape, -1.0), precision.copy()
+    for judged in judge(results, num_classes, max(max_detections), use_masks, thresholds):
+        k, counted = judged.label - 1, judged.counted.sum(1)
         for m, limit in enumerate(max_detections):
-            kept = order[dt.rank[mine][order] < limit]
-            curves = _accumulate((hit & ~skip)[:, :, kept], (~hit & ~skip)[:, :, kept], counted, dt.scores[mine][kept])
+            kept = np.flatnonzero(judged.rank < limit)
+            curves = _accumulate(judged.tp[:, :, kept], judged.fp[:, :, kept], counted, judged.scores[kept])
             precision[:, :, k, :, m], recall[:, k, :, m], scores[:, :, k, :, m] = curves
     return Curves(precision, recall, scores)
 

@@ -25,6 +25,7 @@ from detection.evaluation.analysis import (
     Mistake,
     most_confused,
 )
+from detection.evaluation.calibration import Calibration
 from detection.evaluation.coco_eval import RECALL_THRESHOLDS, Curves
 
 INK, FAINT, ACCENT = "#1d2733", "#c8d0d9", "#1f6feb"
@@ -111,6 +112,23 @@ def score_histogram(analysis: Analysis) -> Figure:
     axes.set_yscale("function", functions=(lambda count: np.sqrt(np.maximum(count, 0)), np.square))
     axes.set(xlim=(0, 1), xlabel="score", ylabel="detections (square-root scale)", title="Detections by score")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def reliability(found: Calibration) -> Figure:
+    """The share of right detections over the score; on the diagonal the score is that share.
+
+    Args:
+        found: of `calibration`.
+    """
+    figure, axes = _figure(4.6, 4.6)
+    full = found.count > 0
+    middles = (np.arange(len(full)) + 0.5) / len(full)
+    axes.bar(middles[full], found.right[full], 0.9 / len(full), color="#9cc2f7", label="right at IoU .50")
+    axes.plot([0, 1], [0, 1], color="#5b6776", lw=1, ls="--")
+    axes.plot(found.score[full], found.right[full], "o-", color=ACCENT, ms=4, lw=1.2, label="at the mean score")
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="score", ylabel="share of right detections", title="Reliability")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 

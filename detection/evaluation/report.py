@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from io import BytesIO
@@ -30,6 +31,7 @@ from detection.evaluation.analysis import (
     operating_points,
     worst_images,
 )
+from detection.evaluation.calibration import calibration
 from detection.evaluation.coco_eval import AREAS, evaluate
 from detection.evaluation.coco_results import write_coco_results
 from detection.evaluation.mean_ap import MeanAP, mean_valid
@@ -99,6 +101,9 @@ def write_evaluation(
     summary["mistakes"] = {
         row.name: {"count": row.count, "delta_ap50": row.delta_ap} for row in error_breakdown(judged)
     }
+    found = calibration(judged)
+    known = {"error": found.error, "temperature": found.temperature, "error_after": found.error_after}
+    summary["calibration"] = {name: value for name, value in known.items() if not math.isnan(value)}
     (folder / "figures.json").write_text(json.dumps(summary, indent=2, allow_nan=False))
     shown = draw_plots(results, names, judged)
     (folder / "plots").mkdir(exist_ok=True)
@@ -120,6 +125,7 @@ def draw_plots(results: Sequence[ImageResult], names: Sequence[str], judged: Ana
         "confusion": plots.confusion(confusion_matrix(judged, CONFIDENT), names),
         "scores": plots.score_histogram(judged),
         "sizes": plots.by_size(size),
+        "reliability": plots.reliability(calibration(judged)),
     }
 
 
@@ -139,17 +145,19 @@ def render(
     objects = f"{len(judged.gt.crowd)}{f' ({crowds} of them crowds, not judged)' if crowds else ''}"
     head = {**facts, "images": str(len(results)), "objects": objects, "detections": str(len(judged.dt.label))}
     pair = '<div class="pair">{}{}</div>'.format
-    curve = _section("Precision and recall", "Interpolated precision at IoU .50.", _plot(shown["precision_recall"]))
-    scores = _section("Scores", "What the detections of each score are (square-root scale).", _plot(shown["scores"]))
+    curve = section("Precision and recall", "Interpolated precision at IoU .50.", _plot(shown["precision_recall"]))
+    scores = section("Scores", "What the detections of each score are (square-root scale).", _plot(shown["scores"]))
     matrix = confusion_table.table(confusion_matrix(judged, CONFIDENT), names)
-    confused = _section("Confusion", CONFUSION_NOTE + confusion_table.note(len(names)), matrix)
-    sizes = _section("Size of objects", "AP and AR by annotated area in pixels.", _plot(shown["sizes"]))
+    confused = section("Confusion", CONFUSION_NOTE + confusion_table.note(len(names)), matrix)
+    sizes = section("Size of objects", "AP and AR by annotated area in pixels.", _plot(shown["sizes"]))
+    reliable = section("Calibration", _calibration_note(judged), _plot(shown["reliability"]))
     body = [
         _tiles(figures),
         pair(curve, scores),
-        _section("What goes wrong", MISTAKES_NOTE, pair(f"<div>{_plot(shown['mistakes'])}</div>", _mistakes(rows))),
-        _section("Classes", CLASSES_NOTE, _classes(results, names, judged)),
+        section("What goes wrong", MISTAKES_NOTE, pair(f"<div>{_plot(shown['mistakes'])}</div>", _mistakes(rows))),
+        section("Classes", CLASSES_NOTE, _classes(results, names, judged)),
         pair(confused, sizes).replace("pair", "pair uneven") if len(names) > WIDE_MATRIX else pair(confused, sizes),
+        reliable,
         _gallery(results, names, judged, load_image),
         f"<section><details><summary>Settings of the run</summary><pre>{escape(settings)}</pre></details></section>"
         if settings
@@ -162,6 +170,19 @@ def render(
         script=SCRIPT,
         body="\n".join(body),
         footer=FOOTER,
+    )
+
+
+def _calibration_note(judged: Analysis) -> str:
+    found = calibration(judged)
+    if math.isnan(found.error):
+        return "There are no detections."
+    said = f"Expected calibration error {found.error:.3f}: the mean gap between score and share of right detections."
+    if math.isnan(found.error_after):
+        return said
+    return (
+        f"{said} A temperature of {found.temperature:.2f} fits these images best; fitted on one half and measured "
+        f"on the other it leaves {found.error_after:.3f}."
     )
 
 
@@ -184,14 +205,14 @@ def _mistakes(rows: Sequence[Mistake]) -> str:
     colours = {KINDS[kind]: plots.COLOURS[kind] for kind in MISTAKES} | {"missed": plots.MISSED}
     cells = [
         (
-            (f"{_dot(colours.get(row.name, plots.FAINT))}{row.name}", row.name),
+            (f"{dot(colours.get(row.name, plots.FAINT))}{row.name}", row.name),
             (row.meaning, row.meaning),
             (str(row.count), row.count),
             (f"{100 * row.delta_ap:+.1f}", row.delta_ap),
         )
         for row in rows
     ]
-    return f'<div class="scroll">{_table(("mistake", "meaning", "count", "dAP50"), cells, text=(0, 1))}</div>'
+    return f'<div class="scroll">{table(("mistake", "meaning", "count", "dAP50"), cells, text=(0, 1))}</div>'
 
 
 def _classes(results: Sequence[ImageResult], names: Sequence[str], judged: Analysis) -> str:
@@ -216,7 +237,7 @@ def _classes(results: Sequence[ImageResult], names: Sequence[str], judged: Analy
     heads = ("class", "objects", "detections", "AP", "AP50", "AP75", "at score", "precision", "recall")
     absent = len(names) - len(rows)
     tail = f'<p class="note">{absent} classes have neither objects nor detections here.</p>' if absent else ""
-    return f'<div class="scroll">{_table(heads, rows)}</div>{tail}'
+    return f'<div class="scroll">{table(heads, rows)}</div>{tail}'
 
 
 def _gallery(
@@ -240,26 +261,30 @@ def _gallery(
     facts = json.dumps({"images": listed, "counts": counts, "files": files, "names": heads}).replace("<", "\\u003c")
     data = f'<script type="application/json" id="shown">{facts}</script>'
     if load_image is None:
-        return _section(
+        return section(
             "Images", "The pictures are not at hand; a class or a number lists its images here.", FILTER + data
         )
+    pictures = [
+        picture(i, weights.get(i, 0.0), results[i], names, judged, load_image, extra=n >= WORST or i not in weights)
+        for n, i in enumerate(chosen)
+    ]
+    gallery = f'{FILTER}{controls()}<div class="gallery">{"".join(pictures)}</div><dialog id="large"></dialog>{data}'
+    return section("Worst images", WORST_NOTE, gallery)
+
+
+def controls() -> str:
+    """The slider of scores, and which kinds of boxes the pictures show."""
     kinds = [(KINDS[kind], plots.COLOURS[kind]) for kind in KINDS]
     kinds += [("object not found", plots.MISSED), ("found object", FOUND_COLOUR)]
     boxes = "".join(
         f'<label><input type="checkbox" data-kind="{name}"{"" if name == "found object" else " checked"}>'
-        f"{_dot(colour)}{name}</label>"
+        f"{dot(colour)}{name}</label>"
         for name, colour in kinds
     )
-    controls = (
+    return (
         f'<div class="controls"><label>score at least <input id="score" type="range" min="0" max="1" step="0.01" '
         f'value="0.3"> <output id="score-value">0.30</output></label>{boxes}</div>'
     )
-    pictures = [
-        _picture(i, weights.get(i, 0.0), results[i], names, judged, load_image, extra=n >= WORST or i not in weights)
-        for n, i in enumerate(chosen)
-    ]
-    gallery = f'{FILTER}{controls}<div class="gallery">{"".join(pictures)}</div><dialog id="large"></dialog>{data}'
-    return _section("Worst images", WORST_NOTE, gallery)
 
 
 def _index(judged: Analysis, rank: NDArray[np.int64]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
@@ -287,7 +312,7 @@ def _cell_names(cells: Mapping[str, Sequence[int]], names: Sequence[str]) -> dic
     return said
 
 
-def _picture(
+def picture(
     image: int,
     weight: float,
     result: ImageResult,
@@ -296,6 +321,7 @@ def _picture(
     load_image: LoadImage,
     extra: bool = False,
 ) -> str:
+    """An image of the results with its objects and detections; `extra` ones are shown when they are asked for."""
     rects = []
     score_of = dict(zip(judged.owner[judged.kind == RIGHT], judged.dt.scores[judged.kind == RIGHT], strict=True))
     for j in np.flatnonzero((judged.gt.image == image) & ~judged.gt.crowd):
@@ -331,7 +357,7 @@ def _rect(box: NDArray[np.float64], kind: str, colour: str, label: str, style: s
     )
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[tuple[str, Any]]], text: Sequence[int] = (0,)) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence[tuple[str, Any]]], text: Sequence[int] = (0,)) -> str:
     """A sortable table of cells `(html, value to sort by)`."""
     css = [' class="text"' if i in text else "" for i in range(len(heads))]
     top = "".join(f'<th{c}><button type="button">{head}</button></th>' for head, c in zip(heads, css, strict=True))
@@ -343,7 +369,8 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[tuple[str, Any]]], text
     return f'<table class="sortable"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def _section(title: str, note: str, content: str) -> str:
+def section(title: str, note: str, content: str) -> str:
+    """A card of the page; note and content are HTML."""
     return f'<section><h2>{title}</h2><p class="note">{note}</p>{content}</section>'
 
 
@@ -357,7 +384,8 @@ def _data(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _dot(colour: str) -> str:
+def dot(colour: str) -> str:
+    """A patch of colour before a word."""
     return f'<span class="dot" style="--colour:{colour}"></span>'
 
 

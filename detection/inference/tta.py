@@ -61,7 +61,7 @@ class TestTimeAugmentation(nn.Module):
             return losses, []
         views: list[Detections] = []
         for scale in self.scales:
-            scaled = rescale(batch, scale)
+            scaled = rescale(batch, scale, self.transform.size_divisible)
             views.append(self.detector.run(scaled, False, True)[1])
             if self.hflip:
                 mirrored = self.detector.run(mirror(scaled), False, True)[1]

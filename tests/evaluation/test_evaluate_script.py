@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -16,12 +17,16 @@ import pytest
 import torch
 
 from detection import Detector, maskrcnn_efficientnet_lite0_fpn
+from detection.cli.comparing import same_images
+from detection.cli.detected import of_file, of_run
 from detection.cli.evaluate import evaluate
 from detection.commit import code_version
 from detection.data.coco import read_coco
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
 from detection.data.writers import write_voc
+from detection.evaluation.mean_ap import MeanAP
+from detection.evaluation.significance import compare
 from detection.training.module import DetectionModule
 from detection.training.optimisation import CosineSchedule
 
@@ -104,6 +109,34 @@ def test_the_report_names_the_code_that_trained(trained, tmp_path):
     facts = json.loads((tmp_path / "figures.json").read_text())["facts"]
     assert (facts["code"], facts["evaluated with"]) == ("0123abcdef, then 4567abcdef", code_version())
     assert "code <b>0123abcdef, then 4567abcdef</b>" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_comparison_detects_once_and_reads_what_it_kept(trained, monkeypatch):
+    folder, logged = trained
+    first = of_run(folder / "last.ckpt", "val", [], None, "cpu", 5)
+    assert "detected in 12 images" in first.notes[0] and first.masks and first.facts["code"] == code_version()
+    with monkeypatch.context() as patch:
+        patch.setattr(L.Trainer, "predict", None)
+        again = of_run(folder / "last.ckpt", "val", [], None, "cpu", 5)
+    assert "read from" in again.notes[0]
+    for run in (first, again):
+        metric = MeanAP(run.class_names, run.limit, ("bbox", "segm"))
+        metric.update([], [], run.results)
+        figures = metric.compute()
+        assert {name: figures[name] for name in logged} == pytest.approx(logged, abs=1e-6)
+        assert run.load_image(run.results[0]).shape == (96, 128, 3)
+    for one, other in zip(first.results, again.results, strict=True):
+        assert np.array_equal(one.boxes, other.boxes) and np.array_equal(one.scores, other.scores)
+        assert np.array_equal(one.labels, other.labels) and len(one.masks) == len(other.masks) == len(one.labels)
+    file = of_file(folder / "detections_val_last" / "detections_bbox.json", folder / "objects.json", None)
+    (run,), (same,) = same_images([[again], [file]])
+    found = compare([run.results], [same.results], run.class_names, draws=100)
+    assert {row.difference for row in found.figures if not math.isnan(row.difference)} == {0.0}
+    content = torch.load(folder / "last.ckpt", weights_only=True)
+    torch.save(content | {"code": "0123abcdef"}, folder / "last.ckpt")  # another file: what was kept is not its
+    assert "detected in 12 images" in of_run(folder / "last.ckpt", "val", [], None, "cpu", 12).notes[0]
+    torch.save(content, folder / "last.ckpt")
 
 
 def test_crowds_are_said_to_be_left_out(tmp_path, capsys):

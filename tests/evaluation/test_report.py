@@ -89,7 +89,7 @@ class Page(HTMLParser):
 def test_everything_is_written(evaluation):
     folder, metric, figures = evaluation
     written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    names = ("confusion", "mistakes", "precision_recall", "scores", "sizes")
+    names = ("confusion", "mistakes", "precision_recall", "reliability", "scores", "sizes")
     assert written == {"detections_bbox.json", "figures.json", "report.html", *(f"plots/{name}.png" for name in names)}
     assert all((folder / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
     summary = json.loads((folder / "figures.json").read_text())

@@ -1,0 +1,182 @@
+"""The command `compare`: whether one detector is better than another by more than the chance of images and seeds."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path, PurePath
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from detection.cli.detected import Detected, of_file, of_run, runs_in
+from detection.cli.flags import TRUST, check_ranges, take_trust
+from detection.cli.output import set_up_output
+from detection.cli.wording import Flags
+from detection.data.records import DataError
+from detection.errors import complaint
+from detection.evaluation.comparison_page import SURE, Side, shown_figures, verdict, write_comparison
+from detection.evaluation.results import ImageResult
+from detection.evaluation.significance import Contrast, compare
+
+DESCRIPTION = """Compares two detectors on the same validation images: A - B, with 95 % intervals.
+
+  detection compare A B                           one run each, or folders of runs: their seeds
+  detection compare A1 A2 A3 --against B1 B2 B3   the seeds by name
+  detection compare a.json b.json --gt instances.json
+
+A run is its folder, a checkpoint, or a COCO results file.
+"""
+
+
+def main(flags: Sequence[str]) -> int | str | None:
+    """Run the command with its flags; returns the sentence on what went wrong, if anything did."""
+    flags, trust = take_trust(flags)
+    parser = Flags("detection compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="of A; without --against A and B")
+    parser.add_argument("--against", type=Path, nargs="+", metavar="RUN", help="of B")
+    parser.add_argument("--gt", type=Path, help="COCO annotations of results files")
+    parser.add_argument("--images", type=Path, help="folder of their images, for the pictures")
+    parser.add_argument("--split", choices=("val", "test"), default="val", help="of the runs' data (default: val)")
+    parser.add_argument("--root", type=Path, help="folder of the runs' data, if it has moved")
+    parser.add_argument("--common", action="store_true", help="compare on the images that all have, where they differ")
+    parser.add_argument("--masks", action="store_true", help="compare masks instead of boxes")
+    parser.add_argument("--draws", type=int, default=1000, help="of bootstrap and permutation (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--output", type=Path, help="folder to write to (default: comparison_A_B)")
+    parser.add_argument("--accelerator", default="auto", help="to detect with, where needed: cpu, gpu, auto")
+    parser.add_argument("--batch_size", type=int, help="images a batch there (default: that of training)")
+    parser.add_argument(TRUST, nargs="+", help="packages whose parts the checkpoints may use: their code runs")
+    given = parser.parse_args(flags)
+    set_up_output()
+    try:
+        return complaint(lambda: _compare(given, trust))
+    except ValueError as error:
+        return f"error: {error}"
+
+
+def _compare(given: argparse.Namespace, trust: list[str]) -> None:
+    check_ranges(draws=(given.draws, 100), batch_size=(given.batch_size, 1))
+    paths = _sides(given.runs, given.against)
+    sides = [[_detected(path, given, trust) for path in side] for side in paths]
+    a, b = same_images(sides, given.common)
+    if given.masks and not all(run.masks for run in (*a, *b)):
+        raise DataError("--masks compares masks, but not all runs have them: leave it out")
+    limit = max(run.limit for run in (*a, *b))
+    limits = (1, min(10, limit), limit)
+    names = a[0].class_names
+    found = compare([r.results for r in a], [r.results for r in b], names, limits, given.masks, given.draws, given.seed)
+    left, right = (_side(side, own) for side, own in zip((a, b), _names(given, a, b), strict=True))
+    folder = given.output or Path(f"comparison_{_plain(left.name)}_{_plain(right.name)}")
+    write_comparison(folder, found, left, right, names, given.draws)
+    _print(found, left, right)
+    for note in dict.fromkeys(note for run in (*a, *b) for note in run.notes):
+        print(f"note: {note}")
+    print(f"page: {folder / 'comparison.html'}")
+
+
+def _sides(runs: list[Path], against: list[Path] | None) -> tuple[list[Path], list[Path]]:
+    """The runs of both sides."""
+    if against is None and len(runs) != 2:
+        raise DataError(
+            f"{len(runs)} run{'s' * (len(runs) != 1)} and no --against: give two, or the seeds of each: "
+            "detection compare A1 A2 --against B1 B2"
+        )
+    left, right = (runs, against) if against is not None else (runs[:1], runs[1:])
+    a, b = ([run for path in side for run in runs_in(path)] for side in (left, right))
+    if twice := {path.resolve() for path in a} & {path.resolve() for path in b}:
+        raise DataError(f"{twice.pop()} is on both sides: a run can't differ from itself")
+    return a, b
+
+
+def _detected(path: Path, given: argparse.Namespace, trust: list[str]) -> Detected:
+    if path.suffix != ".json":
+        return of_run(path, given.split, trust, given.root, given.accelerator, given.batch_size)
+    if given.gt is None:
+        raise DataError(f"{path}: name the COCO file that the results are compared with: --gt")
+    return of_file(path, given.gt, given.images)
+
+
+def same_images(sides: Sequence[Sequence[Detected]], common: bool = False) -> list[list[Detected]]:
+    """The runs, all on the same images with the same objects, in the same order.
+
+    Args:
+        sides: the runs of each side.
+        common: leave out images that some lack, or have other objects in; otherwise they are an error.
+
+    Raises:
+        DataError: classes or images differ, or no two images are left.
+    """
+    first = sides[0][0]
+    kept = {result.image_id: result for result in first.results}
+    for run in (run for side in sides for run in side):
+        if run.class_names != first.class_names:
+            raise DataError(
+                f"{run.name} and {first.name} have other classes ({', '.join(run.class_names)[:80]}; "
+                f"{', '.join(first.class_names)[:80]}): compare detectors of the same classes in the same order"
+            )
+        own = {result.image_id: result for result in run.results}
+        same = {number: kept[number] for number in kept if number in own and _same(kept[number], own[number])}
+        if not common and (len(same) < len(kept) or len(own) > len(kept)):
+            raise DataError(
+                f"{run.name} and {first.name} have other validation sets ({len(own)} and {len(kept)} images, "
+                f"{len(same)} the same with the same objects): --common compares on those alone"
+            )
+        kept = same
+    if len(kept) < 2:
+        raise DataError(f"{len(kept)} images are the same in all runs: two at least are needed to compare")
+    return [
+        [replace(run, results=[result for result in run.results if result.image_id in kept]) for run in side]
+        for side in sides
+    ]
+
+
+def _same(one: ImageResult, other: ImageResult) -> bool:
+    """Whether two runs mean the same image with the same objects; files round coordinates, and know no folders."""
+    return (
+        PurePath(one.file_name).name == PurePath(other.file_name).name
+        and np.array_equal(one.gt_labels, other.gt_labels)
+        and np.array_equal(one.gt_iscrowd, other.gt_iscrowd)
+        and np.allclose(one.gt_boxes, other.gt_boxes, rtol=1e-5, atol=0.01)
+        and np.allclose(one.gt_areas, other.gt_areas, rtol=1e-3, atol=0.01)
+    )
+
+
+def _names(given: argparse.Namespace, a: list[Detected], b: list[Detected]) -> tuple[str, str]:
+    """What to call the sides: the name that a side's runs share, or its first path where both share one."""
+    shared = [{run.name.partition("/")[0] for run in side} for side in (a, b)]
+    if all(len(names) == 1 for names in shared) and shared[0] != shared[1]:
+        return shared[0].pop(), shared[1].pop()
+    paths = given.runs[0], (given.against or given.runs[1:])[0]
+    return str(paths[0]), str(paths[1])
+
+
+def _side(runs: list[Detected], name: str) -> Side:
+    return Side(
+        name=name,
+        runs=[run.name for run in runs],
+        results=runs[0].results,
+        facts=[run.facts for run in runs],
+        settings=[run.settings for run in runs],
+        load_image=runs[0].load_image,
+    )
+
+
+def _plain(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).strip("_.")
+
+
+def _print(found: Contrast, a: Side, b: Side) -> None:
+    """The figures as a table, and the verdict on AP."""
+    heads = ("figure", "A", "B", "A - B", f"{SURE} interval", "p", "p images")
+    table = Table(*heads, box=None, padding=(0, 1, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in shown_figures(found):
+        table.add_row(*row)
+    for letter, side in (("A", a), ("B", b)):
+        print(f"{letter}: {side.name}, {', '.join(side.runs)}")
+    Console().print(table)
+    print(verdict(found.figures[0], a.name, b.name))
