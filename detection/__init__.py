@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from detection.inference.tta import TestTimeAugmentation
     from detection.interop import detector_for_classes, load_detector, save_detector
     from detection.losses import CIoULoss, ClassWeights, FocalLoss, GIoULoss, SmoothL1Loss
+    from detection.mask_grid import MaskGrid, TorchvisionMaskGrid
     from detection.matching import BalancedSampler, HardExampleSampler, Matcher
     from detection.measuring import measure
     from detection.models.backbones import Backbone
@@ -76,6 +77,7 @@ _HOMES = {
     "interop": "detector_for_classes load_detector save_detector",
     "fitting": "PartError",
     "losses": "CIoULoss ClassWeights FocalLoss GIoULoss SmoothL1Loss",
+    "mask_grid": "MaskGrid TorchvisionMaskGrid",
     "matching": "BalancedSampler HardExampleSampler Matcher",
     "measuring": "measure",
     "models.backbones": "Backbone",

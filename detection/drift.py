@@ -25,6 +25,7 @@ from detection.recipes import RecipeError, describe, packages_of, rebuild
 ARGUMENTS = {
     "transform.min_size": "min_size",
     "transform.max_size": "max_size",
+    "transform.size_divisible": "size_divisible",
     "rpn.head": "rpn_head",
     "rpn.anchor_generator": "rpn_anchor_generator",
     "rpn.matcher": "rpn_matcher",
@@ -44,6 +45,7 @@ ARGUMENTS = {
     "roi_heads.class_loss": "class_loss",
     "roi_heads.box_loss": "box_loss",
     "roi_heads.mask_loss": "mask_loss",
+    "roi_heads.mask_grid": "mask_grid",
     "roi_heads.mask_roi_pool": "mask_roi_pool",
     "roi_heads.box_roi_pool": "box_roi_pool",
     "roi_heads.box_head": "box_head",
@@ -149,7 +151,8 @@ def _parts(module: nn.Module) -> list[str]:
 
 
 def _is_part(value: Any) -> bool:
-    return (callable(value) or hasattr(value, "encode")) and not isinstance(value, Tensor | torch.device)
+    known = callable(value) or hasattr(value, "encode") or hasattr(value, "targets")  # coders of boxes, grids of masks
+    return known and not isinstance(value, Tensor | torch.device)
 
 
 def _same_part(own: Any, other: Any) -> bool:

@@ -5,10 +5,13 @@ Shape shorthand:
     B: images     S: sampled regions of an image
     m: side of a mask
 Sums go over valid rows and are divided by the number of valid rows of the batch, foreground and background alike
-(Faster R-CNN, equation 1, with N_cls = N_reg and lambda = 1, as torchvision has it). Detectron2 divides the RPN's by
-the rows asked for, `batch_size_per_image` of each image, whether there are so many or not. A batch without any
-foreground gives a box loss of exactly 0 that is still connected to the graph.
-In training on several processes the batch is that of all of them together. So the mean of their gradients is the
+(Faster R-CNN, equation 1, with N_cls = N_reg and lambda = 1, as torchvision and MMDetection have it). Masks are divided
+by the number of foreground regions. Detectron2 does likewise in the heads, but divides the RPN's losses by the rows
+asked for, `batch_size_per_image * B`, whether there are so many or not: where all are there they are equal, else ours
+are larger by `batch_size_per_image * B / valid`. A batch without any foreground gives a box loss of exactly 0 that is
+still connected to the graph.
+In training on several processes the batch is that of all of them together, where the others divide by the counts of
+each process. So the mean of their gradients is the
 gradient that one process would have on the whole batch, whichever images each process has.
 """
 

@@ -9,13 +9,13 @@ Shape shorthand:
     B: images     H, W: padded height and width     h, w: cells of a map     L: levels     C: channels
     G: ground truth boxes an image     A: anchors, P: proposals, S: sampled regions of an image
     R: regions of all images     K: classes with background     k: anchors a cell     F: features of a region
-    o: side of pooled features     m: side of a mask
+    o: side of pooled features     m: side of a mask     D: masks
 Boxes are `(x1, y1, x2, y2)` float32 pixels of the padded batch; label 0 is background.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -168,6 +168,38 @@ class MaskLoss(Protocol):
 
     def __call__(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Logits `(R, m, m)` float32 of the true class, and masks `(R, m, m)` in [0, 1] -> `(R,)`."""
+        ...
+
+
+class MaskGridPart(Protocol):
+    """Where the m x m cells of a predicted mask lie in its box: in training, and on the image."""
+
+    def targets(self, gt_masks: Tensor, windows: Tensor, index: Tensor, boxes: Tensor, side: int) -> Tensor:
+        """What each region should predict, `(B, M, m, m)` float32 in [0, 1].
+
+        Args:
+            gt_masks: `(B, G, h, w)` uint8, 255 inside.
+            windows: `(B, G, 4)`, the part of the image that each mask shows, see `Batch`.
+            index: `(B, M)` int64, the object of each region as its row among all `B * G`; -1 for none.
+            boxes: `(B, M, 4)` of the regions, in pixels of the batch.
+            side: m.
+        """
+        ...
+
+    def windows(
+        self, probabilities: Tensor, boxes: Tensor, size: tuple[int, int]
+    ) -> Iterable[tuple[slice, slice, Tensor]]:
+        """Of each mask the rows and columns of the image that it may cover, and its probabilities there, `(h, w)`.
+
+        Args:
+            probabilities: `(D, m, m)`.
+            boxes: `(D, 4)` xyxy in pixels of the image.
+            size: (height, width) of the image.
+        """
+        ...
+
+    def inside(self, probabilities: Tensor) -> Tensor:
+        """Which probabilities, of any shape, count as the object: bool."""
         ...
 
 

@@ -265,9 +265,9 @@ def _rebuild(recipe: Any, trust: tuple[str, ...]) -> Any:
     path, given = str(recipe["class_path"]), recipe.get("init_args") or {}
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise RecipeError(f"the recipe of {path} has arguments without names")
-    path, init_args = upgrade(path, dict(given))
-    maker = find(path, trust)
     written = EVERYTHING in trust or A_RUN in trust
+    path, init_args = upgrade(path, dict(given), written)
+    maker = find(path, trust)
     if not written and (named := [name for name in WEIGHTS if _names_weights(name, init_args.get(name))]):
         raise RecipeError(f"the recipe of {path} names {named[0]}: a checkpoint has its own, and opens no other file")
     arguments = {name: _rebuild(value, trust) for name, value in init_args.items()}

@@ -20,8 +20,13 @@ ARGUMENTS = {  # of builders: what they were called -> what takes their place
 }
 
 
-def upgrade(path: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The class path and the arguments of a recipe as this version has them; those of other packages as they are."""
+def upgrade(path: str, arguments: dict[str, Any], written: bool = False) -> tuple[str, dict[str, Any]]:
+    """The class path and the arguments of a recipe as this version has them; those of other packages as they are.
+
+    Args:
+        path, arguments: of the recipe.
+        written: by a user, who leaves out what shall have its default. A checkpoint has what it was trained with.
+    """
     if not path.startswith(f"{PACKAGE}."):
         return path, arguments
     for old, new in MOVED.items():
@@ -34,4 +39,11 @@ def upgrade(path: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         elif beta is not None:
             smooth_l1 = {"class_path": f"{PACKAGE}.losses.SmoothL1Loss", "init_args": {"beta": beta}}
             arguments[f"{stage}box_loss"] = smooth_l1
+    if not written and "mask_grid" not in arguments and _has_masks(path, arguments):
+        arguments["mask_grid"] = {"class_path": f"{PACKAGE}.mask_grid.TorchvisionMaskGrid", "init_args": {}}
     return path, arguments
+
+
+def _has_masks(path: str, arguments: dict[str, Any]) -> bool:
+    builder = path.rpartition(".")[2].startswith(("mask_rcnn", "maskrcnn_"))
+    return bool(builder or arguments.get("masks") or arguments.get("mask_predictor"))

@@ -166,7 +166,8 @@ def test_a_detector_takes_files_arrays_and_tensors_alike(form: PixelFormat, tmp_
 def test_onnx_of_any_format_finds_what_the_model_finds(form: PixelFormat, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason='needs pip install "detection[export]"')
     pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
-    from detection.interop.export import compare, onnx_runner, to_onnx
+    from detection.interop.exported_files import onnx_runner, to_onnx
+    from detection.interop.parity import compare
 
     logging.disable(logging.DEBUG)
     model = build("fasterrcnn_efficientnet_lite0_fpn", *form, box_score_thresh=0.4, box_detections_per_img=300)

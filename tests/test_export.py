@@ -26,20 +26,15 @@ from detection import (
     rcnn_efficientnet_lite0,
 )
 from detection.__main__ import main as command
+from detection.batch import Target
 from detection.data import scenes
 from detection.data.augment import resize_into
 from detection.data.images import read_image
-from detection.interop.export import (
-    ExportableDetector,
-    ExportError,
-    _resize_as_opencv,
-    check_exportable,
-    compare,
-    onnx_runner,
-    to_onnx,
-    to_torch,
-    torch_runner,
-)
+from detection.interop.export import ExportableDetector, ExportError, _resize_as_opencv, check_exportable
+from detection.interop.exported_files import onnx_runner, to_onnx, to_torch, torch_runner
+from detection.interop.openvino import openvino_runner, read_openvino_facts, to_openvino, write_openvino_facts
+from detection.interop.parity import compare, compare_accuracy
+from detection.interop.tensorrt import objections, to_tensorrt
 from detection.weights import read_saved
 from tests.runs import scene_flags
 
@@ -157,6 +152,110 @@ def test_standalone_runner_prints_the_same(exported, tmp_path):
     assert Image.open(tmp_path / "photo.png_detections.png").size == (130, 90)
 
 
+def test_standalone_runner_says_what_is_absent_and_where_nothing_is_found(tmp_path):
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "run_onnx.py", tmp_path / "no.onnx", "x.jpg"], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr == f"{tmp_path / 'no.onnx'}: there is no such file\n"
+
+
+@pytest.mark.slow
+def test_openvino_finds_what_the_model_finds(exported, tmp_path):
+    openvino = pytest.importorskip("openvino", reason='needs pip install "detection[openvino]"')
+    model, _ = exported
+    path = tmp_path / "detector.xml"
+    to_openvino(model, path, {"class_names": ["a", "b", "c"]})
+    write_openvino_facts(path, {"parity": {"images": 5}})
+    assert read_openvino_facts(path) == {"class_names": ["a", "b", "c"], "parity": {"images": 5}}
+    parity = compare(as_predicted(model), openvino_runner(path, threads=1), list(noise()))
+    assert_same(parity)
+    assert parity.mask < 1e-2
+    # The file itself asks for float32, so that nobody's bfloat16 gives others.
+    assert openvino.Core().compile_model(path, "CPU").get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
+    (image,) = noise([(90, 130)])
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    runner = [sys.executable, str(SCRIPTS / "run_onnx.py"), str(path), str(tmp_path / "photo.png"), "--score-thresh"]
+    done = subprocess.run([*runner, "0.3"], capture_output=True, text=True, check=True)
+    lines = [line.split()[1:] for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == as_predicted(model)(image).names
+    done = subprocess.run([*runner, "1"], capture_output=True, text=True, check=True)
+    assert "nothing scores 1 or more" in done.stdout
+
+
+@pytest.mark.rehearsal
+def test_int8_keeps_the_boxes_of_a_trained_detector(shared_data, tmp_path):
+    pytest.importorskip("nncf", reason='needs pip install "detection[openvino]"')
+    files = sorted((shared_data / "bccd" / "JPEGImages").glob("*.jpg"))[:8]
+    images = [read_image(file) for file in files]
+    model = fasterrcnn_efficientnet_lite0_fpn(num_classes=4, min_size=96, max_size=160, box_score_thresh=0.0)
+    to_openvino(model.eval(), tmp_path / "d.xml", {}, "int8", images)
+    to_openvino(model.eval(), tmp_path / "f.xml", {})
+    assert (tmp_path / "d.bin").stat().st_size < 0.35 * (tmp_path / "f.bin").stat().st_size
+    found = openvino_runner(tmp_path / "d.xml")(planes(images[0]))
+    assert found["counts"][0] > 20 and np.isfinite(found["boxes"]).all()
+
+
+def test_without_openvino_the_install_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)
+    monkeypatch.setitem(sys.modules, "openvino", pytest)  # stands for a package that is there
+    with pytest.raises(ImportError, match=r"pip install .*openvino"):
+        to_openvino(build(), tmp_path / "d.xml", {}, "int8")
+    assert sys.modules["openvino_telemetry"] is None  # nobody is told that they are imported
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ImportError, match=r"OpenVINO is not installed: pip install .*openvino"):
+        to_openvino(build(), tmp_path / "d.xml", {})
+
+
+@pytest.mark.slow
+def test_a_file_for_tensorrt_is_static_and_finds_what_the_model_finds(exported, tmp_path):
+    model, open_file = exported
+    path = tmp_path / "fixed.onnx"
+    to_tensorrt(model, path, {}, (150, 70))
+    parity = compare(as_predicted(model), onnx_runner(path), list(noise([(150, 70)] * 3)))
+    assert_same(parity)
+    assert parity.mask < 1e-2
+    assert objections(path) == []
+    said = objections(open_file)  # open sizes are computed in float64, and candidates counted
+    assert any("NonZero" in reason for reason in said) and "it computes in float64" in said
+    assert "the shape of images is open" in said
+
+
+@pytest.mark.slow
+def test_accuracy_is_that_of_the_file(exported):
+    """Against ground truth that is what the model finds, it has AP 1, and a file that finds half of it has less."""
+    model, path = exported
+    detector, run = as_predicted(model), onnx_runner(path)
+    labelled = []
+    for i, image in enumerate(noise(SIZES[:3])):
+        found = detector(image)
+        boxes, labels = torch.from_numpy(found.boxes), torch.from_numpy(found.labels)
+        areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
+        flags = torch.zeros(len(boxes), dtype=torch.bool)
+        labelled.append(
+            (image, Target(i, f"{i}.jpg", image.shape[:2], boxes, labels, areas, flags, flags, found.masks))
+        )
+    same = compare_accuracy(detector, run, labelled)
+    assert same.images == 3 and abs(same.lost) < 1e-3 and same.model > 0.9
+    half = compare_accuracy(detector, lambda planes: run(planes) | {"counts": run(planes)["counts"] // 2}, labelled)
+    assert half.lost > 0.3 and str(half).endswith("lost")
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--output", "d.txt"], "write .onnx, .xml"),
+        (["--output", "d.onnx", "--target", "openvino"], "a file of openvino ends in .xml"),
+        (["--output", "d.onnx", "--precision", "int8"], "is for OpenVINO"),
+        (["--output", "d.onnx", "--target", "tensorrt"], "takes images of one size"),
+        (["--output", "d.onnx", "--size", "[4, 5]"], "only TensorRT needs --size"),
+        (["--output", "d.onnx", "--target", "tensorrt", "--size", "[4]"], "give height and width"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags, reason):
+    assert reason in str(command(["export", "--ckpt", "x.ckpt", *flags]))
+
+
 @pytest.mark.slow
 def test_cascade_exports_to_torch(exported, tmp_path):  # behind the other, which silences the log
     model = decided(cascadercnn_efficientnet_lite0_fpn)
@@ -221,8 +320,11 @@ def test_from_another_library_by_a_run_of_other_sizes_to_a_file(tmp_path, monkey
     assert not command(["fit", "--config", "own_data", *scene_flags(data), *sizes, *detector, *steps])
     (run,) = (tmp_path / "runs").glob("*/*")
     photo = next(iter(sorted(data.rglob("val/*.jpg"))))
-    assert not command(["export", "--ckpt", str(run), "--output", "d.onnx", "--images", str(photo)])
+    check = ["--images", str(photo), "--split", "val"]
+    assert not command(["export", "--ckpt", str(run), "--output", "d.onnx", *check])
     assert json.loads(facts_of("d.onnx")["parity"])["images"] == 1
+    accuracy = json.loads(facts_of("d.onnx")["accuracy"])
+    assert accuracy["images"] == 2 and abs(accuracy["file"] - accuracy["model"]) < 0.01
     assert not command(
         ["predict", "--ckpt", str(run), "--source", str(photo), "--score_thresh", "0", "--device", "cpu"]
     )

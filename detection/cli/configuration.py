@@ -33,6 +33,7 @@ from detection.recipes import (
     trusted_names,
 )
 from detection.training.checkpoints import LAST, progress
+from detection.upgrades import upgrade
 
 QUICKSTART, OWN_DATA = "quickstart", "own_data"
 AUTO = "auto"  # of `rpn_anchor_generator`: anchors that fit the data
@@ -241,6 +242,16 @@ def fit_anchors_to_data(
         strides = strides_of(plain(detector, trust), trust)
         found = generator_for(data.read("train"), strides, *sizes_of(data)).recipe
     detector.init_args["rpn_anchor_generator"] = found
+
+
+def keep_mask_grid(detector: Namespace, kept: Mapping[str, Any]) -> None:
+    """Let a run that goes on keep its `mask_grid`, which settings of before there was a choice do not name.
+
+    Args:
+        detector, kept: see `fit_anchors_to_data`.
+    """
+    if kept and "mask_grid" in detector.init_args and detector.init_args.mask_grid is None:
+        detector.init_args.mask_grid = upgrade(kept["class_path"], dict(kept["init_args"]))[1].get("mask_grid")
 
 
 def strides_of(detector: Mapping[str, Any], trust: Sequence[str] = (EVERYTHING,)) -> tuple[int, ...]:

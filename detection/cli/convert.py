@@ -1,4 +1,4 @@
-"""The command `convert`: checkpoints of torchvision, Detectron2 and MMDetection come here, or ours go there."""
+"""The command `convert`: checkpoints of other libraries and of the Hub come here, or ours go there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from detection.cli.flags import chosen, run_command
-from detection.interop import export_detector, fetch_weights, import_detector, save_detector
+from detection.interop import export_detector, fetch_weights, hub, import_detector, save_detector
 from detection.interop.files import Library, StyleName
 
 
@@ -17,6 +17,8 @@ def bring(
     contiguous: bool = False,
     without_epsilon: bool | None = None,
     trust: list[str] = [],  # noqa: B006
+    bgr: bool | None = None,
+    stride_in_1x1: bool | None = None,
 ) -> None:
     """Write a checkpoint as .safetensors that says how to build its detector: no settings are needed later.
 
@@ -24,12 +26,14 @@ def bring(
         source: .pth, .pkl (read without running anything in it), .safetensors, or the .ckpt of a run or its folder.
         output: .safetensors file to write.
         style: of a ResNet: caffe (stride in the 1x1 convolution, BGR from 0 to 255) or pytorch. By default what the
-            file says, else caffe for Detectron2 and pytorch for MMDetection.
+            file says, else that of such models in Detectron2's zoo, and pytorch for MMDetection.
         contiguous: give the 91 classes of torchvision's COCO detectors the labels 1 to 80.
         without_epsilon: frozen normalisation was trained with epsilon 0; by default for torchvision's own such files.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
+        bgr: the network sees blue, green, red, whatever the style says.
+        stride_in_1x1: its blocks have their stride in the 1x1 convolution, whatever the style says.
     """
-    model, saved = import_detector(chosen(source), style, contiguous, without_epsilon, trust)
+    model, saved = import_detector(chosen(source), style, contiguous, without_epsilon, trust, bgr, stride_in_1x1)
     save_detector(output, model, saved.class_names, saved.category_ids)
     print(f"{output}: {model.num_classes - 1} classes, {sum(p.numel() for p in model.parameters()):,} parameters")
 
@@ -64,6 +68,44 @@ def download(weights: str) -> None:
     print(fetch_weights(weights))
 
 
+def push(
+    ckpt: Path,
+    repo: str,
+    private: bool = True,
+    license: str | None = None,
+    trust: list[str] = [],  # noqa: B006
+) -> None:
+    """Upload a detector to the Hugging Face Hub, with a model card made of the run's report.
+
+    Args:
+        ckpt: run's folder, its checkpoint, or .safetensors of `detection convert`.
+        repo: owner/name; it is made if it is not there.
+        private: false lets everybody see a repository that is made.
+        license: of the weights, as the Hub spells it, e.g. apache-2.0.
+        trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
+    """
+    print(f"{repo}: {hub.push(chosen(ckpt), repo, private, trust, license)}")
+
+
+def pull(
+    repo: str,
+    output: Path,
+    revision: str | None = None,
+    trust: list[str] = [],  # noqa: B006
+) -> None:
+    """Download a detector that `push` has uploaded.
+
+    Args:
+        repo: owner/name.
+        output: .safetensors file to write.
+        revision: branch, tag or commit; the newest by default.
+        trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
+    """
+    model = hub.pull(repo, output, revision, trust)
+    print(f"{output}: {model.num_classes - 1} classes, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
 def main(args: Sequence[str]) -> str | None:
     """Run the command with its flags; returns the sentence on what went wrong, if anything did."""
-    return run_command("convert", {"import": bring, "export": take, "download": download}, args)
+    commands = {"import": bring, "export": take, "download": download, "push": push, "pull": pull}
+    return run_command("convert", commands, args, ImportError)

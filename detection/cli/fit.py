@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from detection.cli.configuration import complete, fit_anchors_to_data, fit_detector_to_data, plain
+from detection.cli.configuration import complete, fit_anchors_to_data, fit_detector_to_data, keep_mask_grid, plain
 from detection.cli.fit_help import DEFAULTS, FROM_DATA, description
 from detection.cli.folder import SaveConfig, never_validates, remove, remove_empty, say_changes, write_readme
 from detection.cli.output import LOGGERS as LOGGERS
@@ -187,6 +187,7 @@ class FitCLI(LightningCLI):
         self.datamodule.load_state_dict(going_on.data)
         fit_detector_to_data(config.model.detector, self.datamodule)
         fit_anchors_to_data(config.model.detector, self.datamodule, going_on.detector, self.trust)
+        keep_mask_grid(config.model.detector, going_on.detector)
         parts = self._make_parts(config.pop("model"))
         self.config_init = self.parser.instantiate(config)  # the trainer's callbacks, loggers, plugins
         self.model = DetectionModule(**parts, class_names=self.datamodule.class_names)

@@ -68,8 +68,9 @@ class DetectionDataModule(L.LightningDataModule):
         mosaic: probability of training on a mosaic of four images.
         copy_paste: probability of pasting objects of another image onto a training image; needs `masks`.
         group_by_aspect: batch wide images with wide, high with high.
-        size_divisible: padded sides are multiples of this many pixels. The default is the coarsest stride; a large one
-            (224 for 800 x 1333) leaves a handful of shapes for `model.compile`, at the price of padding.
+        size_divisible: padded sides are multiples of this many pixels. The default is the detector's own, as a rule 32,
+            the coarsest stride; a large one (224 for 800 x 1333) leaves a handful of shapes for `model.compile`, at the
+            price of padding. Of a detector with 1, evaluation has one image a batch, as none is padded then.
         repeat_threshold: show images of classes rarer than this fraction of images more often; 0 is off.
         with_difficult: train on objects marked difficult too.
         keep_empty: train on images without objects too. Evaluation always has them.
@@ -115,7 +116,7 @@ class DetectionDataModule(L.LightningDataModule):
         mosaic: float = 0.0,
         copy_paste: float = 0.0,
         group_by_aspect: bool = True,
-        size_divisible: int = 32,
+        size_divisible: int | None = None,
         repeat_threshold: float = 0.0,
         with_difficult: bool = False,
         keep_empty: bool = True,
@@ -150,7 +151,7 @@ class DetectionDataModule(L.LightningDataModule):
                 raise ValueError(f"data.{name} is {count}: it must be 0 or more")
         if scale_jitter is not None and not 0 < scale_jitter[0] <= scale_jitter[1]:
             raise ValueError(f"data.scale_jitter is {scale_jitter}: give two factors above 0, the smaller first")
-        if size_divisible < 32 or size_divisible % 32:
+        if size_divisible is not None and (size_divisible < 32 or size_divisible % 32):
             raise ValueError(f"size_divisible {size_divisible} must be a multiple of 32, the coarsest stride")
         if proposals and (mosaic or masks):
             raise ValueError("proposals go with neither mosaics nor masks: leave `mosaic` and `masks` out")
@@ -393,12 +394,21 @@ class DetectionDataModule(L.LightningDataModule):
         sampler: Any = range(len(dataset))
         if world > 1:
             sampler = DistributedSampler(dataset, world, rank, shuffle=False)
-        batches = BatchSampler(sampler, self.hparams["batch_size"], drop_last=False)
+        count = 1 if self._divisor == 1 else self.hparams["batch_size"]
+        batches = BatchSampler(sampler, count, drop_last=False)
         return DataLoader(dataset, batch_sampler=batches, **self._loading())
+
+    @property
+    def _divisor(self) -> int:
+        """What the sides of images are padded to multiples of: as told, else as the detector wants it."""
+        told: int | None = self.hparams["size_divisible"]
+        module = getattr(self.trainer, "lightning_module", None)
+        transform = getattr(getattr(module, "detector", None), "transform", None)
+        return int(getattr(transform, "size_divisible", 32)) if told is None else told
 
     def _loading(self) -> dict[str, Any]:
         workers = self.hparams["num_workers"]
-        stack = partial(collate, divisor=self.hparams["size_divisible"])
+        stack = partial(collate, divisor=self._divisor)
         options: dict[str, Any] = {"num_workers": workers, "collate_fn": stack, "pin_memory": torch.cuda.is_available()}
         # Seeds come with the keys; from torch's own generator a loader would take a number that a resumed run lacks.
         options["generator"] = torch.Generator()

@@ -22,6 +22,23 @@ def encode(mask: NDArray[Any]) -> dict[str, Any]:
     return {"size": [height, width], "counts": compress(np.diff(edges, prepend=0).tolist())}
 
 
+def encode_window(window: NDArray[Any], corner: tuple[int, int], size: tuple[int, int]) -> dict[str, Any]:
+    """The RLE of an image's mask that is all in one window, without laying it out.
+
+    Args:
+        window: `(h, w)`, true where not zero; it may be empty.
+        corner: (x, y) of its first pixel in the image.
+        size: (height, width) of the image.
+    """
+    columns = np.pad((window != 0).T.astype(np.int8), ((0, 0), (1, 1)))  # (w, h + 2): a run is in one column
+    x, y = np.nonzero(np.diff(columns, axis=1))  # starts and ends of runs in turn, down each column
+    edges = (x + corner[0]) * size[0] + y + corner[1]
+    joint = np.flatnonzero(np.diff(edges) == 0)  # a run that ends where the next column's begins goes on
+    edges = np.delete(edges, np.concatenate([joint, joint + 1]))
+    counts = np.diff(edges, prepend=0, append=size[0] * size[1]).tolist()
+    return {"size": list(size), "counts": compress(counts if counts[-1] else counts[:-1])}
+
+
 def decode(rle: dict[str, Any]) -> NDArray[np.bool_]:
     """The `(H, W)` bool mask of an RLE; raises ValueError like `check`."""
     height, width = rle["size"]

@@ -29,7 +29,7 @@ from detection.inference.detections import Detections
 from detection.inference.tta import TestTimeAugmentation
 from detection.interop import CheckpointError, load_detector
 from detection.models.two_stage import FasterRCNN
-from detection.training.module import encode_detections
+from detection.training.module import encode_detections, grid_of
 from detection.weights import read_saved
 
 ImageLike: TypeAlias = str | Path | Image.Image | Pixels | Tensor
@@ -69,7 +69,8 @@ class Detector:
         self.model: FasterRCNN | TestTimeAugmentation = copied
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids or range(1, len(class_names) + 1))
-        transform = (model.detector if isinstance(model, TestTimeAugmentation) else model).transform
+        transform = model.transform
+        self._divisor = transform.size_divisible
         self.min_size, self.max_size = min_size or transform.min_size[-1], max_size or transform.max_size
         self.precision, self.form = precision, PixelFormat.of(model)
 
@@ -112,14 +113,19 @@ class Detector:
         return replace(self._detect([pixels])[0], pixels=pixels)
 
     def predict(self, images: Sequence[ImageLike], batch_size: int = 8) -> list[Detections]:
-        """Detections of several images, `batch_size` at a time; images as for a call."""
+        """Detections of several images, `batch_size` at a time; images as for a call.
+
+        A detector whose images are not padded (`size_divisible` 1) gets them one at a time, or the largest of a batch
+        would pad the others.
+        """
+        batch_size = 1 if self._divisor == 1 else batch_size
         pixels = [to_pixels(image, self.form) for image in images]
         parts = [pixels[i : i + batch_size] for i in range(0, len(pixels), batch_size)]
         return [found for part in parts for found in self._detect(part)]
 
     def batch(self, pixels: Sequence[Pixels]) -> Batch:
         """The batch that the model sees of `(H, W, C)` images."""
-        return collate([self._sample(image) for image in pixels]).to(self.device)
+        return collate([self._sample(image) for image in pixels], self._divisor).to(self.device)
 
     def _sample(self, pixels: Pixels) -> Sample:
         height, width = pixels.shape[:2]
@@ -134,7 +140,7 @@ class Detector:
         half = self.precision != "32"
         with torch.autocast(self.device.type, DTYPES.get(self.precision, torch.bfloat16), enabled=half):
             detections = self.model.run(batch, with_losses=False, with_detections=True)[1]
-        found = encode_detections(detections, batch)
+        found = encode_detections(detections, batch, grid_of(self.model))
         return [self._pack(d, image.shape[:2]) for d, image in zip(found, pixels, strict=True)]
 
     def _pack(self, detection: dict[str, Any], size: tuple[int, ...]) -> Detections:

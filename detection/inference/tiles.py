@@ -145,10 +145,4 @@ def shift_mask(mask: dict[str, Any], corner: tuple[int, int], size: tuple[int, i
         corner: (x, y) of the window's first pixel.
         size: (height, width) of the image.
     """
-    shown = rle.decode(mask)
-    columns = np.pad(shown.T.astype(np.int8), ((0, 0), (1, 1)))  # (w, h + 2): a run starts and ends in one column
-    x, y = np.nonzero(np.diff(columns, axis=1))  # starts and ends of runs in turn, down each column
-    edges, times = np.unique((x + corner[0]) * size[0] + y + corner[1], return_counts=True)
-    edges = edges[times == 1]  # a run that ends where the next column's begins goes on
-    counts = np.diff(edges, prepend=0, append=size[0] * size[1]).tolist()
-    return {"size": list(size), "counts": rle.compress(counts)}
+    return rle.encode_window(rle.decode(mask), corner, size)

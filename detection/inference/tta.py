@@ -18,6 +18,7 @@ from detection.batch import Batch
 from detection.boxes import grouped_nms
 from detection.models.transform import ImageTransform
 from detection.models.two_stage import Detections, FasterRCNN, Losses
+from detection.parts import MaskGridPart
 
 
 class TestTimeAugmentation(nn.Module):
@@ -49,6 +50,10 @@ class TestTimeAugmentation(nn.Module):
     def has_masks(self) -> bool:
         return self.detector.has_masks
 
+    @property
+    def mask_grid(self) -> MaskGridPart:
+        return self.detector.mask_grid
+
     def run(self, batch: Batch, with_losses: bool, with_detections: bool) -> tuple[Losses, Detections]:
         """As `FasterRCNN.run`; the losses are those of the batch as it is."""
         losses = self.detector.run(batch, True, False)[0] if with_losses else {}
@@ -56,7 +61,7 @@ class TestTimeAugmentation(nn.Module):
             return losses, []
         views: list[Detections] = []
         for scale in self.scales:
-            scaled = rescale(batch, scale)
+            scaled = rescale(batch, scale, self.transform.size_divisible)
             views.append(self.detector.run(scaled, False, True)[1])
             if self.hflip:
                 mirrored = self.detector.run(mirror(scaled), False, True)[1]

@@ -9,26 +9,30 @@ Shape shorthand:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 from detection.anchors import Anchors, chosen_anchors
+from detection.interop.heads import ConvLinearHead, ConvStack
 from detection.interop.rows import STYLES, Style
 from detection.losses import SmoothL1Loss
 from detection.models.backbones import Backbone, ResNetName, resnet_c4, resnet_dc5, resnet_fpn
 from detection.models.c4 import Res5Head, Res5Maps, res5_head
-from detection.models.compose import cascade_rcnn, faster_rcnn, mask_rcnn
+from detection.models.compose import cascade_rcnn, faster_rcnn, mask_rcnn, precomputed
+from detection.models.norms import Norm
 from detection.models.pooling import RoIPooler
-from detection.models.roi_heads import RoIHeads
+from detection.models.roi_heads import FastRCNNPredictor, RoIHeads
 from detection.models.two_stage import FasterRCNN
+from detection.parts import Factory, Factory2
 from detection.recipes import recorded
 from detection.weights import CheckpointError
 
-DEPTHS: dict[int, ResNetName] = {6: "resnet50", 23: "resnet101", 36: "resnet152"}  # by the blocks of layer3
+DEPTHS = {2: 18, 6: 50, 23: 101, 36: 152}  # by the blocks of layer3; ResNet-34 has 6, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,11 @@ class Layout:
         num_classes: with background.
         stages: 1, or those of a cascade.
         mask: whether there is a mask branch.
+        norm: of the backbone.
+        fpn_norm, mask_norm: of the pyramid and of the mask branch.
+        convs, linears, box_norm: of the box head, see `ConvLinearHead`.
+        agnostic: whether a detector with one stage has one box for all classes, as a cascade has.
+        precomputed: proposals come with the data (Fast R-CNN).
     """
 
     resnet: ResNetName
@@ -48,20 +57,48 @@ class Layout:
     num_classes: int
     stages: int
     mask: bool
+    norm: Norm = "frozen"
+    fpn_norm: Norm | None = None
+    mask_norm: Norm | None = None
+    convs: int = 0
+    linears: int = 2
+    box_norm: Norm | None = None
+    agnostic: bool = False
+    precomputed: bool = False
 
 
-def resnet_of(blocks: int) -> ResNetName:
+def resnet_of(blocks: int, kernel: Tensor | None = None, bottleneck: bool = True) -> ResNetName:
     """The network with that many blocks in its third stage.
+
+    Args:
+        blocks: how many.
+        kernel: of the 3x3 convolution of its first block, whose shape tells groups and their width.
+        bottleneck: whether the blocks have three convolutions.
 
     Raises:
         CheckpointError: none of those that can be converted.
     """
-    if blocks not in DEPTHS:
+    depth = DEPTHS.get(blocks, 0)
+    if not bottleneck:
+        depth = {2: 18, 6: 34}.get(blocks, 0)
+    name = f"resnet{depth}"
+    if kernel is not None and bottleneck and (len(kernel) != kernel.shape[1] or len(kernel) != 64):
+        name = f"resnext{depth}_{len(kernel) // kernel.shape[1]}x{kernel.shape[1]}d"
+    known = get_args(ResNetName)
+    if name not in known or (bottleneck and depth == 18):
+        found = f"{name}, with " if depth else ""
         raise CheckpointError(
-            f"the backbone has {blocks} blocks in its third stage: only ResNet-50 (6), 101 (23) and 152 (36) with "
-            f"bottleneck blocks can be converted"
+            f"the backbone is {found}{blocks} blocks of {3 if bottleneck else 2} convolutions in its third stage: "
+            f"{', '.join(known)} can be converted"
         )
-    return DEPTHS[blocks]
+    return name  # type: ignore[return-value]
+
+
+def norm_of(state: Mapping[str, Tensor], prefix: str) -> Norm | None:
+    """The normalisation with that prefix: `group` has no statistics, and without one there are no tensors."""
+    if f"{prefix}weight" not in state:
+        return None
+    return "batch" if f"{prefix}running_mean" in state else "group"
 
 
 def build(layout: Layout, style: Style, **options: Any) -> FasterRCNN:
@@ -75,19 +112,37 @@ def build(layout: Layout, style: Style, **options: Any) -> FasterRCNN:
         CheckpointError: a cascade without a pyramid, or of other than three stages.
     """
     name, count = layout.resnet, layout.num_classes
-    common: dict[str, Any] = {"norm": "frozen", "stride_in_1x1": style.stride_in_1x1}
+    common: dict[str, Any] = {"norm": layout.norm, "stride_in_1x1": style.stride_in_1x1}
+    trained: dict[str, Any] = common | {"trainable_layers": 3}
+    settings = style.image_mean | _heads(layout)
     if layout.stages > 1:
         if layout.features != "fpn" or layout.stages != 3:
             raise CheckpointError("a cascade can be converted with three stages and a pyramid only")
-        return aligned_cascade_rcnn(resnet_fpn(name, **common), count, layout.mask, **options)
+        backbone = resnet_fpn(name, **trained, fpn_norm=layout.fpn_norm)
+        return aligned_cascade_rcnn(backbone, count, layout.mask, **(options | settings))
     if layout.features == "fpn":
-        return aligned_rcnn(resnet_fpn(name, **common), count, layout.mask)
-    proposals: dict[str, Any] = {"rpn_pre_nms_top_n_train": 12000, "rpn_pre_nms_top_n_test": 6000}
-    proposals["rpn_post_nms_top_n_train"] = 2000
+        return aligned_rcnn(resnet_fpn(name, **trained, fpn_norm=layout.fpn_norm), count, layout.mask, **settings)
+    settings |= {"rpn_pre_nms_top_n_train": 12000, "rpn_pre_nms_top_n_test": 6000, "rpn_post_nms_top_n_train": 2000}
+    settings["size_divisible"] = 1  # only a pyramid needs sides that all its maps divide
     if layout.features == "dc5":
-        return aligned_rcnn(resnet_dc5(name, **common), count, layout.mask, **proposals)
-    head, backbone = res5_head(name, **common), resnet_c4(name, **common)
-    return aligned_rcnn(backbone, count, layout.mask, box_head=head, box_output_size=14, **proposals)
+        return aligned_rcnn(resnet_dc5(name, **trained, dilate_first=True), count, layout.mask, **settings)
+    head, backbone = res5_head(name, **common), resnet_c4(name, **trained)
+    return aligned_rcnn(backbone, count, layout.mask, box_head=head, box_output_size=14, **settings)
+
+
+def _heads(layout: Layout) -> dict[str, Any]:
+    """The arguments of a builder for heads, and for proposals, that are not the usual ones."""
+    parts: dict[str, Any] = {}
+    if (layout.convs, layout.linears) != (0, 2):
+        shape: dict[str, Any] = {"convs": layout.convs, "linears": layout.linears, "norm": layout.box_norm}
+        parts["box_head"] = partial(ConvLinearHead, **shape)
+    if layout.mask and layout.mask_norm:
+        parts["mask_head"] = partial(ConvStack, norm=layout.mask_norm)
+    if layout.agnostic:
+        parts["box_predictor"] = partial(FastRCNNPredictor, class_agnostic=True)
+    if layout.precomputed:
+        parts["rpn"] = precomputed(2000, 1000, None)
+    return parts
 
 
 def style_of(model: FasterRCNN) -> Style:
@@ -107,12 +162,14 @@ def aligned_rcnn(
     backbone: Backbone,
     num_classes: int,
     masks: bool = False,
-    box_head: nn.Module | None = None,
+    box_head: nn.Module | Factory2 | None = None,
     box_output_size: int = 7,
     rpn_anchor_generator: Anchors = None,
     rpn_post_nms_top_n_train: int = 1000,
     rpn_box_loss: Callable[..., Any] | None = None,
     box_loss: Callable[..., Any] | None = None,
+    mask_head: nn.Module | Factory | None = None,
+    mask_grid: Any = None,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Faster or Mask R-CNN as Detectron2 and MMDetection train it.
@@ -126,6 +183,8 @@ def aligned_rcnn(
         rpn_anchor_generator: default: that of `faster_rcnn`, not rounded.
         rpn_post_nms_top_n_train: proposals of an image in training.
         rpn_box_loss, box_loss: default: plain L1.
+        mask_head: default: four convolutions, or the stage of a `Res5Head`.
+        mask_grid: see `faster_rcnn`; the default, `MaskGrid`, is that of both libraries.
         **kwargs: see `faster_rcnn`.
     """
     arguments: dict[str, Any] = kwargs | {
@@ -138,8 +197,8 @@ def aligned_rcnn(
     }
     if not masks:
         return faster_rcnn(backbone, num_classes, **arguments)
-    mask_head = Res5Maps(box_head) if isinstance(box_head, Res5Head) else None
-    return mask_rcnn(backbone, num_classes, _pooler(14), mask_head, **arguments)
+    mask_head = Res5Maps(box_head) if isinstance(box_head, Res5Head) else mask_head
+    return mask_rcnn(backbone, num_classes, _pooler(14), mask_head, mask_grid=mask_grid, **arguments)
 
 
 @recorded
@@ -152,6 +211,7 @@ def aligned_cascade_rcnn(
     mean_of_logits: bool = False,
     rpn_box_loss: Callable[..., Any] | None = None,
     box_loss: Callable[..., Any] | None = None,
+    mask_grid: Any = None,
     **kwargs: Any,
 ) -> FasterRCNN:
     """Cascade R-CNN as Detectron2 trains it and, with other arguments, MMDetection.
@@ -161,6 +221,7 @@ def aligned_cascade_rcnn(
         cascade_bbox_reg_weights: of each stage.
         mean_of_logits: average the stages' logits (MMDetection) in place of their probabilities.
         rpn_box_loss, box_loss: default: plain L1.
+        mask_grid: see `faster_rcnn`; the default, `MaskGrid`, is that of both libraries.
         **kwargs: see `cascade_rcnn`.
     """
     return cascade_rcnn(
@@ -168,6 +229,7 @@ def aligned_cascade_rcnn(
         num_classes,
         masks,
         mask_roi_pool=_pooler(14),
+        mask_grid=mask_grid,
         cascade_bbox_reg_weights=cascade_bbox_reg_weights,
         mean_of_logits=mean_of_logits,
         rpn_box_loss=rpn_box_loss or SmoothL1Loss(0.0),

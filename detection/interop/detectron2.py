@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from detection.interop import rows
-from detection.interop.builders import Layout, box_pool_of, build, resnet_of, style_of
+from detection.interop.builders import Layout, box_pool_of, build, norm_of, resnet_of, style_of
+from detection.interop.kinds import DETECTRON2, refuse
 from detection.interop.names import Rules, collect, count_blocks, drop, load, rename, state_of
 from detection.interop.rows import Style
+from detection.models.precomputed import PrecomputedProposals
+from detection.models.transform import IMAGENET_STD
 from detection.models.two_stage import FasterRCNN
 from detection.weights import CheckpointError
 
+PREFIXES = ("proposal_generator.", "backbone.bottom_up.", "backbone.stem.conv", "backbone.net.")  # of its files alone
 RULES: Rules = (
     # Backbone: the stages are called after their figure in the paper, and a convolution owns its normalisation.
     (r"^backbone\.body\.", "backbone.bottom_up."),
@@ -22,6 +27,7 @@ RULES: Rules = (
     (r"\.downsample\.0\.", ".shortcut."),
     (r"\.downsample\.1\.", ".shortcut.norm."),
     (r"\.bn(\d)\.", r".conv\1.norm."),
+    (r"^(backbone\.fpn\.\w+\.\d|roi_heads\.(?:.*\.)?(?:mask_head|convs)\.\d)\.1\.", r"\1.0.norm."),
     *((rf"^backbone\.fpn\.inner_blocks\.{i}\.0\.", f"backbone.fpn_lateral{i + 2}.") for i in range(4)),
     *((rf"^backbone\.fpn\.layer_blocks\.{i}\.0\.", f"backbone.fpn_output{i + 2}.") for i in range(4)),
     (r"^rpn\.head\.conv\.0\.0\.", "proposal_generator.rpn_head.conv."),
@@ -31,6 +37,8 @@ RULES: Rules = (
     (r"^roi_heads\.stages\.(\d)\.(box_head|box_predictor)\.", r"roi_heads.\2.\1."),
     (r"^(roi_heads\.box_head\.(?:\d\.)?)fc6\.", r"\1fc1."),
     (r"^(roi_heads\.box_head\.(?:\d\.)?)fc7\.", r"\1fc2."),
+    *((rf"^(roi_heads\.box_head\.(?:\d\.)?)convs\.{i}\.0\.", rf"\g<1>conv{i + 1}.") for i in range(8)),
+    *((rf"^(roi_heads\.box_head\.(?:\d\.)?)linears\.{i}\.", rf"\g<1>fc{i + 1}.") for i in range(4)),
     (r"^roi_heads\.box_head\.res5\.", "roi_heads.res5."),
     *((rf"^roi_heads\.mask_head\.{i}\.0\.", f"roi_heads.mask_head.mask_fcn{i + 1}.") for i in range(4)),
     (r"^roi_heads\.mask_predictor\.conv5_mask\.", "roi_heads.mask_head.deconv."),
@@ -44,20 +52,58 @@ def read_layout(state: Mapping[str, Tensor]) -> Layout:
     """What detector these tensors belong to.
 
     Raises:
-        CheckpointError: none that can be converted.
+        CheckpointError: none that can be converted; it names the kind.
     """
+    refuse(state, "Detectron2", DETECTRON2)
     stages = count_blocks(state, "roi_heads.box_predictor.")
-    classifier = f"roi_heads.box_predictor.{'0.' if stages else ''}cls_score.weight"
+    first = "0." if stages else ""
+    classifier = f"roi_heads.box_predictor.{first}cls_score.weight"
     if classifier not in state:
-        raise CheckpointError(f"not a Faster, Mask or Cascade R-CNN of Detectron2: there is no {classifier}")
+        alone = any(name.startswith("proposal_generator.") for name in state)
+        kind = (
+            "an RPN alone, which finds no classes"
+            if alone
+            else f"no Fast, Faster, Mask or Cascade R-CNN: there is no {classifier}"
+        )
+        raise CheckpointError(f"this is {kind} (a file of Detectron2)")
+    objectness, deltas = (
+        state.get(f"proposal_generator.rpn_head.{name}.weight") for name in ("objectness_logits", "anchor_deltas")
+    )
+    if objectness is not None and deltas is not None and len(deltas) == 5 * len(objectness):
+        raise CheckpointError(
+            "this is a detector of rotated boxes, which have no counterpart here (a file of Detectron2)"
+        )
     pyramid = "backbone.fpn_lateral2.weight" in state
     c4 = any(name.startswith("roi_heads.res5.") for name in state)
+    body, box = "backbone.bottom_up." if pyramid else "backbone.", f"roi_heads.box_head.{first}"
+    fpn_norm = norm_of(state, "backbone.fpn_lateral2.norm.")
+    live = fpn_norm == "batch" or any(name.startswith(body) and name.endswith("num_batches_tracked") for name in state)
+    norm = norm_of(state, f"{body}stem.conv1.norm.")
+    if norm is None:
+        raise CheckpointError(
+            "this is a detector whose backbone is no ResNet with normalisation: there is no "
+            f"{body}stem.conv1.norm.weight (a file of Detectron2)"
+        )
+    convs, linears = count_layers(state, f"{box}conv"), count_layers(state, f"{box}fc")
+    count, boxes = len(state[classifier]), len(state[f"roi_heads.box_predictor.{first}bbox_pred.weight"])
     return Layout(
-        resnet_of(count_blocks(state, "backbone.bottom_up.res4." if pyramid else "backbone.res4.")),
+        resnet_of(
+            count_blocks(state, f"{body}res4."),
+            state.get(f"{body}res2.0.conv2.weight"),
+            f"{body}res2.0.conv3.weight" in state,
+        ),
         "fpn" if pyramid else "c4" if c4 else "dc5",
-        len(state[classifier]),
+        count,
         stages or 1,
         any(name.startswith("roi_heads.mask_head.") for name in state),
+        "group" if norm == "group" else "batch" if live else "frozen",
+        fpn_norm,
+        norm_of(state, "roi_heads.mask_head.mask_fcn1.norm."),
+        convs,
+        2 if c4 else linears,
+        norm_of(state, f"{box}conv1.norm."),
+        not stages and boxes == 4 and count > 2,
+        not any(name.startswith("proposal_generator.") for name in state),
     )
 
 
@@ -66,22 +112,66 @@ def from_detectron2(state: Mapping[str, Tensor], style: Style) -> FasterRCNN:
 
     Args:
         state: under Detectron2's names.
-        style: of the backbone; `caffe` for all R-50 and R-101 of its model zoo, which start from MSRA's weights.
+        style: of the backbone, see `choose_style`.
 
     Raises:
         CheckpointError: tensors that are missing, left over or of the wrong shape.
     """
-    state = drop(state, DROPPED)
     layout = read_layout(state)
+    state = drop(state, DROPPED)
     model = build(layout, style)
     table = names_of(model, layout)
-    state = rows.frozen_statistics({name: value.float() for name, value in state.items()}, list(table.values()))
+    state = {name: value.float() for name, value in state.items()}
     state = collect(state, table)
-    state = rows.background_to_front(state)
-    if layout.features != "fpn":
+    state = rows.background_to_front(rows.masks_of_each_class(state, layout.num_classes - 1))
+    if layout.features != "fpn" and not layout.precomputed:
         state = rows.anchors_to_ratio_major(state, *anchor_grid(model))
-    load(model, rows.fold_bytes(state) if style.bgr_bytes else state)
+    load(model, rows.counters_of(model) | rows.fold_pixels(state, style.bgr, style.scale))
     return model
+
+
+def choose_style(
+    state: Mapping[str, Tensor],
+    name: str | None = None,
+    bgr: bool | None = None,
+    stride_in_1x1: bool | None = None,
+) -> Style:
+    """The style of a file: what is told, what its `pixel_mean` and `pixel_std` say, or that of such models in the zoo.
+
+    In the zoo all are BGR. MSRA's weights have the stride in the 1x1 convolutions and see 0 to 255; ResNeXt and models
+    with group normalisation have it in the 3x3 ones, and ResNeXt's pixels are divided by their standard deviation.
+
+    Args:
+        state: under Detectron2's names.
+        name: `caffe` or `pytorch`, None where nothing is told.
+        bgr, stride_in_1x1: see `Style`; they count before `name`.
+
+    Raises:
+        CheckpointError: the file's pixels are others than is told.
+    """
+    pixels, told = read_style(state), rows.STYLES[name] if name else None
+    wanted = told.bgr if bgr is None and told else bgr
+    if wanted is not None and pixels and wanted != pixels.bgr:
+        orders = {True: "BGR", False: "RGB"}
+        raise CheckpointError(f"its pixel_mean is that of {orders[pixels.bgr]}, not {orders[wanted]}")
+    layout = read_layout(state)
+    grouped = layout.resnet.startswith("resnext")
+    std = tuple(255 * value for value in IMAGENET_STD)
+    style = told or pixels or Style(not grouped and layout.norm != "group", True, None, std if grouped else None)
+    if pixels:
+        plain = pixels.bgr and all(value == 1 for value in pixels.std or ())
+        stride = told.stride_in_1x1 if told else plain and not grouped and layout.norm != "group"
+        style = replace(pixels, stride_in_1x1=stride)
+    return replace(
+        style,
+        bgr=style.bgr if wanted is None else wanted,
+        stride_in_1x1=style.stride_in_1x1 if stride_in_1x1 is None else stride_in_1x1,
+    )
+
+
+def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many layers `prefix1`, `prefix2` and so on there are."""
+    return sum(f"{prefix}{i}.weight" in state for i in range(1, 10))
 
 
 def to_detectron2(model: FasterRCNN) -> dict[str, Tensor]:
@@ -95,10 +185,10 @@ def to_detectron2(model: FasterRCNN) -> dict[str, Tensor]:
     state = rows.without_counters(state_of(model))
     names = list(state)
     pyramid = any(name.startswith("backbone.fpn.") for name in names)
-    if style_of(model).bgr_bytes:
+    if style_of(model).bgr:
         state = rows.unfold_bytes(state, model.transform.std.flatten().tolist())
     state = rows.background_to_back(state)
-    if not pyramid:
+    if not pyramid and not isinstance(model.rpn, PrecomputedProposals):
         state = rows.anchors_to_size_major(state, *anchor_grid(model))
     table = rename(names, RULES if pyramid else WITHOUT_FPN)
     theirs = {table[name]: value for name, value in state.items()}
@@ -109,16 +199,21 @@ def to_detectron2(model: FasterRCNN) -> dict[str, Tensor]:
     return theirs
 
 
-def read_style(state: Mapping[str, Tensor]) -> str | None:
-    """Name of the style that a file with its pixels' mean in it tells; blue, first in BGR, has the smallest mean."""
-    mean = state.get("pixel_mean")
-    return None if mean is None else "caffe" if mean.flatten()[0] < mean.flatten()[2] else "pytorch"
+def read_style(state: Mapping[str, Tensor]) -> Style | None:
+    """The pixels that a file with `pixel_mean` in it tells; blue, first in BGR, has the smallest mean."""
+    mean, std = (state.get(name) for name in ("pixel_mean", "pixel_std"))
+    if mean is None or mean.numel() != 3 or mean.flatten()[0] == mean.flatten()[2]:
+        return None
+    means, stds = mean.flatten().tolist(), [1.0] * 3 if std is None else std.flatten().tolist()
+    bgr = means[0] < means[2]
+    step = -1 if bgr else 1
+    return Style(bgr, bgr, tuple(means[::step]), tuple(stds[::step]))
 
 
 def pixel_statistics(model: FasterRCNN) -> dict[str, Tensor]:
     """The tensors of a file that say what its pixels are, and so its style: `pixel_mean` and `pixel_std`."""
     mean, std = 255 * model.transform.mean.flatten(), 255 * model.transform.std.flatten()
-    if style_of(model).bgr_bytes:
+    if style_of(model).bgr:
         mean, std = mean.flip(0), torch.ones(3)
     return {"pixel_mean": mean.view(3, 1, 1), "pixel_std": std.view(3, 1, 1)}
 
@@ -129,7 +224,7 @@ def settings_of(model: FasterRCNN) -> str:
     mean, std = (value.flatten() for value in pixel_statistics(model).values())
     settings = {
         "MODEL.RESNETS.STRIDE_IN_1X1": style.stride_in_1x1,
-        "INPUT.FORMAT": "BGR" if style.bgr_bytes else "RGB",
+        "INPUT.FORMAT": "BGR" if style.bgr else "RGB",
         "MODEL.PIXEL_MEAN": [round(value, 3) for value in mean.tolist()],
         "MODEL.PIXEL_STD": [round(value, 3) for value in std.tolist()],
         "MODEL.ROI_HEADS.NUM_CLASSES": model.num_classes - 1,

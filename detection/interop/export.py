@@ -1,4 +1,4 @@
-"""Detectors as ONNX or torch.export files, from uint8 pixels to boxes, without this package at the other end.
+"""Detectors as graphs, from uint8 pixels to boxes, without this package at the other end.
 
 The exported graph is the detector's own parts. On a copy of it, those few steps are replaced that loop over images or
 count values in Python, by others with the same results: NMS, the choice of the best, the pooling, the anchors' cache.
@@ -11,26 +11,18 @@ Shape shorthand:
 from __future__ import annotations
 
 import copy
-import json
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from timm.layers import Conv2dSame
 from torch import Tensor, library, nn
 from torch.nn import functional as F
-from torchvision.ops import nms
 
 from detection.anchors import AnchorGenerator
 from detection.batch import Batch
 from detection.boxes import grouped_nms, resize_boxes
-from detection.data.spectral import Pixels
 from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPool, RoIPooler
 from detection.models.precomputed import PrecomputedProposals
@@ -39,13 +31,8 @@ from detection.models.rpn import RegionProposalNetwork
 from detection.models.two_stage import FasterRCNN
 from detection.parts import FeatureMaps
 
-if TYPE_CHECKING:
-    from detection.inference.detector import Detector
-
 OUTPUTS = ("boxes", "labels", "scores", "counts", "masks")
 ONE = 2048  # a weight of 1 in OpenCV's fixed point
-OPSET = 18  # the first with all that is needed; later ones add nothing for a detector
-Run = Callable[[Pixels], Mapping[str, NDArray[Any]]]
 
 
 class ExportError(ValueError):
@@ -125,8 +112,8 @@ class ExportableDetector(nn.Module):
         found["boxes"] = resize_boxes(found["boxes"], size, original)
         return tuple(found[name] for name in self.outputs)
 
-    def _resize(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Resized and padded images in [0, 1], and their sizes `(B, 2)` after and before."""
+    def sizes(self, images: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
+        """The images' size `(2,)` float64, what it becomes, and that in cells of the coarsest map."""
         transform, divisor = self.model.transform, self.model.transform.size_divisible
         old = torch.stack([torch.scalar_tensor(side, dtype=torch.float64) for side in images.shape[-2:]])
         # A number divided by a tensor would be its reciprocal times the number, and lose a pixel at some sizes.
@@ -140,12 +127,19 @@ class ExportableDetector(nn.Module):
             torch._check(side >= 1)
             torch._check(cells >= 1)
             torch._check(side <= divisor * cells)
+        return old, (height, width), (rows, columns)
+
+    def _resize(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Resized and padded images in [0, 1], and their sizes `(B, 2)` after and before."""
+        old, (height, width), (rows, columns) = self.sizes(images)
+        divisor = self.model.transform.size_divisible
         if images.dtype == torch.uint8:
             resized = _resize_as_opencv(images, old, (height, width)).float() / 255
         else:
             levels = F.interpolate(images.float(), (height, width), mode="bilinear", align_corners=False)
             resized = levels.round() / 65535  # to whole levels, as OpenCV gives them
         padded = F.pad(resized, (0, divisor * columns - width, 0, divisor * rows - height))
+        new = torch.stack([torch.scalar_tensor(side, dtype=torch.int64) for side in (height, width)])
         return padded, new.expand(images.shape[0], 2), old.long().expand(images.shape[0], 2)
 
 
@@ -197,14 +191,26 @@ def _survivors(boxes: Tensor, scores: Tensor, groups: Tensor, usable: Tensor, io
 
 
 def _nms_per_class(self: RoIHeads, boxes: Tensor, scores: Tensor, usable: Tensor) -> list[dict[str, Tensor]]:
-    """As `RoIHeads.nms_per_class`, for the whole batch in one entry, padded; `counts` says how far."""
     classes = usable.shape[2]
     groups = torch.arange(boxes.shape[0])[:, None, None] * classes + torch.arange(classes)
-    boxes, scores, usable = boxes.flatten(1, 2), scores.flatten(1), usable.flatten(1)
-    groups = groups.expand(-1, usable.shape[1] // classes, -1).flatten(1)
-    survives = _survivors(boxes, scores, groups, usable, self.nms_thresh)
-    ranked = torch.where(survives, scores, -1.0)
-    best, order = ranked.topk(torch.sym_min(self.detections_per_img, ranked.shape[1]), dim=1)
+    groups = groups.expand(-1, usable.shape[1], -1).flatten(1)
+    flat = boxes.flatten(1, 2), scores.flatten(1), groups, usable.flatten(1)
+    return rank(boxes, scores, _survivors(*flat, self.nms_thresh).view(usable.shape), self.detections_per_img)
+
+
+def rank(boxes: Tensor, scores: Tensor, survives: Tensor, count: int) -> list[dict[str, Tensor]]:
+    """The best `count` of what survived NMS, for the whole batch in one entry, padded; `counts` says how far.
+
+    Args:
+        boxes: `(B, P, C, 4)`.
+        scores: `(B, P, C)`.
+        survives: likewise, bool.
+        count: most detections of an image.
+    """
+    classes = scores.shape[2]
+    boxes, scores = boxes.flatten(1, 2), scores.flatten(1)
+    ranked = torch.where(survives.flatten(1), scores, -1.0)
+    best, order = ranked.topk(torch.sym_min(count, ranked.shape[1]), dim=1)
     valid = best >= 0
     found = {
         "boxes": torch.where(valid[..., None], boxes.gather(1, order[..., None].expand(-1, -1, 4)), 0.0),
@@ -267,172 +273,3 @@ def trace(model: FasterRCNN) -> tuple[torch.export.ExportedProgram, list[str]]:
     with torch.no_grad():
         program = torch.export.export(module, (example,), dynamic_shapes=(sides,), strict=False)
     return program, module.outputs
-
-
-def to_onnx(model: FasterRCNN, path: Path, facts: Mapping[str, Any]) -> None:
-    """Write the detector as ONNX.
-
-    Args:
-        model: see `ExportableDetector` for what goes in and comes out.
-        path: of the file.
-        facts: what the file's metadata shall hold, such as class names, each as JSON.
-
-    Raises:
-        ExportError: see `check_exportable`.
-        ImportError: onnx and onnxscript are not installed.
-    """
-    translate = _onnx_nms()
-    program, names = trace(model)
-    table: Any = {torch.ops.detection.grouped_nms.default: translate}
-    onnx_program = torch.onnx.export(
-        program, dynamo=True, opset_version=OPSET, custom_translation_table=table, input_names=["images"],
-        output_names=names, verbose=False,
-    )  # fmt: skip
-    assert onnx_program is not None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx_program.save(path, external_data=False)
-    write_facts(path, facts)
-
-
-def write_facts(path: Path, facts: Mapping[str, Any]) -> None:
-    """Add entries to the metadata of an ONNX file, each as JSON."""
-    import onnx
-
-    model = onnx.load(path)
-    for name, value in facts.items():
-        model.metadata_props.add(key=name, value=json.dumps(value))
-    onnx.save(model, path)
-
-
-def _onnx_nms() -> Callable[..., Any]:
-    """ONNX's NonMaxSuppression with our groups as its classes."""
-    try:
-        from onnxscript import opset18 as op
-    except ImportError as error:
-        raise ImportError('ONNX needs more packages: pip install "detection[export]"') from error
-
-    def translate(boxes: Any, scores: Any, groups: Any, iou_thresh: float) -> Any:
-        zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
-        first = op.Constant(value_ints=[0])
-        # One more group, so that there is one even without boxes.
-        last = op.ReduceMax(op.Concat(groups, first, axis=0), keepdims=0)
-        every = op.Unsqueeze(op.Range(zero, op.Add(last, one), one), op.Constant(value_ints=[1]))
-        own = op.Equal(every, op.Unsqueeze(groups, first))
-        table = op.Where(own, op.Unsqueeze(scores, first), op.Constant(value_float=-1.0))
-        picked = op.NonMaxSuppression(
-            op.Unsqueeze(boxes, first), op.Unsqueeze(table, first), op.Constant(value_ints=[2**31]),
-            op.Constant(value_floats=[iou_thresh]), op.Constant(value_floats=[-0.5]),
-        )  # fmt: skip
-        return op.Gather(picked, op.Constant(value_int=2), axis=1)
-
-    return translate
-
-
-def to_torch(model: FasterRCNN, path: Path, compiled: bool = False) -> None:
-    """Write the detector as a `.pt2` file: of `torch.export`, or `compiled` to machine code by AOTInductor.
-
-    Raises:
-        ExportError: see `check_exportable`.
-    """
-    program, _ = trace(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*create_unbacked_symint")  # torchvision's call of PyTorch
-        warnings.filterwarnings("ignore", "No complete tensor found")  # concerns weights on a GPU
-        # torchvision's operator in the place of ours, which nobody knows without this package.
-        program = program.run_decompositions({torch.ops.detection.grouped_nms.default: _nms_apart})
-        if compiled:
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-        else:
-            torch.export.save(program, path)
-
-
-def _nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
-    """NMS of groups that are moved so far apart that they can't overlap; in float64, where that costs no accuracy."""
-    boxes = boxes.double()
-    extent = F.pad(boxes.flatten(), (0, 1)).amax() + 1
-    return nms(boxes + (groups * extent)[:, None], scores.double(), iou_thresh)
-
-
-def onnx_runner(path: Path) -> Run:
-    """Runs an ONNX file on the CPU: `(B, C, H, W)` uint8 or uint16 -> outputs by name."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError('checking needs onnxruntime: pip install "detection[export]"') from error
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return lambda images: dict(zip(names, session.run(None, {"images": images}), strict=True))
-
-
-def torch_runner(path: Path, compiled: bool, with_masks: bool) -> Run:
-    """The same for a `.pt2` file."""
-    names = OUTPUTS if with_masks else OUTPUTS[:-1]
-    module = torch._inductor.aoti_load_package(str(path)) if compiled else torch.export.load(path).module()
-    return lambda images: {
-        name: value.numpy() for name, value in zip(names, module(torch.from_numpy(images)), strict=True)
-    }
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far an exported detector is from the model, over some images.
-
-    Attributes:
-        images, detections: how many were compared.
-        unmatched: detections that only one of the two has.
-        box: largest difference of a coordinate, in pixels.
-        score: largest difference of a score.
-        mask: largest difference of a probability in a mask; 0 without masks.
-    """
-
-    images: int
-    detections: int
-    unmatched: int
-    box: float
-    score: float
-    mask: float
-
-    def __str__(self) -> str:
-        differences = f"{self.box:.2g} pixels, {self.score:.2g} of a score, {self.mask:.2g} in a mask"
-        alone = f"{self.unmatched} in one of the two alone, the largest differences of the others {differences}"
-        return f"{self.detections} detections on {self.images} image{'s' * (self.images != 1)}, {alone}"
-
-    def as_dict(self) -> dict[str, float]:
-        """For a file."""
-        return asdict(self)
-
-
-def compare(detector: Detector, run: Run, images: Sequence[Pixels]) -> Parity:
-    """Detections as `detection predict` makes them and those of an exported file, on `(H, W, C)` images, each alone.
-
-    A detection's partner has its label and the nearest box, less than a pixel away and not taken.
-
-    Args:
-        detector: on the CPU, in float32; it resizes as prediction does.
-        run: the file.
-        images: to compare on.
-    """
-    total = unmatched = 0
-    worst = dict.fromkeys(("box", "score", "mask"), 0.0)
-    for image in images:
-        planes = np.ascontiguousarray(image.transpose(2, 0, 1))
-        theirs = {name: value[0] for name, value in run(planes[None]).items()}
-        with torch.no_grad():
-            found = detector.model.run(detector.batch([image]), False, True)[1][0]
-        ours = {name: value.numpy() for name, value in found.items()}
-        free = list(range(int(theirs["counts"])))
-        total += len(ours["labels"])
-        for i, (box, label) in enumerate(zip(ours["boxes"], ours["labels"], strict=True)):
-            gaps = {j: float(np.abs(theirs["boxes"][j] - box).max()) for j in free if theirs["labels"][j] == label}
-            j = min(gaps, key=gaps.__getitem__, default=-1)
-            if j < 0 or gaps[j] >= 1:
-                unmatched += 1
-                continue
-            free.remove(j)
-            differences = {"box": gaps[j], "score": abs(float(theirs["scores"][j] - ours["scores"][i]))}
-            if "masks" in ours:
-                differences["mask"] = float(np.abs(theirs["masks"][j] - ours["masks"][i]).max())
-            worst = {name: max(worst[name], differences.get(name, 0.0)) for name in worst}
-        unmatched += len(free)
-    return Parity(len(images), total, unmatched, **worst)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,15 +163,19 @@ def import_detector(
     contiguous: bool = False,
     without_epsilon: bool | None = None,
     trust: Iterable[str] = (),
+    bgr: bool | None = None,
+    stride_in_1x1: bool | None = None,
 ) -> tuple[FasterRCNN, Saved]:
     """The detector in a file of torchvision, Detectron2 or MMDetection, or in a checkpoint of one of our runs.
 
     Args:
         source: `.pth`, `.pkl`, `.safetensors` or `.ckpt`.
         style: of a ResNet: `caffe` has its stride in the 1x1 convolutions and sees BGR from 0 to 255. By default what
-            the file says, else `caffe` for Detectron2, and for MMDetection `pytorch` unless its name has `caffe`.
+            the file says, else that of such models in Detectron2's zoo (`detectron2.choose_style`), and for MMDetection
+            `pytorch` unless its name has `caffe`.
         contiguous, without_epsilon: see `torchvision.from_torchvision`.
         trust: see `load_detector`.
+        bgr, stride_in_1x1: either half of a style by itself, see `rows.Style`.
 
     Returns:
         the detector, and its tensors with recipe, class names and category ids.
@@ -182,23 +187,28 @@ def import_detector(
     if not source.is_file():
         raise FileNotFoundError(f"no checkpoint at {source}")
     with trusting(trust):
-        return _named(source, lambda: _import(source, style, contiguous, without_epsilon))
+        return _named(source, lambda: _import(source, style, bgr, stride_in_1x1, contiguous, without_epsilon))
 
 
 def _import(
-    source: Path, style: StyleName | None, contiguous: bool, without_epsilon: bool | None
+    source: Path,
+    style: StyleName | None,
+    bgr: bool | None,
+    stride_in_1x1: bool | None,
+    contiguous: bool,
+    without_epsilon: bool | None,
 ) -> tuple[FasterRCNN, Saved]:
     state, meta = _read_foreign(source)
     names: list[str] | None = None
-    if any(name.startswith("proposal_generator.") for name in state):
-        told = detectron2.read_style(state)
-        if style and told and style != told:
-            raise CheckpointError(f"its pixel_mean is that of style {told}, not {style}")
-        model = detectron2.from_detectron2(state, rows.STYLES[style or told or "caffe"])
-    elif any(name.startswith(("rpn_head.", "ema_rpn_head.", "bbox_head.")) for name in state):
+    if any(name.startswith(detectron2.PREFIXES) for name in state):
+        model = detectron2.from_detectron2(state, detectron2.choose_style(state, style, bgr, stride_in_1x1))
+    elif any(name.startswith(mmdetection.PREFIXES) for name in state):
         told, names = mmdetection.read_meta(meta)
-        guess = "caffe" if "caffe" in source.name else "pytorch"
-        model = mmdetection.from_mmdetection(state, rows.STYLES[style or told or guess])
+        guess = rows.STYLES[style or told or ("caffe" if "caffe" in source.name else "pytorch")]
+        halves: dict[str, Any] = {"bgr": bgr, "stride_in_1x1": stride_in_1x1}
+        model = mmdetection.from_mmdetection(
+            state, replace(guess, **{name: half for name, half in halves.items() if half is not None})
+        )
     elif any(name.startswith("detector.") for name in state):
         saved = read_saved(source)
         return load_detector(source).train(), saved

@@ -9,14 +9,19 @@ from typing import Any
 from torch import Tensor
 
 from detection.interop import rows
-from detection.interop.builders import Layout, build, resnet_of
+from detection.interop.builders import Layout, build, norm_of, resnet_of
+from detection.interop.kinds import MMDETECTION, refuse
 from detection.interop.names import Rules, collect, count_blocks, drop, load, rename
 from detection.interop.rows import Style
 from detection.losses import SmoothL1Loss
 from detection.models.two_stage import FasterRCNN
 from detection.weights import CheckpointError
 
+PREFIXES = ("rpn_head.", "ema_rpn_head.", "bbox_head.", "roi_head.", "neck.")  # of its files alone
 _BOX = (
+    (r"box_head\.convs\.(\d)\.0\.", r"shared_convs.{n}.conv."),
+    (r"box_head\.convs\.(\d)\.1\.", r"shared_convs.{n}.bn."),
+    (r"box_head\.linears\.(\d)\.", r"shared_fcs.{n}."),
     (r"box_head\.fc6\.", "shared_fcs.0."),
     (r"box_head\.fc7\.", "shared_fcs.1."),
     (r"box_predictor\.cls_score\.", "fc_cls."),
@@ -25,13 +30,19 @@ _BOX = (
 RULES: Rules = (
     (r"^backbone\.body\.", "backbone."),
     (r"^backbone\.fpn\.inner_blocks\.(\d)\.0\.", r"neck.lateral_convs.\1.conv."),
+    (r"^backbone\.fpn\.inner_blocks\.(\d)\.1\.", r"neck.lateral_convs.\1.bn."),
     (r"^backbone\.fpn\.layer_blocks\.(\d)\.0\.", r"neck.fpn_convs.\1.conv."),
+    (r"^backbone\.fpn\.layer_blocks\.(\d)\.1\.", r"neck.fpn_convs.\1.bn."),
     (r"^rpn\.head\.conv\.0\.0\.", "rpn_head.rpn_conv."),
     (r"^rpn\.head\.cls_logits\.", "rpn_head.rpn_cls."),
     (r"^rpn\.head\.bbox_pred\.", "rpn_head.rpn_reg."),
-    *((rf"^roi_heads\.stages\.(\d)\.{ours}", rf"roi_head.bbox_head.\1.{theirs}") for ours, theirs in _BOX),
-    *((rf"^roi_heads\.{ours}", rf"roi_head.bbox_head.{theirs}") for ours, theirs in _BOX),
+    *(
+        (rf"^roi_heads\.stages\.(\d)\.{ours}", "roi_head.bbox_head.\\1." + theirs.format(n="\\2"))
+        for ours, theirs in _BOX
+    ),
+    *((rf"^roi_heads\.{ours}", "roi_head.bbox_head." + theirs.format(n="\\1")) for ours, theirs in _BOX),
     (r"^roi_heads\.mask_head\.(\d)\.0\.", r"roi_head.mask_head.convs.\1.conv."),
+    (r"^roi_heads\.mask_head\.(\d)\.1\.", r"roi_head.mask_head.convs.\1.bn."),
     (r"^roi_heads\.mask_predictor\.conv5_mask\.", "roi_head.mask_head.upsample."),
     (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "roi_head.mask_head.conv_logits."),
 )
@@ -47,11 +58,12 @@ DROPPED = (r"num_batches_tracked$", r"^data_preprocessor\.", r"^ema_")
 
 
 def read_layout(state: Mapping[str, Tensor]) -> Layout:
-    """What detector these tensors belong to.
+    """What detector these tensors belong to, with `bn` for the name of all normalisation.
 
     Raises:
         CheckpointError: none that can be converted.
     """
+    refuse(state, "MMDetection", MMDETECTION)
     if any(name.startswith("bbox_head.") for name in state):
         raise CheckpointError("written by MMDetection 1: run its tools/model_converters/upgrade_model_version.py first")
     stages = count_blocks(state, "roi_head.bbox_head.")
@@ -65,12 +77,25 @@ def read_layout(state: Mapping[str, Tensor]) -> Layout:
             "a Cascade Mask R-CNN of MMDetection has a mask branch for each stage, of which this project has one for "
             "all: take Detectron2's, or leave out the tensors of roi_head.mask_head to have the boxes alone"
         )
+    head = classifier.removesuffix("fc_cls.weight")
+    count = len(state[classifier])
     return Layout(
-        resnet_of(count_blocks(state, "backbone.layer3.")),
+        resnet_of(
+            count_blocks(state, "backbone.layer3."),
+            state.get("backbone.layer1.0.conv2.weight"),
+            "backbone.layer1.0.conv3.weight" in state,
+        ),
         "fpn",
-        len(state[classifier]),
+        count,
         stages or 1,
         any(name.startswith("roi_head.mask_head.") for name in state),
+        "group" if norm_of(state, "backbone.bn1.") == "group" else "frozen",  # MMDetection holds live statistics, too
+        norm_of(state, "neck.lateral_convs.0.bn."),
+        norm_of(state, "roi_head.mask_head.convs.0.bn."),
+        count_blocks(state, f"{head}shared_convs."),
+        count_blocks(state, f"{head}shared_fcs."),
+        norm_of(state, f"{head}shared_convs.0.bn."),
+        not stages and count > 2 and len(state[f"{head}fc_reg.weight"]) == 4,
     )
 
 
@@ -86,13 +111,13 @@ def from_mmdetection(state: Mapping[str, Tensor], style: Style) -> FasterRCNN:
     """
     if all(name.startswith("ema_") for name in state):
         state = {name.removeprefix("ema_"): value for name, value in state.items()}
-    state = drop(state, DROPPED)
+    state = {re.sub(r"\.gn(\d?)\.", r".bn\1.", name): value for name, value in drop(state, DROPPED).items()}
     layout = read_layout(state)
     model = build(layout, style, **CASCADE)
     table = rename(rows.without_counters(model.state_dict()), RULES)
     state = collect({name: value.float() for name, value in state.items()}, table)
-    state = rows.background_to_front(state)
-    load(model, rows.fold_bytes(state) if style.bgr_bytes else state)
+    state = rows.background_to_front(rows.masks_of_each_class(state, layout.num_classes - 1))
+    load(model, rows.counters_of(model) | rows.fold_pixels(state, style.bgr, style.scale))
     return model
 
 

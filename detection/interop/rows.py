@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import detection as reference
 
-from detection.models.transform import IMAGENET_STD
-from detection.weights import FROZEN_EPS, CheckpointError, class_rows, pick_classes
+from detection.models.transform import IMAGENET_MEAN, IMAGENET_STD
+from detection.weights import CheckpointError, class_rows, pick_classes
 
 State = dict[str, Tensor]
 STEM = "backbone.body.conv1.weight"
@@ -30,11 +31,31 @@ class Style:
 
     Attributes:
         stride_in_1x1: see `backbones.resnet_network`.
-        bgr_bytes: it sees blue, green, red from 0 to 255 less the mean, in place of normalised RGB.
+        bgr: it sees blue, green and red.
+        mean: of red, green and blue from 0 to 255, which it sees less that; None for ImageNet's.
+        std: what it sees them divided by, likewise; None for 1 where they are BGR, and else ImageNet's.
     """
 
     stride_in_1x1: bool
-    bgr_bytes: bool
+    bgr: bool
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @property
+    def scale(self) -> list[float]:
+        """What a kernel of red, green and blue is multiplied by, for pixels in [0, 1] divided by ImageNet's std."""
+        std = self.std or ((1.0, 1.0, 1.0) if self.bgr else tuple(255 * value for value in IMAGENET_STD))
+        return [255 * own / theirs for own, theirs in zip(IMAGENET_STD, std, strict=True)]
+
+    @property
+    def image_mean(self) -> dict[str, Any]:
+        """The argument of a builder, where the mean is not ImageNet's."""
+        pairs = zip(self.mean or (), IMAGENET_MEAN, strict=False)
+        return (
+            {"image_mean": [own / 255 for own in self.mean or ()]}
+            if any(abs(a - 255 * b) > 0.01 for a, b in pairs)
+            else {}
+        )
 
 
 STYLES = {"pytorch": Style(False, False), "caffe": Style(True, True)}  # MMDetection's words
@@ -45,12 +66,14 @@ def background_to_front(state: Mapping[str, Tensor]) -> State:
 
     The background's boxes and masks, which nothing looks at, are zeros.
     """
-    return {name: _move(name, value, _to_front) for name, value in state.items()}
+    agnostic = _agnostic(state)
+    return {name: value if name in agnostic else _move(name, value, _to_front) for name, value in state.items()}
 
 
 def background_to_back(state: Mapping[str, Tensor]) -> State:
     """The way back: boxes and masks of the background go."""
-    return {name: _move(name, value, _to_back) for name, value in state.items()}
+    agnostic = _agnostic(state)
+    return {name: value if name in agnostic else _move(name, value, _to_back) for name, value in state.items()}
 
 
 def _to_front(value: Tensor, rows: int, is_logit: bool) -> Tensor:
@@ -63,27 +86,38 @@ def _to_back(value: Tensor, rows: int, is_logit: bool) -> Tensor:
 
 def _move(name: str, value: Tensor, change: Callable[[Tensor, int, bool], Tensor]) -> Tensor:
     rows = class_rows(name)
-    agnostic = name.startswith("roi_heads.stages.") and ".bbox_pred." in name  # the cascade's boxes have no class
-    return value if not rows or agnostic else change(value, rows, ".cls_score." in name)
+    return change(value, rows, ".cls_score." in name) if rows else value
 
 
-def fold_bytes(state: Mapping[str, Tensor], std: Sequence[float] = IMAGENET_STD) -> State:
-    """A first convolution for BGR from 0 to 255 less the mean -> for normalised RGB; exact, zero padding included.
+def _agnostic(state: Mapping[str, Tensor]) -> set[str]:
+    """The layers of boxes that have no class: those of a cascade, and others with one box for several classes."""
+    several = any(name.endswith(".cls_score.bias") and len(value) > 2 for name, value in state.items())
+    boxes = [name for name in state if name.startswith("roi_heads.") and ".bbox_pred." in name]
+    return {name for name in boxes if name.startswith("roi_heads.stages.") or (several and len(state[name]) == 4)}
+
+
+def masks_of_each_class(state: Mapping[str, Tensor], num_classes: int) -> State:
+    """One mask for all classes -> the same mask for each of them, background not counted."""
+    found = {name: value for name, value in state.items() if ".mask_fcn_logits." in name and len(value) == 1}
+    return dict(state) | {name: value.repeat_interleave(num_classes, dim=0) for name, value in found.items()}
+
+
+def fold_pixels(state: Mapping[str, Tensor], bgr: bool, scale: Sequence[float]) -> State:
+    """A first convolution for other pixels -> for normalised RGB; exact, zero padding included.
 
     Args:
         state: weights with `STEM` `(C, 3, 7, 7)`.
-        std: of RGB in [0, 1] that the detector divides by.
+        bgr: it sees blue, green, red.
+        scale: of red, green and blue, see `Style.scale`.
     """
-    return dict(state) | {STEM: state[STEM][:, [2, 1, 0]] * _bytes(std)}
+    stem = state[STEM][:, [2, 1, 0]] if bgr else state[STEM]
+    exact = all(abs(factor - 1) < 1e-6 for factor in scale)
+    return dict(state) | {STEM: stem if exact else stem * torch.tensor(scale).view(1, 3, 1, 1)}
 
 
 def unfold_bytes(state: Mapping[str, Tensor], std: Sequence[float] = IMAGENET_STD) -> State:
-    """The way back."""
-    return dict(state) | {STEM: (state[STEM] / _bytes(std))[:, [2, 1, 0]]}
-
-
-def _bytes(std: Sequence[float]) -> Tensor:
-    return 255 * torch.tensor(std).view(1, 3, 1, 1)
+    """A first convolution for normalised RGB -> for BGR from 0 to 255 less the mean."""
+    return dict(state) | {STEM: (state[STEM] / (255 * torch.tensor(std).view(1, 3, 1, 1)))[:, [2, 1, 0]]}
 
 
 def anchors_to_ratio_major(state: Mapping[str, Tensor], sizes: int, ratios: int) -> State:
@@ -112,15 +146,9 @@ def without_counters(state: Mapping[str, Tensor]) -> State:
     return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 
-def frozen_statistics(state: Mapping[str, Tensor], wanted: Sequence[str]) -> State:
-    """Mean 0 and variance 1, epsilon included, for frozen layers whose statistics are in their weights already."""
-    filled = dict(state)
-    for name in wanted:
-        prefix, _, part = name.rpartition(".")
-        if part in ("running_mean", "running_var") and name not in state and f"{prefix}.weight" in state:
-            value = 0.0 if part == "running_mean" else 1 - FROZEN_EPS
-            filled[name] = torch.full_like(state[f"{prefix}.weight"], value)
-    return filled
+def counters_of(model: nn.Module) -> State:
+    """How many batches a model's normalisation has seen, by name, which other files need not say."""
+    return {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
 
 
 def to_contiguous(state: Mapping[str, Tensor]) -> State:

@@ -9,6 +9,7 @@ from torchvision.models import detection as reference
 
 from detection.interop import rows
 from detection.interop.builders import box_pool_of, resnet_of, style_of
+from detection.interop.kinds import TORCHVISION, refuse
 from detection.interop.names import count_blocks, load, state_of
 from detection.models import zoo
 from detection.models.two_stage import FasterRCNN
@@ -33,6 +34,7 @@ def find_builder(state: Mapping[str, Tensor], file_name: str = "") -> str:
     Raises:
         CheckpointError: there is none.
     """
+    refuse(state, "torchvision", TORCHVISION)
     kind = "maskrcnn" if any(name.startswith("roi_heads.mask_head.") for name in state) else "fasterrcnn"
     if "roi_heads.box_predictor.cls_score.weight" not in state or "backbone.fpn.inner_blocks.0.0.weight" not in state:
         raise CheckpointError("not a Faster or Mask R-CNN of torchvision with a pyramid")

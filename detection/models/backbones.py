@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from torch import nn
-from torchvision.models import mobilenet_v3_large, resnet
+from torchvision.models import get_model_weights, list_models, mobilenet_v3_large, resnet
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from detection.models.norms import NORM_LAYERS, Norm
@@ -21,7 +21,8 @@ from detection.weights import Weights, find_weights, is_given
 __all__ = ["Backbone", "Norm", "ResNetName", "Trunk", "efficientnet_lite0_fpn", "mobilenet_v3_large_fpn", "resnet_c4",
            "resnet_dc5", "resnet_fpn", "resnet_network", "timm_fpn"]  # fmt: skip
 
-ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
+                     "resnext101_32x4d", "resnext101_32x8d", "resnext101_64x4d", "resnext152_32x8d"]  # fmt: skip
 
 
 @recorded
@@ -38,7 +39,8 @@ def resnet_fpn(
     """A torchvision ResNet (He et al. 2016) with its four stages in a pyramid: strides 4, 8, 16, 32 and 64.
 
     Args:
-        name: torchvision's name of the network.
+        name: torchvision's name of the network. ResNeXt (Xie et al. 2017) has groups in its 3x3 convolutions: 32 of 8
+            channels each in the first stage of `resnext101_32x8d`.
         weights: ImageNet weights; see `weights.find_weights`.
         trainable_layers: how many of layer4, layer3, layer2, layer1 and the stem train, counted from the end: 3 with
             weights, 5 (all) without.
@@ -80,12 +82,17 @@ def resnet_dc5(
     trainable_layers: int | None = None,
     norm: Norm | None = None,
     stride_in_1x1: bool = False,
+    dilate_first: bool = False,
 ) -> Backbone:
     """A ResNet whose fourth stage is dilated by 2 in place of its stride: one map of stride 16 with 2048 channels.
 
     Dai et al. 2017 (Deformable ConvNets), section 4.2. The first block of the stage loses its stride of 2. All later
     3x3 convolutions of the stage are dilated by 2, to read the same cells of the image as before. Every second cell of
-    the map is then equal to a cell of the undilated network. Arguments as for `resnet_fpn`.
+    the map is then equal to a cell of the undilated network.
+
+    Args:
+        name, weights, trainable_layers, norm, stride_in_1x1: see `resnet_fpn`.
+        dilate_first: dilate also a 3x3 convolution that had the stride itself, as Detectron2 does.
 
     Raises:
         ValueError: ResNet-18 and 34, which do not have bottleneck blocks.
@@ -94,7 +101,7 @@ def resnet_dc5(
     for index, block in enumerate(network.layer4):
         if not isinstance(block, Bottleneck):
             raise ValueError(f"{name} has no bottleneck blocks to dilate: choose resnet50, resnet101 or resnet152")
-        if index > 0 or stride_in_1x1:
+        if index > 0 or stride_in_1x1 or dilate_first:
             block.conv2.dilation = block.conv2.padding = (2, 2)
     first = network.layer4[0]
     first.conv1.stride = first.conv2.stride = first.downsample[0].stride = (1, 1)
@@ -121,9 +128,12 @@ def resnet_network(
         ValueError: `stride_in_1x1` for a network without bottleneck blocks.
     """
     pretrained = is_given(weights) or norm == "frozen"
-    network: ResNet = resnet.__dict__[name](norm_layer=NORM_LAYERS[norm or ("frozen" if pretrained else "batch")])
+    plain, _, grouped = name.replace("resnext", "resnet").partition("_")
+    count, width = (grouped or "1x64d").removesuffix("d").split("x")
+    make, layer = resnet.__dict__[plain], NORM_LAYERS[norm or ("frozen" if pretrained else "batch")]
+    network: ResNet = make(norm_layer=layer, groups=int(count), width_per_group=int(width))
     if is_given(weights):
-        network.load_state_dict(find_weights(weights, resnet.__dict__[f"ResNet{name[6:]}_Weights"]))
+        network.load_state_dict(find_weights(weights, get_model_weights(name) if name in list_models() else None))
     if stride_in_1x1:
         blocks = [block for block in network.modules() if isinstance(block, Bottleneck)]
         if not blocks:

@@ -36,8 +36,8 @@ class CascadeRoIHeads(MaskBranch):
 
     Args:
         stages: heads whose predictors give deltas `(R, 4)`, class-agnostic; IoU thresholds rise from one to the next.
-        mask_roi_pool, mask_head, mask_predictor, mask_loss: one branch, on the boxes that the first stage samples in
-            training and on the detections in evaluation; None for boxes alone.
+        mask_roi_pool, mask_head, mask_predictor, mask_loss, mask_grid: one branch, on the boxes that the first stage
+            samples in training and on the detections in evaluation; None for boxes alone.
         mean_of_logits: average the stages' logits, as MMDetection does, and not their probabilities.
     """
 
@@ -49,8 +49,9 @@ class CascadeRoIHeads(MaskBranch):
         mask_predictor: nn.Module | None = None,
         mask_loss: Callable[..., Any] | None = None,
         mean_of_logits: bool = False,
+        mask_grid: Any = None,
     ) -> None:
-        super().__init__(mask_roi_pool, mask_head, mask_predictor, mask_loss)
+        super().__init__(mask_roi_pool, mask_head, mask_predictor, mask_loss, mask_grid)
         self.mean_of_logits = mean_of_logits
         self.stages = nn.ModuleList(stages)
 

@@ -14,6 +14,7 @@ from torch import nn
 from detection.anchors import Anchors
 from detection.boxes import BoxCoder
 from detection.fitting import PartError, finish, name_of
+from detection.mask_grid import MaskGrid
 from detection.matching import Matcher
 from detection.models.cascade import CascadeRoIHeads
 from detection.models.masks import MaskHead, MaskPredictor
@@ -77,17 +78,19 @@ def faster_rcnn(
     mask_head: nn.Module | Factory | None = None,
     mask_predictor: nn.Module | Factory2 | None = None,
     mask_loss: Callable[..., Any] | None = None,
+    mask_grid: Any = None,
     rpn: nn.Module | ProposerFactory | None = None,
     roi_heads: nn.Module | Factory2 | None = None,
     in_channels: int = 3,
     image_depth: int = 8,
+    size_divisible: int = 32,
 ) -> TwoStageDetector:
     """Faster R-CNN on a backbone, each part replaceable; names and defaults are those of torchvision's `FasterRCNN`.
 
     Args:
         backbone: images -> feature maps.
         num_classes: classes with background.
-        min_size, max_size, image_mean, image_std, image_depth: see `ImageTransform`.
+        min_size, max_size, image_mean, image_std, image_depth, size_divisible: see `ImageTransform`.
         in_channels: of the images; the first convolution of a backbone for RGB is adapted, see `weights.widen`.
         rpn_anchor_generator: default: one size a level, 32 pixels on the finest of five and twice that on each next;
             with fewer levels all five sizes on each. Ratios 1:2, 1:1, 2:1. In a run's settings `auto` fits them to the
@@ -107,6 +110,7 @@ def faster_rcnn(
         rpn_objectness_loss, rpn_box_loss, class_loss, box_loss, mask_loss: in the place of binary cross-entropy, smooth
             L1, cross-entropy, smooth L1, and binary cross-entropy.
         mask_roi_pool, mask_head, mask_predictor: the mask branch, see `mask_rcnn`; None for boxes alone.
+        mask_grid: where a mask's cells lie in its box; default: `MaskGrid`, see there.
         rpn: another `Proposer`; the other `rpn_` arguments then have no effect.
         roi_heads: other RoI heads; the `box_` and `mask_` arguments then have no effect.
 
@@ -155,12 +159,13 @@ def faster_rcnn(
         mask_head=mask_head,
         mask_predictor=mask_predictor,
         mask_loss=mask_loss,
+        mask_grid=mask_grid,
     )
     model = TwoStageDetector(
         backbone,
         finish("rpn", proposer, channels, strides),
         finish("roi_heads", heads, channels, num_classes),
-        ImageTransform(min_size, max_size, image_mean, image_std, image_depth=image_depth),
+        ImageTransform(min_size, max_size, image_mean, image_std, size_divisible, image_depth),
     )
     return channels_last(model)
 
@@ -179,26 +184,33 @@ def mask_rcnn(
     mask_roi_pool: nn.Module | None = None,
     mask_head: nn.Module | Factory | None = None,
     mask_predictor: nn.Module | Factory2 | None = None,
+    mask_grid: Any = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
-    """Mask R-CNN (He et al. 2017): Faster R-CNN with a mask branch; names and defaults of torchvision's `MaskRCNN`.
+    """Mask R-CNN (He et al. 2017): Faster R-CNN with a mask branch; names and defaults of torchvision's `MaskRCNN`,
+    but for the grid.
 
     Args:
         backbone, num_classes: see `faster_rcnn`.
         mask_roi_pool: default: RoI Align 14x14 with 2x2 samples on all levels but the last.
         mask_head: default: four 3x3 convolutions.
         mask_predictor: default: masks of 28x28, one a class.
+        mask_grid: see `faster_rcnn`; `TorchvisionMaskGrid` gives torchvision's masks.
         **kwargs: see `faster_rcnn`.
     """
-    return faster_rcnn(backbone, num_classes, **mask_branch(mask_roi_pool, mask_head, mask_predictor), **kwargs)
+    branch = mask_branch(mask_roi_pool, mask_head, mask_predictor, mask_grid)
+    return faster_rcnn(backbone, num_classes, **branch, **kwargs)
 
 
 def mask_branch(
-    roi_pool: nn.Module | None, head: nn.Module | Factory | None, predictor: nn.Module | Factory2 | None
+    roi_pool: nn.Module | None,
+    head: nn.Module | Factory | None,
+    predictor: nn.Module | Factory2 | None,
+    grid: Any = None,
 ) -> dict[str, Any]:
     """The arguments of `faster_rcnn` for a mask branch, with the defaults of `mask_rcnn`."""
-    parts = (roi_pool or RoIPooler(14), head or MaskHead, predictor or MaskPredictor)
-    return dict(zip(("mask_roi_pool", "mask_head", "mask_predictor"), parts, strict=True))
+    parts = (roi_pool or RoIPooler(14), head or MaskHead, predictor or MaskPredictor, grid or MaskGrid())
+    return dict(zip(("mask_roi_pool", "mask_head", "mask_predictor", "mask_grid"), parts, strict=True))
 
 
 @recorded
@@ -214,6 +226,7 @@ def cascade_rcnn(
     mask_roi_pool: nn.Module | None = None,
     mask_head: nn.Module | Factory | None = None,
     mask_predictor: nn.Module | Factory2 | None = None,
+    mask_grid: Any = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
     """Cascade R-CNN (Cai and Vasconcelos 2018, section 4): three box heads in a row.
@@ -225,7 +238,7 @@ def cascade_rcnn(
         cascade_bbox_reg_weights: of each stage; the boxes get better, so the deltas get smaller.
         mean_of_logits: see `CascadeRoIHeads`.
         box_head, box_predictor: factories, as each stage has its own; predictors are class-agnostic.
-        mask_roi_pool, mask_head, mask_predictor: see `mask_rcnn`.
+        mask_roi_pool, mask_head, mask_predictor, mask_grid: see `mask_rcnn`.
         **kwargs: see `faster_rcnn`; `box_fg_iou_thresh`, `box_bg_iou_thresh`, `box_matcher`, `bbox_reg_weights` and
             `box_coder` have no effect, as each stage has its own.
 
@@ -250,7 +263,7 @@ def cascade_rcnn(
         num_classes,
         box_head=head,
         box_predictor=predictor,
-        **(mask_branch(mask_roi_pool, mask_head, mask_predictor) if masks else {}),
+        **(mask_branch(mask_roi_pool, mask_head, mask_predictor, mask_grid) if masks else {}),
         **kwargs,
     )
     first: RoIHeads = model.roi_heads
@@ -274,7 +287,7 @@ def cascade_rcnn(
         for iou, weights in zip(cascade_iou_thresh, cascade_bbox_reg_weights, strict=True)
     ]
     branch = first.mask_roi_pool, first.mask_head, first.mask_predictor, first.mask_loss
-    model.roi_heads = CascadeRoIHeads(stages, *branch, mean_of_logits=mean_of_logits)
+    model.roi_heads = CascadeRoIHeads(stages, *branch, mean_of_logits, first.mask_grid)
     model.check()
     return channels_last(model)
 

@@ -125,7 +125,7 @@ class RoIHeads(MaskBranch):
         soft_nms_sigma: Soft-NMS with this sigma (0.5 in the paper) in place of `nms_thresh`; None for plain NMS.
         matcher, sampler, box_coder: in the place of those that the numbers above describe.
         class_loss, box_loss: default: `losses.classification_loss`, `SmoothL1Loss()`.
-        mask_roi_pool, mask_head, mask_predictor, mask_loss: see `MaskBranch`.
+        mask_roi_pool, mask_head, mask_predictor, mask_loss, mask_grid: see `MaskBranch`.
     """
 
     min_size = 1e-2  # pixels: detections have sides >= this
@@ -155,6 +155,7 @@ class RoIHeads(MaskBranch):
         mask_head: nn.Module | Factory | None = None,
         mask_predictor: nn.Module | Factory2 | None = None,
         mask_loss: Callable[..., Any] | None = None,
+        mask_grid: Any = None,
     ) -> None:
         box_roi_pool = box_roi_pool or RoIPooler()
         side = attribute_of("box_roi_pool", box_roi_pool, "output_size")
@@ -167,7 +168,7 @@ class RoIHeads(MaskBranch):
             wide = finish("mask_head", mask_head, in_channels)
             width = width_of("mask_head", wide, (1, in_channels, size, size), (1, "C", "o", "o"))
             masked = wide, finish("mask_predictor", mask_predictor, width, num_classes)
-        super().__init__(mask_roi_pool, *masked, mask_loss)
+        super().__init__(mask_roi_pool, *masked, mask_loss, mask_grid)
         self.box_roi_pool, self.box_head, self.box_predictor = box_roi_pool, head, predictor
         self.matcher: Callable[..., Any] = matcher or Matcher(fg_iou_thresh, bg_iou_thresh)
         self.sampler: Any = sampler or BalancedSampler(batch_size_per_image, positive_fraction)
@@ -280,7 +281,7 @@ class RoIHeads(MaskBranch):
     def detect(self, features: FeatureMaps, proposals: Proposals, image_sizes: Tensor) -> Detections:
         """Each image's `boxes` `(D, 4)` in pixels of the batch, `labels` and `scores` `(D,)`, best first.
 
-        With a mask branch also `masks` `(D, m, m)`: probabilities inside the box, to be laid out by `paste_masks`.
+        With a mask branch also `masks` `(D, m, m)`: probabilities inside the box, which `mask_grid` lays on the image.
         """
         logits, deltas = self.predict(features, proposals.boxes)
         detections = self.postprocess(logits.float().softmax(dim=-1), deltas, proposals, image_sizes)
@@ -349,5 +350,7 @@ class RoIHeads(MaskBranch):
                 "mask_predictor", self.mask_predictor, "__call__", run("mask_head", self.mask_head, "__call__", pooled)
             )
             expect("mask_predictor", self.mask_predictor, "logits", masks, (1, self.num_classes, "m", "m"))
+            for name in ("targets", "windows", "inside"):
+                attribute_of("mask_grid", self.mask_grid, name)
             losses = run("mask_loss", self.mask_loss, "__call__", masks[:, 0].float(), masks[:, 0].float())
             expect("mask_loss", self.mask_loss, "losses", losses, (1,))

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from detection.batch import Batch
 from detection.boxes import resize_boxes
 from detection.fitting import attribute_of, check_detections, check_proposals, run, trial
+from detection.mask_grid import MaskGrid, paste_masks
 from detection.measuring import SIDE, check_maps, measure
-from detection.models.masks import paste_masks
 from detection.models.transform import ImageTransform
-from detection.parts import Detections, FeatureMaps, Losses, Proposals
+from detection.parts import Detections, FeatureMaps, Losses, MaskGridPart, Proposals
 from detection.recipes import recorded
 
 
@@ -62,6 +62,11 @@ class TwoStageDetector(nn.Module):
         """Whether it predicts masks too."""
         return bool(self.roi_heads.has_masks)
 
+    @property
+    def mask_grid(self) -> MaskGridPart:
+        """What lays its masks on images."""
+        return getattr(self.roi_heads, "mask_grid", None) or MaskGrid()
+
     def forward(
         self, images: Batch | Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
     ) -> Losses | Detections:
@@ -81,7 +86,7 @@ class TwoStageDetector(nn.Module):
                 raise ValueError("targets are needed in training: model(images, targets)")
             images = self.transform(images, targets, self.num_classes)
         losses, detections = self.run(images, self.training, not self.training)  # type: ignore[arg-type]
-        return losses if self.training else _lay_masks(detections, images)  # type: ignore[arg-type]
+        return losses if self.training else self._lay_masks(detections, images)  # type: ignore[arg-type]
 
     def run(self, batch: Batch, with_losses: bool, with_detections: bool) -> tuple[Losses, Detections]:
         """Losses, detections in original pixels, or both (validation wants both), from one pass over the features.
@@ -92,7 +97,7 @@ class TwoStageDetector(nn.Module):
 
         Returns:
             Losses by name, scalars; and of each image `boxes` `(D, 4)`, `labels` and `scores` `(D,)`. Masks are still
-            small: `(D, m, m)` probabilities inside each box, which `paste_masks` lays on the image.
+            small: `(D, m, m)` probabilities inside each box, which `mask_grid` lays on the image.
         """
         features = self.extract(batch)
         proposals, losses = self.rpn(features, batch, with_losses)
@@ -152,9 +157,17 @@ class TwoStageDetector(nn.Module):
         self.eval()
         try:
             batch = self.transform(images, None, self.num_classes)
-            return _lay_masks(self.run(batch, with_losses=False, with_detections=True)[1], batch)
+            return self._lay_masks(self.run(batch, with_losses=False, with_detections=True)[1], batch)
         finally:
             self.train(was_training)
+
+    def _lay_masks(self, detections: Detections, batch: Batch) -> Detections:
+        """Detections with their masks as torchvision's have them, `(D, 1, H, W)` probabilities in original pixels."""
+        for detection, (height, width) in zip(detections, batch.original_sizes.tolist(), strict=True):
+            if "masks" in detection:
+                small = detection["masks"], detection["boxes"]
+                detection["masks"] = paste_masks(*small, (height, width), self.mask_grid)
+        return detections
 
 
 FasterRCNN = TwoStageDetector  # as torchvision's users know it
@@ -176,11 +189,3 @@ def _blank_batch(device: torch.device, channels: int) -> Batch:
     some = torch.ones((1, 1), dtype=torch.bool, device=device)
     images = torch.zeros((1, channels, SIDE, SIDE), dtype=torch.uint8, device=device)
     return Batch(images, size, nothing, size[:, :1], ~some, size, proposals=nothing + 32, proposals_valid=some)
-
-
-def _lay_masks(detections: Detections, batch: Batch) -> Detections:
-    """Detections with their masks as torchvision gives them, `(D, 1, H, W)` probabilities in original pixels."""
-    for detection, (height, width) in zip(detections, batch.original_sizes.tolist(), strict=True):
-        if "masks" in detection:
-            detection["masks"] = paste_masks(detection["masks"], detection["boxes"], (height, width))
-    return detections

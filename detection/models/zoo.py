@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 from torchvision.models import detection as reference
 
+from detection.mask_grid import TorchvisionMaskGrid
 from detection.models.backbones import (
     Norm,
     ResNetName,
@@ -130,18 +131,20 @@ def maskrcnn_resnet50_fpn(
     mask_roi_pool: nn.Module | None = None,
     mask_head: nn.Module | Factory | None = None,
     mask_predictor: nn.Module | Factory2 | None = None,
+    mask_grid: Any = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
     """Mask R-CNN with ResNet-50-FPN (He et al. 2017): torchvision's v1, COCO box AP 37.9, mask AP 34.6.
 
     Args:
         mask_roi_pool, mask_head, mask_predictor: see `mask_rcnn`.
+        mask_grid: default: torchvision's, `TorchvisionMaskGrid`; `MaskGrid` is nearer to the objects.
         **kwargs: see `fasterrcnn_resnet_fpn`.
     """
     return fasterrcnn_resnet_fpn(
         backbone_name="resnet50",
         published="MaskRCNN_ResNet50_FPN_Weights",
-        **mask_branch(mask_roi_pool, mask_head, mask_predictor),
+        **mask_branch(mask_roi_pool, mask_head, mask_predictor, mask_grid or TorchvisionMaskGrid()),
         **kwargs,
     )
 
@@ -152,15 +155,18 @@ def maskrcnn_resnet50_fpn_v2(
     mask_roi_pool: nn.Module | None = None,
     mask_head: nn.Module | Factory | None = None,
     mask_predictor: nn.Module | Factory2 | None = None,
+    mask_grid: Any = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
     """The improved Mask R-CNN of torchvision (Li et al. 2021), COCO box AP 47.4, mask AP 41.8.
 
-    Arguments as for `fasterrcnn_resnet50_fpn_v2` and `mask_rcnn`; the mask head is normalised, too.
+    Arguments as for `fasterrcnn_resnet50_fpn_v2` and `mask_rcnn`; the mask head is normalised, too,
+    and `mask_grid` is torchvision's by default.
     """
+    parts = mask_roi_pool, mask_head or partial(MaskHead, batch_norm=True), mask_predictor
     return fasterrcnn_resnet50_fpn_v2(
         published="MaskRCNN_ResNet50_FPN_V2_Weights",
-        **mask_branch(mask_roi_pool, mask_head or partial(MaskHead, batch_norm=True), mask_predictor),
+        **mask_branch(*parts, mask_grid or TorchvisionMaskGrid()),
         **kwargs,
     )
 
@@ -281,6 +287,7 @@ def maskrcnn_efficientnet_lite0_fpn(
     mask_roi_pool: nn.Module | None = None,
     mask_head: nn.Module | Factory | None = None,
     mask_predictor: nn.Module | Factory2 | None = None,
+    mask_grid: Any = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
     """Mask R-CNN on EfficientNet-Lite0, its mask branch as narrow as its pyramid: a fifth of the usual one's work.
@@ -293,6 +300,7 @@ def maskrcnn_efficientnet_lite0_fpn(
             mask_roi_pool,
             mask_head or partial(MaskHead, layers=[fpn_channels] * 4),
             mask_predictor or partial(MaskPredictor, hidden_channels=fpn_channels),
+            mask_grid,
         ),
         **kwargs,
     )
@@ -310,13 +318,15 @@ def cascadercnn_efficientnet_lite0_fpn(
     pyramid: AnyPyramid | None = None,
     image_mean: Sequence[float] = HALF,
     image_std: Sequence[float] = HALF,
+    mask_grid: Any = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
     """Cascade R-CNN on EfficientNet-Lite0. Arguments as for `fasterrcnn_efficientnet_lite0_fpn` and `cascade_rcnn`."""
     backbone = efficientnet_lite0_fpn(
         weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers, pyramid
     )
-    model = cascade_rcnn(backbone, num_classes or COCO_CATEGORIES, image_mean=image_mean, image_std=image_std, **kwargs)
+    normal: Any = {"image_mean": image_mean, "image_std": image_std}
+    model = cascade_rcnn(backbone, num_classes or COCO_CATEGORIES, mask_grid=mask_grid, **normal, **kwargs)
     return load_weights(model, weights_backbone)
 
 

@@ -18,15 +18,16 @@ from torchmetrics import Metric
 
 from detection.batch import Batch, check_batch
 from detection.commit import code_version
+from detection.data import rle
 from detection.data.spectral import PixelFormat
 from detection.drift import present_recipe
 from detection.evaluation.mean_ap import MeanAP
-from detection.evaluation.results import encode_masks
 from detection.interop.files import take_sizes
+from detection.mask_grid import MaskGrid
 from detection.models.fast import REPEATABLE, accelerate, exchange
-from detection.models.masks import paste_masks
 from detection.models.transform import ImageTransform
 from detection.models.two_stage import FasterRCNN
+from detection.parts import MaskGridPart
 from detection.recipes import RecipeError, describe, rebuild, trusting
 from detection.training.changes import check_changes, check_groups, steps_by_time, take_rates, total_steps
 from detection.training.checkpoints import announce_parts
@@ -311,14 +312,15 @@ class DetectionModule(L.LightningModule):
 
         Masks are COCO RLE, which is a thousandth of the size of torchvision's.
         """
-        return encode_detections(self.detector.run(batch, with_losses=False, with_detections=True)[1], batch)
+        found = self.detector.run(batch, with_losses=False, with_detections=True)[1]
+        return encode_detections(found, batch, grid_of(self.detector))
 
     def _evaluate(self, batch: Batch, stage: str) -> list[dict[str, Any]]:
         losses, found = self.detector.run(batch, with_losses=True, with_detections=True)
         losses["loss"] = torch.stack(list(losses.values())).sum()
         logged = {f"{stage}/{name}": value for name, value in losses.items()}
         self.log_dict(logged, batch_size=len(batch), on_epoch=True, sync_dist=True)
-        detections = encode_detections(found, batch)
+        detections = encode_detections(found, batch, grid_of(self.detector))
         self.metric.update(detections, batch.targets)
         return detections
 
@@ -414,11 +416,24 @@ def compile_parts(detector: FasterRCNN, backend: str | Callable[..., Any] = "ind
             part.compile(backend=backend)
 
 
-def encode_detections(detections: list[dict[str, Any]], batch: Batch) -> list[dict[str, Any]]:
-    """What `FasterRCNN.run` found, with its small masks laid on the images and packed as COCO RLE, a few at a time."""
+def encode_detections(detections: list[dict[str, Any]], batch: Batch, grid: MaskGridPart) -> list[dict[str, Any]]:
+    """What `FasterRCNN.run` found, with its small masks as COCO RLE of the images: no mask is ever as large as one.
+
+    Args:
+        detections: in original pixels.
+        batch: that they were found in.
+        grid: of the detector, see `grid_of`.
+    """
     for detection, (height, width) in zip(detections, batch.original_sizes.tolist(), strict=True):
         if "masks" in detection:
-            parts = zip(detection["masks"].split(16), detection["boxes"].split(16), strict=True)
-            laid = (paste_masks(masks, boxes, (height, width)) for masks, boxes in parts)
-            detection["masks"] = [mask for masks in laid for mask in encode_masks(masks)]
+            laid = grid.windows(detection["masks"].float(), detection["boxes"].float(), (height, width))
+            detection["masks"] = [
+                rle.encode_window(grid.inside(values).cpu().numpy(), (columns.start, rows.start), (height, width))
+                for rows, columns, values in laid
+            ]
     return detections
+
+
+def grid_of(detector: Any) -> MaskGridPart:
+    """What lays a detector's masks on images; `MaskGrid` where it does not say."""
+    return getattr(detector, "mask_grid", None) or MaskGrid()

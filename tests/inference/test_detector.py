@@ -18,7 +18,7 @@ from detection.data.augment import eval_transform
 from detection.data.coco import read_coco
 from detection.data.dataset import DetectionDataset, collate
 from detection.inference import Detections, Detector
-from detection.training.module import encode_detections
+from detection.training.module import encode_detections, grid_of
 from detection.weights import CheckpointError
 from tests.inference.blobs import NAMES, Blobs, scene
 
@@ -63,7 +63,7 @@ def test_detections_are_those_of_the_evaluation_pipeline(model, tmp_path):
     dataset = DetectionDataset(read_coco(tmp_path, "a.json", ""), eval_transform(64, 96))
     batch = collate([dataset[i] for i in range(3)])
     with torch.no_grad():
-        wanted = encode_detections(model.for_inference().run(batch, False, True)[1], batch)
+        wanted = encode_detections(model.for_inference().run(batch, False, True)[1], batch, grid_of(model))
     found = Detector(model, NAMES).predict([tmp_path / f"{i}.png" for i in range(3)])
     for ours, theirs in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(ours.boxes, theirs["boxes"].numpy())

@@ -104,7 +104,7 @@ def test_builders_are_found_by_the_tensors_and_the_name() -> None:
         assert find_builder(states[name], "model.pth") == name
     state = states[TWINS[0]]
     with pytest.raises(CheckpointError, match="not a Faster or Mask R-CNN of torchvision"):
-        find_builder({"fc.weight": torch.zeros(2)})
+        find_builder({"some.weight": torch.zeros(2)})
     fewer = {k: v for k, v in state.items() if "layer3.5" not in k}
     with pytest.raises(CheckpointError, match="5 blocks in its third stage"):
         find_builder(fewer)

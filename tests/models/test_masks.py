@@ -14,8 +14,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 
 from detection.batch import pad_masks
 from detection.data.augment import View, crop_masks
+from detection.mask_grid import TorchvisionMaskGrid, paste_masks
 from detection.models import zoo
-from detection.models.masks import MaskHead, MaskPredictor, paste_masks, project_masks
+from detection.models.masks import MaskHead, MaskPredictor
 from detection.models.two_stage import FasterRCNN
 
 Sample = tuple[list[Tensor], list[dict[str, Tensor]]]
@@ -55,7 +56,7 @@ def test_masks_are_laid_out_as_torchvision_does(seed: int, count: int) -> None:
     boxes = torch.cat((corner, corner + torch.rand((count, 2), generator=generator) ** 3 * 150), dim=1)
     boxes[:, 2:].clamp_(min=1)  # torchvision fails on a box that is nowhere in the image
     wanted = reference.paste_masks_in_image(masks[:, None], boxes, SIZE)
-    assert torch.equal(paste_masks(masks, boxes, SIZE), wanted)
+    assert torch.equal(paste_masks(masks, boxes, SIZE, TorchvisionMaskGrid()), wanted)
 
 
 def ellipses(seed: int, count: int = 6) -> tuple[np.ndarray, np.ndarray]:
@@ -88,7 +89,7 @@ def test_targets_from_full_size_masks_equal_torchvision(padding: tuple[int, int]
     larger = torch.zeros((1, SIZE[0] + padding[0], SIZE[1] + padding[1]), dtype=torch.uint8)
     far = torch.tensor([[0.0, 0, larger.shape[2], larger.shape[1]]])
     stack, windows = pad_masks([torch.from_numpy(masks) * 255, larger], [whole, far], 8)
-    found = project_masks(stack, windows, index[None], rois[None], 28)
+    found = TorchvisionMaskGrid().targets(stack, windows, index[None], rois[None], 28)
     assert torch.equal(found[0], wanted) and wanted.std() > 0.2
 
 
@@ -99,7 +100,7 @@ def test_targets_from_small_squares_are_nearly_those_from_full_size_masks(seed: 
     wanted = reference.project_masks_on_boxes(torch.from_numpy(masks), rois, index, 28)
     crops, windows = crop_masks(masks, boxes, View((0, 0, SIZE[1], SIZE[0]), SIZE))
     stack, placed = pad_masks([torch.from_numpy(crops)], [torch.from_numpy(windows)], 9)
-    found = project_masks(stack, placed, index[None], rois[None], 28)[0]
+    found = TorchvisionMaskGrid().targets(stack, placed, index[None], rois[None], 28)[0]
     # Only the edge can differ, and by little: less than two in a hundred pixels lie on another side of one half.
     assert float((found - wanted).abs().mean()) < 0.01
     assert float(((found > 0.5) != (wanted > 0.5)).float().mean()) < 0.02

@@ -1,0 +1,133 @@
+"""Exported detectors as files of ONNX and of `torch.export`, and what runs such a file."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import nms
+
+from detection.data.spectral import Pixels
+from detection.interop.export import OUTPUTS, trace
+from detection.models.two_stage import FasterRCNN
+
+OPSET = 18  # the first with all that is needed; later ones add nothing for a detector
+Run = Callable[[Pixels], Mapping[str, NDArray[Any]]]
+
+
+def to_onnx(model: FasterRCNN, path: Path, facts: Mapping[str, Any]) -> None:
+    """Write the detector as ONNX.
+
+    Args:
+        model: see `ExportableDetector` for what goes in and comes out.
+        path: of the file.
+        facts: what the file's metadata shall hold, such as class names, each as JSON.
+
+    Raises:
+        ExportError: see `check_exportable`.
+        ImportError: onnx and onnxscript are not installed.
+    """
+    translate = _onnx_nms()
+    program, names = trace(model)
+    table: Any = {torch.ops.detection.grouped_nms.default: translate}
+    onnx_program = torch.onnx.export(
+        program, dynamo=True, opset_version=OPSET, custom_translation_table=table, input_names=["images"],
+        output_names=names, verbose=False,
+    )  # fmt: skip
+    assert onnx_program is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx_program.save(path, external_data=False)
+    write_facts(path, facts)
+
+
+def write_facts(path: Path, facts: Mapping[str, Any]) -> None:
+    """Add entries to the metadata of an ONNX file, each as JSON."""
+    import onnx
+
+    model = onnx.load(path)
+    for name, value in facts.items():
+        model.metadata_props.add(key=name, value=json.dumps(value))
+    onnx.save(model, path)
+
+
+def _onnx_nms() -> Callable[..., Any]:
+    """ONNX's NonMaxSuppression with our groups as its classes."""
+    need_onnxscript()
+    from onnxscript import opset18 as op
+
+    def translate(boxes: Any, scores: Any, groups: Any, iou_thresh: float) -> Any:
+        zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+        first = op.Constant(value_ints=[0])
+        # One more group, so that there is one even without boxes.
+        last = op.ReduceMax(op.Concat(groups, first, axis=0), keepdims=0)
+        every = op.Unsqueeze(op.Range(zero, op.Add(last, one), one), op.Constant(value_ints=[1]))
+        own = op.Equal(every, op.Unsqueeze(groups, first))
+        table = op.Where(own, op.Unsqueeze(scores, first), op.Constant(value_float=-1.0))
+        picked = op.NonMaxSuppression(
+            op.Unsqueeze(boxes, first), op.Unsqueeze(table, first), op.Constant(value_ints=[2**31]),
+            op.Constant(value_floats=[iou_thresh]), op.Constant(value_floats=[-0.5]),
+        )  # fmt: skip
+        return op.Gather(picked, op.Constant(value_int=2), axis=1)
+
+    return translate
+
+
+def need_onnxscript() -> None:
+    """Raise an `ImportError` that names the extra, where onnxscript is not installed."""
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError('ONNX needs more packages: pip install "detection[export]"') from error
+
+
+def to_torch(model: FasterRCNN, path: Path, compiled: bool = False) -> None:
+    """Write the detector as a `.pt2` file: of `torch.export`, or `compiled` to machine code by AOTInductor.
+
+    Raises:
+        ExportError: see `check_exportable`.
+    """
+    program, _ = trace(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*create_unbacked_symint")  # torchvision's call of PyTorch
+        warnings.filterwarnings("ignore", "No complete tensor found")  # concerns weights on a GPU
+        # torchvision's operator in the place of ours, which nobody knows without this package.
+        program = program.run_decompositions({torch.ops.detection.grouped_nms.default: _nms_apart})
+        if compiled:
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        else:
+            torch.export.save(program, path)
+
+
+def _nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
+    """NMS of groups that are moved so far apart that they can't overlap; in float64, where that costs no accuracy."""
+    boxes = boxes.double()
+    extent = F.pad(boxes.flatten(), (0, 1)).amax() + 1
+    return nms(boxes + (groups * extent)[:, None], scores.double(), iou_thresh)
+
+
+def onnx_runner(path: Path) -> Run:
+    """Runs an ONNX file on the CPU: `(B, C, H, W)` uint8 or uint16 -> outputs by name."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError('checking needs onnxruntime: pip install "detection[export]"') from error
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda images: dict(zip(names, session.run(None, {"images": images}), strict=True))
+
+
+def torch_runner(path: Path, compiled: bool, with_masks: bool) -> Run:
+    """The same for a `.pt2` file."""
+    names = OUTPUTS if with_masks else OUTPUTS[:-1]
+    module = torch._inductor.aoti_load_package(str(path)) if compiled else torch.export.load(path).module()
+    return lambda images: {
+        name: value.numpy() for name, value in zip(names, module(torch.from_numpy(images)), strict=True)
+    }

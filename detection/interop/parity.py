@@ -1,0 +1,146 @@
+"""How far a file is from the model it was made of: in pixels and scores, and in AP.
+
+The model is what `detection predict` runs, on the same images, each alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detection.batch import Target
+from detection.data.spectral import Pixels
+from detection.evaluation.mean_ap import IouType, MeanAP
+from detection.interop.exported_files import Run
+from detection.training.module import encode_detections, grid_of
+
+if TYPE_CHECKING:
+    from detection.inference.detector import Detector
+
+Found = dict[str, Any]  # of one image: boxes (D, 4), labels (D,), scores (D,), and with a mask branch masks (D, m, m)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far an exported detector is from the model, over some images.
+
+    Attributes:
+        images, detections: how many were compared.
+        unmatched: detections that only one of the two has.
+        box: largest difference of a coordinate, in pixels.
+        score: largest difference of a score.
+        mask: largest difference of a probability in a mask; 0 without masks.
+    """
+
+    images: int
+    detections: int
+    unmatched: int
+    box: float
+    score: float
+    mask: float
+
+    def __str__(self) -> str:
+        differences = f"{self.box:.2g} pixels, {self.score:.2g} of a score, {self.mask:.2g} in a mask"
+        alone = f"{self.unmatched} in one of the two alone, the largest differences of the others {differences}"
+        return f"{self.detections} detections on {self.images} image{'s' * (self.images != 1)}, {alone}"
+
+    def as_dict(self) -> dict[str, float]:
+        """For a file."""
+        return asdict(self)
+
+
+def compare(detector: Detector, run: Run, images: Sequence[Pixels]) -> Parity:
+    """Detections as `detection predict` makes them and those of an exported file, on `(H, W, C)` images, each alone.
+
+    A detection's partner has its label and the nearest box, less than a pixel away and not taken.
+
+    Args:
+        detector: on the CPU, in float32; it resizes as prediction does.
+        run: the file.
+        images: to compare on.
+    """
+    total = unmatched = 0
+    worst = dict.fromkeys(("box", "score", "mask"), 0.0)
+    for image in images:
+        ours, theirs = (
+            {name: value.numpy() for name, value in found.items()}
+            for found in (found_by_model(detector, image), found_by_file(run, image))
+        )
+        free = list(range(len(theirs["labels"])))
+        total += len(ours["labels"])
+        for i, (box, label) in enumerate(zip(ours["boxes"], ours["labels"], strict=True)):
+            gaps = {j: float(np.abs(theirs["boxes"][j] - box).max()) for j in free if theirs["labels"][j] == label}
+            j = min(gaps, key=gaps.__getitem__, default=-1)
+            if j < 0 or gaps[j] >= 1:
+                unmatched += 1
+                continue
+            free.remove(j)
+            differences = {"box": gaps[j], "score": abs(float(theirs["scores"][j] - ours["scores"][i]))}
+            if "masks" in ours:
+                differences["mask"] = float(np.abs(theirs["masks"][j] - ours["masks"][i]).max())
+            worst = {name: max(worst[name], differences.get(name, 0.0)) for name in worst}
+        unmatched += len(free)
+    return Parity(len(images), total, unmatched, **worst)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """COCO's AP of the model and of its file on the same images; of masks where the detector has them."""
+
+    images: int
+    model: float
+    file: float
+
+    @property
+    def lost(self) -> float:
+        """How much lower the file's AP is."""
+        return self.model - self.file
+
+    def __str__(self) -> str:
+        return f"AP {self.file:.4f} of the file, {self.model:.4f} of the model, {self.lost:+.4f} lost"
+
+    def as_dict(self) -> dict[str, float]:
+        """For a file."""
+        return asdict(self)
+
+
+def compare_accuracy(detector: Detector, run: Run, labelled: Iterable[tuple[Pixels, Target]]) -> Accuracy:
+    """The AP of both on annotated `(H, W, C)` images.
+
+    Args:
+        detector, run: as for `compare`.
+        labelled: each image and its ground truth, with masks if the detector has them.
+
+    Raises:
+        ValueError: as `MeanAP` raises, and where there is no ground truth.
+    """
+    kind: IouType = "segm" if detector.model.has_masks else "bbox"
+    metrics = [MeanAP(detector.class_names, iou_type=kind) for _ in range(2)]
+    for image, target in labelled:
+        batch = detector.batch([image])
+        for metric, found in zip(metrics, (found_by_model(detector, image), found_by_file(run, image)), strict=True):
+            metric.update(encode_detections([found], batch, grid_of(detector.model)), [target])
+    model, file = (metric.compute()["map"] for metric in metrics)
+    if min(model, file) < 0:
+        raise ValueError("no image that was compared has annotated objects, so there is no AP: name another split")
+    return Accuracy(len(metrics[0].results), model, file)
+
+
+def found_by_model(detector: Detector, image: Pixels) -> Found:
+    """What the model finds in an image `(H, W, C)`, in its pixels."""
+    with torch.no_grad():
+        found: dict[str, Tensor] = detector.model.run(detector.batch([image]), False, True)[1][0]
+    return dict(found)
+
+
+def found_by_file(run: Run, image: Pixels) -> Found:
+    """What a file finds in it."""
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+    given = {name: values[0] for name, values in run(planes[None]).items()}
+    count = int(given.pop("counts"))
+    return {name: torch.from_numpy(np.array(values[:count])) for name, values in given.items()}
