@@ -146,3 +146,28 @@ class Detections:
             class_id=self.labels - 1,
             data={"class_name": np.array(self.names, dtype=str)},
         )
+
+    def to_fiftyone(self) -> Any:
+        """The same as `fiftyone.Detections`, whose boxes are x, y, width and height as shares of the image's sides.
+
+        Raises:
+            ImportError: FiftyOne is not installed.
+        """
+        try:
+            import fiftyone
+        except ImportError as error:
+            raise ImportError('FiftyOne is not installed: pip install "detection[fiftyone]"') from error
+        height, width = self.size
+        masks = self.bitmaps() if self.masks is not None else [None] * len(self)
+        rows = zip(self.boxes.astype(float).tolist(), self.names, self.scores.tolist(), masks, strict=True)
+        labels = []
+        for (x1, y1, x2, y2), name, score, mask in rows:
+            label = fiftyone.Detection(
+                label=name,
+                confidence=score,
+                bounding_box=[x1 / width, y1 / height, (x2 - x1) / width, (y2 - y1) / height],
+            )
+            if mask is not None:  # theirs covers the box alone, in whole pixels
+                label.mask = mask[int(y1) : max(int(y1) + 1, round(y2)), int(x1) : max(int(x1) + 1, round(x2))]
+            labels.append(label)
+        return fiftyone.Detections(detections=labels)

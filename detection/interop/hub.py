@@ -20,6 +20,11 @@ from detection.weights import CheckpointError, read_saved, read_torch
 
 DETECTOR, CARD = "detector.safetensors", "README.md"
 LIBRARY = "detection"
+LIMITS = (
+    "It knows the classes above and gives one of them to whatever it finds. The figures hold for images like those "
+    "they were measured on; on others, measure before use (`detection evaluate`). Chance moves figures of small sets."
+)
+NO_LICENSE = " No licence was named for the weights: ask their owner before you use them."
 
 
 def push(ckpt: Path, repo: str, private: bool = True, trust: Iterable[str] = (), license: str | None = None) -> str:
@@ -140,10 +145,7 @@ def card(
                 "|---|---|",
                 *(f"| {key} | {value} |" for key, value in settings.items()),
                 "## Limits",
-                "It knows the classes above and gives one of them to whatever it finds. The figures hold for images like those"
-                " they were measured on; on others, measure before use (`detection evaluate`). Small sets make figures that"
-                " chance moves."
-                + ("" if license else " No licence was named for the weights: ask their owner before you use them."),
+                LIMITS + ("" if license else NO_LICENSE),
                 "## Use",
                 "```bash",
                 f"detection convert pull --repo {repo} --output detector.safetensors",
@@ -186,14 +188,12 @@ def _reason(repo: str, error: Exception) -> str:
     """What to do, without what the Hub's error may quote of the request."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
-        return (
-            f"{repo}: the Hub refuses ({status}): log in with `hf auth login`, or set HF_TOKEN, as one who may do this"
-        )
+        return f"{repo}: the Hub refuses ({status}): log in with `hf auth login`, or set HF_TOKEN"
     if status == 404:
         return f"{repo}: the Hub has no such repository, revision or {DETECTOR}"
     if type(error).__name__ in ("OfflineModeIsEnabled", "LocalEntryNotFoundError") or status is None:
         return (
-            f"{repo}: the Hub can't be reached ({type(error).__name__}): HF_HUB_OFFLINE must not be set and HF_ENDPOINT "
+            f"{repo}: the Hub can't be reached ({type(error).__name__}): HF_HUB_OFFLINE must not be set, HF_ENDPOINT "
             f"must be right; or carry {DETECTOR} here by hand, which `detection convert import` writes"
         )
     return f"{repo}: the Hub answers {status}: try again later"
