@@ -21,7 +21,7 @@ from detection.data.images import read_image
 from detection.data.voc import read_voc
 from detection.data.writers import write_coco, write_voc
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def call(script, *arguments):
