@@ -34,7 +34,7 @@ from detection.parts import Factory, Factory2
 from detection.recipes import recorded
 from detection.weights import CheckpointError
 
-DEPTHS = {2: 18, 6: 50, 23: 101, 36: 152}  # by the blocks of layer3; ResNet-34 has 6, too
+DEPTHS = {True: {6: 50, 23: 101, 36: 152}, False: {2: 18, 6: 34}}  # by bottleneck blocks or not, and those of layer3
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +80,14 @@ def resnet_of(blocks: int, kernel: Tensor | None = None, bottleneck: bool = True
     Raises:
         CheckpointError: none of those that can be converted.
     """
-    depth = DEPTHS.get(blocks, 0)
-    if not bottleneck:
-        depth = {2: 18, 6: 34}.get(blocks, 0)
+    depth = DEPTHS[bottleneck].get(blocks, 0)
     name = f"resnet{depth}"
     if kernel is not None and bottleneck and (len(kernel) != kernel.shape[1] or len(kernel) != 64):
         name = f"resnext{depth}_{len(kernel) // kernel.shape[1]}x{kernel.shape[1]}d"
     known = get_args(ResNetName)
-    if name not in known or (bottleneck and depth == 18):
-        found = f"{name}, with " if depth else ""
-        raise CheckpointError(
-            f"the backbone is {found}{blocks} blocks of {3 if bottleneck else 2} convolutions in its third stage: "
-            f"{', '.join(known)} can be converted"
-        )
+    if name not in known:
+        what = f"is {name}" if depth else f"has {blocks} blocks in its third stage"
+        raise CheckpointError(f"the backbone {what}, where {', '.join(known)} can be converted")
     return name  # type: ignore[return-value]
 
 

@@ -279,9 +279,9 @@ def test_other_refusals() -> None:
     rotated |= {"proposal_generator.rpn_head.anchor_deltas.weight": torch.zeros(15, 1)}
     with pytest.raises(CheckpointError, match="a detector of rotated boxes"):
         read_layout(rotated | {"roi_heads.box_predictor.cls_score.weight": torch.zeros(4, 1)})
-    with pytest.raises(CheckpointError, match="5 blocks of 3 convolutions in its third stage"):
+    with pytest.raises(CheckpointError, match="the backbone has 5 blocks in its third stage"):
         resnet_of(5)
-    with pytest.raises(CheckpointError, match="resnext50_64x32d, with 6 blocks"):
+    with pytest.raises(CheckpointError, match="the backbone is resnext50_64x32d, where resnet18"):
         resnet_of(6, torch.zeros(2048, 32, 3, 3))
     assert resnet_of(6, torch.zeros(128, 4, 3, 3)) == "resnext50_32x4d" and resnet_of(6, None, False) == "resnet34"
 
