@@ -72,13 +72,17 @@ class BoxCoder:
         weights: factors on (dx, dy, dw, dh): 1 for the RPN, (10, 10, 5, 5) for the box head.
         max_log_ratio: upper bound of dw and dh when decoding, so that `exp` can't overflow. A box grows at most
             1000 / 16 times, from the smallest useful anchor to a large image.
+        min_log_ratio: lower bound, below 0; MMDetection has the negative of the upper one. Default: none.
     """
 
     def __init__(
-        self, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0), max_log_ratio: float = math.log(1000.0 / 16)
+        self,
+        weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+        max_log_ratio: float = math.log(1000.0 / 16),
+        min_log_ratio: float | None = None,
     ) -> None:
         self.weights = tuple(weights)
-        self.max_log_ratio = max_log_ratio
+        self.max_log_ratio, self.min_log_ratio = max_log_ratio, min_log_ratio
 
     def encode(self, gt_boxes: Tensor, boxes: Tensor) -> Tensor:
         """Deltas `(..., N, 4)` that turn `boxes` `(..., N, 4)` into `gt_boxes` `(..., N, 4)`, pixels.
@@ -96,7 +100,7 @@ class BoxCoder:
         deltas = _in_columns(torch.div, deltas.float(), self.weights)
         centre, size = _centre_and_size(boxes.float())
         new_centre = deltas[..., :2] * size + centre
-        half = 0.5 * torch.exp(deltas[..., 2:].clamp(max=self.max_log_ratio)) * size
+        half = 0.5 * torch.exp(deltas[..., 2:].clamp(self.min_log_ratio, self.max_log_ratio)) * size
         return torch.cat((new_centre - half, new_centre + half), dim=-1)
 
 

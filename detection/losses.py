@@ -185,6 +185,15 @@ def mean_over(loss: Tensor, counted: Tensor, valid: Tensor) -> Tensor:
     return torch.where(counted, loss, 0.0).sum() / count_over_ranks(valid)
 
 
+def sampled_rows(foreground: Tensor, valid: Tensor) -> Tensor:
+    """The anchors by whose number the RPN divides its losses, bool of any shape: those that were sampled.
+
+    Args:
+        foreground, valid: `(B, S)` bool.
+    """
+    return valid
+
+
 def merge_unlabelled(logits: Tensor, labels: Tensor, labelled: Tensor | None) -> Tensor:
     """Class logits by which background means no more than is known: none of the classes that were looked for.
 

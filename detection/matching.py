@@ -89,8 +89,7 @@ class Matcher:
             assigned.append(self._assign(best_iou, best_gt, forced))
         return torch.cat(assigned, dim=-1)
 
-    @staticmethod
-    def _is_best(iou: Tensor, peak: Tensor) -> Tensor:
+    def _is_best(self, iou: Tensor, peak: Tensor) -> Tensor:
         # No difference is above 0, so the largest is 0 where an anchor reaches a peak. `any` would not be vectorised.
         reached = torch.where(peak > 0, peak, torch.inf)
         return (iou - reached[..., None]).amax(dim=-2) == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from detection.cli.flags import chosen, run_command
 from detection.interop import export_detector, fetch_weights, hub, import_detector, save_detector
 from detection.interop.files import Library, StyleName
+from detection.interop.semantics import Library as Rules
 from detection.interop.told import report
 
 
@@ -21,6 +22,7 @@ def bring(
     bgr: bool | None = None,
     stride_in_1x1: bool | None = None,
     config: Path | None = None,
+    semantics: Rules | None = None,
 ) -> None:
     """Write a checkpoint as .safetensors that says how to build its detector: no settings are needed later.
 
@@ -37,9 +39,11 @@ def bring(
         config: for what tensors can't show (anchors, RoI Align, thresholds, ...): the .yaml of Detectron2 with its
             bases beside it, or the .py of MMDetection. Nothing in it is run. By default what MMDetection has put into
             the checkpoint, else the library's defaults.
+        semantics: train on by the rules of torchvision, detectron2 or mmdetection. By default those of the library that
+            wrote the checkpoint.
     """
     model, saved = import_detector(
-        chosen(source), style, contiguous, without_epsilon, trust, bgr, stride_in_1x1, config
+        chosen(source), style, contiguous, without_epsilon, trust, bgr, stride_in_1x1, config, semantics
     )
     save_detector(output, model, saved.class_names, saved.category_ids, saved.origins)
     print(f"{output}: {model.num_classes - 1} classes, {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -21,6 +21,7 @@ from torchvision.models.resnet import Bottleneck
 from detection.anchors import Anchors, chosen_anchors
 from detection.interop.heads import ConvLinearHead, ConvStack
 from detection.interop.rows import STYLES, Style
+from detection.interop.semantics import Library, Semantics
 from detection.interop.told import Told, usual
 from detection.losses import SmoothL1Loss
 from detection.models.backbones import Backbone, ResNetName, resnet_c4, resnet_dc5, resnet_fpn
@@ -112,12 +113,13 @@ def build(layout: Layout, style: Style, told: Told = Told(), **options: Any) -> 
     """
     name, count = layout.resnet, layout.num_classes
     depth = int("".join(re.findall(r"\d+", name)[:1]))
-    told.check({"num_classes": count, "mask": layout.mask, "stages": layout.stages, "depth": depth})
+    found = {"num_classes": count, "mask": layout.mask, "stages": layout.stages, "depth": depth}
+    told.check(found | {"agnostic": layout.agnostic})
     common: dict[str, Any] = {"norm": layout.norm, "stride_in_1x1": style.stride_in_1x1}
     trained: dict[str, Any] = common | {
         "trainable_layers": 3 if told.trainable_layers is None else told.trainable_layers
     }
-    settings = options | usual(count) | told.arguments | style.image_mean | _heads(layout)
+    settings = options | usual(count) | told.arguments | told.asked | style.image_mean | _heads(layout)
     if layout.stages > 1:
         if layout.features != "fpn" or layout.stages != 3:
             raise CheckpointError("a cascade can be converted with three stages and a pyramid only")
@@ -176,6 +178,7 @@ def aligned_rcnn(
     box_loss: Callable[..., Any] | None = None,
     mask_head: nn.Module | Factory | None = None,
     mask_grid: Any = None,
+    semantics: Library | Semantics = "torchvision",
     **kwargs: Any,
 ) -> FasterRCNN:
     """Faster or Mask R-CNN as Detectron2 and MMDetection train it.
@@ -192,9 +195,11 @@ def aligned_rcnn(
         rpn_box_loss, box_loss: default: plain L1.
         mask_head: default: four convolutions, or the stage of a `Res5Head`.
         mask_grid: see `faster_rcnn`; the default, `MaskGrid`, is that of both libraries.
+        semantics: whose rules of training, see `Semantics`.
         **kwargs: see `faster_rcnn`.
     """
-    arguments: dict[str, Any] = kwargs | {
+    rules = semantics_of(semantics)
+    arguments: dict[str, Any] = rules.parts(kwargs) | {
         "rpn_anchor_generator": chosen_anchors(rpn_anchor_generator, len(backbone.strides), round_anchors=False),
         "rpn_post_nms_top_n_train": rpn_post_nms_top_n_train,
         "box_roi_pool": box_roi_pool or _pooler(box_output_size),
@@ -203,9 +208,10 @@ def aligned_rcnn(
         "box_loss": box_loss or SmoothL1Loss(0.0),
     }
     if not masks:
-        return faster_rcnn(backbone, num_classes, **arguments)
+        return rules.apply(faster_rcnn(backbone, num_classes, **arguments))
     mask_head = Res5Maps(box_head) if isinstance(box_head, Res5Head) else mask_head
-    return mask_rcnn(backbone, num_classes, mask_roi_pool or _pooler(14), mask_head, mask_grid=mask_grid, **arguments)
+    pool = mask_roi_pool or _pooler(14)
+    return rules.apply(mask_rcnn(backbone, num_classes, pool, mask_head, mask_grid=mask_grid, **arguments))
 
 
 @recorded
@@ -221,6 +227,7 @@ def aligned_cascade_rcnn(
     rpn_box_loss: Callable[..., Any] | None = None,
     box_loss: Callable[..., Any] | None = None,
     mask_grid: Any = None,
+    semantics: Library | Semantics = "torchvision",
     **kwargs: Any,
 ) -> FasterRCNN:
     """Cascade R-CNN as Detectron2 trains it and, with other arguments, MMDetection.
@@ -231,9 +238,11 @@ def aligned_cascade_rcnn(
         mean_of_logits: average the stages' logits (MMDetection) in place of their probabilities.
         rpn_box_loss, box_loss: default: plain L1.
         mask_grid: see `faster_rcnn`; the default, `MaskGrid`, is that of both libraries.
+        semantics: whose rules of training, see `Semantics`.
         **kwargs: see `cascade_rcnn`.
     """
-    return cascade_rcnn(
+    rules = semantics_of(semantics)
+    model = cascade_rcnn(
         backbone,
         num_classes,
         masks,
@@ -245,8 +254,14 @@ def aligned_cascade_rcnn(
         box_loss=box_loss or SmoothL1Loss(0.0),
         rpn_anchor_generator=chosen_anchors(rpn_anchor_generator, len(backbone.strides), round_anchors=False),
         box_roi_pool=box_roi_pool or _pooler(7),
-        **kwargs,
+        **rules.parts(kwargs),
     )
+    return rules.apply(model)
+
+
+def semantics_of(semantics: Library | Semantics) -> Semantics:
+    """The rules that a library's name stands for."""
+    return Semantics(semantics) if isinstance(semantics, str) else semantics
 
 
 def _pooler(output_size: int) -> RoIPooler:

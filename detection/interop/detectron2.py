@@ -124,7 +124,7 @@ def from_detectron2(state: Mapping[str, Tensor], style: Style, told: Told = Told
     """
     layout = read_layout(state)
     state = drop(state, DROPPED)
-    model = build(layout, style, told, resizing="detectron2")
+    model = build(layout, style, told, resizing="detectron2", semantics="detectron2")
     table = names_of(model, layout)
     state = {name: value.float() for name, value in state.items()}
     state = collect(state, table)

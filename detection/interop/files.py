@@ -30,6 +30,7 @@ from detection.interop import (
 )
 from detection.interop.names import load, state_of
 from detection.interop.pickles import read_pickle, read_without_objects
+from detection.interop.semantics import Library as Rules
 from detection.interop.told import CONFIG, DEFAULT, TENSORS, Told, origins_of
 from detection.models.two_stage import FasterRCNN
 from detection.recipes import RecipeError, blame, rebuild, trusting
@@ -181,6 +182,7 @@ def import_detector(
     bgr: bool | None = None,
     stride_in_1x1: bool | None = None,
     config: Path | None = None,
+    semantics: Rules | None = None,
 ) -> tuple[FasterRCNN, Saved]:
     """The detector in a file of torchvision, Detectron2 or MMDetection, or in a checkpoint of one of our runs.
 
@@ -195,6 +197,7 @@ def import_detector(
         config: what the other library calls its configuration, for what tensors can't show: a `.yaml` of Detectron2
             with its bases, a `.py` of MMDetection. Nothing in it is run. By default what a checkpoint of MMDetection
             has of it, and else the library's defaults.
+        semantics: whose rules training on follows, see `Semantics`; by default those of the library that wrote it.
 
     Returns:
         the detector, and its tensors with recipe, class names, category ids, and where each fact is from.
@@ -206,38 +209,40 @@ def import_detector(
     if not source.is_file():
         raise FileNotFoundError(f"no checkpoint at {source}")
     with trusting(trust):
-        return _named(source, lambda: _import(source, style, bgr, stride_in_1x1, contiguous, without_epsilon, config))
+        halves: dict[str, Any] = {"bgr": bgr, "stride_in_1x1": stride_in_1x1}
+        return _named(source, lambda: _import(source, style, halves, contiguous, without_epsilon, config, semantics))
 
 
 def _import(
     source: Path,
     style: StyleName | None,
-    bgr: bool | None,
-    stride_in_1x1: bool | None,
+    halves: dict[str, Any],
     contiguous: bool,
     without_epsilon: bool | None,
     config: Path | None,
+    semantics: Rules | None,
 ) -> tuple[FasterRCNN, Saved]:
     state, meta = _read_foreign(source)
     names: list[str] | None = None
-    facts, said = Told(), style is not None or bgr is not None
+    facts, said = Told(), style is not None or halves["bgr"] is not None
     if any(name.startswith(detectron2.PREFIXES) for name in state):
-        guess = detectron2.choose_style(state, style, bgr, stride_in_1x1)
+        guess = detectron2.choose_style(state, style, **halves)
         said = said or "pixel_mean" in state
-        facts = _follow(config, detectron2_config.read_told) if config else facts
-        model = detectron2.from_detectron2(state, _style(guess, said, facts), facts)
+        facts = (_follow(config, detectron2_config.read_told) if config else facts).ask(semantics)
+        model = detectron2.from_detectron2(state, facts.settle(guess, said), facts)
     elif any(name.startswith(mmdetection.PREFIXES) for name in state):
         told, names = mmdetection.read_meta(meta)
         guess = rows.STYLES[style or told or ("caffe" if "caffe" in source.name else "pytorch")]
-        halves: dict[str, Any] = {"bgr": bgr, "stride_in_1x1": stride_in_1x1}
         guess = replace(guess, **{name: half for name, half in halves.items() if half is not None})
         if config is not None:
             facts = _follow(config, mmdetection_config.read_file)
         elif mmdetection_config.is_config(text := mmdetection.config_of(meta)):
             facts = mmdetection_config.read_told(text)
-        model = mmdetection.from_mmdetection(state, _style(guess, said, facts), facts)
-    elif config is not None:
-        raise CheckpointError(f"--config {config}: only checkpoints of Detectron2 and MMDetection have one")
+        facts = facts.ask(semantics)
+        model = mmdetection.from_mmdetection(state, facts.settle(guess, said), facts)
+    elif config is not None or semantics is not None:
+        what = f"--config {config}" if config else f"--semantics {semantics}"
+        raise CheckpointError(f"{what}: only checkpoints of Detectron2 and MMDetection have one")
     elif any(name.startswith("detector.") for name in state):
         saved = read_saved(source)
         return load_detector(source).train(), saved
@@ -254,22 +259,6 @@ def _follow(config: Path, read: Callable[[Path], Told]) -> Told:
     """What a configuration tells; where something is wrong with it, its name stands before what it is."""
     told: Told = _named(config, lambda: read(config))
     return told
-
-
-def _style(guess: rows.Style, said: bool, told: Told) -> rows.Style:
-    """How the backbone was trained: as the configuration says, or the caller, or by what is known of such files.
-
-    Raises:
-        CheckpointError: caller or file say another than the configuration.
-    """
-    if told.style is None:
-        return guess
-    if said and (guess.bgr, guess.stride_in_1x1) != (told.style.bgr, told.style.stride_in_1x1):
-        raise CheckpointError(
-            f"the config says BGR {told.style.bgr} and stride in the 1x1 convolutions {told.style.stride_in_1x1}, but "
-            f"the style that is given, or the file's pixel_mean, BGR {guess.bgr} and {guess.stride_in_1x1}"
-        )
-    return told.style
 
 
 def export_detector(

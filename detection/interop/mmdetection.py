@@ -116,7 +116,7 @@ def from_mmdetection(state: Mapping[str, Tensor], style: Style, told: Told = Tol
     state = {re.sub(r"\.gn(\d?)\.", r".bn\1.", name): value for name, value in drop(state, DROPPED).items()}
     layout = read_layout(state)
     cascade = CASCADE if layout.stages > 1 else {}
-    model = build(layout, style, told, resizing="mmdetection", **cascade)
+    model = build(layout, style, told, resizing="mmdetection", semantics="mmdetection", **cascade)
     table = rename(rows.without_counters(model.state_dict()), RULES)
     state = collect({name: value.float() for name, value in state.items()}, table)
     state = rows.background_to_front(rows.masks_of_each_class(state, layout.num_classes - 1))

@@ -15,6 +15,7 @@ from typing import Any
 from detection.anchors import AnchorGenerator
 from detection.boxes import BoxCoder
 from detection.interop.rows import Style
+from detection.interop.semantics import Semantics, bounded
 from detection.interop.told import Told
 from detection.losses import SmoothL1Loss
 from detection.models.pooling import RoIPooler
@@ -180,6 +181,7 @@ def read_told(text: str) -> Told:
         arguments |= _rpn(model["rpn_head"], train, test)
     if model["roi_head"].value is not None:
         arguments |= _boxes(model["roi_head"], heads, train["rcnn"].each(), test["rcnn"])
+    arguments["semantics"] = _semantics(train["rpn"], model["roi_head"], len(heads))
     masks = isinstance(model["roi_head"]["mask_head"].value, dict)
     if masks:
         _check_masks(model["roi_head"])
@@ -189,6 +191,8 @@ def read_told(text: str) -> Told:
     _check_backbone(backbone, model["neck"])
     shape = {"depth": backbone["depth"].get(None), "num_classes": heads[0]["num_classes"].get(None)}
     if model["roi_head"].value is not None:
+        if kind != "CascadeRCNN" and heads[0]["num_classes"].get(80) > 1:
+            shape["agnostic"] = heads[0]["reg_class_agnostic"].get(False)
         shape |= {"mask": masks, "stages": len(heads) if kind == "CascadeRCNN" else 1}
     if shape["num_classes"] is not None:
         shape["num_classes"] += 1
@@ -274,6 +278,23 @@ def _rpn(head: _Node, train: _Node, test: _Node) -> dict[str, Any]:
     }
 
 
+def _semantics(train: _Node, roi_head: _Node, stages: int) -> Semantics:
+    """The rules of training, as far as the library has settings for them."""
+    train["pos_weight"].must(-1)
+    lowest, border = train["assigner"]["min_pos_iou"], train["allowed_border"]
+    values: dict[str, Any] = {}
+    if train["assigner"].value is not None:
+        values["min_pos_iou"] = lowest.get(0.0)
+    if border.value is not None:
+        values["allowed_border"] = border.get(-1)
+    if stages > 1:
+        weights = roi_head["stage_loss_weights"]
+        values["stage_loss_weights"] = weights.get([1.0, 0.5, 0.25])
+        if len(values["stage_loss_weights"]) != stages:
+            raise CheckpointError(f"{weights.path} {weights.value} can't be built: one for each of {stages} stages can")
+    return Semantics("mmdetection", **values)
+
+
 def _anchors(generator: _Node) -> AnchorGenerator:
     generator["type"].must("AnchorGenerator")
     generator["scale_major"].must(True)
@@ -296,9 +317,13 @@ def _boxes(roi_head: _Node, heads: list[_Node], train: list[_Node], test: _Node)
         head["loss_cls"]["use_sigmoid"].must(False)
         head["loss_cls"]["loss_weight"].must(1, 1.0)
         head.absent("reg_decoded_bbox", "with_avg_pool")
+        if len(heads) > 1 and heads[0]["num_classes"].get(80) > 1 and not head["reg_class_agnostic"].get(False):
+            raise CheckpointError(f"{head.path}.reg_class_agnostic False can't be built in a cascade: True can")
     for stage in train:
-        _check_assigner(stage["assigner"], None)
+        _check_assigner(stage["assigner"], False)
         _check_sampler(stage["sampler"], True)
+        stage["pos_weight"].must(-1)
+    _check_stages(train)
     test["nms"]["type"].must("nms")
     losses = [head["loss_bbox"].value for head in heads]
     if any(loss != losses[0] for loss in losses):
@@ -331,11 +356,25 @@ def _check_masks(roi_head: _Node) -> None:
     head["loss_mask"]["loss_weight"].must(1, 1.0)
 
 
-def _check_assigner(assigner: _Node, low_quality: bool | None) -> None:
+def _check_assigner(assigner: _Node, low_quality: bool) -> None:
     assigner["type"].must("MaxIoUAssigner")
     assigner["ignore_iof_thr"].must(-1)
-    if low_quality is not None:
-        assigner["match_low_quality"].must(low_quality)
+    assigner["gt_max_assign_all"].must(True)
+    matched = assigner["match_low_quality"]
+    if assigner.value is not None and matched.get(True) != low_quality:  # the assigner's own default is True
+        raise CheckpointError(f"{matched.path} {not low_quality} can't be built here: {low_quality} can")
+
+
+def _check_stages(train: list[_Node]) -> None:
+    """Refuse stages of a cascade that differ in more than their IoU, which is both thresholds of each."""
+    for stage in train if len(train) > 1 else []:
+        high, low = (stage["assigner"][name] for name in ("pos_iou_thr", "neg_iou_thr"))
+        pairs = [(low, high)] + [
+            (stage["sampler"][name], train[0]["sampler"][name]) for name in ("num", "pos_fraction")
+        ]
+        for one, other in pairs:
+            if one.value != other.value:
+                raise CheckpointError(f"{one.path} {one.value} can't be built beside {other.path} {other.value}")
 
 
 def _check_sampler(sampler: _Node, adds_objects: bool) -> None:
@@ -347,8 +386,9 @@ def _check_sampler(sampler: _Node, adds_objects: bool) -> None:
 def _coder(coder: _Node, stds: list[float] | None = None) -> BoxCoder:
     coder["type"].must("DeltaXYWHBBoxCoder")
     coder["target_means"].must([0.0, 0.0, 0.0, 0.0])
+    coder["clip_border"].must(True)
     coder.absent("add_ctr_clamp")
-    return BoxCoder([1 / std for std in coder["target_stds"].get(stds or [1.0, 1.0, 1.0, 1.0])])
+    return bounded(BoxCoder([1 / std for std in coder["target_stds"].get(stds or [1.0, 1.0, 1.0, 1.0])]))
 
 
 def _box_loss(loss: _Node) -> SmoothL1Loss:

@@ -314,9 +314,7 @@ class RoIHeads(MaskBranch):
         best = [own[: self.detections_per_img] for own in keep.split(counts)]
         return [{"boxes": boxes[own], "labels": label[own] + 1, "scores": scores[own]} for own in best]
 
-    def _soft_nms_per_class(
-        self, boxes: Tensor, scores: Tensor, usable: Tensor, sigma: float
-    ) -> list[dict[str, Tensor]]:
+    def _soft_nms_per_class(self, boxes: Tensor, scores: Tensor, usable: Tensor, sigma: float) -> Detections:
         classes = usable.shape[2]
         ranked = torch.where(usable, scores, 0.0).flatten(1)
         ranked, order = ranked.topk(min(SOFT_NMS_CANDIDATES, ranked.shape[1]), dim=1)
@@ -346,9 +344,8 @@ class RoIHeads(MaskBranch):
         check_training("box_", self, self.class_loss, boxes.new_zeros((2, self.num_classes)), labels)
         if self.has_masks:
             pooled = run("mask_roi_pool", self.mask_roi_pool, "__call__", features, boxes)
-            masks = run(
-                "mask_predictor", self.mask_predictor, "__call__", run("mask_head", self.mask_head, "__call__", pooled)
-            )
+            wide = run("mask_head", self.mask_head, "__call__", pooled)
+            masks = run("mask_predictor", self.mask_predictor, "__call__", wide)
             expect("mask_predictor", self.mask_predictor, "logits", masks, (1, self.num_classes, "m", "m"))
             for name in ("targets", "windows", "inside"):
                 attribute_of("mask_grid", self.mask_grid, name)

@@ -113,12 +113,9 @@ class RegionProposalNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.anchor_generator = chosen_anchors(anchor_generator, len(strides))
-        self.head = finish(
-            "rpn_head", head or RPNHead, in_channels, self.anchor_generator.num_anchors_per_location()[0]
-        )
-        self.matcher: Callable[..., Any] = matcher or Matcher(
-            fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches=True
-        )
+        num_anchors = self.anchor_generator.num_anchors_per_location()[0]
+        self.head = finish("rpn_head", head or RPNHead, in_channels, num_anchors)
+        self.matcher: Any = matcher or Matcher(fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches=True)
         self.sampler: Any = sampler or BalancedSampler(batch_size_per_image, positive_fraction)
         self.box_coder = box_coder or BoxCoder()
         self.objectness_loss = objectness_loss or losses.objectness_loss
@@ -126,6 +123,9 @@ class RegionProposalNetwork(nn.Module):
         self.pre_nms_top_n, self.post_nms_top_n = dict(pre_nms_top_n), dict(post_nms_top_n)
         self.nms_thresh, self.score_thresh = nms_thresh, score_thresh
         self.nms: Callable[..., Tensor] = grouped_nms
+        # Other libraries' rules, which `detection.interop.semantics` sets.
+        self.counted_rows: Callable[..., Tensor] = losses.sampled_rows
+        self.candidates: Callable[..., Tensor] | None = None
 
     def forward(self, features: FeatureMaps, batch: Batch, with_losses: bool) -> tuple[Proposals, Losses]:
         """Proposals from all levels and, if asked for, `loss_objectness` and `loss_rpn_box_reg`.
@@ -204,7 +204,7 @@ class RegionProposalNetwork(nn.Module):
     ) -> Losses:
         """`loss_objectness` and `loss_rpn_box_reg` over a sample of the anchors (section 3.1.2, equation 1).
 
-        Both sums are divided by the number of sampled anchors of the batch, background included.
+        Both sums are divided by the number of sampled anchors of the batch, background included (`counted_rows`).
 
         Args:
             features: of the backbone.
@@ -213,9 +213,12 @@ class RegionProposalNetwork(nn.Module):
             anchors: `(A, 4)`.
             batch: for its ground truth.
         """
-        matched_idxs = self.matcher(batch.gt_boxes, batch.gt_valid, anchors)  # (B, A)
+        usable = None if self.candidates is None else self.candidates(anchors, batch.image_sizes)
+        boxes = anchors if usable is None else torch.where(usable[..., None], anchors, 0.0)  # (A, 4) or (B, A, 4)
+        matched_idxs = self.matcher(batch.gt_boxes, batch.gt_valid, boxes)  # (B, A)
         matched_idxs = spare_ignored(matched_idxs, anchors, batch.gt_ignored)
         labels = torch.where(matched_idxs >= 0, 1, torch.where(matched_idxs == -1, 0, -1))
+        labels = labels if usable is None else torch.where(usable, labels, -1)
         if batch.labelled is not None:
             labels = self.spare_unlabelled(labels, objectness, batch.labelled)
         sampled, valid = self.sampler(labels, lambda: self._hardness(objectness, labels))  # (B, S)
@@ -226,10 +229,11 @@ class RegionProposalNetwork(nn.Module):
         boxes = losses.box_loss_of_foreground(
             self.box_loss, deltas.flatten(0, 1), anchors[sampled].flatten(0, 1), gt_boxes, foreground, self.box_coder
         )
+        rows = self.counted_rows(foreground.view_as(valid), valid)
         objects = self.objectness_loss(logits.flatten().float(), foreground.float())
         return {
-            "loss_objectness": losses.mean_over(objects, valid.flatten(), valid),
-            "loss_rpn_box_reg": losses.mean_over(boxes, foreground, valid),
+            "loss_objectness": losses.mean_over(objects, valid.flatten(), rows),
+            "loss_rpn_box_reg": losses.mean_over(boxes, foreground, rows),
         }
 
     def spare_unlabelled(self, labels: Tensor, objectness: Tensor, labelled: Tensor) -> Tensor:

@@ -155,7 +155,8 @@ def test_mmdetections_config_is_read_as_text() -> None:
     assert (told.arguments["min_size"], told.arguments["max_size"]) == (600, 1000)
     assert told.arguments["box_roi_pool"].aligned and told.arguments["box_roi_pool"].sampling_ratio == 2
     assert told.style == Style(False, False, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-    assert told.shape == {"depth": 50, "num_classes": 4, "mask": False, "stages": 1} and told.trainable_layers == 3
+    assert told.shape == {"depth": 50, "num_classes": 4, "mask": False, "stages": 1, "agnostic": False}
+    assert told.trainable_layers == 3
 
 
 @pytest.mark.parametrize(

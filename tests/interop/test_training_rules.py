@@ -1,0 +1,221 @@
+"""How other libraries train, against values computed by hand from their definitions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from detection import matching
+from detection.anchors import AnchorGenerator
+from detection.batch import Batch
+from detection.boxes import BoxCoder
+from detection.drift import present_recipe
+from detection.interop import mmdetection_config
+from detection.interop.builders import Layout, aligned_cascade_rcnn, aligned_rcnn, build
+from detection.interop.rows import STYLES
+from detection.interop.semantics import InsideImage, MaxIoUMatcher, ResampledCascade, Semantics
+from detection.interop.told import ASKED, Told, origins_of
+from detection.matching import Matcher
+from detection.models.rpn import RegionProposalNetwork
+from detection.parts import Proposals
+from detection.recipes import rebuild
+from detection.weights import CheckpointError
+from tests.interop.test_configs import MM
+
+CASCADE = """
+model = dict(
+    type='CascadeRCNN', rpn_head=dict(type='RPNHead'),
+    roi_head=dict(type='CascadeRoIHead', stage_loss_weights=[1, 0.6, 0.2], bbox_head=[
+        dict(type='Shared2FCBBoxHead', num_classes=3, reg_class_agnostic=True),
+        dict(type='Shared2FCBBoxHead', num_classes=3, reg_class_agnostic=True),
+        dict(type='Shared2FCBBoxHead', num_classes=3, reg_class_agnostic=True)]),
+    train_cfg=dict(
+        rpn=dict(assigner=dict(type='MaxIoUAssigner', min_pos_iou=0.2), allowed_border=8),
+        rcnn=[dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.5, match_low_quality=False)),
+              dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.6, neg_iou_thr=0.6, match_low_quality=False)),
+              dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.7, neg_iou_thr=0.7, match_low_quality=False))]))
+"""
+
+
+class OneMap(nn.Module):
+    """One map of stride 16, from a single convolution."""
+
+    strides, out_channels = (16,), 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 16, stride=16)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"0": self.conv(images)}
+
+
+def batch_of(boxes: list[list[float]], size: int = 64, images: int = 1) -> Batch:
+    """Black images with the boxes in each, of label 1; a place of padding where there are none."""
+    found = torch.tensor(boxes or [[0.0] * 4]).expand(images, -1, 4)
+    sizes = torch.tensor([[size, size]] * images)
+    some = torch.full(found.shape[:2], bool(boxes))
+    return Batch(torch.zeros((images, 3, size, size), dtype=torch.uint8), sizes, found, some.long(), some, sizes)
+
+
+def test_a_delta_that_shrinks_has_a_bound() -> None:
+    deltas, box = torch.tensor([[0.0, 0.0, -10.0, 10.0]]), torch.tensor([[0.0, 0.0, 100.0, 100.0]])
+    bound = math.log(1000 / 16)
+    sides = {}
+    for lower in (None, -bound):
+        x1, y1, x2, y2 = BoxCoder(min_log_ratio=lower).decode(deltas, box)[0].tolist()
+        sides[lower] = x2 - x1, y2 - y1
+    assert sides[-bound] == pytest.approx((1.6, 6250), rel=1e-4)  # 100 px times 16 / 1000, and over it
+    assert sides[None] == pytest.approx((100 * math.exp(-10), 6250), rel=1e-2)
+
+
+def test_a_best_anchor_counts_from_an_iou_on_and_for_the_last_object() -> None:
+    iou = torch.tensor([[0.9, 0.2, 0.1, 0.0], [0.8, 0.35, 0.0, 0.35], [0.0, 0.0, 0.25, 0.0]])
+    # Object 1 takes anchor 0 from object 0, object 2 has no anchor of IoU 0.3.
+    assert MaxIoUMatcher(0.7, 0.3, 0.3).assign(iou).tolist() == [1, -2, -1, -2]
+    assert MaxIoUMatcher(0.7, 0.3, 0.25).assign(iou).tolist() == [1, -2, 2, -2]
+    assert Matcher(0.7, 0.3, True).assign(iou).tolist() == [0, -2, 2, -2]
+
+
+def test_blocks_of_anchors_are_matched_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    corner = torch.rand((2, 60, 2), generator=torch.Generator().manual_seed(1)) * 50
+    boxes = torch.cat((corner, corner + 20), dim=2)
+    truth, valid = boxes[:, ::20] + 4, torch.tensor([[True, True, True], [True, False, False]])
+    matcher = MaxIoUMatcher(0.9, 0.3, 0.2)
+    whole = matcher(truth, valid, boxes)
+    monkeypatch.setattr(matching, "MAX_IOU_ELEMENTS", 6 * 7)
+    assert torch.equal(matcher(truth, valid, boxes), whole)
+    assert set(whole[0].tolist()) == {-2, -1, 0, 1, 2} and whole[1].max() == 0
+
+
+def test_anchors_that_stand_out_do_not_train() -> None:
+    anchors = torch.tensor([[0, 0, 63, 31], [0, 0, 64, 31], [-1, 0, 9, 9], [0, 0, 9, 32], [-9, 0, 9, 9]]).float()
+    sizes = torch.tensor([[32, 64], [64, 64]])
+    assert InsideImage(0)(anchors, sizes).tolist() == [[1, 0, 0, 0, 0], [1, 0, 0, 1, 0]]
+    assert InsideImage(8)(anchors, sizes).tolist() == [[1, 1, 1, 1, 0]] * 2
+
+
+def silent_rpn(semantics: Semantics) -> Any:
+    """A detector of whose anchors each has the loss log 2: 4 x 4 of 32 px, of which the inner 2 x 2 are inside."""
+    anchors = AnchorGenerator([[32]], [1.0], offset=0.5, round_anchors=False)
+    model = aligned_rcnn(OneMap(), 3, rpn_anchor_generator=anchors, semantics=semantics, min_size=64, max_size=64)  # type: ignore[arg-type]
+    for parameter in model.rpn.head.parameters():
+        nn.init.zeros_(parameter)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("semantics", "boxes", "objectness", "box"),
+    [
+        # Each of the 16 anchors is 8 px beside a multiple of 16: with an object there, IoU 24 / 40, target 8 / 32.
+        (Semantics("torchvision"), [], 1, 0),
+        (Semantics("detectron2"), [], 2 * 16 / 512, 0),
+        (Semantics(allowed_border=-1), [], 32 / (32 + 2), 0),  # no foreground counts as one in each image
+        (Semantics(allowed_border=0), [], 2 * 4 / (2 * 4 + 2), 0),
+        (Semantics("torchvision"), [[0.0, 8, 32, 40]], 1, 0.25 / 16),
+        (Semantics("detectron2"), [[0.0, 8, 32, 40]], 32 / 512, 2 * 0.25 / 512),
+    ],
+)
+def test_the_rpns_losses_have_each_librarys_divisor(
+    semantics: Semantics, boxes: list[list[float]], objectness: float, box: float
+) -> None:
+    model, batch = silent_rpn(semantics), batch_of(boxes, images=2)
+    features = model.extract(batch)
+    anchors = model.rpn.lay_anchors(features, batch)[0]
+    assert InsideImage(0)(anchors, batch.image_sizes)[0].sum() == 4 and len(anchors) == 16
+    losses = model.rpn(features, batch, True)[1]
+    if boxes:  # two anchors reach the object's highest IoU, the others below 0.7 and above 0.3 train nothing
+        iou = matching.pairwise_iou(batch.gt_boxes[0], anchors)[0]
+        foreground, sampled = int((iou == iou.max()).sum()), int(((iou < 0.3) | (iou == iou.max())).sum())
+        whole = 2 * sampled if semantics.library == "torchvision" else 512
+        objectness, box = 2 * sampled / whole, 2 * foreground * 0.25 / whole
+        assert foreground == 2
+    assert losses["loss_objectness"].item() == pytest.approx(objectness * math.log(2), rel=1e-6)
+    assert losses["loss_rpn_box_reg"].item() == pytest.approx(box, rel=1e-6)
+
+
+def test_stages_sample_anew_and_have_their_weights() -> None:
+    """A region 30 px beside an object of 100 is moved by 10 in the first stage and in the second."""
+    model = aligned_cascade_rcnn(
+        OneMap(),  # type: ignore[arg-type]
+        4,
+        box_positive_fraction=1.0,
+        semantics="mmdetection",
+        rpn_anchor_generator=AnchorGenerator([[32]], [1.0]),
+    )
+    heads = model.roi_heads
+    assert isinstance(heads, ResampledCascade) and len(heads.stages) == 3
+    for stage, bias in zip(heads._heads, (-1.0, -2.0, 0.0), strict=True):
+        for parameter in stage.box_predictor.parameters():
+            nn.init.zeros_(parameter)
+        nn.init.constant_(stage.box_predictor.bbox_pred.bias[:1], bias)  # type: ignore[union-attr,index]
+    batch = batch_of([[100.0, 100, 200, 200]], 512)
+    regions = torch.tensor([[[130.0, 100, 230, 200], [300, 300, 400, 400]]])
+    proposals = Proposals(regions, torch.ones((1, 2)), torch.ones((1, 2), dtype=torch.bool))
+    losses = heads.losses(model.extract(batch), proposals, batch)
+    # IoU .54, .67 and .82: foreground at .5, .6 and .7. Three rows each: the region, the background, and the object
+    # itself, which is given anew and moved anew. Targets are -.3, -.2 and -.1 times 10, 20 and 30.
+    expected = {0: (3 - 1) + 1, 1: 0.5 * ((4 - 2) + 2), 2: 0.25 * (3 + 0)}
+    for i, weight in enumerate((1, 0.5, 0.25)):
+        assert losses[f"loss_box_reg_stage{i}"].item() == pytest.approx(expected[i] / 3, rel=1e-5)
+        assert losses[f"loss_classifier_stage{i}"].item() == pytest.approx(weight * math.log(4), rel=1e-6)
+    for stage in heads._heads:
+        assert stage.box_coder.min_log_ratio == -stage.box_coder.max_log_ratio
+    with pytest.raises(ValueError, match="2 stage_loss_weights for 3 stages: give one for each"):
+        Semantics(stage_loss_weights=(1, 1)).apply(model)
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_file_keeps_whose_rules_it_trains_by(stages: int) -> None:
+    layout, style = Layout("resnet18", "fpn", 4, stages, False), STYLES["pytorch"]
+    model = build(layout, style, Told(), semantics="mmdetection")
+    recipe = present_recipe(model)  # which finds nothing changed since
+    with torch.device("meta"):
+        again = rebuild(recipe or {})
+        asked = build(layout, style, Told().ask("torchvision"), semantics="mmdetection")
+    for one in (model, again):
+        assert isinstance(one.rpn, RegionProposalNetwork) and isinstance(one.rpn.matcher, MaxIoUMatcher)
+        assert (one.rpn.candidates is None) == (stages == 1)  # the library samples outside of the image but in cascades
+        assert one.rpn.box_coder.min_log_ratio == -math.log(1000 / 16)
+        assert isinstance(one.roi_heads, ResampledCascade) == (stages == 3)
+    assert type(asked.rpn.matcher) is Matcher and asked.rpn.box_coder.min_log_ratio is None
+    assert origins_of(asked.recipe or {}, Told().ask("torchvision"), ASKED)["semantics"] == ASKED
+    with pytest.raises(
+        ValueError, match="semantics of 'mmdet' are not known: torchvision, detectron2, mmdetection are"
+    ):
+        Semantics("mmdet")  # type: ignore[arg-type]
+
+
+def test_a_config_says_how_its_detector_trains() -> None:
+    told = mmdetection_config.read_told(CASCADE)
+    rules = told.arguments["semantics"]
+    assert (rules.min_pos_iou, rules.allowed_border, rules.stage_loss_weights) == (0.2, 8, [1, 0.6, 0.2])
+    assert told.ask("mmdetection").asked == {} and told.ask("torchvision").asked == {"semantics": "torchvision"}
+    plain = mmdetection_config.read_told(MM).arguments["semantics"]
+    assert plain.min_pos_iou == 0 and plain.allowed_border is None  # the assigner's own default
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("0.6, 0.2]", "0.6]", r"stage_loss_weights \[1, 0\.6\] can't be built: one for each of 3 stages can"),
+        ("agnostic=True", "agnostic=False", r"bbox_head\[0\]\.reg_class_agnostic False can't be built in a cascade"),
+        ("=False))]", "=True))]", r"rcnn\[2\]\.assigner\.match_low_quality True can't be built here: False can"),
+        (
+            "neg_iou_thr=0.6",
+            "neg_iou_thr=0.1",
+            r"neg_iou_thr 0\.1 can't be built beside .*\[1\]\.assigner\.pos_iou_thr",
+        ),
+        ("=8)", "=8, pos_weight=2)", r"model\.train_cfg\.rpn\.pos_weight 2 can't be built: -1 can"),
+        ("allowed_border=8", "allowed_border='8'", r"allowed_border is '8', where MMDetection has a value like -1"),
+        ("min_pos_iou=0.2", "match_low_quality=False", r"rpn\.assigner\.match_low_quality False can't be built here"),
+    ],
+)
+def test_rules_that_can_not_be_followed_are_refused(old: str, new: str, said: str) -> None:
+    assert old in CASCADE
+    with pytest.raises(CheckpointError, match=said):
+        mmdetection_config.read_told(CASCADE.replace(old, new))
