@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def main(flags: Sequence[str]) -> int | str | None:
     parser.add_argument(TRUST, nargs="+", help="packages whose parts the run may use: their code runs")
     given = parser.parse_args(flags)
     set_up_output()
+    warnings.filterwarnings("ignore", "(?s).*callbacks used to create the checkpoint.*")  # those that write
     import_from_working_directory()
     try:
         return complaint(lambda: _replay(given, trust))
