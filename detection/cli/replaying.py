@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from detection.cli.fit import FitCLI, listed
 from detection.cli.flags import TRUST, check_ranges, take_trust
@@ -162,7 +162,13 @@ def _print(content: dict[str, Any]) -> None:
     for name, value in content["gradient_norms"].items():
         norms.add_row(name, str(value))
     images = Table(
-        "image", "size", "objects", "anchors fg / ignored / drawn", "regions fg / drawn", box=None, padding=(0, 1, 0, 0)
+        Column("image", overflow="fold"),
+        "size",
+        "objects",
+        "anchors fg / ignored / drawn",
+        "regions fg / drawn",
+        box=None,
+        padding=(0, 1, 0, 0),
     )
     for image in (image for batch in content["batches"] for image in batch["images"]):
         anchors, regions = image.get("anchors_counted"), image.get("regions")
