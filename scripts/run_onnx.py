@@ -1,11 +1,10 @@
-"""Run an exported detector with numpy, Pillow and its runtime alone: `python run_onnx.py detector.onnx photo.jpg`.
+"""Run an exported detector with numpy, Pillow and onnxruntime alone: `python run_onnx.py detector.onnx photo.jpg`.
 
-The runtime is onnxruntime for .onnx, and openvino for .xml. Copy this file beside yours: it needs no other.
+This file needs nothing of the project: copy it beside the .onnx file.
 """
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,54 +23,52 @@ def read(path: str) -> Image.Image:
     return (Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if deep else image).convert("RGB")
 
 
-def open_model(path: str) -> tuple[Callable[[Any], dict[str, Any]], list[str] | None]:
+def open_onnx(path: str) -> tuple[Callable[[Any], dict[str, Any]], list[str] | None]:
     """What runs the file on `(1, 3, H, W)` uint8, and its classes."""
-    if path.endswith(".xml"):
-        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # else it reports the import
-        import openvino
-
-        graph = openvino.Core().read_model(path)
-        compiled, known = openvino.compile_model(path, "CPU"), graph.has_rt_info(["detection", "class_names"])
-        classes = graph.get_rt_info(["detection", "class_names"]).value if known else "null"
-        return lambda planes: {port.any_name: value for port, value in compiled(planes).items()}, json.loads(classes)
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
-    names = [output.name for output in session.get_outputs()]
-    classes = session.get_modelmeta().custom_metadata_map.get("class_names", "null")
-    return lambda planes: dict(zip(names, session.run(None, {"images": planes}), strict=True)), json.loads(classes)
+    names, facts = [output.name for output in session.get_outputs()], session.get_modelmeta().custom_metadata_map
+    classes = json.loads(facts.get("class_names", "null"))
+    return lambda planes: dict(zip(names, session.run(None, {"images": planes}), strict=True)), classes
 
 
 def lay_mask(mask: Any, box: Any, size: tuple[int, int]) -> Image.Image:
     """A mask `(m, m)` of probabilities inside its box as picture of `size`, white where the object is."""
-    a, e = (len(mask) / max(box[i + 2] - box[i], 1e-6) for i in (0, 1))  # cells a pixel; the border has one more
-    where = (a, 0, 1 - box[0] * a, 0, e, 1 - box[1] * e), Image.Resampling.BILINEAR
-    laid = Image.fromarray(np.pad(mask, 1)).transform(size, Image.Transform.AFFINE, *where)
-    return Image.fromarray(np.uint8(np.asarray(laid) >= 0.5) * np.uint8(110))
+    x1, y1, x2, y2 = (round(float(value)) for value in box)
+    small, laid = Image.fromarray((mask * 255).astype(np.uint8)), Image.new("L", size)
+    laid.paste(small.resize((max(1, x2 - x1), max(1, y2 - y1)), Image.Resampling.BILINEAR), (x1, y1))
+    return laid.point(lambda value: 110 if value > 127 else 0)
 
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("model", help="the .onnx or .xml file")
-parser.add_argument("images", nargs="+")
-parser.add_argument("--score-thresh", type=float, default=0.5)
-parser.add_argument("--draw", action="store_true", help="write PHOTO_detections.png beside each image")
-args = parser.parse_args()
-if absent := [path for path in [args.model, *args.images] if not Path(path).is_file()]:
-    raise SystemExit(f"{absent[0]}: there is no such file")
-run, classes = open_model(args.model)
-for path in args.images:
-    pen = ImageDraw.Draw(image := read(path))
-    found = run(np.asarray(image).transpose(2, 0, 1)[None])
-    chosen = np.flatnonzero(found["scores"][0, : int(found["counts"][0])] >= args.score_thresh)
-    if not len(chosen):
-        print(f"{path}: nothing scores {args.score_thresh:g} or more (--score-thresh lowers that)")
-    for i in chosen:
-        box, label = found["boxes"][0, i].tolist(), int(found["labels"][0, i])
-        name = classes[label - 1] if classes else f"class {label}"
-        print(path, name, f"{found['scores'][0, i]:.3f}", *(f"{value:.1f}" for value in box))
-        if "masks" in found:
-            image.paste((255, 90, 0), (0, 0), lay_mask(found["masks"][0, i], box, image.size))
-        pen.rectangle(box, outline=(255, 90, 0), width=2)
-        pen.text((box[0] + 3, box[1] + 2), name, fill=(255, 255, 255))
-    if args.draw:
-        image.save(f"{path}_detections.png")
+def main(open_model: Callable[[str], Any]) -> None:
+    """Run what the command line names."""
+    parser = argparse.ArgumentParser(description="Run an exported detector.")
+    parser.add_argument("model")
+    parser.add_argument("images", nargs="+")
+    parser.add_argument("--score-thresh", type=float, default=0.5)
+    parser.add_argument("--draw", action="store_true", help="write PHOTO_detections.png beside each image")
+    args = parser.parse_args()
+    if absent := [path for path in [args.model, *args.images] if not Path(path).is_file()]:
+        raise SystemExit(f"{absent[0]}: there is no such file")
+    run, classes = open_model(args.model)
+    for path in args.images:
+        pen = ImageDraw.Draw(image := read(path))
+        found = {name: values[0] for name, values in run(np.asarray(image).transpose(2, 0, 1)[None]).items()}
+        chosen = np.flatnonzero(found["scores"][: int(found["counts"])] >= args.score_thresh)
+        for i in chosen:
+            box, label = found["boxes"][i].tolist(), int(found["labels"][i])
+            name = classes[label - 1] if classes else f"class {label}"
+            print(path, name, f"{found['scores'][i]:.3f}", *(f"{value:.1f}" for value in box))
+            if "masks" in found:
+                image.paste((255, 90, 0), (0, 0), lay_mask(found["masks"][i], box, image.size))
+            pen.rectangle(box, outline=(255, 90, 0), width=2)
+            pen.text((box[0] + 3, box[1] + 2), name, fill=(255, 255, 255))
+        if not len(chosen):
+            print(f"{path}: nothing scores {args.score_thresh:g} or more (--score-thresh lowers that)")
+        if args.draw:
+            image.save(f"{path}_detections.png")
+
+
+if __name__ == "__main__":
+    main(open_onnx)

@@ -161,20 +161,25 @@ def test_standalone_runner_says_what_is_absent_and_where_nothing_is_found(tmp_pa
 
 @pytest.mark.slow
 def test_openvino_finds_what_the_model_finds(exported, tmp_path):
-    openvino = pytest.importorskip("openvino", reason='needs pip install "detection[openvino]"')
+    pytest.importorskip("openvino", reason='needs pip install "detection[openvino]"')
     model, _ = exported
     path = tmp_path / "detector.xml"
     to_openvino(model, path, {"class_names": ["a", "b", "c"]})
     write_openvino_facts(path, {"parity": {"images": 5}})
-    assert read_openvino_facts(path) == {"class_names": ["a", "b", "c"], "parity": {"images": 5}}
+    facts = {"class_names": ["a", "b", "c"], "parity": {"images": 5}, "inference_precision": "f32"}
+    assert read_openvino_facts(path) == facts
     parity = compare(as_predicted(model), openvino_runner(path, threads=1), list(noise()))
     assert_same(parity)
     assert parity.mask < 1e-2
-    # The file itself asks for float32, so that nobody's bfloat16 gives others.
-    assert openvino.Core().compile_model(path, "CPU").get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
     (image,) = noise([(90, 130)])
     Image.fromarray(image).save(tmp_path / "photo.png")
-    runner = [sys.executable, str(SCRIPTS / "run_onnx.py"), str(path), str(tmp_path / "photo.png"), "--score-thresh"]
+    runner = [
+        sys.executable,
+        str(SCRIPTS / "run_openvino.py"),
+        str(path),
+        str(tmp_path / "photo.png"),
+        "--score-thresh",
+    ]
     done = subprocess.run([*runner, "0.3"], capture_output=True, text=True, check=True)
     lines = [line.split()[1:] for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == as_predicted(model)(image).names

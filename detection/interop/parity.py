@@ -17,7 +17,7 @@ from detection.batch import Target
 from detection.data.spectral import Pixels
 from detection.evaluation.mean_ap import IouType, MeanAP
 from detection.interop.exported_files import Run
-from detection.training.module import encode_detections
+from detection.training.module import encode_detections, grid_of
 
 if TYPE_CHECKING:
     from detection.inference.detector import Detector
@@ -124,7 +124,7 @@ def compare_accuracy(detector: Detector, run: Run, labelled: Iterable[tuple[Pixe
     for image, target in labelled:
         batch = detector.batch([image])
         for metric, found in zip(metrics, (found_by_model(detector, image), found_by_file(run, image)), strict=True):
-            metric.update(encode_detections([found], batch), [target])
+            metric.update(encode_detections([found], batch, grid_of(detector.model)), [target])
     model, file = (metric.compute()["map"] for metric in metrics)
     if min(model, file) < 0:
         raise ValueError("no image that was compared has annotated objects, so there is no AP: name another split")
