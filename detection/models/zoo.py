@@ -163,14 +163,10 @@ def maskrcnn_resnet50_fpn_v2(
     Arguments as for `fasterrcnn_resnet50_fpn_v2` and `mask_rcnn`; the mask head is normalised, too,
     and `mask_grid` is torchvision's by default.
     """
+    parts = mask_roi_pool, mask_head or partial(MaskHead, batch_norm=True), mask_predictor
     return fasterrcnn_resnet50_fpn_v2(
         published="MaskRCNN_ResNet50_FPN_V2_Weights",
-        **mask_branch(
-            mask_roi_pool,
-            mask_head or partial(MaskHead, batch_norm=True),
-            mask_predictor,
-            mask_grid or TorchvisionMaskGrid(),
-        ),
+        **mask_branch(*parts, mask_grid or TorchvisionMaskGrid()),
         **kwargs,
     )
 
@@ -186,7 +182,6 @@ def cascadercnn_resnet_fpn(
     trainable_backbone_layers: int | None = None,
     norm: Norm | None = None,
     pyramid: AnyPyramid | None = None,
-    mask_grid: Any = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
     """Cascade R-CNN on a ResNet with a pyramid (Cai and Vasconcelos 2018): published COCO AP 40.3 (ResNet-50, 1x).
@@ -195,7 +190,7 @@ def cascadercnn_resnet_fpn(
     """
     layers, norm = trainable_backbone_layers, _norm(norm, weights)
     backbone = resnet_fpn(backbone_name, weights_backbone, layers, norm, pyramid=pyramid)
-    model = cascade_rcnn(backbone, _count(num_classes, class_names), mask_grid=mask_grid, **kwargs)
+    model = cascade_rcnn(backbone, _count(num_classes, class_names), **kwargs)
     return load_weights(model, weights_backbone, weights, class_names=class_names)
 
 

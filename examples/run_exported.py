@@ -1,0 +1,77 @@
+"""Run an exported detector with numpy, Pillow and its runtime alone: `python run_exported.py detector.onnx photo.jpg`.
+
+The runtime is onnxruntime for .onnx, and openvino for .xml. Copy this file beside yours: it needs no other.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+
+def read(path: str) -> Image.Image:
+    """The picture as training reads it: turned by its EXIF, RGB without alpha, of 16 bits the high byte."""
+    stored = Image.open(path)
+    deep = stored.mode[:4] == "I;16" or (stored.mode, stored.format) in (("I", "PNG"), ("I", "PPM"))
+    if stored.mode in ("I", "F") and not deep:
+        raise SystemExit(f"{path}: 32-bit pixels have no known range; convert the image to 8 or 16 bits")
+    image = ImageOps.exif_transpose(stored)
+    return (Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if deep else image).convert("RGB")
+
+
+def open_model(path: str) -> tuple[Callable[[Any], dict[str, Any]], list[str] | None]:
+    """What runs the file on `(1, 3, H, W)` uint8, and its classes."""
+    if path.endswith(".xml"):
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # else it reports the import
+        import openvino
+
+        facts = openvino.Core().read_model(path).get_rt_info("detection").value
+        settings = {"INFERENCE_PRECISION_HINT": json.loads(facts["inference_precision"])}  # else bfloat16 where it can
+        compiled, classes = openvino.compile_model(path, "CPU", settings), facts.get("class_names", "null")
+        return lambda planes: {port.any_name: value for port, value in compiled(planes).items()}, json.loads(classes)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
+    names = [output.name for output in session.get_outputs()]
+    classes = session.get_modelmeta().custom_metadata_map.get("class_names", "null")
+    return lambda planes: dict(zip(names, session.run(None, {"images": planes}), strict=True)), json.loads(classes)
+
+
+def lay_mask(mask: Any, box: Any, size: tuple[int, int]) -> Image.Image:
+    """A mask `(m, m)` of probabilities inside its box as picture of `size`, white where the object is."""
+    a, e = (len(mask) / max(box[i + 2] - box[i], 1e-6) for i in (0, 1))  # cells a pixel; the border has one more
+    where = (a, 0, 1 - box[0] * a, 0, e, 1 - box[1] * e), Image.Resampling.BILINEAR
+    laid = Image.fromarray(np.pad(mask, 1)).transform(size, Image.Transform.AFFINE, *where)
+    return Image.fromarray(np.uint8(np.asarray(laid) >= 0.5) * np.uint8(110))
+
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("model", help="the .onnx or .xml file")
+parser.add_argument("images", nargs="+")
+parser.add_argument("--score-thresh", type=float, default=0.5)
+parser.add_argument("--draw", action="store_true", help="write PHOTO_detections.png beside each image")
+args = parser.parse_args()
+if absent := [path for path in [args.model, *args.images] if not Path(path).is_file()]:
+    raise SystemExit(f"{absent[0]}: there is no such file")
+run, classes = open_model(args.model)
+for path in args.images:
+    pen = ImageDraw.Draw(image := read(path))
+    found = run(np.asarray(image).transpose(2, 0, 1)[None])
+    chosen = np.flatnonzero(found["scores"][0, : int(found["counts"][0])] >= args.score_thresh)
+    if not len(chosen):
+        print(f"{path}: nothing scores {args.score_thresh:g} or more (--score-thresh lowers that)")
+    for i in chosen:
+        box, label = found["boxes"][0, i].tolist(), int(found["labels"][0, i])
+        name = classes[label - 1] if classes else f"class {label}"
+        print(path, name, f"{found['scores'][0, i]:.3f}", *(f"{value:.1f}" for value in box))
+        if "masks" in found:
+            image.paste((255, 90, 0), (0, 0), lay_mask(found["masks"][0, i], box, image.size))
+        pen.rectangle(box, outline=(255, 90, 0), width=2)
+        pen.text((box[0] + 3, box[1] + 2), name, fill=(255, 255, 255))
+    if args.draw:
+        image.save(f"{path}_detections.png")
