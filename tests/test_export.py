@@ -241,7 +241,7 @@ def test_accuracy_is_that_of_the_file(exported):
     detector, run = as_predicted(model), onnx_runner(path)
     labelled = []
     for i, image in enumerate(noise(SIZES[:3])):
-        found = detector(image)
+        found = detector(image).take(np.arange(60))  # COCO counts 100 an image
         boxes, labels = torch.from_numpy(found.boxes), torch.from_numpy(found.labels)
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
         flags = torch.zeros(len(boxes), dtype=torch.bool)
@@ -250,8 +250,8 @@ def test_accuracy_is_that_of_the_file(exported):
         )
     same = compare_accuracy(detector, run, labelled)
     assert same.images == 3 and abs(same.lost) < 1e-3 and same.model > 0.9
-    half = compare_accuracy(detector, lambda planes: run(planes) | {"counts": run(planes)["counts"] // 2}, labelled)
-    assert half.lost > 0.3 and str(half).endswith("lost")
+    few = compare_accuracy(detector, lambda planes: run(planes) | {"counts": np.array([20])}, labelled)
+    assert few.lost > 0.3 and str(few).endswith("lost")
 
 
 @pytest.mark.parametrize(
