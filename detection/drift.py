@@ -26,6 +26,7 @@ ARGUMENTS = {
     "transform.min_size": "min_size",
     "transform.max_size": "max_size",
     "transform.size_divisible": "size_divisible",
+    "transform.resizing": "resizing",
     "rpn.head": "rpn_head",
     "rpn.anchor_generator": "rpn_anchor_generator",
     "rpn.matcher": "rpn_matcher",

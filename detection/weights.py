@@ -52,6 +52,7 @@ class Saved:
         class_names: of the foreground, label 1 first, if the file says so.
         category_ids: of the data set, one for each class name, likewise.
         sizes: `min_size` and `max_size` of the data that a run was trained on.
+        origins: of a converted file, where each fact is from: `tensors`, `config` or `default`.
     """
 
     tensors: dict[str, Tensor]
@@ -59,6 +60,7 @@ class Saved:
     class_names: list[str] | None = None
     category_ids: list[int] | None = None
     sizes: tuple[Any, int] | None = None
+    origins: dict[str, str] | None = None
 
 
 def is_given(weights: Weights) -> bool:
@@ -131,7 +133,8 @@ def read_saved(path: Path) -> Saved:
     """
     if path.suffix == ".safetensors":
         tensors, facts = read_safetensors(path)
-        return Saved(upgrade_names(tensors), facts.get("recipe"), facts.get("class_names"), facts.get("category_ids"))
+        names = ("recipe", "class_names", "category_ids", "origins")
+        return Saved(upgrade_names(tensors), **{name: facts.get(name) for name in names})
     content = read_torch(path)
     settings = content.get("hyper_parameters", {})
     tensors = find_state(content, path)

@@ -44,7 +44,9 @@ PAGES += [page for page in sorted(DOCS.rglob("*.md")) if page.parent != RENDERED
 FENCE = re.compile(r"^( *)```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^\1```", re.M | re.S)
 STANDS_FOR = re.compile(r"<[^<>\n]+>")  # <time>
 # `detection fit ...`, or `scripts/fit.py ...`, which is the same
-CALL = re.compile(rf"(?:\bscripts/(\w+)\.py|(?<![\w./-])detection ({'|'.join(COMMANDS)})(?![\w./]))([^&;]*)")
+CALL = re.compile(
+    rf"(?:\b(?:scripts|examples)/(\w+)\.py|(?<![\w./-])detection ({'|'.join(COMMANDS)})(?![\w./]))([^&;]*)"
+)
 
 
 class Block(NamedTuple):
@@ -112,7 +114,7 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_there_is_something_to_test() -> None:
     assert len(CALLS) > 30 and len(CONFIGURATIONS) > 15
-    assert {*COMMANDS, "run_onnx"} - {name for name, _ in CALLS} <= {"download"}
+    assert {*COMMANDS, "run_exported"} - {name for name, _ in CALLS} <= {"download"}
 
 
 @pytest.mark.parametrize(("name", "arguments"), CALLS, ids=[" ".join([s, *a])[:82] for s, a in CALLS])
@@ -123,7 +125,7 @@ def test_command_line_is_understood(
         code = parse_fit(arguments)
         assert code == 0
         return
-    if name == "run_onnx":
+    if name == "run_exported":
         pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
 
     def parse_only(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
@@ -138,12 +140,12 @@ def test_command_line_is_understood(
 
     parse = argparse.ArgumentParser.parse_args
     monkeypatch.setattr(flags, "auto_cli", parse_calls)
-    if name in ("ablate", "check", "compare", "download", "run_onnx"):
+    if name in ("ablate", "check", "compare", "download", "run_exported"):
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
-    monkeypatch.setattr(sys, "argv", ["run_onnx.py", *arguments])
-    alone = partial(runpy.run_path, str(ROOT / "scripts" / "run_onnx.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["run_exported.py", *arguments])
+    alone = partial(runpy.run_path, str(ROOT / "examples" / "run_exported.py"), run_name="__main__")
     with pytest.raises(Parsed):
-        alone() if name == "run_onnx" else command([name, *arguments])
+        alone() if name == "run_exported" else command([name, *arguments])
 
 
 def parse_fit(arguments: list[str]) -> int:

@@ -23,7 +23,7 @@ from detection.data.spectral import RGB
 from detection.inference.detector import to_pixels
 from detection.inference.sources import open_source
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "run_onnx.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "run_exported.py"
 HEIGHT, WIDTH = 24, 40
 VALUES = np.random.default_rng(0).integers(0, 65536, (HEIGHT, WIDTH, 3), dtype=np.uint16)
 PIXELS = (VALUES >> 8).astype(np.uint8)
@@ -167,7 +167,7 @@ def by_onnx(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     fake = SimpleNamespace(InferenceSession=Session, get_available_providers=list)
     monkeypatch.setitem(sys.modules, "onnxruntime", fake)
-    monkeypatch.setattr(sys, "argv", ["run_onnx.py", "detector.onnx", str(path)])
+    monkeypatch.setattr(sys, "argv", ["run_exported.py", "detector.onnx", str(path)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     (batch,) = seen
     assert batch.dtype == np.uint8

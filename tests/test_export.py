@@ -38,7 +38,7 @@ from detection.interop.tensorrt import objections, to_tensorrt
 from detection.weights import read_saved
 from tests.runs import scene_flags
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SIZES = [(80, 120), (150, 70), (64, 64), (201, 333), (207, 209)]  # the last loses a pixel with a careless division
 
 
@@ -142,7 +142,15 @@ def test_standalone_runner_prints_the_same(exported, tmp_path):
     model, path = exported
     (image,) = noise([(90, 130)])
     Image.fromarray(image).save(tmp_path / "photo.png")
-    command = [sys.executable, "-I", SCRIPTS / "run_onnx.py", path, tmp_path / "photo.png", "--score-thresh", "0.3"]
+    command = [
+        sys.executable,
+        "-I",
+        EXAMPLES / "run_exported.py",
+        path,
+        tmp_path / "photo.png",
+        "--score-thresh",
+        "0.3",
+    ]
     done = subprocess.run([*map(str, command), "--draw"], capture_output=True, text=True, check=True)
     lines = [line.split()[1:] for line in done.stdout.splitlines()]
     wanted = as_predicted(model)(image)
@@ -154,7 +162,7 @@ def test_standalone_runner_prints_the_same(exported, tmp_path):
 
 def test_standalone_runner_says_what_is_absent_and_where_nothing_is_found(tmp_path):
     done = subprocess.run(
-        [sys.executable, SCRIPTS / "run_onnx.py", tmp_path / "no.onnx", "x.jpg"], capture_output=True, text=True
+        [sys.executable, EXAMPLES / "run_exported.py", tmp_path / "no.onnx", "x.jpg"], capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stderr == f"{tmp_path / 'no.onnx'}: there is no such file\n"
 
@@ -174,7 +182,13 @@ def test_openvino_finds_what_the_model_finds(exported, tmp_path):
     assert openvino.Core().compile_model(path, "CPU").get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
     (image,) = noise([(90, 130)])
     Image.fromarray(image).save(tmp_path / "photo.png")
-    runner = [sys.executable, str(SCRIPTS / "run_onnx.py"), str(path), str(tmp_path / "photo.png"), "--score-thresh"]
+    runner = [
+        sys.executable,
+        str(EXAMPLES / "run_exported.py"),
+        str(path),
+        str(tmp_path / "photo.png"),
+        "--score-thresh",
+    ]
     done = subprocess.run([*runner, "0.3"], capture_output=True, text=True, check=True)
     lines = [line.split()[1:] for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == as_predicted(model)(image).names

@@ -95,9 +95,9 @@ def test_pixels_on_the_very_edge_have_half_and_half_counts() -> None:
 
 def test_the_program_beside_an_onnx_file_lays_masks_alike() -> None:
     """Which has no PyTorch: the same pixels, but where a probability is one half to within rounding."""
-    source = (Path(__file__).parents[1] / "scripts" / "run_onnx.py").read_text().partition("\nparser = ")[0]
+    source = (Path(__file__).parents[1] / "examples" / "run_exported.py").read_text().partition("\nparser = ")[0]
     script: dict[str, Any] = {}
-    exec(compile(source, "run_onnx.py", "exec"), script)
+    exec(compile(source, "run_exported.py", "exec"), script)
     rng = np.random.default_rng(0)
     for _ in range(20):
         (x, y), (w, h) = rng.uniform(-5, 20, 2), rng.uniform(1, 30, 2)

@@ -21,7 +21,7 @@ from detection.data.images import read_image
 from detection.data.voc import read_voc
 from detection.data.writers import write_coco, write_voc
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def call(script, *arguments):
@@ -29,7 +29,9 @@ def call(script, *arguments):
     before = sys.argv
     sys.argv = [script, *map(str, arguments)]
     try:
-        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+        runpy.run_path(
+            str(ROOT / ("examples" if script == "run_exported.py" else "scripts") / script), run_name="__main__"
+        )
     except SystemExit as end:
         if end.code:
             pytest.fail(f"{script} ended with {end.code}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from detection.cli.flags import chosen, run_command
 from detection.interop import export_detector, fetch_weights, hub, import_detector, save_detector
 from detection.interop.files import Library, StyleName
+from detection.interop.told import report
 
 
 def bring(
@@ -19,6 +20,7 @@ def bring(
     trust: list[str] = [],  # noqa: B006
     bgr: bool | None = None,
     stride_in_1x1: bool | None = None,
+    config: Path | None = None,
 ) -> None:
     """Write a checkpoint as .safetensors that says how to build its detector: no settings are needed later.
 
@@ -32,10 +34,17 @@ def bring(
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
         bgr: the network sees blue, green, red, whatever the style says.
         stride_in_1x1: its blocks have their stride in the 1x1 convolution, whatever the style says.
+        config: for what tensors can't show (anchors, RoI Align, thresholds, ...): the .yaml of Detectron2 with its
+            bases beside it, or the .py of MMDetection. Nothing in it is run. By default what MMDetection has put into
+            the checkpoint, else the library's defaults.
     """
-    model, saved = import_detector(chosen(source), style, contiguous, without_epsilon, trust, bgr, stride_in_1x1)
-    save_detector(output, model, saved.class_names, saved.category_ids)
+    model, saved = import_detector(
+        chosen(source), style, contiguous, without_epsilon, trust, bgr, stride_in_1x1, config
+    )
+    save_detector(output, model, saved.class_names, saved.category_ids, saved.origins)
     print(f"{output}: {model.num_classes - 1} classes, {sum(p.numel() for p in model.parameters()):,} parameters")
+    if saved.origins:
+        print(report(saved.origins))
 
 
 def take(

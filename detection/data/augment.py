@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import cv2
@@ -20,16 +20,10 @@ from numpy.typing import NDArray
 
 from detection.data.pipeline import ROUNDING, Pipeline, Step, colour_steps
 from detection.data.spectral import RGB, PixelFormat, Pixels
+from detection.resizing import Resizing, resize_into, resized_size
 
-
-def resized_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """Torchvision's size rule: the short side becomes `min_size` unless the long side would exceed `max_size`.
-
-    Returns:
-        `(height, width)`, each rounded down, at least 1 pixel.
-    """
-    scale = min(min_size / min(height, width), max_size / max(height, width))
-    return max(1, int(height * scale)), max(1, int(width * scale))
+__all__ = ["Augmented", "ScaleJitter", "ShortSide", "Transform", "View", "crop_masks", "eval_transform", "resize_into",
+           "resized_size", "train_transform"]  # fmt: skip
 
 
 class View(NamedTuple):
@@ -69,13 +63,15 @@ class Framing(Protocol):
 
 @dataclass(frozen=True)
 class ShortSide:
-    """The whole image by torchvision's size rule, its short side drawn from `min_sizes` for every image."""
+    """The whole image by a size rule, its short side drawn from `min_sizes` for every image."""
 
     min_sizes: tuple[int, ...]
     max_size: int
+    resizing: Resizing = "torchvision"
 
     def __call__(self, height: int, width: int, rng: random.Random) -> View:
-        return View((0, 0, width, height), resized_size(height, width, rng.choice(self.min_sizes), self.max_size))
+        sizes = rng.choice(self.min_sizes), self.max_size
+        return View((0, 0, width, height), resized_size(height, width, *sizes, self.resizing))
 
 
 @dataclass(frozen=True)
@@ -107,6 +103,7 @@ class Augmented(NamedTuple):
         kept: `(M,)` int64, which of the objects given each of them is.
         masks: None when none were given, else what each object covers of its window, see `crop_masks`.
         windows: `(M, 4)` float32 xyxy in pixels of the result, one a mask.
+        resizing: how it is resized, see `detection.resizing`.
     """
 
     image: Pixels
@@ -115,6 +112,7 @@ class Augmented(NamedTuple):
     kept: NDArray[np.int64]
     masks: NDArray[np.uint8] | None = None
     windows: NDArray[np.float32] | None = None
+    resizing: Resizing = "torchvision"
 
     def flipped(self, horizontally: bool, vertically: bool) -> Augmented:
         """The same in a mirror: left and right change places, or top and bottom, or both."""
@@ -179,6 +177,9 @@ def _to_square(crop: NDArray[np.uint8]) -> NDArray[np.uint8]:
 class Transform:
     """A pipeline that moves an image, its boxes and masks together.
 
+    Attributes:
+        resizing: how the image will be resized, see `take_resizing`.
+
     Args:
         framing: chooses what is shown of the image and how large, after everything else.
         steps: albumentations transforms of any kind, applied in order before flips and framing.
@@ -198,6 +199,13 @@ class Transform:
         self.framing, self.flips = framing, flips
         self.min_box_side, self.min_visibility = min_box_side, min_visibility
         self._pipeline = Pipeline(steps, min_visibility) if steps else None
+        self.resizing: Resizing = "torchvision"
+
+    def take_resizing(self, resizing: Resizing) -> None:
+        """Resize as the detector does that is trained or evaluated."""
+        self.resizing = resizing
+        if isinstance(self.framing, ShortSide):
+            self.framing = replace(self.framing, resizing=resizing)
 
     def __call__(
         self,
@@ -229,26 +237,15 @@ class Transform:
         if self.min_visibility:
             left &= shares * view.shares(boxes, shown) >= self.min_visibility - ROUNDING
         kept = np.flatnonzero(left)
-        out = Augmented(image[y1:y2, x1:x2], view.size, shown[kept], given[kept])
+        out = Augmented(image[y1:y2, x1:x2], view.size, shown[kept], given[kept], resizing=self.resizing)
         if masks is not None:
             crops, windows = crop_masks(masks[kept], out.boxes, view)
             out = out._replace(masks=crops, windows=windows)
         return out.flipped(flip_x, flip_y)
 
 
-def resize_into(image: Pixels, planes: Pixels) -> None:
-    """Resize `(h, w, C)` into `(C, H, W)`, which may be a part of something larger, without another copy.
-
-    Bilinear without antialiasing, as torchvision's detectors do it, within one grey level (OpenCV works in fixed
-    point).
-    """
-    height, width = planes.shape[1:]
-    for source, plane in zip(cv2.split(image), planes, strict=True):
-        cv2.resize(source, (width, height), dst=plane, interpolation=cv2.INTER_LINEAR)
-
-
 def eval_transform(min_size: int = 800, max_size: int = 1333) -> Transform:
-    """Resize only, by torchvision's rule: the pipeline of validation, test and prediction."""
+    """Resize only: the pipeline of validation, test and prediction."""
     return Transform(ShortSide((min_size,), max_size))
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from detection.batch import Id
 from detection.data import scenes
-from detection.data.augment import eval_transform, train_transform
+from detection.data.augment import Transform, eval_transform, train_transform
 from detection.data.channels import check_format
 from detection.data.checks import choose_classes
 from detection.data.dataset import DetectionDataset, Sample, collate
@@ -402,11 +402,18 @@ class DetectionDataModule(L.LightningDataModule):
     def _divisor(self) -> int:
         """What the sides of images are padded to multiples of: as told, else as the detector wants it."""
         told: int | None = self.hparams["size_divisible"]
+        return int(getattr(self._detectors, "size_divisible", 32)) if told is None else told
+
+    @property
+    def _detectors(self) -> Any:
+        """The transform of the detector that is trained or evaluated, if there is one."""
         module = getattr(self.trainer, "lightning_module", None)
-        transform = getattr(getattr(module, "detector", None), "transform", None)
-        return int(getattr(transform, "size_divisible", 32)) if told is None else told
+        return getattr(getattr(module, "detector", None), "transform", None)
 
     def _loading(self) -> dict[str, Any]:
+        for dataset in self._datasets.values():  # as the detector resizes images itself
+            if isinstance(dataset.transform, Transform):
+                dataset.transform.take_resizing(getattr(self._detectors, "resizing", "torchvision"))
         workers = self.hparams["num_workers"]
         stack = partial(collate, divisor=self._divisor)
         options: dict[str, Any] = {"num_workers": workers, "collate_fn": stack, "pin_memory": torch.cuda.is_available()}

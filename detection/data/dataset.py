@@ -21,13 +21,14 @@ from torch.utils.data import Dataset
 
 from detection.batch import Batch, Target, pad_masks, pad_objects
 from detection.data import shared
-from detection.data.augment import Augmented, resize_into
+from detection.data.augment import Augmented
 from detection.data.federated import labelled
 from detection.data.images import read_image
 from detection.data.mixing import IGNORED, Picture, copy_paste, mosaic
 from detection.data.proposals import ProposalCache
 from detection.data.records import DataError, Index, Record
 from detection.data.spectral import RGB, PixelFormat, Pixels
+from detection.resizing import Resizing, resize_into
 
 ImageTransform = Callable[..., Augmented]
 
@@ -180,6 +181,7 @@ class Sample(NamedTuple):
         labelled: `(C,)` bool, see `Batch`, or None for all classes.
         dropped: how many objects the augmentation left nothing of.
         unreadable: the errors of images in whose place others were drawn.
+        resizing: how `pixels` are resized, see `detection.resizing`.
     """
 
     pixels: Pixels
@@ -194,12 +196,13 @@ class Sample(NamedTuple):
     labelled: Tensor | None = None
     dropped: int = 0
     unreadable: tuple[str, ...] = ()
+    resizing: Resizing = "torchvision"
 
     @property
     def image(self) -> Tensor:
         """The resized image `(C, *size)`, of the type of `pixels`."""
         planes = np.empty((self.pixels.shape[2], *self.size), self.pixels.dtype)
-        resize_into(self.pixels, planes)
+        resize_into(self.pixels, planes, self.resizing)
         return torch.from_numpy(planes)
 
 
@@ -292,6 +295,7 @@ class DetectionDataset(Dataset[Sample]):
             labelled=None if picture.labelled is None else torch.from_numpy(picture.labelled),
             dropped=int((picture.labels > 0).sum() - own.sum()),
             unreadable=tuple(unreadable),
+            resizing=out.resizing,
         )
 
     def _load(self, i: int, rng: random.Random, unreadable: list[str]) -> tuple[Record, Picture]:
@@ -328,7 +332,7 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
     dtype = torch.uint16 if pixels.dtype == np.uint16 else torch.uint8
     images = shared.empty((len(samples), pixels.shape[2], height, width), dtype)
     for slot, sample, (h, w) in zip(images.numpy(), samples, sizes, strict=True):
-        resize_into(sample.pixels, slot[:, :h, :w])
+        resize_into(sample.pixels, slot[:, :h, :w], sample.resizing)
         slot[:, h:], slot[:, :h, w:] = 0, 0
     gt_boxes, gt_labels, gt_valid = pad_objects([s.boxes for s in samples], [s.labels for s in samples])
     masks = [s.masks for s in samples if s.masks is not None]

@@ -1,4 +1,4 @@
-"""Whether a score is the chance that the detection is right, and by what temperature it would be.
+"""Whether a score is the chance that the detection is right, and which temperature brings it nearest.
 
 A detection is right where it matches an object at IoU .50 (`analysis.analyse`); those that don't count are left out.
 The expected calibration error (Naeini et al. 2015; of detections Küppers et al. 2020) is the mean gap between score and

@@ -181,8 +181,8 @@ def _calibration_note(judged: Analysis) -> str:
     if math.isnan(found.error_after):
         return said
     return (
-        f"{said} A temperature of {found.temperature:.2f} fits these images best; fitted on one half and measured "
-        f"on the other it leaves {found.error_after:.3f}."
+        f"{said} A temperature of {found.temperature:.2f} fits these images best; fitted on one half of them "
+        f"and measured on the other it leaves {found.error_after:.3f}."
     )
 
 

@@ -21,7 +21,6 @@ from PIL import Image
 from torch import Tensor
 
 from detection.batch import Batch, Target
-from detection.data.augment import resized_size
 from detection.data.dataset import Sample, collate
 from detection.data.images import from_array, from_pil, read_image
 from detection.data.spectral import RGB, PixelFormat, Pixels
@@ -29,6 +28,7 @@ from detection.inference.detections import Detections
 from detection.inference.tta import TestTimeAugmentation
 from detection.interop import CheckpointError, load_detector
 from detection.models.two_stage import FasterRCNN
+from detection.resizing import resized_size
 from detection.training.module import encode_detections, grid_of
 from detection.weights import read_saved
 
@@ -70,7 +70,7 @@ class Detector:
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids or range(1, len(class_names) + 1))
         transform = model.transform
-        self._divisor = transform.size_divisible
+        self._divisor, self._resizing = transform.size_divisible, transform.resizing
         self.min_size, self.max_size = min_size or transform.min_size[-1], max_size or transform.max_size
         self.precision, self.form = precision, PixelFormat.of(model)
 
@@ -132,7 +132,8 @@ class Detector:
         boxes, labels = torch.zeros((0, 4)), torch.zeros(0, dtype=torch.int64)
         flags = torch.zeros(0, dtype=torch.bool)
         target = Target(0, "", (height, width), boxes, labels, torch.zeros(0), flags, flags)
-        return Sample(pixels, resized_size(height, width, self.min_size, self.max_size), boxes, labels, target)
+        size = resized_size(height, width, self.min_size, self.max_size, self._resizing)
+        return Sample(pixels, size, boxes, labels, target, resizing=self._resizing)
 
     @torch.inference_mode()
     def _detect(self, pixels: Sequence[Pixels]) -> list[Detections]:

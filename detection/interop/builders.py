@@ -9,6 +9,7 @@ Shape shorthand:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from torchvision.models.resnet import Bottleneck
 from detection.anchors import Anchors, chosen_anchors
 from detection.interop.heads import ConvLinearHead, ConvStack
 from detection.interop.rows import STYLES, Style
+from detection.interop.told import Told, usual
 from detection.losses import SmoothL1Loss
 from detection.models.backbones import Backbone, ResNetName, resnet_c4, resnet_dc5, resnet_fpn
 from detection.models.c4 import Res5Head, Res5Maps, res5_head
@@ -32,7 +34,7 @@ from detection.parts import Factory, Factory2
 from detection.recipes import recorded
 from detection.weights import CheckpointError
 
-DEPTHS = {2: 18, 6: 50, 23: 101, 36: 152}  # by the blocks of layer3; ResNet-34 has 6, too
+DEPTHS = {True: {6: 50, 23: 101, 36: 152}, False: {2: 18, 6: 34}}  # by bottleneck blocks or not, and those of layer3
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +80,14 @@ def resnet_of(blocks: int, kernel: Tensor | None = None, bottleneck: bool = True
     Raises:
         CheckpointError: none of those that can be converted.
     """
-    depth = DEPTHS.get(blocks, 0)
-    if not bottleneck:
-        depth = {2: 18, 6: 34}.get(blocks, 0)
+    depth = DEPTHS[bottleneck].get(blocks, 0)
     name = f"resnet{depth}"
     if kernel is not None and bottleneck and (len(kernel) != kernel.shape[1] or len(kernel) != 64):
         name = f"resnext{depth}_{len(kernel) // kernel.shape[1]}x{kernel.shape[1]}d"
     known = get_args(ResNetName)
-    if name not in known or (bottleneck and depth == 18):
-        found = f"{name}, with " if depth else ""
-        raise CheckpointError(
-            f"the backbone is {found}{blocks} blocks of {3 if bottleneck else 2} convolutions in its third stage: "
-            f"{', '.join(known)} can be converted"
-        )
+    if name not in known:
+        what = f"is {name}" if depth else f"has {blocks} blocks in its third stage"
+        raise CheckpointError(f"the backbone {what}, where {', '.join(known)} can be converted")
     return name  # type: ignore[return-value]
 
 
@@ -101,28 +98,35 @@ def norm_of(state: Mapping[str, Tensor], prefix: str) -> Norm | None:
     return "batch" if f"{prefix}running_mean" in state else "group"
 
 
-def build(layout: Layout, style: Style, **options: Any) -> FasterRCNN:
+def build(layout: Layout, style: Style, told: Told = Told(), **options: Any) -> FasterRCNN:  # noqa: B008
     """A detector of this layout and style, with random weights and a recipe.
 
     Args:
         layout, style: from the checkpoint.
-        **options: those of `aligned_cascade_rcnn` in which the libraries differ.
+        told: by a configuration, or nothing.
+        **options: those of the builder in which the libraries differ.
 
     Raises:
-        CheckpointError: a cascade without a pyramid, or of other than three stages.
+        CheckpointError: a cascade without a pyramid, or of other than three stages; or what is told is of another
+            detector.
     """
     name, count = layout.resnet, layout.num_classes
+    depth = int("".join(re.findall(r"\d+", name)[:1]))
+    told.check({"num_classes": count, "mask": layout.mask, "stages": layout.stages, "depth": depth})
     common: dict[str, Any] = {"norm": layout.norm, "stride_in_1x1": style.stride_in_1x1}
-    trained: dict[str, Any] = common | {"trainable_layers": 3}
-    settings = style.image_mean | _heads(layout)
+    trained: dict[str, Any] = common | {
+        "trainable_layers": 3 if told.trainable_layers is None else told.trainable_layers
+    }
+    settings = options | usual(count) | told.arguments | style.image_mean | _heads(layout)
     if layout.stages > 1:
         if layout.features != "fpn" or layout.stages != 3:
             raise CheckpointError("a cascade can be converted with three stages and a pyramid only")
         backbone = resnet_fpn(name, **trained, fpn_norm=layout.fpn_norm)
-        return aligned_cascade_rcnn(backbone, count, layout.mask, **(options | settings))
+        return aligned_cascade_rcnn(backbone, count, layout.mask, **settings)
     if layout.features == "fpn":
         return aligned_rcnn(resnet_fpn(name, **trained, fpn_norm=layout.fpn_norm), count, layout.mask, **settings)
-    settings |= {"rpn_pre_nms_top_n_train": 12000, "rpn_pre_nms_top_n_test": 6000, "rpn_post_nms_top_n_train": 2000}
+    proposals = {"rpn_pre_nms_top_n_train": 12000, "rpn_pre_nms_top_n_test": 6000, "rpn_post_nms_top_n_train": 2000}
+    settings = proposals | settings
     settings["size_divisible"] = 1  # only a pyramid needs sides that all its maps divide
     if layout.features == "dc5":
         return aligned_rcnn(resnet_dc5(name, **trained, dilate_first=True), count, layout.mask, **settings)
@@ -164,6 +168,8 @@ def aligned_rcnn(
     masks: bool = False,
     box_head: nn.Module | Factory2 | None = None,
     box_output_size: int = 7,
+    box_roi_pool: nn.Module | None = None,
+    mask_roi_pool: nn.Module | None = None,
     rpn_anchor_generator: Anchors = None,
     rpn_post_nms_top_n_train: int = 1000,
     rpn_box_loss: Callable[..., Any] | None = None,
@@ -180,6 +186,7 @@ def aligned_rcnn(
         masks: with a mask branch.
         box_head: default: two layers of 1024. A `Res5Head` serves the masks, too.
         box_output_size: side of the pooled features.
+        box_roi_pool, mask_roi_pool: default: aligned RoI Align with as many samples as a bin has cells.
         rpn_anchor_generator: default: that of `faster_rcnn`, not rounded.
         rpn_post_nms_top_n_train: proposals of an image in training.
         rpn_box_loss, box_loss: default: plain L1.
@@ -190,7 +197,7 @@ def aligned_rcnn(
     arguments: dict[str, Any] = kwargs | {
         "rpn_anchor_generator": chosen_anchors(rpn_anchor_generator, len(backbone.strides), round_anchors=False),
         "rpn_post_nms_top_n_train": rpn_post_nms_top_n_train,
-        "box_roi_pool": _pooler(box_output_size),
+        "box_roi_pool": box_roi_pool or _pooler(box_output_size),
         "box_head": box_head,
         "rpn_box_loss": rpn_box_loss or SmoothL1Loss(0.0),
         "box_loss": box_loss or SmoothL1Loss(0.0),
@@ -198,7 +205,7 @@ def aligned_rcnn(
     if not masks:
         return faster_rcnn(backbone, num_classes, **arguments)
     mask_head = Res5Maps(box_head) if isinstance(box_head, Res5Head) else mask_head
-    return mask_rcnn(backbone, num_classes, _pooler(14), mask_head, mask_grid=mask_grid, **arguments)
+    return mask_rcnn(backbone, num_classes, mask_roi_pool or _pooler(14), mask_head, mask_grid=mask_grid, **arguments)
 
 
 @recorded
@@ -206,6 +213,8 @@ def aligned_cascade_rcnn(
     backbone: Backbone,
     num_classes: int,
     masks: bool = False,
+    box_roi_pool: nn.Module | None = None,
+    mask_roi_pool: nn.Module | None = None,
     rpn_anchor_generator: Anchors = None,
     cascade_bbox_reg_weights: Sequence[Sequence[float]] = ((10, 10, 5, 5), (20, 20, 10, 10), (30, 30, 15, 15)),
     mean_of_logits: bool = False,
@@ -217,7 +226,7 @@ def aligned_cascade_rcnn(
     """Cascade R-CNN as Detectron2 trains it and, with other arguments, MMDetection.
 
     Args:
-        backbone, num_classes, masks, rpn_anchor_generator: see `aligned_rcnn`.
+        backbone, num_classes, masks, box_roi_pool, mask_roi_pool, rpn_anchor_generator: see `aligned_rcnn`.
         cascade_bbox_reg_weights: of each stage.
         mean_of_logits: average the stages' logits (MMDetection) in place of their probabilities.
         rpn_box_loss, box_loss: default: plain L1.
@@ -228,14 +237,14 @@ def aligned_cascade_rcnn(
         backbone,
         num_classes,
         masks,
-        mask_roi_pool=_pooler(14),
+        mask_roi_pool=mask_roi_pool or _pooler(14),
         mask_grid=mask_grid,
         cascade_bbox_reg_weights=cascade_bbox_reg_weights,
         mean_of_logits=mean_of_logits,
         rpn_box_loss=rpn_box_loss or SmoothL1Loss(0.0),
         box_loss=box_loss or SmoothL1Loss(0.0),
         rpn_anchor_generator=chosen_anchors(rpn_anchor_generator, len(backbone.strides), round_anchors=False),
-        box_roi_pool=_pooler(7),
+        box_roi_pool=box_roi_pool or _pooler(7),
         **kwargs,
     )
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from detection.interop import rows
-from detection.interop.builders import Layout, box_pool_of, build, norm_of, resnet_of, style_of
+from detection.interop.builders import Layout, build, norm_of, resnet_of, style_of
+from detection.interop.detectron2_export import config_of, is_rounded, spread_anchors
 from detection.interop.kinds import DETECTRON2, refuse
 from detection.interop.names import Rules, collect, count_blocks, drop, load, rename, state_of
 from detection.interop.rows import Style
+from detection.interop.told import Told
 from detection.models.precomputed import PrecomputedProposals
 from detection.models.transform import IMAGENET_STD
 from detection.models.two_stage import FasterRCNN
@@ -107,24 +111,25 @@ def read_layout(state: Mapping[str, Tensor]) -> Layout:
     )
 
 
-def from_detectron2(state: Mapping[str, Tensor], style: Style) -> FasterRCNN:
+def from_detectron2(state: Mapping[str, Tensor], style: Style, told: Told = Told()) -> FasterRCNN:  # noqa: B008
     """The detector that these tensors make.
 
     Args:
         state: under Detectron2's names.
         style: of the backbone, see `choose_style`.
+        told: by a configuration, or nothing.
 
     Raises:
         CheckpointError: tensors that are missing, left over or of the wrong shape.
     """
     layout = read_layout(state)
     state = drop(state, DROPPED)
-    model = build(layout, style)
+    model = build(layout, style, told, resizing="detectron2")
     table = names_of(model, layout)
     state = {name: value.float() for name, value in state.items()}
     state = collect(state, table)
     state = rows.background_to_front(rows.masks_of_each_class(state, layout.num_classes - 1))
-    if layout.features != "fpn" and not layout.precomputed:
+    if not layout.precomputed:
         state = rows.anchors_to_ratio_major(state, *anchor_grid(model))
     load(model, rows.counters_of(model) | rows.fold_pixels(state, style.bgr, style.scale))
     return model
@@ -188,7 +193,9 @@ def to_detectron2(model: FasterRCNN) -> dict[str, Tensor]:
     if style_of(model).bgr:
         state = rows.unfold_bytes(state, model.transform.std.flatten().tolist())
     state = rows.background_to_back(state)
-    if not pyramid and not isinstance(model.rpn, PrecomputedProposals):
+    learned = not isinstance(model.rpn, PrecomputedProposals)
+    rounded = learned and is_rounded(model)
+    if learned and not rounded:
         state = rows.anchors_to_size_major(state, *anchor_grid(model))
     table = rename(names, RULES if pyramid else WITHOUT_FPN)
     theirs = {table[name]: value for name, value in state.items()}
@@ -196,7 +203,7 @@ def to_detectron2(model: FasterRCNN) -> dict[str, Tensor]:
     with torch.device("meta"):
         expected = names_of(build(layout, style_of(model)), layout)
     collect(theirs, {name: name for name in expected.values()})
-    return theirs
+    return spread_anchors(theirs, model.rpn.anchor_generator.num_anchors_per_location()[0]) if rounded else theirs
 
 
 def read_style(state: Mapping[str, Tensor]) -> Style | None:
@@ -211,27 +218,19 @@ def read_style(state: Mapping[str, Tensor]) -> Style | None:
 
 
 def pixel_statistics(model: FasterRCNN) -> dict[str, Tensor]:
-    """The tensors of a file that say what its pixels are, and so its style: `pixel_mean` and `pixel_std`."""
+    """What the pixels are, and so the style: `pixel_mean` and `pixel_std`, `(3, 1, 1)`.
+
+    Files of older versions of Detectron2 have them among their tensors. Today's refuse them there.
+    """
     mean, std = 255 * model.transform.mean.flatten(), 255 * model.transform.std.flatten()
     if style_of(model).bgr:
         mean, std = mean.flip(0), torch.ones(3)
     return {"pixel_mean": mean.view(3, 1, 1), "pixel_std": std.view(3, 1, 1)}
 
 
-def settings_of(model: FasterRCNN) -> str:
-    """What Detectron2's configuration has to say for the weights of `to_detectron2` to give the same detections."""
-    style, pool = style_of(model), box_pool_of(model)
-    mean, std = (value.flatten() for value in pixel_statistics(model).values())
-    settings = {
-        "MODEL.RESNETS.STRIDE_IN_1X1": style.stride_in_1x1,
-        "INPUT.FORMAT": "BGR" if style.bgr else "RGB",
-        "MODEL.PIXEL_MEAN": [round(value, 3) for value in mean.tolist()],
-        "MODEL.PIXEL_STD": [round(value, 3) for value in std.tolist()],
-        "MODEL.ROI_HEADS.NUM_CLASSES": model.num_classes - 1,
-        "MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignV2" if pool.aligned else "ROIAlign",
-        "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": pool.sampling_ratio,
-    }
-    return "Set " + ", ".join(f"{name} {value}" for name, value in settings.items())
+def settings_of(model: FasterRCNN, weights: Path) -> dict[str, Any]:
+    """Detectron2's configuration with which `to_detectron2`'s weights at this path give the same detections."""
+    return config_of(model, pixel_statistics(model), read_layout(to_detectron2(model)), str(weights))
 
 
 def names_of(model: FasterRCNN, layout: Layout) -> dict[str, str]:

@@ -119,7 +119,8 @@ class ExportableDetector(nn.Module):
         # A number divided by a tensor would be its reciprocal times the number, and lose a pixel at some sizes.
         short, long = (torch.full_like(old[0], side) for side in (transform.min_size[-1], transform.max_size))
         scale = torch.minimum(short / old.min(), long / old.max())
-        new = (old * scale).floor().clamp(min=1).long()
+        half = 0.0 if transform.resizing == "torchvision" else 0.5
+        new = (old * scale + half).floor().clamp(min=1).long()
         height, width = new.tolist()
         # Sides in cells of the coarsest map, so that those of all maps are known to be whole.
         rows, columns = ((new + divisor - 1) // divisor).tolist()
@@ -133,7 +134,11 @@ class ExportableDetector(nn.Module):
         """Resized and padded images in [0, 1], and their sizes `(B, 2)` after and before."""
         old, (height, width), (rows, columns) = self.sizes(images)
         divisor = self.model.transform.size_divisible
-        if images.dtype == torch.uint8:
+        if self.model.transform.resizing == "detectron2":  # Pillow's filter, to a level
+            options: Any = {"mode": "bilinear", "align_corners": False, "antialias": True}
+            levels = F.interpolate(images.float(), (height, width), **options).round()
+            resized = levels / (255 if images.dtype == torch.uint8 else 65535)
+        elif images.dtype == torch.uint8:
             resized = _resize_as_opencv(images, old, (height, width)).float() / 255
         else:
             levels = F.interpolate(images.float(), (height, width), mode="bilinear", align_corners=False)

@@ -12,15 +12,25 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import yaml
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import get_weight
 
 from detection.data.voc import VOC_CLASSES
 from detection.drift import present_recipe
-from detection.interop import detectron2, mmdetection, rows, torchvision
+from detection.interop import (
+    detectron2,
+    detectron2_config,
+    mmdetection,
+    mmdetection_config,
+    rows,
+    torchvision,
+)
 from detection.interop.names import load, state_of
-from detection.interop.pickles import read_pickle
+from detection.interop.pickles import read_pickle, read_without_objects
+from detection.interop.told import CONFIG, DEFAULT, TENSORS, Told, origins_of
 from detection.models.two_stage import FasterRCNN
 from detection.recipes import RecipeError, blame, rebuild, trusting
 from detection.weights import (
@@ -38,6 +48,7 @@ from detection.weights import (
 
 StyleName = Literal["pytorch", "caffe"]
 Library = Literal["torchvision", "detectron2"]
+PIXELS = "pixels"  # entry of a file for Detectron2 beside its tensors, which says what its pixels are
 
 
 def load_detector(path: str | Path, trust: Iterable[str] = ()) -> FasterRCNN:
@@ -121,6 +132,7 @@ def save_detector(
     model: FasterRCNN,
     class_names: Sequence[str] | None = None,
     category_ids: Sequence[int] | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> None:
     """Write a detector as `.safetensors`: its tensors, how to build it, and what its labels mean.
 
@@ -129,6 +141,7 @@ def save_detector(
         model: from one of the builders.
         class_names: of the foreground, label 1 first.
         category_ids: of the data set, likewise.
+        origins: of a converted detector, see `Saved`.
 
     Raises:
         CheckpointError: the model has parts, or was changed in a way, that no recipe describes; or another number of
@@ -152,6 +165,8 @@ def save_detector(
         "class_names": list(class_names) if class_names is not None else None,
         "category_ids": list(category_ids) if category_ids is not None else None,
     }
+    if origins is not None:
+        facts["origins"] = dict(origins)
     tensors = state_of(model)
     metadata = {"format": "pt", FACTS: json.dumps(facts)}
     _write(Path(path), lambda part: save_file(tensors, part, metadata))
@@ -165,6 +180,7 @@ def import_detector(
     trust: Iterable[str] = (),
     bgr: bool | None = None,
     stride_in_1x1: bool | None = None,
+    config: Path | None = None,
 ) -> tuple[FasterRCNN, Saved]:
     """The detector in a file of torchvision, Detectron2 or MMDetection, or in a checkpoint of one of our runs.
 
@@ -176,9 +192,12 @@ def import_detector(
         contiguous, without_epsilon: see `torchvision.from_torchvision`.
         trust: see `load_detector`.
         bgr, stride_in_1x1: either half of a style by itself, see `rows.Style`.
+        config: what the other library calls its configuration, for what tensors can't show: a `.yaml` of Detectron2
+            with its bases, a `.py` of MMDetection. Nothing in it is run. By default what a checkpoint of MMDetection
+            has of it, and else the library's defaults.
 
     Returns:
-        the detector, and its tensors with recipe, class names and category ids.
+        the detector, and its tensors with recipe, class names, category ids, and where each fact is from.
 
     Raises:
         CheckpointError: it can't be read, or does not fit; the message names the file.
@@ -187,7 +206,7 @@ def import_detector(
     if not source.is_file():
         raise FileNotFoundError(f"no checkpoint at {source}")
     with trusting(trust):
-        return _named(source, lambda: _import(source, style, bgr, stride_in_1x1, contiguous, without_epsilon))
+        return _named(source, lambda: _import(source, style, bgr, stride_in_1x1, contiguous, without_epsilon, config))
 
 
 def _import(
@@ -197,25 +216,60 @@ def _import(
     stride_in_1x1: bool | None,
     contiguous: bool,
     without_epsilon: bool | None,
+    config: Path | None,
 ) -> tuple[FasterRCNN, Saved]:
     state, meta = _read_foreign(source)
     names: list[str] | None = None
+    facts, said = Told(), style is not None or bgr is not None
     if any(name.startswith(detectron2.PREFIXES) for name in state):
-        model = detectron2.from_detectron2(state, detectron2.choose_style(state, style, bgr, stride_in_1x1))
+        guess = detectron2.choose_style(state, style, bgr, stride_in_1x1)
+        said = said or "pixel_mean" in state
+        facts = _follow(config, detectron2_config.read_told) if config else facts
+        model = detectron2.from_detectron2(state, _style(guess, said, facts), facts)
     elif any(name.startswith(mmdetection.PREFIXES) for name in state):
         told, names = mmdetection.read_meta(meta)
         guess = rows.STYLES[style or told or ("caffe" if "caffe" in source.name else "pytorch")]
         halves: dict[str, Any] = {"bgr": bgr, "stride_in_1x1": stride_in_1x1}
-        model = mmdetection.from_mmdetection(
-            state, replace(guess, **{name: half for name, half in halves.items() if half is not None})
-        )
+        guess = replace(guess, **{name: half for name, half in halves.items() if half is not None})
+        if config is not None:
+            facts = _follow(config, mmdetection_config.read_file)
+        elif mmdetection_config.is_config(text := mmdetection.config_of(meta)):
+            facts = mmdetection_config.read_told(text)
+        model = mmdetection.from_mmdetection(state, _style(guess, said, facts), facts)
+    elif config is not None:
+        raise CheckpointError(f"--config {config}: only checkpoints of Detectron2 and MMDetection have one")
     elif any(name.startswith("detector.") for name in state):
         saved = read_saved(source)
         return load_detector(source).train(), saved
     else:
+        said = True
         model = torchvision.from_torchvision(state, source.name, None, without_epsilon, contiguous)
     names, ids = _classes(model.num_classes, names)
-    return model, Saved(model.state_dict(), model.recipe, names, ids)
+    style_from = CONFIG if facts.style else TENSORS if said else DEFAULT
+    origins = origins_of(model.recipe or {}, facts, style_from)
+    return model, Saved(model.state_dict(), model.recipe, names, ids, origins=origins)
+
+
+def _follow(config: Path, read: Callable[[Path], Told]) -> Told:
+    """What a configuration tells; where something is wrong with it, its name stands before what it is."""
+    told: Told = _named(config, lambda: read(config))
+    return told
+
+
+def _style(guess: rows.Style, said: bool, told: Told) -> rows.Style:
+    """How the backbone was trained: as the configuration says, or the caller, or by what is known of such files.
+
+    Raises:
+        CheckpointError: caller or file say another than the configuration.
+    """
+    if told.style is None:
+        return guess
+    if said and (guess.bgr, guess.stride_in_1x1) != (told.style.bgr, told.style.stride_in_1x1):
+        raise CheckpointError(
+            f"the config says BGR {told.style.bgr} and stride in the 1x1 convolutions {told.style.stride_in_1x1}, but "
+            f"the style that is given, or the file's pixel_mean, BGR {guess.bgr} and {guess.stride_in_1x1}"
+        )
+    return told.style
 
 
 def export_detector(
@@ -230,7 +284,8 @@ def export_detector(
 
     Args:
         source: as for `load_detector`.
-        output: `.pth`, `.safetensors`, or, for Detectron2, `.pkl`.
+        output: `.pth`, `.safetensors`, or, for Detectron2, `.pkl`. For Detectron2 its configuration is written beside
+            it, as `.yaml`.
         library: who shall read it.
         category_ids, without_epsilon: see `torchvision.to_torchvision`.
         trust: see `load_detector`.
@@ -243,21 +298,28 @@ def export_detector(
     """
     model = load_detector(source, trust)
     content: dict[str, Any]
+    metadata: dict[str, str] = {}
     if library == "torchvision":
         content = state = torchvision.to_torchvision(model, without_epsilon, category_ids)
         advice = torchvision.advice(model, state)
     else:
-        state = detectron2.to_detectron2(model) | detectron2.pixel_statistics(model)
-        content, advice = {"model": state}, detectron2.settings_of(model)
+        state = detectron2.to_detectron2(model)
+        pixels = {name: value.flatten().tolist() for name, value in detectron2.pixel_statistics(model).items()}
+        content, metadata = {"model": state, PIXELS: pixels}, {PIXELS: json.dumps(pixels)}
+        settings, config = detectron2.settings_of(model, output), output.with_suffix(".yaml")
+        advice = f"Beside it is {config.name}: cfg.merge_from_file({str(config)!r}), then DefaultPredictor(cfg)"
     if output.suffix == ".safetensors":
-        _write(output, lambda part: save_file(state, part, {"format": "pt"}))
+        _write(output, lambda part: save_file(state, part, metadata | {"format": "pt"}))
     elif output.suffix == ".pth":
         _write(output, lambda part: torch.save(content, part))
     elif output.suffix == ".pkl" and library == "detectron2":
         arrays = {name: value.numpy() for name, value in state.items()}
-        _write(output, lambda part: part.write_bytes(pickle.dumps({"model": arrays, "__author__": "detection"})))
+        named = {"model": arrays, PIXELS: pixels, "__author__": "detection"}
+        _write(output, lambda part: part.write_bytes(pickle.dumps(named)))
     else:
         raise CheckpointError(f"{output}: write .pth or .safetensors, or .pkl for Detectron2")
+    if library == "detectron2":
+        _write(config, lambda part: part.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8"))
     return advice
 
 
@@ -293,8 +355,10 @@ def _read_foreign(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, facts = read_safetensors(source)
         if facts:
             raise CheckpointError("written by this project already: load_detector reads it")
-        return tensors, {}
-    content = read_pickle(source) if source.suffix == ".pkl" else read_torch(source)
+        with safe_open(source, framework="pt") as file:
+            pixels = json.loads((file.metadata() or {}).get(PIXELS, "{}"))
+        return tensors | _statistics(pixels), {}
+    content = read_pickle(source) if source.suffix == ".pkl" else _read_pth(source)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"holds {type(content).__name__}, not a state_dict")
     meta = content.get("meta")
@@ -302,7 +366,25 @@ def _read_foreign(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         name: torch.from_numpy(np.array(value)) if isinstance(value, (np.ndarray, np.generic)) else value
         for name, value in find_state(content, source).items()
     }
-    return state, dict(meta) if isinstance(meta, Mapping) else {}
+    return state | _statistics(content.get(PIXELS)), dict(meta) if isinstance(meta, Mapping) else {}
+
+
+def _read_pth(source: Path) -> Any:
+    try:
+        return read_torch(source)
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, pickle.UnpicklingError):
+            raise
+        try:
+            return read_without_objects(source)
+        except CheckpointError:
+            raise error from error.__cause__
+
+
+def _statistics(pixels: Any) -> dict[str, Tensor]:
+    """What stands beside the tensors of a file that this project wrote for Detectron2, as `read_style` wants it."""
+    named = pixels if isinstance(pixels, Mapping) else {}
+    return {name: torch.tensor(value) for name, value in named.items() if name in ("pixel_mean", "pixel_std")}
 
 
 def _classes(num_classes: int, names: list[str] | None) -> tuple[list[str] | None, list[int] | None]:

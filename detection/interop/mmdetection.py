@@ -13,6 +13,7 @@ from detection.interop.builders import Layout, build, norm_of, resnet_of
 from detection.interop.kinds import MMDETECTION, refuse
 from detection.interop.names import Rules, collect, count_blocks, drop, load, rename
 from detection.interop.rows import Style
+from detection.interop.told import Told
 from detection.losses import SmoothL1Loss
 from detection.models.two_stage import FasterRCNN
 from detection.weights import CheckpointError
@@ -99,12 +100,13 @@ def read_layout(state: Mapping[str, Tensor]) -> Layout:
     )
 
 
-def from_mmdetection(state: Mapping[str, Tensor], style: Style) -> FasterRCNN:
+def from_mmdetection(state: Mapping[str, Tensor], style: Style, told: Told = Told()) -> FasterRCNN:  # noqa: B008
     """The detector that these tensors make.
 
     Args:
         state: under MMDetection's names.
         style: of the backbone, as in the detector's configuration.
+        told: by a configuration, or nothing.
 
     Raises:
         CheckpointError: tensors that are missing, left over or of the wrong shape.
@@ -113,12 +115,18 @@ def from_mmdetection(state: Mapping[str, Tensor], style: Style) -> FasterRCNN:
         state = {name.removeprefix("ema_"): value for name, value in state.items()}
     state = {re.sub(r"\.gn(\d?)\.", r".bn\1.", name): value for name, value in drop(state, DROPPED).items()}
     layout = read_layout(state)
-    model = build(layout, style, **CASCADE)
+    cascade = CASCADE if layout.stages > 1 else {}
+    model = build(layout, style, told, resizing="mmdetection", **cascade)
     table = rename(rows.without_counters(model.state_dict()), RULES)
     state = collect({name: value.float() for name, value in state.items()}, table)
     state = rows.background_to_front(rows.masks_of_each_class(state, layout.num_classes - 1))
     load(model, rows.counters_of(model) | rows.fold_pixels(state, style.bgr, style.scale))
     return model
+
+
+def config_of(meta: Mapping[str, Any]) -> str:
+    """The text of the configuration in what a file tells of itself; empty where there is none."""
+    return str(meta.get("config", meta.get("cfg", "")))
 
 
 def read_meta(meta: Mapping[str, Any]) -> tuple[str | None, list[str] | None]:
@@ -127,7 +135,7 @@ def read_meta(meta: Mapping[str, Any]) -> tuple[str | None, list[str] | None]:
     Args:
         meta: what stands under this name in the file: the configuration as text, and classes.
     """
-    text = str(meta.get("config", meta.get("cfg", "")))
+    text = config_of(meta)
     styles = re.findall(r"style\s*=\s*['\"](pytorch|caffe)['\"]", text)
     described = meta.get("dataset_meta")
     classes = (described.get("classes") if isinstance(described, Mapping) else None) or meta.get("CLASSES")

@@ -13,12 +13,14 @@ import pickle
 import re
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from detection.weights import CheckpointError
+from detection.weights import CheckpointError, check_sums, readable
 
 LARGEST = 1 << 40  # bytes that one array may have: what can't be is refused before it is multiplied out
 
@@ -36,6 +38,62 @@ def read_pickle(path: Path) -> Any:
             raise CheckpointError(f"{path}: {error}; nothing of it was run") from error
         except Exception as error:  # a damaged or hostile stream may raise anything
             raise CheckpointError(f"{path}: not a pickle of arrays ({type(error).__name__}: {error})") from error
+
+
+def read_without_objects(path: Path) -> Any:
+    """What `torch.save` has written, without the objects of MMEngine and NumPy in it: nothing stands in their place.
+
+    Checkpoints of a run of MMDetection hold its log, `message_hub`, beside tensors, classes and configuration.
+
+    Raises:
+        CheckpointError: damaged, or with anything else in it than these, tensors and plain values. Nothing of it was
+            run.
+    """
+    with readable(path):
+        check_sums(path)
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_WITHOUT_OBJECTS)
+
+
+class _Dropped:
+    """In the place of a class or function of the file's, or of what it would have made: takes all and does nothing."""
+
+    def __new__(cls, *_args: Any, **_named: Any) -> _Dropped:
+        return object.__new__(cls)
+
+    def __call__(self, *_args: Any, **_named: Any) -> _Dropped:
+        return self
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def append(self, item: Any) -> None:
+        """Takes what a pickle fills a list with."""
+
+    def extend(self, items: Any) -> None:
+        """Likewise."""
+
+
+TENSORS = {("collections", "OrderedDict"), ("torch", "Size"), ("torch._utils", "_rebuild_tensor_v2"),
+           ("torch._utils", "_rebuild_parameter")}  # fmt: skip
+
+
+# What NumPy's arrays and MMEngine's buffers name besides themselves. Here these, too, make nothing of nothing.
+OF_OBJECTS = {("_codecs", "encode"), ("__builtin__", "getattr"), ("builtins", "getattr")}
+
+
+class _WithoutObjects(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in TENSORS:
+            return super().find_class(module, name)
+        if module.partition(".")[0] in ("mmengine", "mmcv", "numpy") or (module, name) in OF_OBJECTS:
+            return _Dropped
+        _refuse(f"it names {module}.{name}, which a file of tensors has no use for")
+
+
+_WITHOUT_OBJECTS = SimpleNamespace(
+    __name__="pickles", Unpickler=_WithoutObjects, load=lambda file, **options: _WithoutObjects(file, **options).load()
+)
 
 
 class _Dtype:

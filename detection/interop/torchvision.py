@@ -40,7 +40,9 @@ def find_builder(state: Mapping[str, Tensor], file_name: str = "") -> str:
         raise CheckpointError("not a Faster or Mask R-CNN of torchvision with a pyramid")
     if "backbone.body.0.0.weight" in state:
         return MOBILE_320 if file_name.startswith(MOBILE_320) else MOBILE
-    resnet = resnet_of(count_blocks(state, "backbone.body.layer3."))
+    first = "backbone.body.layer1.0."
+    kernel, bottleneck = state.get(f"{first}conv2.weight"), f"{first}conv3.weight" in state
+    resnet = resnet_of(count_blocks(state, "backbone.body.layer3."), kernel, bottleneck)
     version = "_v2" if "backbone.fpn.inner_blocks.0.1.weight" in state else ""
     name = f"{kind}_{resnet}_fpn{version}"
     if not hasattr(zoo, name):

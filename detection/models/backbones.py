@@ -160,9 +160,7 @@ def mobilenet_v3_large_fpn(
     pretrained = is_given(weights) or norm == "frozen"
     network = mobilenet_v3_large(norm_layer=NORM_LAYERS[norm or ("frozen" if pretrained else "batch")])
     if is_given(weights):
-        from torchvision.models import MobileNet_V3_Large_Weights
-
-        network.load_state_dict(find_weights(weights, MobileNet_V3_Large_Weights))
+        network.load_state_dict(find_weights(weights, get_model_weights("mobilenet_v3_large")))
     layers = network.features
     # The stem and the blocks with a stride begin a stage; the last convolution is a stage of its own.
     starts = [*(i for i, layer in enumerate(layers) if _has_stride(layer)), len(layers) - 1]

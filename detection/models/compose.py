@@ -26,6 +26,7 @@ from detection.models.transform import IMAGENET_MEAN, IMAGENET_STD, ImageTransfo
 from detection.models.two_stage import TwoStageDetector, layout_of
 from detection.parts import Factory, Factory2, ProposerFactory
 from detection.recipes import recorded
+from detection.resizing import Resizing
 from detection.selective_search import SelectiveSearch
 from detection.weights import widen
 
@@ -84,13 +85,14 @@ def faster_rcnn(
     in_channels: int = 3,
     image_depth: int = 8,
     size_divisible: int = 32,
+    resizing: Resizing = "torchvision",
 ) -> TwoStageDetector:
     """Faster R-CNN on a backbone, each part replaceable; names and defaults are those of torchvision's `FasterRCNN`.
 
     Args:
         backbone: images -> feature maps.
         num_classes: classes with background.
-        min_size, max_size, image_mean, image_std, image_depth, size_divisible: see `ImageTransform`.
+        min_size, max_size, image_mean, image_std, image_depth, size_divisible, resizing: see `ImageTransform`.
         in_channels: of the images; the first convolution of a backbone for RGB is adapted, see `weights.widen`.
         rpn_anchor_generator: default: one size a level, 32 pixels on the finest of five and twice that on each next;
             with fewer levels all five sizes on each. Ratios 1:2, 1:1, 2:1. In a run's settings `auto` fits them to the
@@ -165,7 +167,7 @@ def faster_rcnn(
         backbone,
         finish("rpn", proposer, channels, strides),
         finish("roi_heads", heads, channels, num_classes),
-        ImageTransform(min_size, max_size, image_mean, image_std, size_divisible, image_depth),
+        ImageTransform(min_size, max_size, image_mean, image_std, size_divisible, image_depth, resizing),
     )
     return channels_last(model)
 

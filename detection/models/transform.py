@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from detection.batch import Batch, check_images, check_targets, pad_images, pad_masks, pad_objects
 from detection.boxes import resize_boxes
 from detection.recipes import recorded
+from detection.resizing import Resizing, resize_tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -32,6 +33,7 @@ class ImageTransform(nn.Module):
         image_mean, image_std: of each channel, as a rule RGB, in [0, 1].
         size_divisible: padded sides are multiples of this.
         image_depth: bits of a channel of the images that it was trained on, 8 or 16: of integers others are refused.
+        resizing: which library's rounding of the sides, and filter; see `detection.resizing`.
     """
 
     mean: Tensor
@@ -45,12 +47,13 @@ class ImageTransform(nn.Module):
         image_std: Sequence[float] = IMAGENET_STD,
         size_divisible: int = 32,
         image_depth: int = 8,
+        resizing: Resizing = "torchvision",
     ) -> None:
         super().__init__()
         self.min_size = (min_size,) if isinstance(min_size, int) else tuple(min_size)
         self.max_size = max_size
         self.size_divisible = size_divisible
-        self.channels, self.image_depth = len(image_mean), image_depth
+        self.channels, self.image_depth, self.resizing = len(image_mean), image_depth, resizing
         # Not in the state_dict, whose keys are torchvision's.
         self.register_buffer("mean", torch.tensor(image_mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(image_std).view(1, -1, 1, 1), persistent=False)
@@ -95,12 +98,8 @@ class ImageTransform(nn.Module):
         return (normalised * (row & column)[:, None]).contiguous(memory_format=torch.channels_last)
 
     def _resize(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
         pick = int(torch.randint(len(self.min_size), ())) if self.training and len(self.min_size) > 1 else -1
-        scale = min(self.min_size[pick] / min(height, width), self.max_size / max(height, width))
-        return F.interpolate(
-            image[None], scale_factor=scale, mode="bilinear", align_corners=False, recompute_scale_factor=True
-        )[0]
+        return resize_tensor(image, self.min_size[pick], self.max_size, self.resizing)
 
 
 def _resize_masks(masks: Tensor, image: Tensor) -> Tensor:

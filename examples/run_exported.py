@@ -1,4 +1,4 @@
-"""Run an exported detector with numpy, Pillow and its runtime alone: `python run_onnx.py detector.onnx photo.jpg`.
+"""Run an exported detector with numpy, Pillow and its runtime alone: `python run_exported.py detector.onnx photo.jpg`.
 
 The runtime is onnxruntime for .onnx, and openvino for .xml. Copy this file beside yours: it needs no other.
 """
