@@ -59,8 +59,8 @@ def resize_into(image: NDArray[Any], planes: NDArray[Any], resizing: Resizing = 
         elif source.dtype == np.uint8:
             plane[:] = Image.fromarray(source).resize((width, height), Image.Resampling.BILINEAR)
         else:
-            levels = torch.from_numpy(source.astype(np.float32))[None]
-            plane[:] = _interpolate(levels, (height, width), True)[0].round().numpy().astype(source.dtype)
+            levels = torch.from_numpy(source.astype(np.float32))[None, None]
+            plane[:] = averaged(levels, (height, width))[0, 0].numpy().astype(source.dtype)
 
 
 def resize_tensor(image: Tensor, min_size: int, max_size: int, resizing: Resizing = "torchvision") -> Tensor:
@@ -75,8 +75,15 @@ def resize_tensor(image: Tensor, min_size: int, max_size: int, resizing: Resizin
             image[None], scale_factor=scale, mode="bilinear", align_corners=False, recompute_scale_factor=True
         )[0]
     size = resized_size(height, width, min_size, max_size, resizing)
-    return _interpolate(image * 255, size, resizing == "detectron2").round() / 255
+    levels = image[None] * 255
+    if resizing == "detectron2":
+        return averaged(levels, size)[0] / 255
+    return F.interpolate(levels, size, mode="bilinear", align_corners=False)[0].round() / 255
 
 
-def _interpolate(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
-    return F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=antialias)[0]
+def averaged(levels: Tensor, size: tuple[int, int]) -> Tensor:
+    """`(B, C, h, w)` levels by Pillow's filter: along rows, then along columns, to whole levels each time."""
+    for sides in ((levels.shape[2], size[1]), size):
+        levels = F.interpolate(levels, sides, mode="bilinear", align_corners=False, antialias=True)
+        levels = (levels + 0.5).floor()  # halves up, as Pillow
+    return levels

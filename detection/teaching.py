@@ -29,6 +29,7 @@ from detection.boxes import pairwise_iou
 from detection.matching import Matcher
 from detection.models.cascade import CascadeRoIHeads
 from detection.models.rpn import RegionProposalNetwork
+from detection.models.transform import as_float
 from detection.models.two_stage import FasterRCNN
 from detection.parts import FeatureMaps, Proposals
 from detection.visualize import class_colour
@@ -78,9 +79,21 @@ def plot_matching(detector: FasterRCNN, image: Tensor, target: Target) -> Figure
     if not isinstance(rpn.matcher, Matcher):
         raise ValueError(f"the picture shows the thresholds of a Matcher, which {type(rpn.matcher).__name__} is not")
     matched = rpn.matcher(batch.gt_boxes, batch.gt_valid, anchors)[0]  # (A,)
+    return draw_matching(batch, anchors, matched, rpn.matcher)
+
+
+def draw_matching(batch: Batch, anchors: Tensor, matched: Tensor, matcher: Matcher) -> Figure:
+    """The picture of `plot_matching`, of a match that was made already.
+
+    Args:
+        batch: of one image, on the CPU.
+        anchors: `(A, 4)`.
+        matched: `(A,)`, what the matcher gave.
+        matcher: for its thresholds.
+    """
     iou = pairwise_iou(batch.gt_boxes[0], anchors)  # (N, A)
     figure, (left, right) = _panels(batch, 2)
-    count = len(target["labels"])
+    count = int(batch.gt_valid[0].sum())
     colours = [colormaps["tab10"](n % 10) for n in range(count)]  # its neighbours differ more than those of tab20
     for n in range(count):
         own = anchors[matched == n]
@@ -90,7 +103,7 @@ def plot_matching(detector: FasterRCNN, image: Tensor, target: Target) -> Figure
     _draw(left, batch.gt_boxes[0, :count], [GT] * count, 2.0, dashed=True)
     ignored = anchors[matched == -2]
     _draw(right, ignored[:: max(1, len(ignored) // 200)], [GT] * len(ignored), 0.4)
-    low, high = rpn.matcher.bg_iou_thresh, rpn.matcher.fg_iou_thresh
+    low, high = matcher.bg_iou_thresh, matcher.fg_iou_thresh
     forced = int(((matched >= 0) & (iou.amax(0) < high)).sum())
     left.set_title(
         f"foreground: {int((matched >= 0).sum())} of {len(anchors):,} anchors, {forced} below IoU {high:g}\n"
@@ -138,7 +151,18 @@ def plot_samples(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sample = heads.sample(features, _propose(detector, batch, features), batch)  # type: ignore[operator]
-    boxes, labels = sample.boxes[0][sample.valid[0]], sample.labels[0][sample.valid[0]]
+    return draw_samples(batch, sample.boxes[0][sample.valid[0]], sample.labels[0][sample.valid[0]], class_names)
+
+
+def draw_samples(batch: Batch, boxes: Tensor, labels: Tensor, class_names: Sequence[str]) -> Figure:
+    """The picture of `plot_samples`, of regions, or anchors, that were drawn already.
+
+    Args:
+        batch: of one image, on the CPU.
+        boxes: `(S, 4)` that train.
+        labels: `(S,)`, 0 for background.
+        class_names: of label 1 first.
+    """
     iou = pairwise_iou(batch.gt_boxes[0][batch.gt_valid[0]], boxes)
     best = iou.amax(0) if len(iou) else boxes.new_zeros(len(boxes))
     figure, (left, right) = _panels(batch, 2)
@@ -223,8 +247,8 @@ def _propose(detector: FasterRCNN, batch: Batch, features: FeatureMaps) -> Propo
 
 def _pixels(batch: Batch) -> NDArray[Any]:
     height, width = batch.image_sizes[0].tolist()
-    pixels = batch.images[0, :, :height, :width].permute(1, 2, 0).numpy()
-    return pixels[..., np.arange(3) % pixels.shape[2]]  # floats in [0, 1]: of other channels the first three
+    pixels = as_float(batch.images[0, :, :height, :width]).permute(1, 2, 0).numpy()
+    return pixels[..., np.arange(3) % pixels.shape[2]]  # of other channels the first three
 
 
 def _panels(batch: Batch, count: int) -> tuple[Figure, list[Axes]]:

@@ -30,9 +30,9 @@ def open_model(path: str) -> tuple[Callable[[Any], dict[str, Any]], list[str] | 
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # else it reports the import
         import openvino
 
-        graph = openvino.Core().read_model(path)
-        compiled, known = openvino.compile_model(path, "CPU"), graph.has_rt_info(["detection", "class_names"])
-        classes = graph.get_rt_info(["detection", "class_names"]).value if known else "null"
+        facts = openvino.Core().read_model(path).get_rt_info("detection").value
+        settings = {"INFERENCE_PRECISION_HINT": json.loads(facts["inference_precision"])}  # else bfloat16 where it can
+        compiled, classes = openvino.compile_model(path, "CPU", settings), facts.get("class_names", "null")
         return lambda planes: {port.any_name: value for port, value in compiled(planes).items()}, json.loads(classes)
     import onnxruntime
 

@@ -169,17 +169,16 @@ def test_standalone_runner_says_what_is_absent_and_where_nothing_is_found(tmp_pa
 
 @pytest.mark.slow
 def test_openvino_finds_what_the_model_finds(exported, tmp_path):
-    openvino = pytest.importorskip("openvino", reason='needs pip install "detection[openvino]"')
+    pytest.importorskip("openvino", reason='needs pip install "detection[openvino]"')
     model, _ = exported
     path = tmp_path / "detector.xml"
     to_openvino(model, path, {"class_names": ["a", "b", "c"]})
     write_openvino_facts(path, {"parity": {"images": 5}})
-    assert read_openvino_facts(path) == {"class_names": ["a", "b", "c"], "parity": {"images": 5}}
+    facts = {"class_names": ["a", "b", "c"], "parity": {"images": 5}, "inference_precision": "f32"}
+    assert read_openvino_facts(path) == facts
     parity = compare(as_predicted(model), openvino_runner(path, threads=1), list(noise()))
     assert_same(parity)
     assert parity.mask < 1e-2
-    # The file itself asks for float32, so that nobody's bfloat16 gives others.
-    assert openvino.Core().compile_model(path, "CPU").get_property("INFERENCE_PRECISION_HINT") == openvino.Type.f32
     (image,) = noise([(90, 130)])
     Image.fromarray(image).save(tmp_path / "photo.png")
     runner = [
@@ -242,7 +241,7 @@ def test_accuracy_is_that_of_the_file(exported):
     detector, run = as_predicted(model), onnx_runner(path)
     labelled = []
     for i, image in enumerate(noise(SIZES[:3])):
-        found = detector(image)
+        found = detector(image).take(np.arange(60))  # COCO counts 100 an image
         boxes, labels = torch.from_numpy(found.boxes), torch.from_numpy(found.labels)
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1)
         flags = torch.zeros(len(boxes), dtype=torch.bool)
@@ -251,8 +250,8 @@ def test_accuracy_is_that_of_the_file(exported):
         )
     same = compare_accuracy(detector, run, labelled)
     assert same.images == 3 and abs(same.lost) < 1e-3 and same.model > 0.9
-    half = compare_accuracy(detector, lambda planes: run(planes) | {"counts": run(planes)["counts"] // 2}, labelled)
-    assert half.lost > 0.3 and str(half).endswith("lost")
+    few = compare_accuracy(detector, lambda planes: run(planes) | {"counts": np.array([20])}, labelled)
+    assert few.lost > 0.3 and str(few).endswith("lost")
 
 
 @pytest.mark.parametrize(

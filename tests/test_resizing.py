@@ -62,7 +62,8 @@ def test_detectron2s_filter_averages_what_it_shrinks() -> None:
     assert np.abs(planes.transpose(1, 2, 0) - wanted).max() <= 1.01  # which rounds along both axes
     assert np.array_equal(planes.transpose(1, 2, 0), np.asarray(Image.fromarray(image).resize((30, 20), 2)))
     inside = resize_tensor(torch.from_numpy(image).permute(2, 0, 1) / 255, 20, 999, "detectron2")
-    assert np.abs(255 * inside.permute(1, 2, 0).numpy() - wanted).max() <= 0.51
+    apart = np.abs(255 * inside.numpy() - planes)  # Pillow's weights are whole numbers, which decides some halves
+    assert apart.max() <= 1.01 and (apart > 0.01).mean() < 0.01
     resize_into(image, planes, "mmdetection")
     assert np.array_equal(planes.transpose(1, 2, 0), cv2.resize(image, (30, 20), interpolation=cv2.INTER_LINEAR))
 

@@ -65,6 +65,14 @@ def test_two_agents_of_wandb_train_what_they_were_given(shared_data: Path, tmp_p
         assert sweep["metric"]["name"] in logged
 
 
+def test_an_agent_of_wandb_runs_a_line_of_an_ablation(tmp_path: Path) -> None:
+    sweep = yaml.safe_load((ROOT / "sweeps" / "ablation.yaml").read_text())
+    (tmp_path / "lines.txt").write_text("echo first\necho 'the second' one\necho third\n")
+    macros = create_sweep_command_args({"args": {"line": {"value": 2}}}) | {"program": [sweep["program"]]}
+    line = [word for part in create_sweep_command(sweep["command"]) for word in macros.get(part[2:-1], [part])]
+    assert subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True).stdout == "the second one\n"
+
+
 @pytest.mark.rehearsal
 def test_two_trials_of_ray_train_what_was_drawn(ray_tune: ModuleType, shared_data: Path, tmp_path: Path) -> None:
     """What Ray calls, by two threads; it runs wherever Ray is not."""

@@ -64,17 +64,32 @@ def _compare(given: argparse.Namespace, trust: list[str]) -> None:
     a, b = same_images(sides, given.common)
     if given.masks and not all(run.masks for run in (*a, *b)):
         raise DataError("--masks compares masks, but not all runs have them: leave it out")
-    limit = max(run.limit for run in (*a, *b))
-    limits = (1, min(10, limit), limit)
-    names = a[0].class_names
-    found = compare([r.results for r in a], [r.results for r in b], names, limits, given.masks, given.draws, given.seed)
-    left, right = (_side(side, own) for side, own in zip((a, b), _names(given, a, b), strict=True))
+    names = _names(given, a, b)
+    found, left, right = contrast(a, b, names, given.masks, given.draws, given.seed)
     folder = given.output or Path(f"comparison_{_plain(left.name)}_{_plain(right.name)}")
-    write_comparison(folder, found, left, right, names, given.draws)
+    write_comparison(folder, found, left, right, a[0].class_names, given.draws)
     _print(found, left, right)
     for note in dict.fromkeys(note for run in (*a, *b) for note in run.notes):
         print(f"note: {note}")
     print(f"page: {folder / 'comparison.html'}")
+
+
+def contrast(
+    a: list[Detected], b: list[Detected], names: tuple[str, str], masks: bool = False, draws: int = 1000, seed: int = 0
+) -> tuple[Contrast, Side, Side]:
+    """What is found of two sides, and the sides as the page shows them.
+
+    Args:
+        a, b: the runs of each, all on the same images, see `same_images`.
+        names: what to call the sides.
+        masks: compare masks instead of boxes.
+        draws: of bootstrap and permutation.
+        seed: of the draws.
+    """
+    limit, classes = max(run.limit for run in (*a, *b)), a[0].class_names
+    limits = (1, min(10, limit), limit)
+    found = compare([r.results for r in a], [r.results for r in b], classes, limits, masks, draws, seed)
+    return found, _side(a, names[0]), _side(b, names[1])
 
 
 def _sides(runs: list[Path], against: list[Path] | None) -> tuple[list[Path], list[Path]]:

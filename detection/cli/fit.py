@@ -171,8 +171,7 @@ class FitCLI(LightningCLI):
             end_with_parent(os.getppid())
         self._check_run()
         weights = best_or_last(Path(self.config.weights)) if self.config.weights else None
-        leaves_nothing = self.config.find or self.config.trainer.fast_dev_run
-        self._start = start(self.config.resume, Path(self.config.output) / self.config.name, not leaves_nothing)
+        self._start = self._choose_start()
         if self._start.made:  # for this run alone, so before there is anything to write, which may never come
             weakref.finalize(self, remove_empty, self._start.folder, self._start.folder.parent)
         self.folder, self.checkpoint = self._start.folder, self._start.checkpoint
@@ -195,6 +194,11 @@ class FitCLI(LightningCLI):
             take_weights(self.model.detector, weights, self.datamodule.class_names)
             log.info("beginning with the weights of %s, with a new optimiser and schedule", weights)
         self.trainer = self.instantiate_trainer()
+
+    def _choose_start(self) -> Start:
+        """The run's folder, and the checkpoint to go on from."""
+        leaves_nothing = self.config.find or self.config.trainer.fast_dev_run
+        return start(self.config.resume, Path(self.config.output) / self.config.name, not leaves_nothing)
 
     def _check_run(self) -> None:
         """Refuse flags of the run and the trainer that contradict each other."""
@@ -235,16 +239,15 @@ class FitCLI(LightningCLI):
         # What Lightning makes of `ddp` and `auto`: gradients lie in the buffers that are sent, and not twice in memory
         StrategyRegistry.register("ddp", DDPStrategy, override=True, start_method="popen", gradient_as_bucket_view=True)
         settings: dict[str, Any] = {"default_root_dir": str(self.folder)}
-        settings["plugins"] = [*_listed(given.plugins), WholeFiles(), *([SyncNorms()] if given.sync_batchnorm else [])]
+        settings["plugins"] = [*listed(given.plugins), WholeFiles(), *([SyncNorms()] if given.sync_batchnorm else [])]
         bar = self._shows_bar(given) or (_has_bar(given) and given.enable_progress_bar is not False)
         settings["enable_progress_bar"] = bar and not self.config.find
         self.guard = Guard(self.folder, self.datamodule.hparams["timeout"])
         if self.config.find:
             return super().instantiate_trainer(**settings, **tuning.SETTINGS, callbacks=[], **kwargs)
-        settings["callbacks"] = [self.guard, *_listed(given.callbacks), *self._callbacks(given)]
+        settings["callbacks"] = self._callbacks(given)
         if given.logger is not False:
-            own = given.logger is None or given.logger is True
-            settings["logger"] = self._loggers() if own else [MetricsFile(self.folder), *_listed(given.logger)]
+            settings["logger"] = self._loggers(given)
         return super().instantiate_trainer(**settings, **kwargs)
 
     def _shows_bar(self, given: Namespace) -> bool:
@@ -253,8 +256,10 @@ class FitCLI(LightningCLI):
 
     def _callbacks(self, given: Namespace) -> list[Callback]:
         bar = self._shows_bar(given)
-        callbacks = [Throughput(line_every=0 if bar else 60), PredictionPictures(str(self.folder)), Results()]
+        callbacks: list[Callback] = [self.guard, *listed(given.callbacks), Throughput(line_every=0 if bar else 60)]
         callbacks += [
+            PredictionPictures(str(self.folder)),
+            Results(),
             SplitFile(self.folder),
             ProposalRecall(),
             SampledForeground(),
@@ -266,8 +271,10 @@ class FitCLI(LightningCLI):
             callbacks += [KeepBest(self.folder), KeepLast(self.folder, self.config.save_every)]
         return callbacks
 
-    def _loggers(self) -> list[Logger]:
+    def _loggers(self, given: Namespace) -> list[Logger]:
         loggers: list[Logger] = [MetricsFile(self.folder)]
+        if given.logger is not None and given.logger is not True:
+            return [*loggers, *listed(given.logger)]
         if self.config.wandb != "off" and os.environ.get("WANDB_MODE") != "disabled":
             plain = yaml.safe_load(self.parser.dump(self.config))
             shown = {name: self.config[f"wandb_{name}"] for name in RUN_FLAGS}
@@ -366,10 +373,11 @@ def _unknown(error: Exception, what: str) -> str:
 
 
 def _has_bar(given: Namespace) -> bool:
-    return any(isinstance(callback, ProgressBar) for callback in _listed(given.callbacks))
+    return any(isinstance(callback, ProgressBar) for callback in listed(given.callbacks))
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """A setting that may be one, several or none, as a list."""
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 

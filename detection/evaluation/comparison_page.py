@@ -20,7 +20,11 @@ from detection.evaluation.results import ImageResult
 from detection.evaluation.significance import LEVEL, POWER, Contrast, Difference, mistake_weight
 
 PICTURES = 6  # images of each side, those that gained most by it
-NO_SETTINGS = ("config", "resume", "find", "print_config", "name", "trainer.logger", "trainer.callbacks")  # of a run
+# What is no setting of a run
+NO_SETTINGS = (
+    *("config", "resume", "find", "print_config", "name", "output", "wandb_group"),
+    *("trainer.logger", "trainer.callbacks"),
+)
 # Differences of 0 are drawn in the middle; right is better for A, except for mistakes.
 OWN_STYLE = """
 svg.whisker { display: inline-block; width: min(11rem, 30vw); height: 1.1rem; vertical-align: middle;

@@ -30,6 +30,7 @@ from detection.models.roi_heads import RoIHeads
 from detection.models.rpn import RegionProposalNetwork
 from detection.models.two_stage import FasterRCNN
 from detection.parts import FeatureMaps
+from detection.resizing import averaged
 
 OUTPUTS = ("boxes", "labels", "scores", "counts", "masks")
 ONE = 2048  # a weight of 1 in OpenCV's fixed point
@@ -134,9 +135,8 @@ class ExportableDetector(nn.Module):
         """Resized and padded images in [0, 1], and their sizes `(B, 2)` after and before."""
         old, (height, width), (rows, columns) = self.sizes(images)
         divisor = self.model.transform.size_divisible
-        if self.model.transform.resizing == "detectron2":  # Pillow's filter, to a level
-            options: Any = {"mode": "bilinear", "align_corners": False, "antialias": True}
-            levels = F.interpolate(images.float(), (height, width), **options).round()
+        if self.model.transform.resizing == "detectron2":
+            levels = averaged(images.float(), (height, width))
             resized = levels / (255 if images.dtype == torch.uint8 else 65535)
         elif images.dtype == torch.uint8:
             resized = _resize_as_opencv(images, old, (height, width)).float() / 255

@@ -23,9 +23,9 @@ from detection.models.two_stage import FasterRCNN
 
 Precision = Literal["32", "bf16", "int8"]
 CALIBRATION_IMAGES = 100  # as many activations say where int8's range should end
+HINT = "inference_precision"
 FACTS = "detection"  # the section of our facts in the file
 HINTS = {"32": "f32", "bf16": "bf16", "int8": "f32"}  # what is not int8 in an int8 file stays float32
-OF_RUNTIME = ["runtime_options", "INFERENCE_PRECISION_HINT"]  # where OpenVINO looks for it in a file
 # Arithmetic of boxes, in which 256 levels would be pixels; NNCF leaves out what it takes for post-processing itself.
 EXACT = (
     "Divide",
@@ -77,8 +77,7 @@ def to_openvino(
             port.get_tensor().set_names({name})  # an output may have a name of the trace beside its own
         for name, value in facts.items():
             graph.set_rt_info(json.dumps(value), [FACTS, name])
-        # Without it OpenVINO takes bfloat16 wherever the CPU has it.
-        graph.set_rt_info(HINTS[precision], OF_RUNTIME)
+        graph.set_rt_info(json.dumps(HINTS[precision]), [FACTS, HINT])
         path.parent.mkdir(parents=True, exist_ok=True)
         openvino.save_model(graph, path, compress_to_fp16=False)
 
@@ -109,9 +108,10 @@ def openvino_runner(path: Path, threads: int | None = None) -> Run:
         path: of the `.xml`.
         threads: of the CPU; OpenVINO's choice by default.
     """
-    settings = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+    # Without the hint OpenVINO takes bfloat16 wherever the CPU has it.
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": read_openvino_facts(path)[HINT]}
+    settings |= {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
     compiled = _openvino().Core().compile_model(path, "CPU", settings)
-
     return lambda images: {port.any_name: np.array(value) for port, value in compiled(images).items()}
 
 

@@ -72,7 +72,7 @@ def _find(resume: str | None, parent: Path, make: bool) -> Start:
         if checkpoint is None:
             raise FileNotFoundError(f"no checkpoint at {path}: {WANTED}")
         return Start(path, checkpoint)
-    folder = _handed_folder() or _newest_run(parent)
+    folder = _handed_folder() or newest_run(parent)
     if folder is None:
         log.info("--resume auto: no run in %s, so a new one begins", parent)
         return _new_run(parent, make)
@@ -192,7 +192,7 @@ def _new_run(parent: Path, make: bool) -> Start:
         return Start(handed, None)
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     if _rank():  # of a cluster's launcher: the first rank makes the folder in this very second, or has made it
-        newest = _newest_run(parent)
+        newest = newest_run(parent)
         return Start(newest if newest is not None and newest.name.startswith(stamp) else parent / stamp, None)
     for number in itertools.count():
         folder = parent / (f"{stamp}_{number}" if number else stamp)
@@ -210,7 +210,8 @@ def _new_run(parent: Path, make: bool) -> Start:
     raise AssertionError
 
 
-def _newest_run(parent: Path) -> Path | None:
+def newest_run(parent: Path) -> Path | None:
+    """The newest folder of a run below that of its name, if there is any."""
     runs = [(match, path) for path in parent.glob("*") if path.is_dir() and (match := STAMP.fullmatch(path.name))]
     return max(runs, key=lambda run: (run[0][1], int(run[0][2] or 0)))[1] if runs else None
 

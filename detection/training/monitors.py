@@ -14,7 +14,15 @@ from detection.errors import SettingsError
 from detection.evaluation.mean_ap import MeanAP
 
 LOSSES = ("loss", "loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
-WATCHED = ("images/s", "time/data", "data/dropped_boxes", "data/unreadable", "lr", "memory/process_gib")
+WATCHED = (
+    "images/s",
+    "time/data",
+    "data/dropped_boxes",
+    "data/unreadable",
+    "lr",
+    "train/grad_norm",
+    "memory/process_gib",
+)
 
 
 def known_figures(class_names: Sequence[str], iou_type: Any, masks: bool) -> list[str]:

@@ -183,6 +183,7 @@ class Guard(L.Callback):
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         if not scaled:
             finite = finite & step.norm.isfinite()
+            pl_module.log("train/grad_norm", step.norm, batch_size=1)  # before it is clipped
         step.bad = (~finite).float()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(step.bad, dist.ReduceOp.MAX)
@@ -228,9 +229,9 @@ class Guard(L.Callback):
             step.event.synchronize()
         if not step.bad:
             return
-        gradients = _bad_gradients(pl_module) if now else []
+        gradients = bad_gradients(pl_module) if now else []
         parts = [_describe_part(batch, loss, losses) for batch, loss, losses in step.parts]
-        own = {"rank": trainer.global_rank, "gradient_norm": _number(step.norm), "parts": parts}
+        own = {"rank": trainer.global_rank, "gradient_norm": plain_number(step.norm), "parts": parts}
         reports: list[Any] = [own | {"gradients": gradients}]
         if dist.is_available() and dist.is_initialized():
             reports = [None] * dist.get_world_size()
@@ -243,7 +244,9 @@ class Guard(L.Callback):
             (folder / "nonfinite.json").write_text(json.dumps(facts, indent=2))
         tensors = {f"{i}.{name}": value for i, part in enumerate(step.parts) for name, value in _tensors(part[0])}
         save_file(tensors, folder / f"nonfinite-rank{trainer.global_rank}.safetensors")
-        raise RunError(f"{_sentence(facts)}; see {folder / 'nonfinite.json'}", on_all_ranks=True)
+        again = f"detection replay {folder} --step {step.number}"
+        sentence = f"{_sentence(facts)}; see {folder / 'nonfinite.json'}, and all of the step with {again}"
+        raise RunError(sentence, on_all_ranks=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Note down what can't be known later: the batch in work, and what the loaders' processes were doing."""
@@ -263,14 +266,15 @@ def _largest(value: Tensor) -> Tensor:
 
 
 def _describe_part(batch: Batch, loss: Tensor, losses: dict[str, Tensor]) -> dict[str, Any]:
-    terms = {name: _number(value) for name, value in [*losses.items(), ("loss", loss)]}
+    terms = {name: plain_number(value) for name, value in [*losses.items(), ("loss", loss)]}
     images = [{"file": t.file_name, "image_id": t.image_id, "boxes": t.boxes.tolist()} for t in batch.targets]
     return {"losses": terms, "images": images}
 
 
-def _number(value: Tensor) -> float | str:
+def plain_number(value: Tensor | float) -> float | str:
+    """A figure as JSON has it, which knows no NaN: text in its place."""
     number = float(value)
-    return number if math.isfinite(number) else str(number)  # JSON has no NaN
+    return number if math.isfinite(number) else str(number)
 
 
 def _tensors(batch: Batch) -> list[tuple[str, Tensor]]:
@@ -278,7 +282,8 @@ def _tensors(batch: Batch) -> list[tuple[str, Tensor]]:
     return [(name, getattr(batch, name).detach().cpu().contiguous()) for name in names]
 
 
-def _bad_gradients(module: nn.Module) -> list[str]:
+def bad_gradients(module: nn.Module) -> list[str]:
+    """Names of the parameters whose gradient is not finite."""
     return [name for name, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
 
 

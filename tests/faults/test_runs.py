@@ -58,6 +58,7 @@ def test_nan(fit: Any, tmp_path: Path, record_property: Record) -> None:
     names = [image["file"] for image in part["images"]]
     assert run.code == 1 and run.seconds < MINUTE
     assert f"step {facts['step']} of epoch 1" in run.error and "loss_classifier is nan on" in run.error
+    assert f"detection replay {folder} --step 5" in run.error.replace(str(tmp_path.resolve()), str(tmp_path))
     assert facts["step"] == 5 and len(names) == 2 and all(name in run.error for name in names)
     assert part["losses"]["loss_classifier"] == "nan" and part["losses"]["loss_objectness"] > 0
     assert load_file(folder / "nonfinite-rank0.safetensors")["0.images"].shape[0] == 2
