@@ -18,8 +18,9 @@ from detection.interop.detectron2 import from_detectron2
 from detection.interop.detectron2_export import NEVER, spread_anchors
 from detection.interop.files import _read_foreign
 from detection.interop.rows import STYLES, Style
+from detection.interop.semantics import AskedRows
 from detection.interop.told import CONFIG, DEFAULT, LVIS, TENSORS, Told, origins_of, report, usual
-from detection.losses import SmoothL1Loss
+from detection.losses import SmoothL1Loss, sampled_rows
 from detection.models.pooling import RoIPooler
 from detection.weights import CheckpointError
 
@@ -230,6 +231,10 @@ def test_a_converted_file_follows_the_config(
     assert model.roi_heads.box_coder.weights == (8, 8, 4, 4)
     assert isinstance(model.roi_heads.box_roi_pool, RoIPooler) and not model.roi_heads.box_roi_pool.aligned
     assert isinstance(model.roi_heads.box_loss, SmoothL1Loss) and model.roi_heads.box_loss.beta == 0.5
+    assert isinstance(model.rpn.counted_rows, AskedRows)  # it trains on as there
+    bring(tmp_path / "model.pth", tmp_path / "asked.safetensors", config=own, semantics="torchvision")
+    assert "as asked: semantics" in capsys.readouterr().out
+    assert load_detector(tmp_path / "asked.safetensors").rpn.counted_rows is sampled_rows
     # Blue, green and red less the mean, divided by their deviations, is what the kernel saw.
     pixel = torch.tensor([10.0, 100.0, 250.0])  # red, green, blue
     kernel = state["backbone.bottom_up.stem.conv1.weight"][0, :, 3, 3]

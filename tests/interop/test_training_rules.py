@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from detection.anchors import AnchorGenerator
 from detection.batch import Batch
 from detection.boxes import BoxCoder
 from detection.drift import present_recipe
-from detection.interop import mmdetection_config
+from detection.interop import import_detector, mmdetection_config
 from detection.interop.builders import Layout, aligned_cascade_rcnn, aligned_rcnn, build
 from detection.interop.rows import STYLES
 from detection.interop.semantics import InsideImage, MaxIoUMatcher, ResampledCascade, Semantics
@@ -219,3 +220,10 @@ def test_rules_that_can_not_be_followed_are_refused(old: str, new: str, said: st
     assert old in CASCADE
     with pytest.raises(CheckpointError, match=said):
         mmdetection_config.read_told(CASCADE.replace(old, new))
+
+
+def test_weights_of_torchvision_have_no_other_rules(tmp_path: Path) -> None:
+    torch.save({"backbone.body.conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "model.pth")
+    said = "--semantics mmdetection: only checkpoints of Detectron2 and MMDetection have one"
+    with pytest.raises(CheckpointError, match=said):
+        import_detector(tmp_path / "model.pth", semantics="mmdetection")
