@@ -167,7 +167,8 @@ def by_onnx(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     fake = SimpleNamespace(InferenceSession=Session, get_available_providers=list)
     monkeypatch.setitem(sys.modules, "onnxruntime", fake)
-    monkeypatch.setattr(sys, "argv", ["run_exported.py", "detector.onnx", str(path)])
+    (path.parent / "detector.onnx").touch()
+    monkeypatch.setattr(sys, "argv", ["run_exported.py", str(path.parent / "detector.onnx"), str(path)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     (batch,) = seen
     assert batch.dtype == np.uint8

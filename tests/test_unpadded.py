@@ -14,7 +14,8 @@ from torch import Tensor
 from detection import Detector, load_detector, save_detector
 from detection.data.datamodule import DetectionDataModule
 from detection.inference.tta import TestTimeAugmentation
-from detection.interop.export import compare, onnx_runner, to_onnx, to_torch, torch_runner
+from detection.interop.exported_files import onnx_runner, to_onnx, to_torch, torch_runner
+from detection.interop.parity import compare
 from detection.models.backbones import resnet_c4
 from detection.models.compose import faster_rcnn
 from detection.models.fast import accelerate

@@ -26,6 +26,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from detection.batch import Batch, pad_images, pad_masks, pad_objects
 from detection.benchmarks.gpu_sizes import Sizes
 from detection.benchmarks.speed import OBJECTS, Mode, wait
+from detection.mask_grid import TorchvisionMaskGrid
 from detection.models import zoo
 from detection.models.compose import COCO_CATEGORIES, mask_branch
 from detection.models.fast import accelerate
@@ -106,7 +107,8 @@ def build_ours(kind: Kind, backbone: Any, options: Mapping[str, Any]) -> TwoStag
     frozen: dict[str, Any] = {"backbone_name": backbone, "norm": "frozen", "trainable_backbone_layers": 3}
     if kind == "cascade":
         return zoo.cascadercnn_resnet_fpn(**frozen, **options)
-    return zoo.fasterrcnn_resnet_fpn(**frozen, **(mask_branch(None, None, None) if kind == "mask" else {}), **options)
+    masks = mask_branch(None, None, None, TorchvisionMaskGrid()) if kind == "mask" else {}
+    return zoo.fasterrcnn_resnet_fpn(**frozen, **masks, **options)
 
 
 def build_theirs(kind: Kind, backbone: str, options: Mapping[str, Any]) -> nn.Module | None:

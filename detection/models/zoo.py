@@ -182,6 +182,7 @@ def cascadercnn_resnet_fpn(
     trainable_backbone_layers: int | None = None,
     norm: Norm | None = None,
     pyramid: AnyPyramid | None = None,
+    mask_grid: Any = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
     """Cascade R-CNN on a ResNet with a pyramid (Cai and Vasconcelos 2018): published COCO AP 40.3 (ResNet-50, 1x).
@@ -190,7 +191,7 @@ def cascadercnn_resnet_fpn(
     """
     layers, norm = trainable_backbone_layers, _norm(norm, weights)
     backbone = resnet_fpn(backbone_name, weights_backbone, layers, norm, pyramid=pyramid)
-    model = cascade_rcnn(backbone, _count(num_classes, class_names), **kwargs)
+    model = cascade_rcnn(backbone, _count(num_classes, class_names), mask_grid=mask_grid, **kwargs)
     return load_weights(model, weights_backbone, weights, class_names=class_names)
 
 

@@ -22,7 +22,7 @@ from tests.inference.blobs import Blobs, scene
 def test_huge_pictures_are_looked_at_in_tiles(photos, tmp_path, monkeypatch):
     class Near(Blobs):
         form = RGB
-        min_size, seen = 100, []
+        min_size, seen, _divisor = 100, [], 32
 
         def predict(self, images, batch_size=8):
             assert len(images) <= batch_size

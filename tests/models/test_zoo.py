@@ -66,7 +66,7 @@ def test_defaults_are_torchvisions() -> None:
     own = {"soft_nms_sigma", "rpn", "roi_heads", "class_loss", "rpn_objectness_loss", "mask_loss"}
     own |= {f"{stage}{part}" for stage in ("", "rpn_") for part in ("box_coder", "box_loss")}
     own |= {f"{stage}_{part}" for stage in ("box", "rpn") for part in ("matcher", "sampler")}
-    own |= {"in_channels", "image_depth"}
+    own |= {"in_channels", "image_depth", "size_divisible", "resizing", "mask_grid"}
     own |= {"mask_roi_pool", "mask_head", "mask_predictor"}  # those of torchvision's `MaskRCNN`
     assert set(ours) - set(theirs) == own
     theirs_values = {name: theirs[name].default for name in set(ours) - own if name != "backbone"}

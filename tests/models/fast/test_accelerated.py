@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from detection.batch import Batch
+from detection.mask_grid import TorchvisionMaskGrid
 from detection.models import fast
 from detection.models.backbones import resnet_fpn
 from detection.models.compose import cascade_rcnn, fast_rcnn, faster_rcnn, mask_rcnn
@@ -45,7 +46,15 @@ def backbone() -> nn.Module:
 
 DETECTORS: dict[str, Callable[[], TwoStageDetector]] = {
     "Faster R-CNN": lambda: faster_rcnn(backbone(), 4, **COMMON, **RPN),
-    "Mask R-CNN": lambda: mask_rcnn(backbone(), 4, mask_head=partial(MaskHead, layers=(16, 16)), **COMMON, **RPN),
+    # Its targets are smooth in the boxes. Those of `MaskGrid` are 0 or 1: a rounding error of a box can turn a cell.
+    "Mask R-CNN": lambda: mask_rcnn(
+        backbone(),
+        4,
+        mask_head=partial(MaskHead, layers=(16, 16)),
+        mask_grid=TorchvisionMaskGrid(),
+        **COMMON,
+        **RPN,
+    ),
     "Cascade R-CNN": lambda: cascade_rcnn(backbone(), 4, **COMMON, **RPN),
     "Fast R-CNN": lambda: fast_rcnn(backbone(), 4, box_roi_pool=RoIPooler(), **COMMON),
     "R-CNN": lambda: rcnn_resnet(
