@@ -43,7 +43,7 @@ class Semantics:
     anew, see `ResampledCascade`.
 
     Args:
-        library: whose.
+        rules: whose.
         min_pos_iou: for MMDetection, see `MaxIoUMatcher`.
         allowed_border: for MMDetection, see `InsideImage`; default: -1, and 0 in a cascade.
         stage_loss_weights: for MMDetection, of a cascade.
@@ -54,19 +54,19 @@ class Semantics:
 
     def __init__(
         self,
-        library: Library = "mmdetection",
+        rules: Library = "mmdetection",
         min_pos_iou: float = 0.3,
         allowed_border: float | None = None,
         stage_loss_weights: Sequence[float] = (1.0, 0.5, 0.25),
     ) -> None:
-        if library not in get_args(Library):
-            raise ValueError(f"semantics of {library!r} are not known: {', '.join(get_args(Library))} are")
-        self.library, self.min_pos_iou, self.allowed_border = library, min_pos_iou, allowed_border
+        if rules not in get_args(Library):
+            raise ValueError(f"semantics of {rules!r} are not known: {', '.join(get_args(Library))} are")
+        self.rules, self.min_pos_iou, self.allowed_border = rules, min_pos_iou, allowed_border
         self.stage_loss_weights = list(stage_loss_weights)
 
     def parts(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `faster_rcnn` with this library's matcher and box coders, where none are given."""
-        if self.library != "mmdetection":
+        if self.rules != "mmdetection":
             return arguments
         weights = arguments.get("bbox_reg_weights", (10.0, 10.0, 5.0, 5.0))
         ious = arguments.get("rpn_fg_iou_thresh", 0.7), arguments.get("rpn_bg_iou_thresh", 0.3)
@@ -84,9 +84,9 @@ class Semantics:
             ValueError: as many weights as stages are needed.
         """
         rpn, heads = model.rpn, model.roi_heads
-        if self.library == "detectron2" and isinstance(rpn, RegionProposalNetwork):
+        if self.rules == "detectron2" and isinstance(rpn, RegionProposalNetwork):
             rpn.counted_rows = AskedRows(int(attribute_of("rpn_sampler", rpn.sampler, "batch_size_per_image")))
-        if self.library != "mmdetection":
+        if self.rules != "mmdetection":
             return model
         stages = len(heads.stages) if isinstance(heads, CascadeRoIHeads) else 1
         if isinstance(rpn, RegionProposalNetwork):

@@ -47,7 +47,7 @@ class Told:
     def ask(self, semantics: str | None) -> Told:
         """With the rules of training of a library; where the configuration is of that one, they are as it says."""
         own = self.arguments.get("semantics")
-        if semantics is None or (own is not None and own.library == semantics):
+        if semantics is None or (own is not None and own.rules == semantics):
             return self
         return replace(self, asked={"semantics": semantics})
 

@@ -132,7 +132,7 @@ def test_the_rpns_losses_have_each_librarys_divisor(
     if boxes:  # two anchors reach the object's highest IoU, the others below 0.7 and above 0.3 train nothing
         iou = matching.pairwise_iou(batch.gt_boxes[0], anchors)[0]
         foreground, sampled = int((iou == iou.max()).sum()), int(((iou < 0.3) | (iou == iou.max())).sum())
-        whole = 2 * sampled if semantics.library == "torchvision" else 512
+        whole = 2 * sampled if semantics.rules == "torchvision" else 512
         objectness, box = 2 * sampled / whole, 2 * foreground * 0.25 / whole
         assert foreground == 2
     assert losses["loss_objectness"].item() == pytest.approx(objectness * math.log(2), rel=1e-6)
