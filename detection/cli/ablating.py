@@ -21,6 +21,7 @@ from detection.cli.fit_help import CONFIGS
 from detection.cli.flags import TRUST, check_ranges, take_trust
 from detection.cli.output import set_up_output
 from detection.cli.wording import Flags
+from detection.data.finding import Stage
 from detection.data.records import DataError
 from detection.errors import SettingsError, complaint, explain
 from detection.evaluation.ablation_table import Row, markdown, write_table
@@ -316,8 +317,9 @@ def data_checksum(ckpt: Path, trust: list[str]) -> str:
     module = DetectionModule.load_from_checkpoint(ckpt, trust, map_location="cpu")
     data = data_of_run(ckpt, trust, module, {})
     digest = hashlib.sha256()
-    for split in ("train", "val"):
-        index = data.read(split)  # type: ignore[arg-type]
+    stages: tuple[Stage, ...] = ("train", "val")
+    for split in stages:
+        index = data.read(split)
         digest.update(repr((split, index.classes)).encode())
         for record in index.records:
             digest.update(repr((record.file_name, record.width, record.height, record.segments)).encode())
