@@ -426,9 +426,11 @@ def encode_detections(detections: list[dict[str, Any]], batch: Batch, grid: Mask
     """
     for detection, (height, width) in zip(detections, batch.original_sizes.tolist(), strict=True):
         if "masks" in detection:
-            laid = grid.windows(detection["masks"].float(), detection["boxes"].float(), (height, width))
+            # To the host while they are small and in one copy: each window alone would wait for the device.
+            small = (detection[name].float().cpu() for name in ("masks", "boxes"))
+            laid = grid.windows(*small, (height, width))
             detection["masks"] = [
-                rle.encode_window(grid.inside(values).cpu().numpy(), (columns.start, rows.start), (height, width))
+                rle.encode_window(grid.inside(values).numpy(), (columns.start, rows.start), (height, width))
                 for rows, columns, values in laid
             ]
     return detections
