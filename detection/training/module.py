@@ -427,8 +427,8 @@ def encode_detections(detections: list[dict[str, Any]], batch: Batch, grid: Mask
     for detection, (height, width) in zip(detections, batch.original_sizes.tolist(), strict=True):
         if "masks" in detection:
             # To the host while they are small and in one copy: each window alone would wait for the device.
-            small = (detection[name].float().cpu() for name in ("masks", "boxes"))
-            laid = grid.windows(*small, (height, width))
+            masks, boxes = (detection[name].float().cpu() for name in ("masks", "boxes"))
+            laid = grid.windows(masks, boxes, (height, width))
             detection["masks"] = [
                 rle.encode_window(grid.inside(values).numpy(), (columns.start, rows.start), (height, width))
                 for rows, columns, values in laid
