@@ -16,7 +16,7 @@ from detection.interop import detectron2_config, load_detector, mmdetection_conf
 from detection.interop.builders import Layout, build
 from detection.interop.detectron2 import from_detectron2
 from detection.interop.detectron2_export import NEVER, spread_anchors
-from detection.interop.files import _read_foreign
+from detection.interop.files import read_foreign
 from detection.interop.rows import STYLES, Style
 from detection.interop.semantics import AskedRows
 from detection.interop.told import CONFIG, DEFAULT, LVIS, TENSORS, Told, origins_of, report, usual
@@ -285,11 +285,11 @@ def test_what_mmengine_logs_is_read_past(tmp_path: Path, monkeypatch: pytest.Mon
         log = {"loss": buffer([0.5, 0.25]), "steps": yaml.safe_load("[1, 2]")}
         content = {"state_dict": {"w": torch.ones(3)}, "meta": {"CLASSES": ("car", "boat")}, "message_hub": log}
         torch.save(content, tmp_path / "epoch.pth")
-    state, meta = _read_foreign(tmp_path / "epoch.pth")
+    state, meta = read_foreign(tmp_path / "epoch.pth")
     assert torch.equal(state["w"], torch.ones(3)) and meta == {"CLASSES": ("car", "boat")}
     torch.save({"state_dict": {"w": torch.ones(3)}, "message_hub": _Buffer()}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"not opened, as it needs os\.getenv"):
-        _read_foreign(tmp_path / "other.pth")
+        read_foreign(tmp_path / "other.pth")
     assert pickle.loads(pickle.dumps(_Buffer())) is not None
 
 
