@@ -21,8 +21,14 @@ OWN_STYLE = """
 p.verdict { font-size: 1.15rem; margin: 0; overflow-wrap: anywhere; }
 p.verdict.broken { border-left: 4px solid #d1442f; padding-left: .8rem; }
 p.note + p.verdict { margin-top: -.6rem; }
-td.number { white-space: nowrap; }
-td.wrap { white-space: normal; overflow-wrap: anywhere; text-align: left; min-width: 9rem; }
+header h1 { overflow-wrap: anywhere; }
+td.stage { text-align: left; white-space: normal; }
+td.stage small { display: block; color: var(--soft); overflow-wrap: anywhere; }
+.stages thead th { position: static; color: var(--soft); }
+@media (max-width: 560px) {
+  .stages :is(th, td):last-child { display: none; }
+  .stages :is(th, td) { padding: .38rem .25rem; }
+}
 tr.broken td { color: #d1442f; font-weight: 600; }
 .meter { display: inline-block; width: 5.5rem; height: .55rem; border-radius: 3px; background: var(--line); }
 .meter i { display: block; height: 100%; border-radius: 3px; background: var(--accent); }
@@ -32,7 +38,8 @@ tr.broken td { color: #d1442f; font-weight: 600; }
 table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
 table.facts td:first-child { color: var(--soft); white-space: nowrap; width: 1%; }
 code { font-size: .88em; overflow-wrap: anywhere; }
-.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(220px, 100%), 1fr)); gap: 1rem; }
+.images { display: grid; align-items: start; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(220px, 100%), 1fr)); }
 .images img { width: 100%; }
 """
 MADE = {
@@ -41,8 +48,8 @@ MADE = {
     "export": "exported from {source}",
 }
 STAGES_NOTE = (
-    "The largest difference over all images. A bar shows how much of the tolerance it takes, and how near the two are "
-    "to equal: a tenth of its length is a factor of ten. A stage that the other side does not show is left out."
+    "The largest difference over all images. A full bar is the tolerance, and a tenth of its length a factor of ten. "
+    "Stages that one side does not show are left out."
 )
 IMAGES_NOTE = {
     True: "Scenes that this project draws from a seed, so everybody has the same. Losses are compared on the first.",
@@ -138,18 +145,15 @@ def _verdict(content: Mapping[str, Any]) -> str:
 def _stages(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
-        unit = f" {row.unit}" if row.unit == "pixels" else ""
-        values = [
-            f"{shown(row.difference)}{unit}",
-            "stated only" if row.tolerance is None else f"{shown(row.tolerance)}{unit}",
-        ]
-        numbers = "".join(f'<td class="number">{value}</td>' for value in values)
-        told = f"{escape(row.where)}{', ' if row.note and row.where else ''}{escape(row.note)}"
-        css = "" if row.holds else ' class="broken"'
-        cells = f'<td class="text">{escape(row.stage)}</td>{numbers}<td>{_meter(row)}</td><td class="wrap">{told}</td>'
-        lines.append(f"<tr{css}>{cells}</tr>")
-    head = '<th class="text">stage</th><th>difference</th><th>tolerance</th><th></th><th class="text">largest in</th>'
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        unit = " px" if row.unit == "pixels" else ""
+        allowed = "stated only" if row.tolerance is None else f"{shown(row.tolerance)}{unit}"
+        told = ", ".join(escape(part) for part in (row.where, row.note) if part and row.difference != 0)
+        lines.append(
+            f'<tr{"" if row.holds else " class=broken"}><td class="stage">{escape(row.stage)}<small>{told}</small></td>'
+            f"<td>{shown(row.difference)}{unit}</td><td>{allowed}</td><td>{_meter(row)}</td></tr>"
+        )
+    head = '<th class="text">stage</th><th>difference</th><th>allowed</th><th></th>'
+    return f'<table class="stages"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 
 def _meter(row: Row) -> str:

@@ -245,6 +245,7 @@ def detectron2_side(state: Mapping[str, Tensor], model: FasterRCNN, config: Path
     except ImportError as error:
         raise AbsentError(f"Detectron2 is not installed here ({error})") from error
     cfg = get_cfg()
+    how = "the settings that this project reads from it" if config is None else config.name
     with tempfile.TemporaryDirectory() as folder:
         if config is None:
             config = Path(folder) / "settings.yaml"
@@ -292,7 +293,7 @@ def detectron2_side(state: Mapping[str, Tensor], model: FasterRCNN, config: Path
             proposals[0].proposal_boxes.tensor,
         )
 
-    return Side(f"Detectron2 {version('detectron2')}", look)
+    return Side(f"Detectron2 {version('detectron2')} with {how}", look)
 
 
 def mmdetection_side(state: Mapping[str, Tensor], text: str, prepare: Callable[[Pixels], Batch]) -> Side:
@@ -347,7 +348,7 @@ def mmdetection_side(state: Mapping[str, Tensor], text: str, prepare: Callable[[
             proposals[0].bboxes,
         )
 
-    return Side(f"MMDetection {version('mmdet')}", look)
+    return Side(f"MMDetection {version('mmdet')} with its own configuration, on pixels resized here", look)
 
 
 def _model_of(text: str) -> dict[str, Any]:
