@@ -25,10 +25,11 @@ from detection.interop.certificate_sides import (
     Traced,
     detectron2_side,
     mmdetection_side,
+    onnx_side,
     own_side,
     torchvision_side,
 )
-from detection.interop.exported_files import Run, onnx_runner, torch_runner
+from detection.interop.exported_files import Run, torch_runner
 from detection.interop.files import import_detector, load_detector, read_foreign
 from detection.interop.names import rename
 from detection.interop.openvino import openvino_runner
@@ -222,15 +223,30 @@ def _of_export(job: Job, model: FasterRCNN) -> tuple[Side, Side]:
 
     names = ["?"] * (model.num_classes - 1)
     detector = Detector(model, names, device="cpu")
-    if job.file.suffix == ".xml":
-        run = openvino_runner(job.file)
-    elif job.file.suffix == ".pt2":
-        run = torch_runner(job.file, bool(job.settings.get("compiled")), model.has_masks)
+    if job.file.suffix == ".onnx":
+        file = onnx_side(job.file)
     else:
-        run = onnx_runner(job.file)
-    file = Side(f"the file {job.file.name}", lambda image: Traced(found_by_file(run, image)))
-    name = f"the detector in PyTorch {torch.__version__}, as `detection predict` runs it"
-    return file, Side(name, lambda image: Traced(found_by_model(detector, image)))
+        compiled = bool(job.settings.get("compiled"))
+        run = (
+            openvino_runner(job.file)
+            if job.file.suffix == ".xml"
+            else torch_runner(job.file, compiled, model.has_masks)
+        )
+        file = Side(f"the file {job.file.name}", lambda image: Traced(found_by_file(run, image)))
+
+    @torch.no_grad()
+    def look(image: Pixels) -> Traced:
+        found = found_by_model(detector, image)
+        features = model.extract(detector.batch([image]))
+        logits, deltas = model.rpn.head(list(features.maps))
+        return Traced(
+            found,
+            [level[0] for level in features.maps],
+            objectness=[level[0] for level in logits],
+            deltas=[level[0].unflatten(0, (-1, 4)) for level in deltas],
+        )
+
+    return file, Side(f"the detector in PyTorch {torch.__version__}, as `detection predict` runs it", look)
 
 
 def _same_tensors(model: FasterRCNN, again: FasterRCNN) -> Row:

@@ -312,6 +312,7 @@ def mmdetection_side(state: Mapping[str, Tensor], text: str, prepare: Callable[[
         from mmdet.registry import MODELS
         from mmdet.structures import DetDataSample
         from mmengine.config import ConfigDict
+        from mmengine.registry import init_default_scope
     except Exception as error:  # compiled for other versions, it may raise anything
         raise AbsentError(f"MMDetection is not installed here ({' '.join(str(error).split())[:120]})") from error
     del mmcv
@@ -320,6 +321,7 @@ def mmdetection_side(state: Mapping[str, Tensor], text: str, prepare: Callable[[
 
     settings.pop("init_cfg", None)
     settings.backbone.pop("init_cfg", None)
+    init_default_scope("mmdet")  # where a model looks for its preprocessor
     network = MODELS.build(settings).eval()
     missing, extra = network.load_state_dict(dict(state), strict=False)
     if bad := [name for name in (*missing, *extra) if not name.endswith("num_batches_tracked")]:
@@ -349,6 +351,48 @@ def mmdetection_side(state: Mapping[str, Tensor], text: str, prepare: Callable[[
         )
 
     return Side(f"MMDetection {version('mmdet')} with its own configuration, on pixels resized here", look)
+
+
+def onnx_side(path: Path) -> Side:
+    """An exported file with what it computes on the way: the maps that its RPN's head takes and gives, by level.
+
+    They are found by the names of the weights that they are multiplied with, and made outputs of a copy in memory.
+    """
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(path)
+    users: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            users.setdefault(node.input[1], []).append(node)
+    head = "model.rpn.head."
+    logits, deltas = (
+        [n.output[0] for n in users.get(f"{head}{part}.weight", [])] for part in ("cls_logits", "bbox_pred")
+    )
+    maps = [node.input[0] for node in users.get(f"{head}conv.0.0.weight", [])]
+    maps = maps if len(maps) == len(logits) == len(deltas) else []
+    asked = [name for names in ((maps, logits, deltas) if maps else ()) for name in names]
+    final = [output.name for output in model.graph.output]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in asked)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+    def look(image: Pixels) -> Traced:
+        planes = np.ascontiguousarray(image.transpose(2, 0, 1))[None]
+        values = dict(zip([*final, *asked], session.run([*final, *asked], {"images": planes}), strict=True))
+        given = {name: torch.from_numpy(value[0]) for name, value in values.items() if name != "counts"}
+        count = int(values["counts"][0])
+        found = {name: given[name][:count] for name in final if name != "counts"}
+        if not asked:
+            return Traced(found)
+        return Traced(
+            found,
+            [given[name] for name in maps],
+            objectness=[given[name] for name in logits],
+            deltas=[given[name].unflatten(0, (-1, 4)) for name in deltas],
+        )
+
+    return Side(f"the file {path.name}", look)
 
 
 def _model_of(text: str) -> dict[str, Any]:
