@@ -321,11 +321,22 @@ def test_the_script(
     model = zoo.fasterrcnn_mobilenet_v3_large_fpn(num_classes=91, norm="frozen")
     torch.save(model.state_dict(), tmp_path / "theirs.pth")
     ours, back = str(tmp_path / "ours.safetensors"), str(tmp_path / "back.pth")
-    source = ("--source", str(tmp_path / "theirs.pth"))
+    source = ("--source", str(tmp_path / "theirs.pth"), "--certificate", "false")
     assert run(monkeypatch, "import", *source, "--output", ours, "--contiguous", "true") is None
     assert "ours.safetensors: 80 classes, 19,3" in capsys.readouterr().out
     assert load_detector(ours).num_classes == 81
-    flags = ("--source", ours, "--output", back, "--to", "torchvision", "--category_ids", "true")
+    flags = (
+        "--source",
+        ours,
+        "--output",
+        back,
+        "--to",
+        "torchvision",
+        "--category_ids",
+        "true",
+        "--certificate",
+        "false",
+    )
     assert run(monkeypatch, "export", *flags) is None
     assert "(weights=None, num_classes=91)" in capsys.readouterr().out
     for arguments, message in (
