@@ -52,8 +52,8 @@ STAGES_NOTE = (
     "Stages that one side does not show are left out."
 )
 IMAGES_NOTE = {
-    True: "Scenes that this project draws from a seed, so everybody has the same. Losses are compared on the first.",
-    False: "Of the folder that was named. Losses are compared on drawn scenes alone.",
+    True: "Scenes that this project draws from a seed, so everybody has the same.",
+    False: "Of the folder that was named.",
 }
 
 
@@ -87,7 +87,7 @@ def verdict(content: Mapping[str, Any]) -> str:
         return f"{name} loses {accuracy['lost']:.4f} AP against {against}."
     unjudged = "" if any(row.tolerance is not None for row in rows) else " Nothing is judged: differences are stated."
     none = "" if content["detections"] else " Nothing was detected on these images, so no boxes were compared."
-    return f"{name} agrees with {against} within the tolerances.{unjudged}{none}"
+    return f"{name} agrees within the tolerances with {against}.{unjudged}{none}"
 
 
 def _render(content: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
