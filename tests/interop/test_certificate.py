@@ -35,7 +35,7 @@ from detection.interop.certificate import (
 from detection.interop.certificate_files import read_inside, write_inside
 from detection.interop.certificate_making import _round_trip, _same_tensors
 from detection.interop.certificate_page import shown, verdict, write_page
-from detection.interop.certificate_sides import Side, Traced
+from detection.interop.certificate_sides import Side, Traced, as_tensor
 from detection.interop.detectron2 import choose_style, from_detectron2
 from detection.interop.mmdetection import from_mmdetection
 from detection.interop.rows import STYLES
@@ -49,8 +49,13 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("certified")
     torch.manual_seed(0)
     model: Any = getattr(reference, MOBILE)(weights=None, weights_backbone=None, num_classes=5)
-    for layer, spread in ((model.rpn.head.cls_logits, 0.1), (model.roi_heads.box_predictor.cls_score, 0.5)):
-        nn.init.normal_(layer.weight, std=spread)  # scores of all sizes, whose order no rounding changes
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():  # statistics of real features, and scores of all sizes, whose order no rounding changes
+        model.train().backbone(model.transform([as_tensor(picture.pixels) for picture in drawn()])[0].tensors)
+        for layer, spread in ((model.rpn.head.cls_logits, 0.1), (model.roi_heads.box_predictor.cls_score, 0.2)):
+            layer.weight.normal_(0, spread)
     torch.save(model.state_dict(), folder / f"{MOBILE}.pth")
     arguments = ["--source", str(folder / f"{MOBILE}.pth"), "--output", str(folder / "ours.safetensors")]
     assert not command(["convert", "import", *arguments])
