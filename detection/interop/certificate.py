@@ -349,11 +349,15 @@ def path_of(file: Path) -> Path:
 
 
 def relative(path: Path, folder: Path) -> str:
-    """A path as it is reached from a folder, so that both can be moved together and no home is named."""
+    """A path as it is reached from a folder, so that both can be moved together.
+
+    Of what is more than two folders up the name alone is left: a file that is given away names no home.
+    """
     try:
-        return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()
+        found = Path(os.path.relpath(path.resolve(), folder.resolve()))
     except ValueError:  # on another drive
         return path.name
+    return path.name if found.parts[:3] == ("..",) * 3 else found.as_posix()
 
 
 def _lost_too_much(accuracy: Mapping[str, Any] | None) -> bool:

@@ -246,7 +246,7 @@ def _of_export(job: Job, model: FasterRCNN) -> tuple[Side, Side]:
             deltas=[level[0].unflatten(0, (-1, 4)) for level in deltas],
         )
 
-    return file, Side(f"the detector in PyTorch {torch.__version__}, as `detection predict` runs it", look)
+    return file, Side(f"the detector in PyTorch {torch.__version__}, as it predicts", look)
 
 
 def _same_tensors(model: FasterRCNN, again: FasterRCNN) -> Row:
