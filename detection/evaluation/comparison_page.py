@@ -43,7 +43,10 @@ FIGURES_NOTE = (
     "p: that chance of images and seeds gives such a difference; p images: of images alone, with these very weights, "
     "by permutation."
 )
-CLASSES_NOTE = "AP of each class; click one for the images where the sides differ in it. Of many classes some differ by chance: p adjusted counts that in (Benjamini and Hochberg)."
+CLASSES_NOTE = (
+    "AP of each class; click one for the images where the sides differ in it. Of many classes some differ by chance: p "
+    "adjusted counts that in (Benjamini and Hochberg)."
+)
 MISTAKES_NOTE = (
     "How many of each kind at IoU .50, after TIDE; fewer is better. dAP50 is by how many points more AP50 the kind "
     "costs A."
@@ -51,9 +54,9 @@ MISTAKES_NOTE = (
 SETTINGS_NOTE = "What is not the same on both sides; where the runs of a side differ, each value."
 IMAGES_NOTE = (
     "The first run of each side beside each other. An image changed by how much lighter the mistakes that the filters "
-    "select weigh on one side: scores of wrong detections, and one for each object not found. Two sides differ where an "
-    "object is found by one alone, or their detections are not of the same kinds and classes. Dashed boxes are objects. "
-    "Click to enlarge, then the space bar changes sides. Masks are not drawn, but their boxes."
+    "select weigh on one side: scores of wrong detections, and one for each object not found. The sides differ where "
+    "one alone finds an object, or their detections are not of the same kinds and classes. Dashed boxes are objects. "
+    "Click to enlarge, then the space bar changes sides."
 )
 METHOD = (
     "The images were drawn {draws} times with replacement, the same for all runs, and all figures computed anew for "
@@ -200,6 +203,8 @@ def _render(found: Contrast, a: Side, b: Side, draws: int, said: str, images: st
     tiles += [(_chance(first.p), "p"), (_chance(first.p_images), "p of images alone")]
     shown = "".join(f'<div class="tile"><b>{value}</b><span>{escape(text)}</span></div>' for value, text in tiles)
     settings = differing(a, b)
+    has_masks = bool(a.results) and a.results[0].gt_masks is not None
+    note = f"{IMAGES_NOTE} Masks are not drawn, but their boxes." if has_masks else IMAGES_NOTE
     body = [
         f'<div class="tiles">{shown}</div>',
         section("Verdict", "", f'<p class="verdict">{escape(said)}</p>'),
@@ -208,7 +213,7 @@ def _render(found: Contrast, a: Side, b: Side, draws: int, said: str, images: st
         section("Mistakes", MISTAKES_NOTE, _mistakes(found)),
         section("What differs", SETTINGS_NOTE, _settings(settings)) if settings else "",
         section("Runs", "", _table_of_runs(a, b)),
-        section("Images", IMAGES_NOTE, images),
+        section("Images", note, images),
         section("How it is computed", "", _method(first, draws)),
     ]
     return PAGE.format(

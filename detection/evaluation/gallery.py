@@ -37,6 +37,7 @@ from detection.evaluation.results import ImageResult, Rle
 
 CONFIDENT = 0.5  # score of the detections in the confusion matrix
 FOUND, LOST, MISSED = range(IGNORED + 1, IGNORED + 4)  # kinds of objects: found, with a wrong detection, with none
+OBJECT_KINDS = ("found object", "object with a wrong detection", "missed object")
 FOUND_COLOUR = "#8fa3b8"
 SHOWN: dict[str, tuple[tuple[int, ...], str]] = {  # what can be asked for: its kinds and colour
     "right": ((RIGHT,), plots.COLOURS[RIGHT]),
@@ -49,9 +50,7 @@ SHOWN: dict[str, tuple[tuple[int, ...], str]] = {  # what can be asked for: its 
 # 6 kB, so that 5,000 take 40 MB as text.
 SIDES = ((720, 600), (512, 1200), (384, 2400), (256, None))
 QUALITY = 50  # of WebP
-ROOM = (
-    57_000_000  # bytes of boxes and pictures in the page; more, and the pictures go beside it: pages stay below 60 MB
-)
+ROOM = 57_000_000  # bytes of boxes and pictures in a page, which stays below 60 MB; more, and pictures go beside it
 CHUNK = 100  # pictures that are unpacked together
 OUTLINED, OUTLINE_SCORE = 1000, 0.3  # images up to which masks are drawn, and the least score of those detections
 
@@ -138,8 +137,7 @@ def block(
         "classes": list(names),
         "layers": list(layers),
         "shown": [{"name": name, "kinds": kinds, "colour": colour} for name, (kinds, colour) in SHOWN.items()],
-        "kinds": ["right", *(name for name, _ in MISTAKES.values()), "not judged"]
-        + ["found object", "object with a wrong detection", "missed object"],
+        "kinds": ["right", *(name for name, _ in MISTAKES.values()), "not judged", *OBJECT_KINDS],
         "colours": [*colours, FOUND_COLOUR, plots.MISSED, plots.MISSED],
         "sizes": list(AREAS[1:]),
         "images": images,
@@ -218,10 +216,11 @@ def _path(mask: Rle, side: int) -> str:
 
 def _pictures(results: Sequence[ImageResult], pictures: Pictures, room: int) -> tuple[str, list[str]]:
     """Where the pictures are, as attributes, and their text: `CHUNK` of them together, a line each; none if beside."""
-    side = side_of(len(results))
+    side, load = side_of(len(results)), pictures.load
+    assert load is not None
 
     def small(result: ImageResult) -> bytes:
-        return _thumbnail(false_colour(pictures.load(result)), side)
+        return _thumbnail(false_colour(load(result)), side)
 
     with ThreadPoolExecutor() as pool:
         all_of = list(pool.map(small, results))

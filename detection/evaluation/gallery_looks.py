@@ -69,7 +69,7 @@ const gallery = document.querySelector("#gallery-data"), data = JSON.parse(galle
 const one = selector => document.querySelector("#images " + selector);
 const chunks = [...document.querySelectorAll("script.pictures")], opened = new Map();
 const FOUND = 7, LOST = 8, MISSED = 9;  // kinds of objects, behind those of detections
-const two = data.layers.length > 1, PAGE = two ? 24 : 48, none = data.classes.length;
+const two = data.layers.length > 1, PAGE = 24, none = data.classes.length;
 const SORTS = {
   ...(two ? { changed: "changed most", a: `better: ${data.layers[0]}`, b: `better: ${data.layers[1]}`,
     runs: "changed most, all runs" } : {}),
@@ -91,7 +91,9 @@ function read() {
 }
 function go(query, replace) {
   hash = "#" + query;
-  try { history[replace ? "replaceState" : "pushState"](null, "", hash); } catch { /* a page in a frame has no address */ }
+  try {
+    history[replace ? "replaceState" : "pushState"](null, "", hash);
+  } catch { /* a page in a frame may have no address of its own */ }
   show();
 }
 function change(changes, replace) {
@@ -99,7 +101,7 @@ function change(changes, replace) {
   go(new URLSearchParams(Object.entries(next).filter(([key, value]) => value !== START[key])), replace);
 }
 
-// visit(numbers, at, kind, cell, score) for each object and each detection of a layer; a cell counts rows, then columns.
+// visit(numbers, i, kind, cell, score) for each object and each detection of a layer; cells count row by row.
 function eachBox(image, layer, visit) {
   const { boxes, objects: known } = image.layers[layer], objects = image.objects, { least } = wanted;
   for (let i = 0, k = 0; i < objects.length; i += 6, k += 3) {
@@ -167,9 +169,10 @@ function draw(svg, image, layer) {
     if (!(chosen || state.rest) || kind === FOUND && !state.found) return;
     const outline = object ? image.outlines?.[i / 6] : own.outlines?.[i / 9];
     const [x, y, width, height] = numbers.slice(i, i + 4);
-    const look = { class: (object ? "object" : "") + (chosen ? "" : " faint"), style: `--colour:${data.colours[kind]}` };
-    svg.append(make(outline ? "path" : "rect", { ...look, ...(outline ? { d: outline } : { x, y, width, height }) },
-      make("title", {}, named(numbers, i, kind))));
+    svg.append(make(outline ? "path" : "rect", {
+      class: (object ? "object" : "") + (chosen ? "" : " faint"), style: `--colour:${data.colours[kind]}`,
+      ...(outline ? { d: outline } : { x, y, width, height }),
+    }, make("title", {}, named(numbers, i, kind))));
   });
 }
 
@@ -220,12 +223,14 @@ function enlarge(number, layer) {
   eachBox(entry.image, layer, (numbers, i, kind, cell) =>
     fits(numbers, i, cell) && asked(kind) && kind !== FOUND && texts.push(named(numbers, i, kind)));
   one("dialog b").textContent = `${number + 1} of ${chosen.length}: ${entry.image.file}`;
-  const button = (text, click, disabled) => make("button", { type: "button", click, ...(disabled && { disabled }) }, text);
+  const button = (text, click, disabled) =>
+    make("button", { type: "button", click, ...(disabled && { disabled }) }, text);
   one("dialog span").replaceChildren(button("previous", () => enlarge(at - 1, side), !number),
     ...(two ? [button(`show ${data.layers[1 - layer]}`, () => enlarge(at, 1 - side))] : []),
     button("next", () => enlarge(at + 1, side), number + 1 === chosen.length), button("close", () => large.close()));
   one("dialog .place").replaceChildren(frame(number, layer, () => large.close()));
-  one("dialog p").textContent = texts.slice(0, 40).join(", ") + (texts.length > 40 ? `, and ${texts.length - 40} more` : "");
+  const more = texts.splice(40).length;
+  one("dialog p").textContent = texts.join(", ") + (more ? `, and ${more} more` : "");
   if (!large.open) large.showModal();
 }
 large.addEventListener("keydown", event => {
@@ -238,7 +243,8 @@ large.addEventListener("click", event => event.target === large && large.close()
 function chips() {
   const [is, as] = state.cell.split(",").map(Number), say = { class: state.class, mistake: state.mistake,
     cell: `${data.classes[is] ?? "background"} as ${data.classes[as] ?? "undetected"} at score 0.5`,
-    size: state.size, file: `name has ${state.file}`, differ: "where they differ", score: `score ${state.score} and more` };
+    size: state.size, file: `name has ${state.file}`, differ: "where they differ",
+    score: `score ${state.score} and more` };
   const set = Object.keys(say).filter(key => state[key] !== START[key]);
   return set.map(key => make("button", { type: "button", title: "remove this filter", "data-filter": key,
     click: () => change({ [key]: START[key] }) }, `${key === "class" || key === "size" ? key + " " : ""}${say[key]}`));
@@ -254,13 +260,15 @@ function kinds() {
 function show() {
   read();
   select();
-  const pages = Math.max(1, Math.ceil(chosen.length / PAGE)), page = Math.min(pages, Math.max(1, parseInt(state.page) || 1));
+  const pages = Math.max(1, Math.ceil(chosen.length / PAGE));
+  const page = Math.min(pages, Math.max(1, parseInt(state.page) || 1));
   for (const input of document.querySelectorAll("#images .controls [name]"))
     if (input.type === "checkbox") input.checked = Boolean(state[input.name]); else input.value = state[input.name];
   one("output").textContent = Number(state.score).toFixed(2);
   one(".kinds").replaceChildren(...kinds());
   one(".chips").replaceChildren(...chips());
-  const sum = key => data.layers.map((_, layer) => chosen.reduce((total, { seen }) => total + seen[layer][key], 0)).join(" | ");
+  const count = (layer, key) => chosen.reduce((total, { seen }) => total + seen[layer][key], 0);
+  const sum = key => data.layers.map((_, layer) => count(layer, key)).join(" | ");
   one(".count").textContent = `${sum("objects")} objects and ${sum("detections")} detections in ${chosen.length} of `
     + counted(data.images.length, "image") + (two ? ` (${data.layers.join(" | ")})` : "");
   near.disconnect();
@@ -278,11 +286,11 @@ data.classes.forEach(name => one("[name=class]").append(make("option", { value: 
 data.sizes.forEach(name => one("[name=size]").append(make("option", { value: name }, name)));
 Object.entries(SORTS).forEach(([value, name]) => one("[name=sort]").append(make("option", { value }, name)));
 one(".gallery").style.setProperty("--least", two ? "440px" : "250px");
-for (const input of document.querySelectorAll("#images .controls [name]"))
-  input.addEventListener(input.type === "range" || input.type === "search" ? "input" : "change", () => change({
-    [input.name]: input.type === "checkbox" ? (input.checked ? "1" : "") : input.type === "range" ? String(input.valueAsNumber)
-      : input.value,
-  }, input.type === "range" || input.type === "search"));
+for (const input of document.querySelectorAll("#images .controls [name]")) {
+  const moves = input.type === "range" || input.type === "search";  // leaves no trail of steps to go back through
+  const value = () => input.type === "checkbox" ? (input.checked ? "1" : "") : input.value;
+  input.addEventListener(moves ? "input" : "change", () => change({ [input.name]: value() }, moves));
+}
 document.addEventListener("click", event => {
   const href = event.target.closest("a")?.getAttribute("href") ?? "";
   if (!href.startsWith("#") || !href.includes("=") || event.ctrlKey || event.metaKey || event.shiftKey) return;

@@ -40,15 +40,18 @@ CONFUSION_NOTE = (
     f"Detections of score {CONFIDENT} and more against objects of any class at IoU .50. Colours are shares of the row "
     "over all classes; click a number for its boxes. "
 )
-CLASSES_NOTE = "Click a column to sort, a class or its detections for the images. The last three are at the score of best F1 for the class."
+CLASSES_NOTE = (
+    "Click a column to sort, a class or its detections for the images. The last three are at the score of best F1 for "
+    "the class."
+)
 MISTAKES_NOTE = (
     "Mistakes at IoU .50 (background below .10) after TIDE, and the points of AP50 that putting one kind right would "
     "add. They don't add up: one mistake hides another. Click a bar or a count for the images."
 )
 IMAGES_NOTE = (
-    "All images, and in them the boxes that the filters select. Mistakes weigh the scores of wrong detections, and one for "
-    "each object not found. Dashed boxes are objects; one whose right detection scores below the threshold counts as not "
-    "found. Hover for names, click to enlarge. The address keeps the filters."
+    "All images, and in them the boxes that the filters select. Mistakes weigh the scores of wrong detections, and one "
+    "for each object not found. Dashed boxes are objects; one whose right detection scores below the threshold counts "
+    "as not found. Hover for names, click to enlarge. The address keeps the filters."
 )
 LEADS_NOTE = (
     'What can be asked next. Scores that are no chances of being right: see <a href="#calibration">calibration</a>.'
