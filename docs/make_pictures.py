@@ -54,7 +54,7 @@ def detections(detector: Detector, records: list[tuple[Record, Path]]) -> Image.
     return side_by_side(pairs, ("ground truth", f"detections of score {SHOWN} and more"), columns=2)
 
 
-def save(picture: Image.Image | Figure, path: Path) -> None:
+def save(picture: Image.Image | Figure, path: Path, most: int = MOST) -> None:
     """Write a JPEG, the better the more room there is."""
     if isinstance(picture, Figure):
         picture.savefig(path.with_suffix(".png"), dpi=110, facecolor="white", bbox_inches="tight", pad_inches=0.08)
@@ -62,7 +62,7 @@ def save(picture: Image.Image | Figure, path: Path) -> None:
         path.with_suffix(".png").unlink()
     for quality in (88, 80, 70, 60):
         picture.save(path, quality=quality, optimize=True, progressive=True)
-        if path.stat().st_size <= MOST:
+        if path.stat().st_size <= most:
             break
     print(f"{path}: {picture.width} x {picture.height}, {path.stat().st_size // 1000} kB")
 
@@ -82,7 +82,7 @@ def gallery(run: Path, root: Path) -> Image.Image:
         raise SystemExit(complaint)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1200, "height": 1000}, color_scheme="light")
+        page = browser.new_page(viewport={"width": 1100, "height": 720}, color_scheme="light")
         page.goto(f"{(run / 'report' / 'report.html').resolve().as_uri()}#{FILTERS}")
         page.wait_for_timeout(1000)  # for the pictures
         shot = page.screenshot()
@@ -112,7 +112,7 @@ def main() -> None:
     save(plot_proposals(model, image, target, counts=(10, 50, 300)), args.output / "proposals.jpg")
     save(plot_samples(model, image, target, detector.class_names), args.output / "samples.jpg")
     save(plot_pyramid(model, image), args.output / "pyramid.jpg")
-    save(gallery(args.run, Path(root)), args.output / "gallery.jpg")
+    save(gallery(args.run, Path(root)), args.output / "gallery.jpg", most=80_000)
     with (args.run / "metrics.csv").open(newline="") as file:
         save(training_curves(list(csv.DictReader(file))), args.output / "curves.jpg")
 
