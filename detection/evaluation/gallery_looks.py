@@ -17,7 +17,7 @@ CONTROLS = """
 <p class="note count" aria-live="polite"></p>
 <div class="gallery"></div>
 <div class="pages"><button type="button">previous</button><span></span><button type="button">next</button></div>
-<dialog><div class="bar"><b></b><span></span></div><div class="place"></div><p></p></dialog>
+<dialog><div class="heading"><b></b><span></span></div><div class="place"></div><p></p></dialog>
 """
 COMPARED = '<label><input name="differ" type="checkbox">only images where they differ</label>'
 
@@ -26,7 +26,7 @@ STYLE = """
 .controls select, .controls input[type=search] { font: inherit; color: inherit; background: var(--ground);
   border: 1px solid var(--line); border-radius: 6px; padding: .15rem .35rem; max-width: 12rem; }
 .kinds, .chips { display: flex; flex-wrap: wrap; gap: .4rem; margin-bottom: .7rem; font-size: .85rem; }
-.kinds button, .chips button, .pages button, .bar button { font: inherit; color: inherit; cursor: pointer;
+.kinds button, .chips button, .pages button, .heading button { font: inherit; color: inherit; cursor: pointer;
   background: none; border: 1px solid var(--line); border-radius: 99px; padding: .15rem .7rem; }
 .kinds button:hover, .chips button:hover, .pages button:hover { background: var(--hover); }
 .kinds button[aria-pressed=true], .chips button { border-color: var(--accent); }
@@ -57,10 +57,10 @@ dialog { border: 0; padding: 0; background: #10151d; color: #e4eaf1; width: fit-
   max-height: 96vh; font-size: .9rem; }
 dialog::backdrop { background: rgba(0, 0, 0, .7); }
 dialog .place .frame { width: min(94vw, 78vh * var(--ratio)); cursor: zoom-out; }
-dialog .bar { display: flex; flex-wrap: wrap; justify-content: space-between; gap: .4rem 1rem; padding: .5rem .8rem;
+dialog .heading { display: flex; flex-wrap: wrap; justify-content: space-between; gap: .4rem 1rem; padding: .5rem .8rem;
   max-width: 94vw; }
-dialog .bar b { overflow-wrap: anywhere; }
-dialog .bar span { display: flex; flex-wrap: wrap; gap: .4rem; }
+dialog .heading b { overflow-wrap: anywhere; }
+dialog .heading span { display: flex; flex-wrap: wrap; gap: .4rem; }
 dialog p { margin: 0; padding: .5rem .8rem; color: #9aa8b8; width: 0; min-width: 100%; }
 """
 

@@ -228,10 +228,10 @@ def test_the_report_in_a_browser(evaluation, browser):
     # Enlarged, and on to the next.
     page.evaluate("go('mistake=missed')")
     page.locator("figure .frame").first.click()
-    first = page.text_content("dialog .bar b")
+    first = page.text_content("dialog .heading b")
     assert page.locator("dialog rect:not(.faint)").count() > 0 and "missed object" in page.text_content("dialog p")
     page.keyboard.press("ArrowRight")
-    assert page.text_content("dialog .bar b") != first
+    assert page.text_content("dialog .heading b") != first
     page.keyboard.press("Escape")
     assert not page.locator("dialog").is_visible()
     # Tables are sorted by a click on their heads.
