@@ -412,16 +412,38 @@ def read(file: Path) -> tuple[dict[str, Any], list[str]]:
 def _parse(text: str, file: Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
-        rows_of(content)
-        for name, kind in {"made": str, "file": dict, "source": dict, "settings": dict, "images": dict}.items():
-            if not isinstance(content[name], kind):
-                raise TypeError(f"{name} is {type(content[name]).__name__}")
+        _check(content)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CertificateError(f"{file}: its certificate can't be read ({error}): write the file again") from error
     if content.get("certificate") != FORMAT:
         raise CertificateError(f"{file}: its certificate is of a newer version: update this package")
     found: dict[str, Any] = content
     return found
+
+
+def _check(content: Any) -> None:
+    """Raise a TypeError or KeyError where a certificate lacks what is looked at, or has something of another kind."""
+    number = (int, float, type(None))
+    kinds: dict[str, Any] = {"made": str, "file": dict, "source": dict, "settings": dict, "images": dict, "versions": dict}
+    kinds |= {"reference": str, "date": str, "detections": int}
+    wanted: list[tuple[Any, Any]] = [(content[name], kind) for name, kind in kinds.items()]
+    wanted += [(content[name][key], str) for name in ("file", "source") for key in ("name", "sha256")]
+    wanted += [(content["source"]["path"], str), (content["images"]["pictures"], list)]
+    wanted += [(entry[key], str) for entry in content["images"]["pictures"] for key in ("name", "sha256")]
+    for row in rows_of(content):
+        wanted += [
+            (row.stage, str),
+            (row.where, str),
+            (row.unit, str),
+            (row.difference, number),
+            (row.tolerance, number),
+        ]
+    if (accuracy := content["accuracy"]) is not None:
+        wanted += [(accuracy[key], (int, float)) for key in ("file", "reference", "lost", "tolerance")]
+        wanted += [(accuracy["data"], str)]
+    for value, kind in wanted:
+        if not isinstance(value, kind):
+            raise TypeError(f"{str(value)[:40]!r} is no value of a certificate")
 
 
 def rows_of(content: Mapping[str, Any]) -> list[Row]:

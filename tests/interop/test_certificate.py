@@ -291,7 +291,9 @@ def test_a_certificate_is_read_as_data_and_never_trusted(tmp_path: Path) -> None
     assert read(file)[1] == []
     path_of(file).write_text(json.dumps({**content, "holds": True}))
     assert "is not the one in" in read(file)[1][0]
-    for text in ("{", "[]", '{"certificate": 1}', '{"rows": [{"a": 1}]}', json.dumps({**content, "certificate": 9})):
+    odd = [{**content, "certificate": 9}, {**content, "images": {"drawn": 0}}, {**content, "accuracy": {"lost": "no"}}]
+    odd += [{**content, "rows": [{**content["rows"][1], "difference": "0"}]}, {**content, "source": {"name": "b"}}]
+    for text in ("{", "[]", '{"certificate": 1}', '{"rows": [{"a": 1}]}', *map(json.dumps, odd)):
         path_of(file).write_text(text)
         with pytest.raises(CertificateError, match="certificate"):
             read(file)
