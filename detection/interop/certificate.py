@@ -424,7 +424,14 @@ def _parse(text: str, file: Path) -> dict[str, Any]:
 def _check(content: Any) -> None:
     """Raise a TypeError or KeyError where a certificate lacks what is looked at, or has something of another kind."""
     number = (int, float, type(None))
-    kinds: dict[str, Any] = {"made": str, "file": dict, "source": dict, "settings": dict, "images": dict, "versions": dict}
+    kinds: dict[str, Any] = {
+        "made": str,
+        "file": dict,
+        "source": dict,
+        "settings": dict,
+        "images": dict,
+        "versions": dict,
+    }
     kinds |= {"reference": str, "date": str, "detections": int}
     wanted: list[tuple[Any, Any]] = [(content[name], kind) for name, kind in kinds.items()]
     wanted += [(content[name][key], str) for name in ("file", "source") for key in ("name", "sha256")]
