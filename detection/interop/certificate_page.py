@@ -40,7 +40,9 @@ table.facts td:first-child { color: var(--soft); white-space: nowrap; width: 1%;
 code { font-size: .88em; overflow-wrap: anywhere; }
 .images { display: grid; align-items: start; gap: 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(220px, 100%), 1fr)); }
-.images img { width: 100%; }
+.images figure { margin: 0; border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
+.images img { display: block; width: 100%; }
+.images figcaption { padding: .5rem .8rem; font-size: .85rem; color: var(--soft); }
 """
 MADE = {
     "import": "converted from {source}",
