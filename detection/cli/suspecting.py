@@ -236,24 +236,22 @@ def _write(output: Path, judged: Judged, limit: int | None) -> None:
     print(f"page: {output / 'suspects.html'}")
 
 
-def _write_next(output: Path, detectors: Sequence[Path], folder: Path, accelerator: str, trust: Sequence[str]) -> None:
+def _write_next(output: Path, ckpts: Sequence[Path], folder: Path, accelerator: str, trust: Sequence[str]) -> None:
     device = {"gpu": "cuda"}.get(accelerator, accelerator)
-    found: dict[str, list[Any]] = {}
-    for ckpt in detectors:  # one after the other, so that one alone is in memory
-        detector = Detector.from_checkpoint(ckpt, device, trust=trust)
-        source = open_source(str(folder), detector.form)
-        if not isinstance(source, Images):
-            raise DataError(f"{folder} is not a folder of pictures: give one as --unlabelled")
-        for name, pixels in source:
-            one = detector.predict([pixels])[0]
-            found.setdefault(name, []).append((one.boxes, one.labels, one.scores))
+    detectors = [Detector.from_checkpoint(ckpt, device, trust=trust) for ckpt in ckpts]
+    form = detectors[0].form
+    source = open_source(str(folder), form)
+    if not isinstance(source, Images):
+        raise DataError(f"{folder} is not a folder of pictures: give one as --unlabelled")
     pictures = []
     for name, pixels in source:
-        objects = merged(found[name])
-        pictures.append(Unlabelled(name, pixels.shape[:2], objects, gradients(false_colour(pixels))))
+        found = [detector.predict([pixels])[0] for detector in detectors]
+        objects = merged([(one.boxes, one.labels, one.scores) for one in found])
+        height, width = pixels.shape[:2]
+        pictures.append(Unlabelled(name, (height, width), objects, gradients(false_colour(pixels))))
     order = ranked(pictures)
-    write_next(output, order, detector.class_names, source.root, partial(read_image, form=detector.form))
-    for problem in dict.fromkeys(source.problems):
+    write_next(output, order, detectors[0].class_names, source.root, partial(read_image, form=form))
+    for problem in source.problems:
         print(f"not read: {problem}")
     print(f"what to label next, {len(order)} pictures: {output / 'next.html'}")
 

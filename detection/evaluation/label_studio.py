@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -34,7 +34,7 @@ def task(
     file_name: str,
     size: tuple[int, int],
     names: Sequence[str],
-    predictions: dict[str, Sequence[Region]],
+    predictions: Mapping[str, Sequence[Region]],
     score: float,
     facts: dict[str, Any] | None = None,
 ) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from detection.evaluation.report import LoadImage
 from detection.evaluation.results import ImageResult
 from detection.evaluation.suspicion import KINDS, Box, Labelled, Suspect, corners
 
-COLUMNS = ("rank", "suspicion", "kind", "image", "annotation_id", "class", "x1", "y1", "x2", "y2")
-COLUMNS += ("proposed_class", "proposed_x1", "proposed_y1", "proposed_x2", "proposed_y2", "confidence", "iou")
+PLACE = ("class", "x1", "y1", "x2", "y2")
+COLUMNS = ["rank", "suspicion", "kind", "image", "annotation_id", *PLACE, *(f"proposed_{name}" for name in PLACE)]
+COLUMNS += ["confidence", "iou"]
 NOW, PROPOSED = "annotations", "proposals"  # the two predictions of a task: as it is, and as it should be
 
 

@@ -163,7 +163,8 @@ class Usual:
 
     def __init__(self, results: Sequence[ImageResult], places: Sequence[Places], num_classes: int) -> None:
         ious, scores = ([list[float]() for _ in range(num_classes + 1)] for _ in range(2))
-        margins, agree = [np.zeros((0, 2))], [np.zeros(0)]
+        margins: list[Floats] = [np.zeros((0, 2))]
+        agree = [np.zeros(0)]
         for result, own in zip(results, places, strict=True):
             for n in _judged(result):
                 label, place = int(result.gt_labels[n]), int(own.of[n])
@@ -241,7 +242,8 @@ def places_of(result: ImageResult, num_classes: int) -> Places:
     """
     boxes = np.asarray(result.boxes, np.float64)
     overlap, free = iou_of(boxes, boxes), np.ones(len(boxes), bool)
-    lead, rows = list[int](), [np.zeros((0, num_classes))]
+    lead = list[int]()
+    rows: list[Floats] = [np.zeros((0, num_classes))]
     for i in np.argsort(-result.scores, kind="stable").tolist():
         if not free[i]:
             continue
@@ -258,7 +260,7 @@ def places_of(result: ImageResult, num_classes: int) -> Places:
     of = np.full(len(iou), -1)
     for n, place in zip(*linear_sum_assignment(-weight), strict=True):
         of[n] = place if weight[n, place] > 0 else -1
-    judged = ~(_share_of(at, result.gt_boxes[result.gt_iscrowd]) >= INSIDE).any(axis=1)
+    judged = np.asarray(~(_share_of(at, result.gt_boxes[result.gt_iscrowd]) >= INSIDE).any(axis=1))
     if result.excused is not None:
         judged &= ~result.excused[lead]
     return Places(at, scores, iou, of, judged)
