@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from defusedxml.ElementTree import parse
 from pycocotools.coco import COCO
 from torchvision.ops import box_iou
 
@@ -104,7 +104,7 @@ def test_a_loose_box_is_loose_for_its_class() -> None:
         made[i] = replace(result, gt_boxes=loose)
     i = next(i for i, result in enumerate(made) if set(result.gt_labels[:2]) == {1, 2})
     boxes = made[i].gt_boxes.copy()
-    boxes[:2] = made[i].boxes[:2] + [12, 0, 12, 0]
+    boxes[:2] = [*made[i].boxes[:2], 12, 0, 12, 0]
     made[i] = replace(made[i], gt_boxes=boxes)
     scores = {one.annotation: one.score for one in suspects(made, 2) if one.image == i and one.kind == "box"}
     of = {int(label): scores.get(n, 0.0) for n, label in enumerate(made[i].gt_labels[:2])}
@@ -167,7 +167,9 @@ def test_crowds_difficult_objects_and_classes_in_part_are_left_alone() -> None:
 def test_nothing_to_judge() -> None:
     nothing = image(0, [], [], [], [], [])
     assert suspects([], 2) == suspects([nothing], 2) == partly_annotated([nothing], 2) == []
-    nowhere = suspects([image(0, [], [], [[1, 1, 9, 9]], [1], [0.9])], 1)  # where nothing is annotated nothing is missing
+    nowhere = suspects(
+        [image(0, [], [], [[1, 1, 9, 9]], [1], [0.9])], 1
+    )  # where nothing is annotated nothing is missing
     assert all(one.kind == "missing" and one.score < 0.2 for one in nowhere)
 
 
@@ -197,7 +199,7 @@ def test_files_are_read_back(unique: bool, tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [float(row["suspicion"]) for row in rows] == pytest.approx([one.score for one in found], abs=1e-4)
     assert {row["kind"] for row in rows} == {name for name, _ in KINDS.values()}
-    labels = ElementTree.parse(tmp_path / "label_studio.xml").getroot()
+    labels = parse(tmp_path / "label_studio.xml").getroot()
     assert [label.get("value") for label in labels.iter("Label")] == NAMES
     control, shown = labels.find("RectangleLabels"), labels.find("Image")
     assert control is not None and shown is not None and control.get("toName") == shown.get("name")
@@ -212,7 +214,9 @@ def test_files_are_read_back(unique: bool, tmp_path: Path) -> None:
             assert (region["from_name"], region["to_name"]) == (control.get("name"), control.get("toName"))
         truth = world()[i]
         wanted = sorted(zip(np.round(truth.gt_boxes[:, 0]), truth.gt_labels, strict=True))
-        has = sorted(zip(np.round(corners_of(better)[:, 0]), [NAMES.index(n) + 1 for n in names_of(better)], strict=True))
+        has = sorted(
+            zip(np.round(corners_of(better)[:, 0]), [NAMES.index(n) + 1 for n in names_of(better)], strict=True)
+        )
         assert np.array(has) == pytest.approx(np.array(wanted), abs=5)  # put right, within the detector's accuracy
     page = render(own, found, partly_annotated(made, 2), 3, {"images": "40"})
     assert page.count("<figure") == page.count("data:image/jpeg") == 3 and "dog &amp; fox" in page
@@ -243,7 +247,7 @@ def test_a_task_has_its_score_and_what_is_said() -> None:
 def test_names_are_safe_in_the_configuration(tmp_path: Path) -> None:
     names = ['a "quoted" <b>', "c & d"]
     write_configuration(tmp_path / "c.xml", names)
-    assert [e.get("value") for e in ElementTree.parse(tmp_path / "c.xml").getroot().iter("Label")] == names
+    assert [e.get("value") for e in parse(tmp_path / "c.xml").getroot().iter("Label")] == names
 
 
 def one_detector(*objects: tuple[list[float], int, float]) -> Any:
