@@ -101,7 +101,9 @@ def _suspects(given: argparse.Namespace, behind: list[str], trust: list[str]) ->
         judged = of_split(detectors[0], given.split, trust, given.root, given.accelerator)
     else:
         detectors = trained(folds(given, behind, trust, output), given.parallel)
-        judged = joined([of_split(ckpt, "val", trust, given.root, given.accelerator) for ckpt in detectors])
+        parts = [of_split(ckpt, "val", trust, given.root, given.accelerator) for ckpt in detectors]
+        folder = (run.parent if run.is_file() else run).resolve()
+        judged = joined(f"{folder.parent.name}/{folder.name}", parts)
     output.mkdir(parents=True, exist_ok=True)
     _write(output, judged, given.limit)
     if given.unlabelled is not None:
@@ -180,11 +182,11 @@ def of_split(ckpt: Path, split: str, trust: list[str], root: Path | None, accele
     )
 
 
-def joined(parts: Sequence[Judged]) -> Judged:
-    """The folds as one."""
+def joined(name: str, parts: Sequence[Judged]) -> Judged:
+    """The folds of a run of this name as one."""
     first = parts[0]
     return Judged(
-        name=str(first.name.partition("/")[0]),
+        name=name,
         results=[result for part in parts for result in part.results],
         annotation_ids=[ids for part in parts for ids in part.annotation_ids],
         class_names=first.class_names,

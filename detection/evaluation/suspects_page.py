@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 import cv2
@@ -26,13 +26,13 @@ NOTE = (
 )
 PARTLY_NOTE = (
     "More than half of what is confidently found of a class has no annotation: annotate all of the image, or none of "
-    "the class. In such images one missing annotation more surprises less, so it comes later in the list below."
+    "the class. In such images one missing annotation more surprises less, so it comes later in the list above."
 )
 OWN_STYLE = """
 .suspects { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(190px, 46%), 1fr)); gap: .8rem; }
 .suspects figure .frame { cursor: default; aspect-ratio: 1; }
-.suspects figcaption { line-height: 1.35; min-height: 5.4em; }
-.suspects b.kind { float: right; }
+.suspects figcaption { line-height: 1.35; min-height: 7.2em; overflow-wrap: anywhere; height: 100%; }
+.parts .scroll { max-height: 260px; }
 .controls select { font: inherit; max-width: 12rem; }
 rect.annotated { stroke-dasharray: 6 4; }
 main a { color: var(--accent); }
@@ -85,11 +85,13 @@ def render(
     tiles += [(str(len({part.image for part in parts})), "images annotated in part")]
     cells = "".join(f'<div class="tile"><b>{value}</b><span>{escape(text)}</span></div>' for value, text in tiles)
     body = [f'<div class="tiles">{cells}</div>']
-    if parts:
-        body.append(section("Images annotated in part", PARTLY_NOTE, _parts(judged, parts)))
     cards = "".join(_cards(judged, own))
     content = f'{_controls(judged)}<div class="suspects">{cards}</div>' if own else "<p>Nothing is suspicious.</p>"
     body.append(section("Suspects", NOTE, content))
+    if parts:
+        body.append(
+            section("Images annotated in part", PARTLY_NOTE, f'<div class="parts">{_parts(judged, parts)}</div>')
+        )
     meanings = "".join(f"<li><b>{name}</b>: {meaning}</li>" for name, meaning in KINDS.values())
     body.append(section("Kinds", "", f"<ul>{meanings}</ul>"))
     return PAGE.format(
@@ -145,16 +147,21 @@ def _card(judged: Judged, rank: int, one: Suspect, pixels: Pixels | None) -> str
     detail = f"found with {one.confidence:.2f}" if one.proposed else "nothing found"
     detail += f", IoU {one.iou:.2f}" if one.iou else ""
     frame = "" if pixels is None else _picture(pixels, there, f"{KINDS[one.kind][0]}: {' → '.join(names.values())}")
-    kind = f'{dot(KIND_COLOURS[one.kind])}<b>{KINDS[one.kind][0]}</b><b class="kind">{100 * one.score:.0f} %</b>'
+    kind = f"{dot(KIND_COLOURS[one.kind])}<b>{KINDS[one.kind][0]} {100 * one.score:.0f} %</b>"
     return (
         f'<figure data-kind="{one.kind}" data-classes="{classes}">{frame}<figcaption>{kind}<br>{said}<br>{detail}<br>'
         f"{rank}. {escape(file)}</figcaption></figure>"
     )
 
 
-def _picture(pixels: Pixels, shapes: Mapping[str, Labelled], alt: str) -> str:
-    """The square around the boxes, and the boxes on it; beyond the image it is black."""
-    boxes = np.array([shape.box for shape in shapes.values()])
+def cut(pixels: Pixels, shapes: Iterable[Labelled]) -> tuple[Pixels, int, int]:
+    """The square `(s, s, 3)` around boxes, black beyond the image, and its left and upper side in the image.
+
+    Args:
+        pixels: `(H, W, 3)` uint8.
+        shapes: the boxes.
+    """
+    boxes = np.array([shape.box for shape in shapes])
     low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
     side = max(LEAST_SIDE, round(float((high - low).max()) * (1 + 2 * CONTEXT)))
     left, top = (round(float(value)) for value in (low + high - side) / 2)
@@ -162,6 +169,12 @@ def _picture(pixels: Pixels, shapes: Mapping[str, Labelled], alt: str) -> str:
     height, width = pixels.shape[:2]
     x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + side, width), min(top + side, height)
     square[y1 - top : y2 - top, x1 - left : x2 - left] = pixels[y1:y2, x1:x2]
+    return square, left, top
+
+
+def _picture(pixels: Pixels, shapes: Mapping[str, Labelled], alt: str) -> str:
+    square, left, top = cut(pixels, shapes.values())
+    side = len(square)
     way = cv2.INTER_AREA if side > PICTURE else cv2.INTER_LINEAR
     small = cv2.resize(square, (PICTURE, PICTURE), interpolation=way)
     _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 82])

@@ -41,7 +41,7 @@ QUARTILE = 0.6745  # standard deviations between median and quartile of a normal
 LEAST_SPREAD = 0.02  # of IoU: nobody draws boxes more exactly
 TAIL = 0.5  # standard deviations that are forgiven, as IoU has a longer tail than a normal distribution
 WEAK = 0.5  # the most that it counts if nothing is found
-LEAST = 0.05  # what is less suspicious is not listed
+LEAST = 0.3  # what is less suspicious is not listed
 
 
 class Labelled(NamedTuple):
