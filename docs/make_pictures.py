@@ -22,8 +22,8 @@ from torch import Tensor
 from detection import Detector
 from detection.data import scenes
 from detection.data.coco import read_coco
-from detection.data.images import read_image
 from detection.data.dataset import make_target
+from detection.data.images import read_image
 from detection.data.records import Record
 from detection.evaluation.plots import training_curves
 from detection.evaluation.results import image_result

@@ -67,7 +67,8 @@ def _moved(draw: random.Random, box: Box, width: int, height: int) -> Box:
         dx, dy = share * w * math.cos(angle), share * h * math.sin(angle)
         new = (box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy)
     else:
-        dx, dy = (draw.choice((-1, 1)) * share / 2 * side for side in (w, h))
+        grown = draw.choice((-1, 1)) * share / 2
+        dx, dy = grown * w, grown * h
         new = (box[0] - dx, box[1] - dy, box[2] + dx, box[3] + dy)
     return max(1, round(new[0])), max(1, round(new[1])), min(width, round(new[2])), min(height, round(new[3]))
 
