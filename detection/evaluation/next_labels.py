@@ -23,6 +23,7 @@ from detection.data.spectral import Pixels, false_colour
 from detection.evaluation.label_studio import Region, task, write_configuration
 from detection.evaluation.page import PAGE, STYLE
 from detection.evaluation.report import _data, section
+from detection.evaluation.suspects_page import FIGURES
 from detection.evaluation.suspicion import Floats, Labelled, corners, iou_of
 
 SAME_PLACE = 0.5  # IoU from which detections of one class are of one object
@@ -35,7 +36,7 @@ NOTE = (
     "are sure. That of a picture is the sum. A picture that looks like one before it comes behind all others."
 )
 OWN_STYLE = """
-figure .frame { cursor: default; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 1rem; }
 rect { --colour: #2f81f7; }
 """
 
@@ -124,9 +125,9 @@ def write_next(folder: Path, pictures: Sequence[Unlabelled], names: Sequence[str
     page = PAGE.format(
         title="What to label next",
         facts=f"pictures <b>{len(pictures)}</b> &nbsp;·&nbsp; shown <b>{len(cards)}</b>",
-        style=STYLE + OWN_STYLE,
+        style=STYLE + FIGURES + OWN_STYLE,
         script="",
-        body=section("Pictures", NOTE, f'<div class="gallery">{"".join(cards)}</div>'),
+        body=section("Pictures", NOTE, f'<div class="pictures">{"".join(cards)}</div>'),
         footer=f"Drawn are objects of a mean score of {LIKELY} and more.",
     )
     (folder / "next.html").write_text(page, encoding="utf-8")
@@ -142,7 +143,7 @@ def _card(rank: int, one: Unlabelled, names: Sequence[str], pixels: Pixels) -> s
         x1, y1, x2, y2 = region.shape.box
         place = f'x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}"'
         sure, name = region.score or 0.0, escape(names[region.shape.label - 1])
-        unsure = ' class="object"' if sure < 0.7 else ""
+        unsure = ' class="unsure"' if sure < 0.7 else ""
         rects.append(f"<rect{unsure} {place}><title>{name} {sure:.2f}</title></rect>")
     like = f", looks like {escape(one.like)}" if one.like else ""
     return (

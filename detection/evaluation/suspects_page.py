@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from detection.data.spectral import Pixels, false_colour
-from detection.evaluation.page import PAGE, STYLE
+from detection.evaluation.page import PAGE, SCRIPT, STYLE
 from detection.evaluation.report import _data, dot, section, table
 from detection.evaluation.suspect_files import Judged
 from detection.evaluation.suspicion import KINDS, Labelled, Partly, Suspect
@@ -28,28 +28,25 @@ PARTLY_NOTE = (
     "More than half of what is confidently found of a class has no annotation: annotate all of the image, or none of "
     "the class. In such images one missing annotation more surprises less, so it comes later in the list above."
 )
+FIGURES = """
+figure { margin: 0; border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
+figure[hidden] { display: none; }
+figure .frame { position: relative; background: #10151d; }
+figure img, figure svg { display: block; width: 100%; height: auto; }
+figure svg { position: absolute; inset: 0; height: 100%; }
+figcaption { padding: .5rem .8rem; font-size: .85rem; line-height: 1.35; color: var(--soft); overflow-wrap: anywhere; }
+figcaption b { color: var(--ink); }
+rect { fill: transparent; stroke: var(--colour); stroke-width: 2.5; vector-effect: non-scaling-stroke; }
+rect.unsure { stroke-dasharray: 6 4; }
+"""
 OWN_STYLE = """
 .suspects { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(190px, 46%), 1fr)); gap: .8rem; }
-.suspects figure .frame { cursor: default; aspect-ratio: 1; }
-.suspects figcaption { line-height: 1.35; min-height: 7.2em; overflow-wrap: anywhere; height: 100%; }
-.parts .scroll { max-height: 260px; }
+.suspects figure .frame { aspect-ratio: 1; }
 .controls select { font: inherit; max-width: 12rem; }
+.parts .scroll { max-height: 260px; }
 rect.annotated { stroke-dasharray: 6 4; }
-main a { color: var(--accent); }
 """
-SCRIPT = """
-for (const table of document.querySelectorAll("table.sortable")) {
-  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
-  heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
-    const value = row => row.cells[column].dataset.value, rows = [...body.rows];
-    const numeric = rows.every(row => !isNaN(value(row)));
-    const falling = head.ariaSort === null ? numeric : head.ariaSort === "ascending";
-    heads.forEach(other => other.removeAttribute("aria-sort"));
-    head.setAttribute("aria-sort", falling ? "descending" : "ascending");
-    const compare = (a, b) => numeric ? a - b : a.localeCompare(b);
-    body.append(...rows.sort((a, b) => falling ? compare(value(b), value(a)) : compare(value(a), value(b))));
-  }));
-}
+FILTER = """
 const figures = [...document.querySelectorAll("figure")], named = document.querySelector("#class");
 function filter() {
   const kinds = new Set([...document.querySelectorAll("input[data-kind]:checked")].map(box => box.dataset.kind));
@@ -97,8 +94,8 @@ def render(
     return PAGE.format(
         title=escape(f"Suspects, {judged.name}"),
         facts=" &nbsp;·&nbsp; ".join(f"{escape(key)} <b>{escape(value)}</b>" for key, value in facts.items()),
-        style=STYLE + OWN_STYLE,
-        script=SCRIPT if own else "",
+        style=STYLE + FIGURES + OWN_STYLE,
+        script=SCRIPT + (FILTER if own else ""),
         body="\n".join(body),
         footer="A suspect is a question, not a verdict: look before you change a label.",
     )
