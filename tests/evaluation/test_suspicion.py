@@ -104,7 +104,7 @@ def test_a_loose_box_is_loose_for_its_class() -> None:
         made[i] = replace(result, gt_boxes=loose)
     i = next(i for i, result in enumerate(made) if set(result.gt_labels[:2]) == {1, 2})
     boxes = made[i].gt_boxes.copy()
-    boxes[:2] = [*made[i].boxes[:2], 12, 0, 12, 0]
+    boxes[:2] = made[i].boxes[:2] + np.array([12, 0, 12, 0])
     made[i] = replace(made[i], gt_boxes=boxes)
     scores = {one.annotation: one.score for one in suspects(made, 2) if one.image == i and one.kind == "box"}
     of = {int(label): scores.get(n, 0.0) for n, label in enumerate(made[i].gt_labels[:2])}
