@@ -83,7 +83,7 @@ def suspicious(detector: Detector, records: list[tuple[Record, Path]]) -> Image.
                 own = [shape] if shape is not None else []
                 boxes = np.array([s.box for s in own], np.float32).reshape(-1, 4) - np.array([left, top, left, top])
                 drawn.append(
-                    draw_objects(square, boxes, np.array([s.label for s in own]), names, side=240, names="all")
+                    draw_objects(square, boxes, np.array([s.label for s in own]), names, side=160, names="all")
                 )
             pairs.append((drawn[0], drawn[1]))
     return side_by_side(pairs, ("annotated", "found"), columns=3)
@@ -143,7 +143,7 @@ def main() -> None:
     model, (image, target) = detector.model, example(*chosen[0])
     args.output.mkdir(parents=True, exist_ok=True)
     save(detections(detector, chosen[:4]), args.output / "detections.jpg")
-    save(suspicious(detector, [(r, Path(root) / r.file_name) for r in full]), args.output / "suspects.jpg")
+    save(suspicious(detector, [(r, Path(root) / r.file_name) for r in full]), args.output / "suspects.jpg", 45_000)
     save(plot_anchors(model, image), args.output / "anchors.jpg")
     save(plot_proposals(model, image, target, counts=(10, 50, 300)), args.output / "proposals.jpg")
     save(plot_samples(model, image, target, detector.class_names), args.output / "samples.jpg")

@@ -144,7 +144,7 @@ def _card(judged: Judged, rank: int, one: Suspect, pixels: Pixels | None) -> str
     detail = f"found with {one.confidence:.2f}" if one.proposed else "nothing found"
     detail += f", IoU {one.iou:.2f}" if one.iou else ""
     frame = "" if pixels is None else _picture(pixels, there, f"{KINDS[one.kind][0]}: {' → '.join(names.values())}")
-    kind = f"{dot(KIND_COLOURS[one.kind])}<b>{KINDS[one.kind][0]} {100 * one.score:.0f} %</b>"
+    kind = f"{dot(KIND_COLOURS[one.kind])}<b>{KINDS[one.kind][0]} {100 * one.score:.0f}&nbsp;%</b>"
     return (
         f'<figure data-kind="{one.kind}" data-classes="{classes}">{frame}<figcaption>{kind}<br>{said}<br>{detail}<br>'
         f"{rank}. {escape(file)}</figcaption></figure>"
