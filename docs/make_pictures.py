@@ -60,7 +60,6 @@ def detections(detector: Detector, records: list[tuple[Record, Path]]) -> Image.
     return side_by_side(pairs, ("ground truth", f"detections of score {SHOWN} and more"), columns=2)
 
 
-<<<<<<< HEAD
 def certificate(path: Path) -> Figure:
     """Each stage's difference beside what is allowed, on a logarithmic scale; equal stages lie at the left edge."""
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -82,7 +81,8 @@ def certificate(path: Path) -> Figure:
     axes.set_title(f"{content['file']['name']} against {content['reference']}", fontsize=10, loc="left")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
-=======
+
+
 def suspicious(detector: Detector, records: list[tuple[Record, Path]]) -> Image.Image:
     """The strongest suspects among labels of which some are damaged: removed, of another class, moved."""
     results = []
@@ -112,7 +112,6 @@ def suspicious(detector: Detector, records: list[tuple[Record, Path]]) -> Image.
                 )
             pairs.append((drawn[0], drawn[1]))
     return side_by_side(pairs, ("annotated", "found"), columns=3)
->>>>>>> main
 
 
 def save(picture: Image.Image | Figure, path: Path, most: int = MOST) -> None:
