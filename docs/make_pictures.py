@@ -160,7 +160,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "images")
     args = parser.parse_args()
     if args.certificate:
-        save(certificate(args.certificate), args.output / "certificate.jpg")
+        path = args.output / "certificate.png"
+        certificate(args.certificate).savefig(path, dpi=80, facecolor="white", bbox_inches="tight", pad_inches=0.08)
+        Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=16).save(path, optimize=True)  # small
         return
     root = args.scenes or scenes.draw(args.run / "scenes", train=4, val=60)
     index = read_coco(root, *scenes.SPLITS["val"])
