@@ -25,6 +25,7 @@ COMMANDS = {
     "demo": ("serving", "look at a detector at work in the browser"),
     "benchmark": ("benchmark", "measure speed and accuracy beside other libraries"),
     "compare": ("comparing", "say whether one detector is better than another, or it is noise"),
+    "soup": ("souping", "average the weights of several runs of one detector"),
     "replay": ("replaying", "draw a training step again: its batch, anchors, regions, losses and gradients"),
     "ablate": ("ablating", "train a base and its swaps with several seeds, and write the table"),
     "download": ("fetching", "fetch COCO 2017 or Pascal VOC"),
