@@ -56,6 +56,14 @@ class Planned:
         except (OSError, ValueError, TypeError):
             return State()
 
+    def trained(self) -> float:
+        """Seconds it has trained; of a run whose plan was killed up to the last line of its log."""
+        state, files = self.state(), [self.folder / name for name in (LOG, STATE)]
+        if state.code is not None or not all(file.is_file() for file in files):
+            return state.seconds
+        log, begun = (file.stat().st_mtime for file in files)
+        return state.seconds + max(0.0, log - begun)
+
     def keep(self, state: State) -> None:
         """Write how far it is, whole or not at all."""
         partial = self.folder / f"{STATE}.partial"
@@ -108,7 +116,7 @@ class Training:
 
     def __init__(self, run: Planned, device: str | None, lock: int) -> None:
         self.run, self.device, self._lock, self._began = run, device, lock, time.monotonic()
-        self._before = run.state().seconds
+        self._before = run.trained()
         run.keep(State(list(run.flags), run.config, self._before))
         environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
         with (run.folder / LOG).open("ab") as log:
