@@ -55,12 +55,12 @@ def read_ingredients(paths: Sequence[Path]) -> list[Ingredient]:
     first = read[0]
     for other in read[1:]:
         if found := next(_differences(_identity(first), _identity(other), ""), None):
-            name, here, there = found
+            name, own, others = found
             raise CheckpointError(
-                f"{first.path} and {other.path} are no runs of one detector: {name} is {here} here and {there} there"
+                f"{first.path} and {other.path} are no runs of one detector: {name} is {own} here and {others} there"
             )
-        shapes = [{name: tuple(value.shape) for name, value in i.state.items()} for i in (first, other)]
-        if found := next(_differences(*shapes, ""), None):
+        here, there = ({name: tuple(value.shape) for name, value in i.state.items()} for i in (first, other))
+        if found := next(_differences(here, there, ""), None):
             raise CheckpointError(
                 f"{first.path} and {other.path} are no runs of one detector: {found[0]} is {found[1]} and {found[2]}"
             )
