@@ -27,6 +27,7 @@ COMMANDS = {
     "compare": ("comparing", "say whether one detector is better than another, or it is noise"),
     "soup": ("souping", "average the weights of several runs of one detector"),
     "replay": ("replaying", "draw a training step again: its batch, anchors, regions, losses and gradients"),
+    "suspects": ("suspecting", "list labels that a cross-validated detector contradicts, and what to label next"),
     "ablate": ("ablating", "train a base and its swaps with several seeds, and write the table"),
     "download": ("fetching", "fetch COCO 2017 or Pascal VOC"),
 }

@@ -133,6 +133,7 @@ def test_the_nearest_flag_is_suggested(name: str, capsys: pytest.CaptureFixture[
         "compare": (["a", "b", "--agianst", "c"], "--against"),
         "soup": (["a", "b", "--output", "c.ckpt", "--greed"], "--greedy"),
         "replay": (["run", "--step", "3", "--acelerator", "cpu"], "--accelerator"),
+        "suspects": (["run", "--folsd", "2"], "--folds"),
         "ablate": (["base", "--seedz", "1"], "--seeds"),
         "download": (["voc2007", "--root", "x", "--kep"], "--keep"),
     }[name]
