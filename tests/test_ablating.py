@@ -193,6 +193,18 @@ def test_no_run_begins_that_the_budget_has_no_time_for(tmp_path: Path, stub: Non
     assert go(plan, budget=60)[0] == {} and plan[1].checkpoint()
 
 
+def test_the_time_of_a_run_whose_plan_was_killed_counts(tmp_path: Path, stub: None) -> None:
+    (run,) = plan_of(tmp_path, "base")
+    run.folder.mkdir(parents=True)
+    run.keep(State(list(run.flags), run.config, 5.0))
+    (run.folder / trainings.LOG).touch()
+    for name, seconds in ((trainings.STATE, 100), (trainings.LOG, 140)):  # begun, and last said something
+        os.utime(run.folder / name, (seconds, seconds))
+    assert run.trained() == 45
+    go([run])
+    assert 45 <= run.state().seconds < 60
+
+
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path, stub: None) -> None:
     go(plan_of(tmp_path, "base"))
     complaint = main(["ablate", "quickstart", "--seeds", "0", "--output", str(tmp_path), "--", "--model.lr", "1"])

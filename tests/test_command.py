@@ -131,6 +131,7 @@ def test_the_nearest_flag_is_suggested(name: str, capsys: pytest.CaptureFixture[
         "demo": (["--ckpt", "x", "--prot", "1"], "--port"),
         "benchmark": ([next(iter(BENCHMARKS)), "--round", "1"], "--rounds"),
         "compare": (["a", "b", "--agianst", "c"], "--against"),
+        "soup": (["a", "b", "--output", "c.ckpt", "--greed"], "--greedy"),
         "replay": (["run", "--step", "3", "--acelerator", "cpu"], "--accelerator"),
         "verify": (["d.onnx", "--sorce", "x"], "--source"),
         "suspects": (["run", "--folsd", "2"], "--folds"),

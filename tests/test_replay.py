@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from detection.batch import Batch
 from detection.cli.fit import FitCLI
 from detection.data import scenes
 from detection.training.logged import Saved, compare, logged, reasons, saved, verdict
-from tests.runs import TINY, scene_flags
+from tests.runs import ROOT, TINY, scene_flags
 
 KEEP = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps", "3"]
 
@@ -118,6 +121,37 @@ def test_other_weights_are_noticed(killed: tuple[Path, dict[int, Batch]], capsys
     finally:
         path.write_bytes(whole)
     assert "step 7 is not drawn again exactly: the figures differ from step 6 on" in capsys.readouterr().out
+
+
+VARIANTS = {
+    "processes": ["--trainer.devices", "2", "--trainer.strategy", "ddp"],
+    "accumulated": ["--trainer.accumulate_grad_batches", "2"],
+    "bfloat16": ["--trainer.precision", "bf16-mixed"],
+    "float16": ["--trainer.precision", "16-mixed"],
+    "masks": ["--data.masks", "true", "--model.detector", "detection.models.zoo.maskrcnn_efficientnet_lite0_fpn"],
+}
+
+
+@pytest.mark.rehearsal
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_of_any_kind_of_run_is_drawn_again(variant: str, tmp_path: Path) -> None:
+    data = scenes.draw(tmp_path / "scenes", train=16, val=2)
+    flags = ["--config", "quickstart", *VARIANTS[variant], *TINY, *scene_flags(data), *KEEP]
+    flags += ["--trainer.callbacks.save_top_k=-1", "--trainer.max_steps", "6", "--data.num_workers", "0"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    program = [sys.executable, "-m", "detection"]
+    told: dict[str, Any] = {"cwd": tmp_path, "env": environment, "check": True, "capture_output": True, "text": True}
+    subprocess.run([*program, "fit", *flags, "--output", "runs"], **told)
+    (run,) = (tmp_path / "runs" / "quickstart").iterdir()
+    said = subprocess.run([*program, "replay", str(run), "--step", "4"], **told).stdout
+    assert "step 4 is drawn again bit for bit" in said
+    found = json.loads((run / "replay_4" / "replay.json").read_text())
+    assert found["equal"] and len(found["batches"]) == (2 if variant == "accumulated" else 1)
+    assert ("train/loss_mask" in found["figures"]) == (variant == "masks")
+    if variant == "processes":
+        other = json.loads((run / "replay_4" / "rank_1" / "replay.json").read_text())
+        assert other["equal"] and set(other["logged"]) == {"train/grad_norm", "lr"}
+        assert other["batches"][0]["sha256"] != found["batches"][0]["sha256"]
 
 
 def test_the_verdict_tells_where_figures_part() -> None:

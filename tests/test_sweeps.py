@@ -73,6 +73,17 @@ def test_an_agent_of_wandb_runs_a_line_of_an_ablation(tmp_path: Path) -> None:
     assert subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True).stdout == "the second one\n"
 
 
+@pytest.mark.parametrize("library", ["optuna", "ray"])
+def test_the_recipe_of_the_tutorial_starts_each_line_once(library: str, tmp_path: Path) -> None:
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    (tmp_path / "lines.txt").write_text("".join(f"echo {i} >> done\n" for i in range(4)))
+    page, title = (ROOT / "docs" / "tutorials" / "ablate.md").read_text(), {"optuna": "study", "ray": "cells"}[library]
+    recipe = page.partition(f'```python title="{title}.py"\n')[2].partition("```")[0]
+    recipe = recipe.replace("num_gpus=1", "num_cpus=1")
+    subprocess.run([sys.executable, "-c", recipe], cwd=tmp_path, check=True)
+    assert sorted((tmp_path / "done").read_text().split()) == ["0", "1", "2", "3"]
+
+
 @pytest.mark.rehearsal
 def test_two_trials_of_ray_train_what_was_drawn(ray_tune: ModuleType, shared_data: Path, tmp_path: Path) -> None:
     """What Ray calls, by two threads; it runs wherever Ray is not."""

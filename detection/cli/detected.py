@@ -114,20 +114,18 @@ def of_run(
     if split == "test" and data.hparams["test_split"] is None:
         raise DataError(f"{ckpt}: the model was trained without naming a test split; use --split val")
     data.predict_split = "test" if split == "test" else "val"
-    limit, kinds = int(module.hparams["detections_per_img"]), module.metric.iou_type
+    limit, kinds = module.metric.max_detection_thresholds[-1], module.metric.iou_type
     folder = ckpt.parent / KEPT.format(split=split, checkpoint=ckpt.stem)
     data.prepare_data()
     data.setup("predict")
     dataset: Any = data.predict_dataloader().dataset
-    metric = MeanAP(module.class_names, limit, kinds)
     of = {"checkpoint": _checksum(ckpt), "images": _checksum_of_images(dataset)}
     if _is_of(folder, of):
+        metric = MeanAP(module.class_names, limit, kinds)
         _read(folder, dataset, metric)
         note = f"{ckpt}: detections read from {folder}"
     else:
-        options: dict[str, Any] = {"logger": False, "callbacks": [CollectDetections(metric)], "devices": 1}
-        trainer = L.Trainer(accelerator=accelerator, enable_model_summary=False, **options)
-        trainer.predict(module, datamodule=data, return_predictions=False)
+        metric = detect_all(module, data, accelerator)
         _keep(folder, dataset, metric, of)
         note = f"{ckpt}: detected in {len(metric.results)} images; kept in {folder}"
     content, home, form = read_torch(ckpt), dataset.root, data.form
@@ -153,6 +151,15 @@ def of_run(
         load_image=load,
         notes=[note],
     )
+
+
+def detect_all(module: DetectionModule, data: DetectionDataModule, accelerator: str) -> MeanAP:
+    """What a detector finds in all images of `data.predict_split`."""
+    metric = MeanAP(module.class_names, module.metric.max_detection_thresholds[-1], module.metric.iou_type)
+    options: dict[str, Any] = {"logger": False, "callbacks": [CollectDetections(metric)], "devices": 1}
+    trainer = L.Trainer(accelerator=accelerator, enable_model_summary=False, **options)
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    return metric
 
 
 def data_of_run(ckpt: Path, trust: list[str], module: DetectionModule, settings: dict[str, Any]) -> DetectionDataModule:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from detection.batch import Id
 from detection.cli.detected import data_of_run
-from detection.cli.flags import check_ranges, chosen, run_command
+from detection.cli.flags import check_ranges, join_ckpts, members, run_command
 from detection.cli.folder import CONFIG
 from detection.cli.output import set_up_output
 from detection.commit import code_version
@@ -27,6 +27,8 @@ from detection.evaluation.collect import CollectDetections
 from detection.evaluation.mean_ap import IouType, MeanAP
 from detection.evaluation.report import LoadImage, write_evaluation
 from detection.evaluation.results import ImageResult
+from detection.inference.fusing import Fusion, check_members
+from detection.inference.fusing import fuse as fuse_found
 from detection.training.module import DetectionModule
 from detection.weights import read_torch
 
@@ -34,7 +36,7 @@ Form = Literal["coco", "voc", "yolo"]
 
 
 def evaluate(
-    ckpt: Path | None = None,
+    ckpt: list[Path] | Path | None = None,
     results: Path | None = None,
     split: str = "val",
     root: Path | None = None,
@@ -48,6 +50,7 @@ def evaluate(
     num_nodes: int = 1,
     masks: bool = True,
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    fuse: Fusion | None = None,
     beside: bool = False,
     trust: list[str] = [],  # noqa: B006
 ) -> None:
@@ -55,6 +58,7 @@ def evaluate(
 
     Args:
         ckpt: run's folder, or its checkpoint; model, classes and sizes come from it, and data that is not named here.
+            Several with `fuse`.
         results: COCO results file, in place of a checkpoint; goes with `annotations` alone.
         split: val or test of the training data; of other data the name of one of its splits, or all.
         root: folder of the training data, if it has moved; with another `split`, `format` or `annotations`, of other
@@ -68,6 +72,8 @@ def evaluate(
         devices: GPUs, or processes of the CPU, that share the images; the figures are those of one.
         num_nodes: machines with so many devices each, which all see the data and `output`.
         precision: as of Lightning's trainer: 32-true or bf16-mixed.
+        fuse: how what several checkpoints find becomes one: wbf is weighted box fusion, nms keeps the best. Each sees
+            the images at its own size.
         masks: false compares the boxes of a detector of masks alone, for data that has none.
         beside: true puts the report's pictures into a folder beside it; they are in it where that takes under 60 MB.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
@@ -83,41 +89,45 @@ def evaluate(
         _evaluate_file(results, base / annotations, base / images if images else root, output, masks, beside)
         return
     assert ckpt is not None
-    ckpt = chosen(ckpt)
-    module = DetectionModule.load_from_checkpoint(ckpt, trust, map_location="cpu")
+    ckpts = members(ckpt, fuse)
     changes = _other_data(split, root, format, annotations, images)
     moved = ({} if root is None else {"root": str(root)}) | ({} if batch_size is None else {"batch_size": batch_size})
     moved |= {} if masks else {"masks": False}
-    data = data_of_run(ckpt, trust, module, moved | changes)
-    if not changes and split == "test" and data.hparams["test_split"] is None:
-        raise DataError(f"{ckpt}: the model was trained without naming a test split; use --split val")
-    data.predict_split = "test" if not changes and split == "test" else "val"
-    kinds: tuple[IouType, ...] = module.metric.iou_type if masks else ("bbox",)
-    metric = MeanAP(module.class_names, module.hparams["detections_per_img"], kinds)
-    settings: dict[str, Any] = {"logger": False, "callbacks": [CollectDetections(metric)], "precision": precision}
-    strategy = "ddp" if devices * num_nodes > 1 else "auto"
-    settings |= {"devices": devices, "num_nodes": num_nodes, "strategy": strategy, "use_distributed_sampler": False}
-    trainer = L.Trainer(accelerator=accelerator, **settings)
-    trainer.predict(module, datamodule=data, return_predictions=False)
+    settings: dict[str, Any] = {"logger": False, "precision": precision, "devices": devices, "num_nodes": num_nodes}
+    settings["strategy"] = "ddp" if devices * num_nodes > 1 else "auto"
+    collect = CollectDetections(MeanAP([]))
+    trainer = L.Trainer(accelerator=accelerator, callbacks=[collect], use_distributed_sampler=False, **settings)
+    seen = list[MeanAP]()
+    for path in ckpts:
+        module = DetectionModule.load_from_checkpoint(path, trust, map_location="cpu")
+        data = data_of_run(path, trust, module, moved | changes)
+        if not changes and split == "test" and data.hparams["test_split"] is None:
+            raise DataError(f"{path}: the model was trained without naming a test split; use --split val")
+        data.predict_split = "test" if not changes and split == "test" else "val"
+        kinds: tuple[IouType, ...] = module.metric.iou_type if masks else ("bbox",)
+        collect.metric = MeanAP(module.class_names, module.hparams["detections_per_img"], kinds)
+        seen.append(collect.metric)
+        check_members(ckpts[: len(seen)], [m.class_names for m in seen], ["segm" in m.iou_type for m in seen])
+        trainer.predict(module, datamodule=data, return_predictions=False)
+        if fuse is not None or not trainer.is_global_zero:
+            figures = collect.metric.compute()  # which sends what this process has seen to the one that writes
+            if trainer.is_global_zero:
+                print(", ".join(f"{name} {value:.4f}" for name, value in figures.items() if name.endswith("map")), path)
     if not trainer.is_global_zero:
-        metric.compute()  # which sends what this process has seen to the one that writes
+        if fuse is not None:
+            MeanAP(module.class_names, iou_type=kinds).compute()  # for which the first waits
         return
+    metric = seen[0] if fuse is None else _fused(seen, ckpts, fuse)
     dataset: Any = data.predict_dataloader().dataset
     metric.frequencies = dataset.frequencies
     home, name = dataset.root, split if annotations is None else annotations.stem
-    run, kept = ckpt.resolve().parent, read_torch(ckpt)
-    facts = {
-        "checkpoint": ckpt.name,
-        "step": str(kept.get("global_step", "unknown")),
-        "code": kept.get("code", "not recorded"),
-    }
-    if (now := code_version()) != facts["code"]:
-        facts["evaluated with"] = now
-    facts |= {"data": home.name, "split": name, "precision": precision}
+    facts = _facts(ckpts, fuse) | {"data": home.name, "split": name, "precision": precision}
+    run, kept = ckpts[0].resolve().parent, read_torch(ckpts[0])
     config = run / "config.yaml"
     said = config.read_text() if config.is_file() else yaml.safe_dump(dict(kept.get("hyper_parameters", {})))
     title = f"Evaluation of {run.parent.name}/{run.name}"
-    folder = output or ckpt.parent / f"evaluation_{name}"
+    title += f" and {len(ckpts) - 1} more, fused" if fuse else ""
+    folder = output or ckpts[0].parent / f"evaluation_{name}{f'_{fuse}' if fuse else ''}"
 
     def load(result: ImageResult) -> Pixels:
         return read_image(home / result.file_name, result.size, form=data.form)
@@ -125,9 +135,41 @@ def evaluate(
     _write(folder, metric, dataset.category_ids, load, title, facts, said, _leads(run), beside)
 
 
+def _fused(seen: Sequence[MeanAP], ckpts: Sequence[Path], how: Fusion) -> MeanAP:
+    """What all checkpoints found, as if one had; the AP of each alone is printed.
+
+    Raises:
+        DataError: they were validated on other images.
+    """
+    limit = max(metric.max_detection_thresholds[-1] for metric in seen)
+    fused = MeanAP(seen[0].class_names, limit, seen[0].iou_type)
+    by_image = [{result.image_id: result for result in metric.results} for metric in seen]
+    for own, path in zip(by_image, ckpts, strict=True):
+        files = {number: result.file_name for number, result in own.items()}
+        if files != {number: result.file_name for number, result in by_image[0].items()}:
+            raise DataError(f"{path} and {ckpts[0]} have other validation images: name data for both, as with --root")
+    fused.update([], [], [fuse_found([own[number] for own in by_image], how, limit) for number in by_image[0]])
+    return fused
+
+
+def _facts(ckpts: Sequence[Path], fuse: str | None) -> dict[str, str]:
+    """Where the detections come from; of each checkpoint where there are several."""
+    kept = [read_torch(path) for path in ckpts]
+    names = [path.name if fuse is None else f"{path.resolve().parent.name}/{path.name}" for path in ckpts]
+    facts = {
+        "checkpoint": ", ".join(names),
+        "step": ", ".join(str(content.get("global_step", "unknown")) for content in kept),
+        "code": ", ".join(dict.fromkeys(content.get("code", "not recorded") for content in kept)),
+    }
+    facts |= {} if fuse is None else {"fused by": fuse}
+    if of := [ingredient["path"] for content in kept for ingredient in content.get("soup", {}).get("ingredients", ())]:
+        facts["soup of"] = ", ".join(of)
+    return facts if (now := code_version()) == facts["code"] else facts | {"evaluated with": now}
+
+
 def main(args: Sequence[str]) -> str | None:
     """Run the command with its flags; returns the sentence on what went wrong, if anything did."""
-    return run_command("evaluate", evaluate, args, ValueError)
+    return run_command("evaluate", evaluate, join_ckpts(args), ValueError)
 
 
 def _other_data(

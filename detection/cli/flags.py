@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,23 +13,52 @@ from typing import Any
 from jsonargparse import auto_cli
 
 from detection.cli.wording import CommandParser
+from detection.data.records import DataError
 from detection.errors import complaint
 from detection.training.checkpoints import best_or_last
 
-TRUST = "--trust"
+TRUST, CKPT = "--trust", "--ckpt"
 
 
 def take_trust(args: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments without `--trust`, and the packages it names: several behind one flag, or the flag repeated."""
-    left, names, taking = list[str](), list[str](), False
+    left, given = _take(args, TRUST)
+    return left, [name for value in given for name in value.strip("[]").replace(",", " ").split()]
+
+
+def _take(args: Sequence[str], wanted: str) -> tuple[list[str], list[str]]:
+    """The arguments without a flag, and the values behind each of it."""
+    left, values, taking = list[str](), list[str](), False
     for arg in args:
         flag, equals, value = arg.partition("=")
-        taking = flag == TRUST or (taking and not arg.startswith("-"))
+        taking = flag == wanted or (taking and not arg.startswith("-"))
         if not taking:
             left.append(arg)
-        elif flag != TRUST or equals:
-            names += (value if equals else arg).strip("[]").replace(",", " ").split()
-    return left, names
+        elif flag != wanted or equals:
+            values.append(value if equals else arg)
+    return left, values
+
+
+def join_ckpts(args: Sequence[str]) -> list[str]:
+    """The arguments with several checkpoints, behind one `--ckpt` or each behind its own, as the one list of them."""
+    left, paths = _take(args, CKPT)
+    return [*left, f"{CKPT}={json.dumps(paths)}"] if len(paths) > 1 else list(args)
+
+
+def members(ckpt: Path | list[Path], fuse: str | None) -> list[Path]:
+    """The checkpoints that are to be asked, see `chosen`.
+
+    Raises:
+        DataError: there are several and it is not said how to fuse them, or the other way round.
+    """
+    paths = [chosen(path) for path in (ckpt if isinstance(ckpt, list) else [ckpt])]
+    if (len(paths) > 1) != (fuse is not None):
+        raise DataError(
+            f"{len(paths)} checkpoints: say how to fuse what they find, --fuse wbf (weighted box fusion) or --fuse nms"
+            if fuse is None
+            else f"--fuse {fuse} fuses what several checkpoints find, but there is one: give --ckpt A --ckpt B"
+        )
+    return paths
 
 
 def chosen(ckpt: Path) -> Path:

@@ -9,16 +9,18 @@ from typing import Any
 
 from lightning.fabric import Fabric
 
-from detection.cli.flags import check_ranges, chosen, run_command
+from detection.cli.flags import check_ranges, join_ckpts, members, run_command
 from detection.data.records import DataError
 from detection.inference import Detector, Tiles, predict
 from detection.inference.detector import Precision
+from detection.inference.ensemble import Ensemble
+from detection.inference.fusing import Fusion
 from detection.inference.sources import Images, Listed, open_source
 from detection.visualize import Names
 
 
 def predict_in(
-    ckpt: Path,
+    ckpt: list[Path] | Path,
     source: str,
     output: Path = Path("predictions"),
     score_thresh: float | None = None,
@@ -35,12 +37,13 @@ def predict_in(
     devices: int = 1,
     num_nodes: int = 1,
     precision: Precision = "32",
+    fuse: Fusion | None = None,
     trust: list[str] = [],  # noqa: B006
 ) -> None:
     """Write annotated images or a video, predictions.json (COCO) and predictions.csv.
 
     Args:
-        ckpt: run's folder, its checkpoint, or .safetensors of `detection convert`.
+        ckpt: run's folder, its checkpoint, or .safetensors of `detection convert`; several with `fuse`.
         source: image, folder, pattern such as 'photos/*.jpg' (quoted), video, URL of a stream, or number of a camera.
         output: folder to write to.
         score_thresh: detections below it are left out; 0.5, or 0 with `annotations`, by default.
@@ -59,17 +62,20 @@ def predict_in(
             stays on one.
         num_nodes: machines with so many devices each, which all see `source` and `output`.
         precision: of the network: 32, bf16 or 16.
+        fuse: how what several checkpoints find becomes one: wbf is weighted box fusion, nms keeps the best.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
     check_ranges(score_thresh=(score_thresh, 0, 1), batch_size=(batch_size, 1), limit=(limit, 1))
     check_ranges(line_width=(line_width, 1), devices=(devices, 1), num_nodes=(num_nodes, 1))
-    ckpt = chosen(ckpt)
+    ckpts = members(ckpt, fuse)
     fabric = _processes(device, devices, num_nodes) if devices * num_nodes > 1 else None
-    detector = Detector.from_checkpoint(ckpt, str(fabric.device) if fabric else device, precision, trust)
+    on = str(fabric.device) if fabric else device
+    asked = [Detector.from_checkpoint(path, on, precision, trust) for path in ckpts]
+    detector = asked[0] if fuse is None else Ensemble(asked, fuse, [str(path) for path in ckpts])
     tiles = Tiles(tile, overlap) if tile is not None else None
     detector_of, form = detector.class_names, detector.form
     if unknown := [name for name in classes or () if name not in detector_of]:
-        raise DataError(f"{ckpt}: there is no class '{unknown[0]}'; there are: {', '.join(detector_of)}")
+        raise DataError(f"{ckpts[0]}: there is no class '{unknown[0]}'; there are: {', '.join(detector_of)}")
     listed = Listed(annotations, Path(source).expanduser(), form) if annotations is not None else None
     found_in = listed or open_source(source, form)
     lowest = score_thresh if score_thresh is not None else 0.5 if annotations is None else 0.0
@@ -111,4 +117,4 @@ def _processes(device: str, devices: int, num_nodes: int) -> Fabric:
 
 def main(args: Sequence[str]) -> str | None:
     """Run the command with its flags; returns the sentence on what went wrong, if anything did."""
-    return run_command("predict", predict_in, args, ValueError)
+    return run_command("predict", predict_in, join_ckpts(args), ValueError)

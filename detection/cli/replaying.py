@@ -128,7 +128,7 @@ def _replay(given: argparse.Namespace, trust: list[str]) -> None:
         raise DataError(f"{given.run} has no step {given.step}: it ends after {cli.trainer.global_step} steps")
     if cli.trainer.global_rank:
         output = output / f"rank_{cli.trainer.global_rank}"
-    found = compare(recorder.figures, logged(given.run), given.step)
+    found = compare(recorder.figures, logged(given.run, cli.trainer.global_rank), given.step)
     content = as_json(recorder, found)
     content |= {"from": begin.path.name if begin else "the beginning", "repeated": len(recorder.figures) - 1}
     content["verdict"] = verdict(
@@ -140,7 +140,9 @@ def _replay(given: argparse.Namespace, trust: list[str]) -> None:
     if cli.trainer.is_global_zero:
         _print(content)
         print(content["verdict"])
-        print(f"numbers and pictures: {output}")
+        count = cli.trainer.world_size
+        others = "" if count == 1 else f"; of the other processes in rank_1 to rank_{count - 1} there"
+        print(f"numbers and pictures: {output}{others}")
 
 
 def _announce(begin: Saved | None, step: int) -> None:

@@ -213,7 +213,9 @@ def _freedom(*parts: tuple[float, int]) -> float:
 
 
 def _between(values: Floats, side: int) -> float:
-    """Variance between the runs of a side, pooled over both, of `(G, S)`; the mean over draws."""
+    """Variance between the runs of a side, pooled over both, of `(G, S)`; the mean over draws, NaN without any."""
+    if not values.shape[1]:
+        return math.nan
     groups = [values[:side], values[side:]]
     squares = sum(((own - own.mean(0)) ** 2).sum(0) for own in groups)
     return float(np.mean(squares / (len(values) - 2)))

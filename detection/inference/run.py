@@ -19,6 +19,7 @@ from detection.batch import Id
 from detection.data.images import LARGEST
 from detection.inference.detections import Detections
 from detection.inference.detector import Detector
+from detection.inference.ensemble import Ensemble
 from detection.inference.films import Film
 from detection.inference.sources import ANNOTATED, RESULTS, Images, Listed, Pixels, Video
 from detection.inference.tiles import Tiles
@@ -51,7 +52,7 @@ class Summary:
 
 
 def predict(
-    detector: Detector,
+    detector: Detector | Ensemble,
     source: Images | Video,
     folder: Path,
     score_thresh: float = 0.5,
@@ -165,7 +166,7 @@ class _Files:
         writes: false leaves the files to another process.
     """
 
-    def __init__(self, folder: Path, detector: Detector, source: Images | Video, writes: bool) -> None:
+    def __init__(self, folder: Path, detector: Detector | Ensemble, source: Images | Video, writes: bool) -> None:
         self.summary, self.writes = Summary(folder), writes
         self.source = source if isinstance(source, Listed) else None
         listing, names = (self.source.listing if self.source else None), detector.class_names
@@ -205,7 +206,11 @@ def _bar() -> Progress:
 
 
 def _detect(
-    detector: Detector, images: Iterable[tuple[str, Pixels]], batch_size: int, tiles: Tiles | None, notes: list[str]
+    detector: Detector | Ensemble,
+    images: Iterable[tuple[str, Pixels]],
+    batch_size: int,
+    tiles: Tiles | None,
+    notes: list[str],
 ) -> Iterator[tuple[str, Pixels, Detections]]:
     for in_tiles, group in groupby(images, lambda pair: tiles is not None or _is_huge(pair[1])):
         while batch := list(islice(group, 1 if in_tiles else batch_size)):
@@ -225,7 +230,7 @@ def _is_huge(pixels: Pixels) -> bool:
     return pixels.shape[0] * pixels.shape[1] > LARGEST
 
 
-def detect_tiled(detector: Detector, pixels: Pixels, tiles: Tiles, batch_size: int = 8) -> Detections:
+def detect_tiled(detector: Detector | Ensemble, pixels: Pixels, tiles: Tiles, batch_size: int = 8) -> Detections:
     """Detections of an image `(H, W, 3)` looked at in tiles, `batch_size` of them at a time."""
     height, width = pixels.shape[:2]
     windows = tiles.windows(height, width)

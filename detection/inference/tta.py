@@ -16,13 +16,14 @@ from torch.nn import functional as F
 
 from detection.batch import Batch
 from detection.boxes import grouped_nms
+from detection.inference.fusing import Fusion, weighted_boxes
 from detection.models.transform import ImageTransform
 from detection.models.two_stage import Detections, FasterRCNN, Losses
 from detection.parts import MaskGridPart
 
 
 class TestTimeAugmentation(nn.Module):
-    """A detector that looks at each batch at several scales, mirrored and not, and keeps the best by NMS.
+    """A detector that looks at each batch at several scales, mirrored and not, and fuses what it finds.
 
     It stands in for the detector wherever `run` is called: `module.detector = TestTimeAugmentation(module.detector)`.
 
@@ -30,13 +31,21 @@ class TestTimeAugmentation(nn.Module):
         detector: gives the detections; its NMS threshold and number of detections are those of the merging, too.
         scales: factors on the images of the batch.
         hflip: look at the mirror image as well.
+        fusion: `nms` keeps the best of what overlaps; `wbf` is weighted box fusion, see `fusing.weighted_boxes`, where
+            a box has the mask of the best detection in it.
     """
 
     __test__ = False  # pytest would take it for a test
 
-    def __init__(self, detector: FasterRCNN, scales: Sequence[float] = (1.0,), hflip: bool = True) -> None:
+    def __init__(
+        self,
+        detector: FasterRCNN,
+        scales: Sequence[float] = (1.0,),
+        hflip: bool = True,
+        fusion: Fusion = "nms",
+    ) -> None:
         super().__init__()
-        self.detector, self.scales, self.hflip = detector, tuple(scales), hflip
+        self.detector, self.scales, self.hflip, self.fusion = detector, tuple(scales), hflip, fusion
 
     @property
     def num_classes(self) -> int:
@@ -70,11 +79,23 @@ class TestTimeAugmentation(nn.Module):
         return losses, [self._merge(found) for found in zip(*views, strict=True)]
 
     def _merge(self, views: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        heads = next(m for m in self.detector.roi_heads.modules() if hasattr(m, "nms_thresh"))
+        heads = last_heads(self.detector)
         joined = {name: torch.cat([view[name] for view in views]) for name in views[0]}
+        if self.fusion == "wbf":
+            boxes, scores, labels = (joined[name].cpu().numpy() for name in ("boxes", "scores", "labels"))
+            fused = weighted_boxes(boxes, scores, labels, len(views))
+            keep = torch.from_numpy(fused.best).to(joined["labels"].device)
+            joined = {name: values[keep] for name, values in joined.items()}
+            joined |= {n: torch.from_numpy(getattr(fused, n)).to(joined[n]) for n in ("boxes", "scores")}
+            return {name: values[: int(heads.detections_per_img)] for name, values in joined.items()}
         nms: Any = getattr(heads, "nms", grouped_nms)
-        keep = nms(joined["boxes"], joined["scores"], joined["labels"], float(heads.nms_thresh))  # type: ignore[arg-type]
-        return {name: values[keep[: int(heads.detections_per_img)]] for name, values in joined.items()}  # type: ignore[arg-type]
+        keep = nms(joined["boxes"], joined["scores"], joined["labels"], float(heads.nms_thresh))
+        return {name: values[keep[: int(heads.detections_per_img)]] for name, values in joined.items()}
+
+
+def last_heads(model: nn.Module) -> Any:
+    """The RoI heads of a detector that have `nms_thresh` and `detections_per_img`."""
+    return next(m for m in model.modules() if hasattr(m, "nms_thresh") and hasattr(m, "detections_per_img"))
 
 
 def rescale(batch: Batch, scale: float, divisor: int = 32) -> Batch:

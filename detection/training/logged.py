@@ -52,19 +52,26 @@ def read_rows(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def logged(run: Path) -> dict[int, Figures]:
-    """What was logged of each step: in `metrics.csv`, and of a step that was not taken in `nonfinite.json`."""
+def logged(run: Path, rank: int = 0) -> dict[int, Figures]:
+    """What was logged of each step: in `metrics.csv`, and of a step that was not taken in `nonfinite.json`.
+
+    Args:
+        run: its folder.
+        rank: whose figures are wanted. `metrics.csv` has the losses of the first alone; gradient and rate are those of
+            all.
+    """
     found: dict[int, Figures] = {}
     for row in read_rows(run):
-        noted = {n: float(value) for n, value in row.items() if value and n.startswith(NOTED)}
+        names = NOTED if rank == 0 else NOTED[1:]
+        noted = {n: float(value) for n, value in row.items() if value and n.startswith(names)}
         if noted:
             found.setdefault(int(row["step"]), {}).update(noted)
     bad = run / "nonfinite.json"
     if bad.is_file():
         content = json.loads(bad.read_text())
-        first = content["ranks"][0]
-        figures = {f"train/{n}": float(value) for n, value in first["parts"][-1]["losses"].items() if n != "loss"}
-        found.setdefault(content["step"], figures | {"train/grad_norm": float(first["gradient_norm"])})
+        for own in (report for report in content["ranks"] if report["rank"] == rank):
+            figures = {f"train/{n}": float(value) for n, value in own["parts"][-1]["losses"].items() if n != "loss"}
+            found.setdefault(content["step"], figures | {"train/grad_norm": float(own["gradient_norm"])})
     return found
 
 

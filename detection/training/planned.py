@@ -56,6 +56,14 @@ class Planned:
         except (OSError, ValueError, TypeError):
             return State()
 
+    def trained(self) -> float:
+        """Seconds it has trained, up to the last line of its log where it trains or its plan was killed."""
+        state, files = self.state(), [self.folder / name for name in (LOG, STATE)]
+        if state.code is not None or not all(file.is_file() for file in files):
+            return state.seconds
+        log, begun = (file.stat().st_mtime for file in files)
+        return state.seconds + max(0.0, log - begun)
+
     def keep(self, state: State) -> None:
         """Write how far it is, whole or not at all."""
         partial = self.folder / f"{STATE}.partial"
@@ -107,9 +115,8 @@ class Training:
     """
 
     def __init__(self, run: Planned, device: str | None, lock: int) -> None:
-        self.run, self.device, self._lock, self._began = run, device, lock, time.monotonic()
-        self._before = run.state().seconds
-        run.keep(State(list(run.flags), run.config, self._before))
+        self.run, self.device, self._lock = run, device, lock
+        run.keep(State(list(run.flags), run.config, run.trained()))
         environment = os.environ | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
         with (run.folder / LOG).open("ab") as log:
             self._log_from = log.tell()
@@ -128,7 +135,7 @@ class Training:
         code = self.process.poll()
         if code is None:
             return None
-        seconds = self._before + time.monotonic() - self._began
+        seconds = self.run.trained()  # the clock would count a comparison, during which nobody looks
         state = State(list(self.run.flags), self.run.config, seconds, code, self._complaint(code))
         self.run.keep(state)
         os.close(self._lock)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -301,3 +302,11 @@ def test_other_validation_sets_are_refused_or_their_common_images_taken(files):
         assert [result.image_id for result in side[0].results] == list(range(4, 41))
     with pytest.raises(DataError, match="other classes"):
         same_images([[a], [replace(b, class_names=["x"])]])
+
+
+def test_a_figure_that_no_draw_has_is_said_to_be_none():
+    """Two seeds each, and no small object: there is no mean of no draws."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = difference("map_small", np.full(4, np.nan), np.full((4, 50), np.nan), 2, 4)
+    assert math.isnan(found.difference) and math.isnan(found.seed) and found.draws == 0

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from detection import Detector, maskrcnn_efficientnet_lite0_fpn
+from detection.__main__ import main
 from detection.cli.comparing import same_images
 from detection.cli.detected import of_file, of_run
 from detection.cli.evaluate import evaluate
@@ -291,6 +292,38 @@ def test_a_results_file_alone(tmp_path, pycoco, capsys):
 def test_what_is_missing_is_said(flags, sentence):
     with pytest.raises(DataError, match=re.escape(sentence)):
         evaluate(**{name: Path(value) for name, value in flags.items()})
+
+
+@pytest.mark.slow
+def test_copies_that_are_fused_have_the_figures_of_one(trained, tmp_path, capsys):
+    folder, logged = trained
+    shutil.copy(folder / "last.ckpt", folder / "copy.ckpt")
+    paths = [folder / "last.ckpt", folder / "copy.ckpt"]
+    evaluate(paths, accelerator="cpu", batch_size=12, fuse="wbf", output=tmp_path)
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert {name: written["figures"][name] for name in logged} == pytest.approx(logged, abs=1e-6)
+    assert written["facts"]["fused by"] == "wbf" and written["facts"]["checkpoint"].count(".ckpt") == 2
+    assert f"bbox_map {logged['bbox_map']:.4f}, segm_map" in capsys.readouterr().out
+
+
+@pytest.mark.rehearsal
+def test_the_ap_of_a_greedy_soup_is_that_of_its_file(trained, tmp_path, capsys):
+    """The other ingredient scores objects low and background high."""
+    folder, logged = trained
+    content = torch.load(folder / "last.ckpt", weights_only=True)
+    for name, value in content["state_dict"].items():
+        if name.endswith("cls_score.weight"):
+            value.neg_()
+    torch.save(content, tmp_path / "worse.ckpt")
+    paths = [str(tmp_path / "worse.ckpt"), str(folder / "last.ckpt")]
+    assert main(["soup", *paths, "--greedy", "--accelerator", "cpu", "--output", str(tmp_path / "soup.ckpt")]) is None
+    assert f"last.ckpt: AP {logged['segm_map']:.4f}" in capsys.readouterr().out
+    soup = torch.load(tmp_path / "soup.ckpt", weights_only=True)["soup"]
+    assert soup["kind"] == "greedy" and soup["of"] == paths and soup["images"].endswith(", val")
+    evaluate(tmp_path / "soup.ckpt", accelerator="cpu", batch_size=12, output=tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert written["figures"]["segm_map"] == pytest.approx(soup["ap"], abs=1e-6)
+    assert written["facts"]["soup of"] == ", ".join(i["path"] for i in soup["ingredients"])
 
 
 @pytest.mark.slow
