@@ -200,13 +200,13 @@ def test_proposals_of_a_mask_rcnn_are_matched_as_the_config_says(given: str | No
     with torch.device("meta"):
         model = build(Layout("resnet50", "fpn", 4, 1, True), STYLES["pytorch"], told)
         plain = build(Layout("resnet50", "fpn", 4, 1, True), STYLES["pytorch"], told.ask("torchvision"))
+        again = rebuild(model.recipe or {})
     iou = torch.tensor([[0.9, 0.2, 0.1], [0.8, 0.4, 0.0], [0.0, 0.0, 0.3]])
     # Object 1 takes proposal 0 from object 0, which it has its highest IoU with; object 2 has proposal 2 from 0 on.
     wanted = {None: [0, -1, -1], 0.5: [1, -1, -1], 0.0: [1, -1, 2]}[lowest]
     assert model.roi_heads.matcher.assign(iou).tolist() == wanted
     assert type(plain.roi_heads.matcher) is Matcher
-        again = rebuild(model.recipe or {})
-        assert type(again.roi_heads.matcher) is type(model.roi_heads.matcher)
+    assert type(again.roi_heads.matcher) is type(model.roi_heads.matcher)
 
 
 def tiny_cascade_with_masks() -> Any:
