@@ -20,6 +20,7 @@ from detection.boxes import BoxCoder
 from detection.drift import present_recipe
 from detection.interop import import_detector, mmdetection, mmdetection_config, rows
 from detection.interop.builders import Layout, aligned_cascade_rcnn, aligned_rcnn, build
+from detection.interop.export import ExportableDetector
 from detection.interop.names import rename
 from detection.interop.rows import STYLES, Style
 from detection.interop.semantics import InsideImage, Library, MaxIoUMatcher, Resampling, Semantics
@@ -245,6 +246,10 @@ def test_each_stage_has_a_mask_and_detections_their_mean() -> None:
     (plain,), (fast,) = model.predict([image]), quick.predict([image])
     assert plain["masks"].shape[1:] == (1, 64, 64) and len(plain["masks"]) > 1
     torch.testing.assert_close(fast["masks"], plain["masks"], rtol=1e-4, atol=1e-5)
+    small = model.run(model.transform([image], None, 4), False, True)[1][0]["masks"]
+    exported = ExportableDetector(model)
+    given = dict(zip(exported.outputs, exported(image[None]), strict=True))
+    torch.testing.assert_close(given["masks"][0, : len(small)], small, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("quick", [False, True])
