@@ -255,7 +255,7 @@ def aligned_cascade_rcnn(
         rpn_box_loss, box_loss: default: plain L1.
         mask_head: default: four convolutions.
         mask_grid: see `faster_rcnn`; the default, `MaskGrid`, is that of both libraries.
-        stage_masks: with a mask branch in each stage, as MMDetection has them, and not one for all.
+        stage_masks: with a mask branch in each stage, as MMDetection has them, and not the one of `masks`.
         semantics: whose rules of training, see `Semantics`.
         **kwargs: see `cascade_rcnn`.
 
@@ -282,7 +282,7 @@ def aligned_cascade_rcnn(
         box_roi_pool=box_roi_pool or _pooler(7),
         **rules.parts(kwargs),
     )
-    if masks and stage_masks:
+    if stage_masks:
         _add_masks(model, mask_roi_pool or _pooler(14), mask_head or MaskHead, mask_grid or MaskGrid())
     return rules.apply(model)
 

@@ -215,7 +215,6 @@ def tiny_cascade_with_masks() -> Any:
     return aligned_cascade_rcnn(
         OneMap(),  # type: ignore[arg-type]
         4,
-        masks=True,
         stage_masks=True,
         semantics="mmdetection",
         rpn_anchor_generator=AnchorGenerator([[32]], [1.0]),
@@ -283,7 +282,7 @@ def test_masks_of_each_stage_need_mmdetections_rules() -> None:
         with pytest.raises(CheckpointError, match="a mask branch, which only MMDetection's rules train, not torchvis"):
             build(layout, STYLES["pytorch"], Told().ask("torchvision"), semantics="mmdetection")
         with pytest.raises(ValueError, match="semantics 'torchvision' do not say how a mask branch in each stage"):
-            aligned_cascade_rcnn(OneMap(), 4, masks=True, stage_masks=True)  # type: ignore[arg-type]
+            aligned_cascade_rcnn(OneMap(), 4, stage_masks=True)  # type: ignore[arg-type]
         model = build(layout, STYLES["pytorch"], semantics="mmdetection")
         again = rebuild(model.recipe or {})
     assert list(again.state_dict()) == list(model.state_dict()) and again.has_masks
