@@ -9,6 +9,7 @@ PACKAGE = __name__.partition(".")[0]
 MOVED = {
     f"{PACKAGE}.models.family.": f"{PACKAGE}.models.relatives.",
     f"{PACKAGE}.models.fpn.": f"{PACKAGE}.models.pyramid.",
+    f"{PACKAGE}.interop.heads.ConvStack": f"{PACKAGE}.models.masks.MaskHead",
     f"{PACKAGE}.models.proposals.GivenProposals": f"{PACKAGE}.models.precomputed.PrecomputedProposals",
 }
 
@@ -31,6 +32,10 @@ def upgrade(path: str, arguments: dict[str, Any], written: bool = False) -> tupl
         return path, arguments
     for old, new in MOVED.items():
         path = path.replace(old, new, 1) if path.startswith(old) else path
+    if path == f"{PACKAGE}.models.masks.MaskHead":
+        layers = [arguments.pop("channels", 256)] * arguments.pop("convs", 4)
+        arguments |= {"layers": layers} if "layers" not in arguments and layers != [256] * 4 else {}
+        arguments |= {"norm": "batch"} if arguments.pop("batch_norm", False) else {}
     for stage in ("rpn_", ""):
         overlap = arguments.pop(f"{stage or 'box_'}overlap_loss", None)
         beta = arguments.pop(f"{stage}box_beta", None)

@@ -242,6 +242,10 @@ def test_losses_of_older_recipes_are_parts_now() -> None:
     assert (mobile.roi_heads.box_loss.beta, lite0.rpn.box_loss.beta) == (0.0, 0.5)
     assert [stage.box_loss.beta for stage in models["cascade"].roi_heads.stages] == [0.25] * 3
     assert models["c4"].rpn.box_loss.beta == 1 / 9
+    stack = upgrade("detection.interop.heads.ConvStack", {"norm": "group", "channels": 64, "convs": 2})
+    assert stack == ("detection.models.masks.MaskHead", {"norm": "group", "layers": [64, 64]})
+    head = upgrade("detection.models.masks.MaskHead", {"in_channels": 8, "batch_norm": True})
+    assert head == ("detection.models.masks.MaskHead", {"in_channels": 8, "norm": "batch"})
     own = ("my_parts.Loss", {"box_beta": 1, "box_overlap_loss": None})
     assert upgrade(own[0], dict(own[1])) == own
 

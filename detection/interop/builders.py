@@ -19,19 +19,21 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 from detection.anchors import Anchors, chosen_anchors
-from detection.interop.heads import ConvLinearHead, ConvStack
+from detection.interop.heads import ConvLinearHead
 from detection.interop.rows import STYLES, Style
 from detection.interop.semantics import Library, Semantics
 from detection.interop.told import Told, usual
 from detection.losses import SmoothL1Loss
+from detection.mask_grid import MaskGrid
 from detection.models.backbones import Backbone, ResNetName, resnet_c4, resnet_dc5, resnet_fpn
 from detection.models.c4 import Res5Head, Res5Maps, res5_head
-from detection.models.compose import cascade_rcnn, faster_rcnn, mask_rcnn, precomputed
+from detection.models.compose import cascade_rcnn, channels_last, faster_rcnn, mask_rcnn, precomputed
+from detection.models.masks import MaskHead, MaskPredictor
 from detection.models.norms import Norm
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import FastRCNNPredictor, RoIHeads
 from detection.models.two_stage import FasterRCNN
-from detection.parts import Factory, Factory2
+from detection.parts import Factory, Factory2, MaskGridPart
 from detection.recipes import recorded
 from detection.weights import CheckpointError
 
@@ -53,6 +55,7 @@ class Layout:
         convs, linears, box_norm: of the box head, see `ConvLinearHead`.
         agnostic: whether a detector with one stage has one box for all classes, as a cascade has.
         precomputed: proposals come with the data (Fast R-CNN).
+        stage_masks: each stage of a cascade has a mask branch.
     """
 
     resnet: ResNetName
@@ -68,6 +71,7 @@ class Layout:
     box_norm: Norm | None = None
     agnostic: bool = False
     precomputed: bool = False
+    stage_masks: bool = False
 
 
 def resnet_of(blocks: int, kernel: Tensor | None = None, bottleneck: bool = True) -> ResNetName:
@@ -108,18 +112,26 @@ def build(layout: Layout, style: Style, told: Told = Told(), **options: Any) -> 
         **options: those of the builder in which the libraries differ.
 
     Raises:
-        CheckpointError: a cascade without a pyramid, or of other than three stages; or what is told is of another
-            detector.
+        CheckpointError: a cascade without a pyramid, or of other than three stages; a mask branch in each stage without
+            MMDetection's rules; or what is told is of another detector.
     """
     name, count = layout.resnet, layout.num_classes
     depth = int("".join(re.findall(r"\d+", name)[:1]))
     found = {"num_classes": count, "mask": layout.mask, "stages": layout.stages, "depth": depth}
     told.check(found | {"agnostic": layout.agnostic})
-    common: dict[str, Any] = {"norm": layout.norm, "stride_in_1x1": style.stride_in_1x1}
+    settings = options | usual(count) | told.arguments | told.asked | style.image_mean | _heads(layout)
+    rules = semantics_of(settings.get("semantics", "torchvision")).rules
+    if layout.stage_masks and rules != "mmdetection":
+        raise CheckpointError(f"each stage has a mask branch, which only MMDetection's rules train, not {rules}'s")
+    norm = told.norm or layout.norm
+    if (norm == "group") != (layout.norm == "group"):
+        raise CheckpointError(f"the config says {norm} normalisation, but the tensors are of {layout.norm}")
+    if norm == "affine" and rules != "mmdetection":
+        norm = "frozen"
+    common: dict[str, Any] = {"norm": norm, "stride_in_1x1": style.stride_in_1x1}
     trained: dict[str, Any] = common | {
         "trainable_layers": 3 if told.trainable_layers is None else told.trainable_layers
     }
-    settings = options | usual(count) | told.arguments | told.asked | style.image_mean | _heads(layout)
     if layout.stages > 1:
         if layout.features != "fpn" or layout.stages != 3:
             raise CheckpointError("a cascade can be converted with three stages and a pyramid only")
@@ -143,7 +155,9 @@ def _heads(layout: Layout) -> dict[str, Any]:
         shape: dict[str, Any] = {"convs": layout.convs, "linears": layout.linears, "norm": layout.box_norm}
         parts["box_head"] = partial(ConvLinearHead, **shape)
     if layout.mask and layout.mask_norm:
-        parts["mask_head"] = partial(ConvStack, norm=layout.mask_norm)
+        parts["mask_head"] = partial(MaskHead, norm=layout.mask_norm)
+    if layout.stage_masks:
+        parts["stage_masks"] = True
     if layout.agnostic:
         parts["box_predictor"] = partial(FastRCNNPredictor, class_agnostic=True)
     if layout.precomputed:
@@ -199,7 +213,7 @@ def aligned_rcnn(
         **kwargs: see `faster_rcnn`.
     """
     rules = semantics_of(semantics)
-    arguments: dict[str, Any] = rules.parts(kwargs) | {
+    arguments: dict[str, Any] = rules.parts(kwargs, masks) | {
         "rpn_anchor_generator": chosen_anchors(rpn_anchor_generator, len(backbone.strides), round_anchors=False),
         "rpn_post_nms_top_n_train": rpn_post_nms_top_n_train,
         "box_roi_pool": box_roi_pool or _pooler(box_output_size),
@@ -226,7 +240,9 @@ def aligned_cascade_rcnn(
     mean_of_logits: bool = False,
     rpn_box_loss: Callable[..., Any] | None = None,
     box_loss: Callable[..., Any] | None = None,
+    mask_head: Factory | None = None,
     mask_grid: Any = None,
+    stage_masks: bool = False,
     semantics: Library | Semantics = "torchvision",
     **kwargs: Any,
 ) -> FasterRCNN:
@@ -237,16 +253,26 @@ def aligned_cascade_rcnn(
         cascade_bbox_reg_weights: of each stage.
         mean_of_logits: average the stages' logits (MMDetection) in place of their probabilities.
         rpn_box_loss, box_loss: default: plain L1.
+        mask_head: default: four convolutions.
         mask_grid: see `faster_rcnn`; the default, `MaskGrid`, is that of both libraries.
+        stage_masks: with a mask branch in each stage, as MMDetection has them, and not the one of `masks`.
         semantics: whose rules of training, see `Semantics`.
         **kwargs: see `cascade_rcnn`.
+
+    Raises:
+        ValueError: `stage_masks` with other rules than MMDetection's, which alone say how they train.
     """
     rules = semantics_of(semantics)
+    if stage_masks and rules.rules != "mmdetection":
+        raise ValueError(
+            f"semantics {rules.rules!r} do not say how a mask branch in each stage trains: take mmdetection"
+        )
     model = cascade_rcnn(
         backbone,
         num_classes,
-        masks,
+        masks and not stage_masks,
         mask_roi_pool=mask_roi_pool or _pooler(14),
+        mask_head=mask_head,
         mask_grid=mask_grid,
         cascade_bbox_reg_weights=cascade_bbox_reg_weights,
         mean_of_logits=mean_of_logits,
@@ -256,7 +282,19 @@ def aligned_cascade_rcnn(
         box_roi_pool=box_roi_pool or _pooler(7),
         **rules.parts(kwargs),
     )
+    if stage_masks:
+        _add_masks(model, mask_roi_pool or _pooler(14), mask_head or MaskHead, mask_grid or MaskGrid())
     return rules.apply(model)
+
+
+def _add_masks(model: FasterRCNN, pool: nn.Module, head: Factory, grid: MaskGridPart) -> None:
+    """Give each stage of a cascade a mask branch."""
+    for stage in model.roi_heads.stages:
+        stage.mask_roi_pool, stage.mask_head, stage.mask_grid = pool, head(model.backbone.out_channels), grid
+        stage.mask_predictor = MaskPredictor(stage.mask_head.out_channels, model.num_classes)
+    model.roi_heads.mask_grid = grid
+    model.check()
+    channels_last(model)
 
 
 def semantics_of(semantics: Library | Semantics) -> Semantics:

@@ -124,6 +124,8 @@ def from_detectron2(state: Mapping[str, Tensor], style: Style, told: Told = Told
     """
     layout = read_layout(state)
     state = drop(state, DROPPED)
+    if layout.norm == "group" and told.norm != "group":
+        layout, state = _with_statistics(layout, state, told)
     model = build(layout, style, told, resizing="detectron2", semantics="detectron2")
     table = names_of(model, layout)
     state = {name: value.float() for name, value in state.items()}
@@ -133,6 +135,28 @@ def from_detectron2(state: Mapping[str, Tensor], style: Style, told: Told = Told
         state = rows.anchors_to_ratio_major(state, *anchor_grid(model))
     load(model, rows.counters_of(model) | rows.fold_pixels(state, style.bgr, style.scale))
     return model
+
+
+def _with_statistics(layout: Layout, state: dict[str, Tensor], told: Told) -> tuple[Layout, dict[str, Tensor]]:
+    """What normalisation without statistics is: of groups, or frozen with statistics of 0 and 1, as in old files.
+
+    Raises:
+        CheckpointError: neither a configuration nor normalisation elsewhere in the detector says which.
+    """
+    if told.norm is None and any((layout.fpn_norm, layout.mask_norm, layout.box_norm)):
+        return layout, state
+    if told.norm is None:
+        raise CheckpointError(
+            "the backbone's normalisation has no statistics, so it is group normalisation, or frozen with its "
+            "statistics folded in, as in old files: give --config with MODEL.RESNETS.NORM, GN or FrozenBN"
+        )
+    if told.norm != "frozen":
+        raise CheckpointError(f"the config says {told.norm} normalisation, but the tensors have no statistics")
+    scales = [name for name in state if name.startswith(("backbone.", "roi_heads.res5.")) and ".norm.weight" in name]
+    for name in scales:
+        state[name.replace("weight", "running_mean")] = torch.zeros_like(state[name])
+        state[name.replace("weight", "running_var")] = torch.ones_like(state[name])
+    return replace(layout, norm="frozen"), state
 
 
 def choose_style(
@@ -187,6 +211,8 @@ def to_detectron2(model: FasterRCNN) -> dict[str, Tensor]:
     """
     if model.transform.channels != 3:
         raise CheckpointError(f"the detector takes {model.transform.channels} channels, but Detectron2 reads RGB")
+    if any(".mask_predictor." in name and ".stages." in name for name in model.state_dict()):
+        raise CheckpointError("each stage has a mask branch, but Detectron2's cascades have one for all stages")
     state = rows.without_counters(state_of(model))
     names = list(state)
     pyramid = any(name.startswith("backbone.fpn.") for name in names)

@@ -19,6 +19,7 @@ from detection.boxes import BoxCoder
 from detection.interop.rows import Style
 from detection.interop.told import Told
 from detection.losses import CIoULoss, GIoULoss, SmoothL1Loss
+from detection.models.norms import Norm
 from detection.models.pooling import RoIPool, RoIPooler
 from detection.weights import CheckpointError
 
@@ -37,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "MODEL.MASK_ON": False,
     "MODEL.BACKBONE.FREEZE_AT": 2,
     "MODEL.RESNETS.DEPTH": 50,
+    "MODEL.RESNETS.NORM": "FrozenBN",
     "MODEL.RESNETS.STRIDE_IN_1X1": True,
     "MODEL.RESNETS.RES5_DILATION": 1,
     "MODEL.ANCHOR_GENERATOR.SIZES": [[32, 64, 128, 256, 512]],
@@ -100,8 +102,10 @@ BUILT: dict[str, tuple[Any, ...]] = {
     "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": (False,),
     "MODEL.ROI_MASK_HEAD.NAME": ("MaskRCNNConvUpsampleHead",),
     "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False, False, False, False],),
+    "MODEL.RESNETS.NORM": ("FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "GN"),
     "INPUT.FORMAT": ("BGR", "RGB"),
 }
+NORMS: dict[str, Norm] = {"FrozenBN": "frozen", "GN": "group"}  # the others are live
 # What the tensors show, or what is of no consequence without something that is refused.
 SHOWN = (
     *(
@@ -207,6 +211,7 @@ def read_told(path: Path) -> Told:
         },
         Style(get("MODEL.RESNETS.STRIDE_IN_1X1"), bgr, tuple(mean), tuple(std)),
         min(5, max(0, 5 - get("MODEL.BACKBONE.FREEZE_AT"))),
+        norm=NORMS.get(get("MODEL.RESNETS.NORM"), "batch"),
     )
 
 

@@ -229,7 +229,7 @@ def rank(boxes: Tensor, scores: Tensor, survives: Tensor, count: int) -> list[di
 def _add_masks(self: Any, features: FeatureMaps, detections: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     (found,) = detections
     if self.has_masks:
-        found["masks"] = self.mask_logits(features, found["boxes"], found["labels"]).sigmoid()
+        found["masks"] = self.mask_probabilities(features, found["boxes"], found["labels"])
     return detections
 
 

@@ -9,31 +9,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detection.models.norms import NORM_LAYERS, Norm
+from detection.models.masks import MaskHead
+from detection.models.norms import Norm
 from detection.recipes import recorded
-
-
-@recorded
-class ConvStack(nn.Sequential):
-    """3x3 convolutions, each normalised and rectified: `(R, C, o, o)` -> `(R, channels, o, o)`.
-
-    Args:
-        in_channels: C.
-        convs: how many.
-        norm: behind each; None for a bias instead.
-        channels: of each.
-    """
-
-    def __init__(self, in_channels: int, convs: int = 4, norm: Norm | None = None, channels: int = 256) -> None:
-        blocks = []
-        for i in range(convs):
-            conv = nn.Conv2d(channels if i else in_channels, channels, 3, padding=1, bias=norm is None)
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
-            blocks.append(nn.Sequential(conv, *([NORM_LAYERS[norm](channels)] if norm else []), nn.ReLU(inplace=True)))
-        super().__init__(*blocks)
-        self.out_channels = channels if convs else in_channels
 
 
 @recorded
@@ -43,7 +21,8 @@ class ConvLinearHead(nn.Module):
     Args:
         in_channels: C.
         output_size: o.
-        convs, norm: see `ConvStack`.
+        convs: how many, of 256 channels each.
+        norm: behind each; None for a bias instead.
         linears: how many layers follow.
         out_channels: of each.
     """
@@ -58,7 +37,7 @@ class ConvLinearHead(nn.Module):
         out_channels: int = 1024,
     ) -> None:
         super().__init__()
-        self.convs = ConvStack(in_channels, convs, norm)
+        self.convs = MaskHead(in_channels, [256] * convs, norm)
         pixels = self.convs.out_channels * output_size**2
         self.linears = nn.ModuleList(nn.Linear(out_channels if i else pixels, out_channels) for i in range(linears))
         self.out_channels = out_channels if linears else pixels

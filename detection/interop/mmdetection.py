@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -42,10 +43,11 @@ RULES: Rules = (
         for ours, theirs in _BOX
     ),
     *((rf"^roi_heads\.{ours}", "roi_head.bbox_head." + theirs.format(n="\\1")) for ours, theirs in _BOX),
-    (r"^roi_heads\.mask_head\.(\d)\.0\.", r"roi_head.mask_head.convs.\1.conv."),
-    (r"^roi_heads\.mask_head\.(\d)\.1\.", r"roi_head.mask_head.convs.\1.bn."),
-    (r"^roi_heads\.mask_predictor\.conv5_mask\.", "roi_head.mask_head.upsample."),
-    (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "roi_head.mask_head.conv_logits."),
+    (r"^roi_heads\.stages\.(\d\.)mask_(head\.|predictor\.)", r"roi_heads.mask_\2\1"),
+    (r"^roi_heads\.mask_head\.(\d\.)?(\d)\.0\.(?=[a-z])", r"roi_head.mask_head.\1convs.\2.conv."),
+    (r"^roi_heads\.mask_head\.(\d\.)?(\d)\.1\.(?=[a-z])", r"roi_head.mask_head.\1convs.\2.bn."),
+    (r"^roi_heads\.mask_predictor\.(\d\.)?conv5_mask\.", r"roi_head.mask_head.\1upsample."),
+    (r"^roi_heads\.mask_predictor\.(\d\.)?mask_fcn_logits\.", r"roi_head.mask_head.\1conv_logits."),
 )
 # Its cascade's deltas have standard deviations that aren't quite 1/30 and 1/15, and its losses are smoothed.
 CASCADE = {
@@ -73,11 +75,7 @@ def read_layout(state: Mapping[str, Tensor]) -> Layout:
         raise CheckpointError(
             f"not a Faster, Mask or Cascade R-CNN of MMDetection with a pyramid: there is no {classifier} beside a neck"
         )
-    if count_blocks(state, "roi_head.mask_head."):
-        raise CheckpointError(
-            "a Cascade Mask R-CNN of MMDetection has a mask branch for each stage, of which this project has one for "
-            "all: take Detectron2's, or leave out the tensors of roi_head.mask_head to have the boxes alone"
-        )
+    branches = count_blocks(state, "roi_head.mask_head.")
     head = classifier.removesuffix("fc_cls.weight")
     count = len(state[classifier])
     return Layout(
@@ -92,11 +90,12 @@ def read_layout(state: Mapping[str, Tensor]) -> Layout:
         any(name.startswith("roi_head.mask_head.") for name in state),
         "group" if norm_of(state, "backbone.bn1.") == "group" else "frozen",  # MMDetection holds live statistics, too
         norm_of(state, "neck.lateral_convs.0.bn."),
-        norm_of(state, "roi_head.mask_head.convs.0.bn."),
+        norm_of(state, f"roi_head.mask_head.{'0.' if branches else ''}convs.0.bn."),
         count_blocks(state, f"{head}shared_convs."),
         count_blocks(state, f"{head}shared_fcs."),
         norm_of(state, f"{head}shared_convs.0.bn."),
         not stages and count > 2 and len(state[f"{head}fc_reg.weight"]) == 4,
+        stage_masks=branches > 0,
     )
 
 
@@ -115,6 +114,8 @@ def from_mmdetection(state: Mapping[str, Tensor], style: Style, told: Told = Tol
         state = {name.removeprefix("ema_"): value for name, value in state.items()}
     state = {re.sub(r"\.gn(\d?)\.", r".bn\1.", name): value for name, value in drop(state, DROPPED).items()}
     layout = read_layout(state)
+    if layout.norm == "frozen" and not style.stride_in_1x1:  # Caffe's alone are not trained in the library's zoo
+        layout = replace(layout, norm="affine")
     cascade = CASCADE if layout.stages > 1 else {}
     model = build(layout, style, told, resizing="mmdetection", semantics="mmdetection", **cascade)
     table = rename(rows.without_counters(model.state_dict()), RULES)

@@ -14,9 +14,11 @@ from detection.anchors import AnchorGenerator
 from detection.boxes import BoxCoder
 from detection.interop.python_text import LARGEST, Unread, parse
 from detection.interop.rows import Style
-from detection.interop.semantics import Semantics, bounded
+from detection.interop.semantics import MaxIoUMatcher, Semantics, bounded
 from detection.interop.told import Told
 from detection.losses import SmoothL1Loss
+from detection.matching import Matcher
+from detection.models.norms import Norm
 from detection.models.pooling import RoIPooler
 from detection.weights import CheckpointError
 
@@ -147,6 +149,7 @@ def read_told(text: str) -> Told:
         {name: value for name, value in shape.items() if value is not None},
         Style(stride_in_1x1, bgr, mean, std),
         trained,
+        norm=_norm(backbone),
     )
 
 
@@ -159,6 +162,17 @@ def _check_backbone(backbone: _Node, neck: _Node) -> None:
     neck["num_outs"].must(5)
     neck.absent("add_extra_convs", "no_norm_on_lateral", "relu_before_extra_convs")
     neck["upsample_cfg"]["mode"].must("nearest")
+
+
+def _norm(backbone: _Node) -> Norm:
+    """How the backbone's normalisation trains."""
+    if backbone["norm_cfg"]["type"].value == "GN":
+        return "group"
+    learns = backbone["norm_cfg"]["requires_grad"]
+    if not backbone["norm_eval"].get(True):
+        learns.must(True)
+        return "batch"
+    return "affine" if learns.get(True) else "frozen"
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,7 +271,7 @@ def _boxes(roi_head: _Node, heads: list[_Node], train: list[_Node], test: _Node)
         if len(heads) > 1 and heads[0]["num_classes"].get(80) > 1 and not head["reg_class_agnostic"].get(False):
             raise CheckpointError(f"{head.path}.reg_class_agnostic False can't be built in a cascade: True can")
     for stage in train:
-        _check_assigner(stage["assigner"], False)
+        _check_assigner(stage["assigner"], False if len(heads) > 1 else None)
         _check_sampler(stage["sampler"], True)
         stage["pos_weight"].must(-1)
     _check_stages(train)
@@ -279,11 +293,12 @@ def _boxes(roi_head: _Node, heads: list[_Node], train: list[_Node], test: _Node)
     if len(heads) > 1:
         ious = [stage["assigner"]["pos_iou_thr"].get(0.5 + 0.1 * i) for i, stage in enumerate(train)]
         return arguments | {"cascade_iou_thresh": ious, "cascade_bbox_reg_weights": [list(w) for w in weights]}
-    return arguments | {
-        "bbox_reg_weights": list(weights[0]),
-        "box_fg_iou_thresh": assigner["pos_iou_thr"].get(0.5),
-        "box_bg_iou_thresh": assigner["neg_iou_thr"].get(0.5),
-    }
+    high, low = (assigner[f"{kind}_iou_thr"].get(0.5) for kind in ("pos", "neg"))
+    if assigner.value is not None:
+        lowest = assigner["min_pos_iou"].get(0.0)
+        arguments["box_matcher"] = MaxIoUMatcher(high, low, lowest) if _low_quality(assigner) else Matcher(high, low)
+    single = {"bbox_reg_weights": list(weights[0]), "box_fg_iou_thresh": high, "box_bg_iou_thresh": low}
+    return arguments | single
 
 
 def _check_masks(roi_head: _Node) -> None:
@@ -293,13 +308,21 @@ def _check_masks(roi_head: _Node) -> None:
     head["loss_mask"]["loss_weight"].must(1, 1.0)
 
 
-def _check_assigner(assigner: _Node, low_quality: bool) -> None:
+def _check_assigner(assigner: _Node, low_quality: bool | None) -> None:
+    """Refuse what can't be built; `low_quality` says which value of `match_low_quality` can, None that both can."""
     assigner["type"].must("MaxIoUAssigner")
     assigner["ignore_iof_thr"].must(-1)
     assigner["gt_max_assign_all"].must(True)
     matched = assigner["match_low_quality"]
-    if assigner.value is not None and matched.get(True) != low_quality:  # the assigner's own default is True
+    if assigner.value is None or low_quality is None:
+        return
+    if _low_quality(assigner) != low_quality:
         raise CheckpointError(f"{matched.path} {not low_quality} can't be built here: {low_quality} can")
+
+
+def _low_quality(assigner: _Node) -> bool:
+    """Whether the boxes with the highest IoU of an object are its own, as the assigner's default is."""
+    return bool(assigner["match_low_quality"].get(True))
 
 
 def _check_stages(train: list[_Node]) -> None:

@@ -39,8 +39,8 @@ class Semantics:
     many anchors or not.
 
     `mmdetection`: dw and dh have a lower bound; `MaxIoUMatcher` and `InsideImage` in the RPN, whose losses are divided
-    by what was sampled, foreground and background of an image counted as one at least; stages of a cascade sample
-    anew, see `ResampledCascade`.
+    by what was sampled, foreground and background of an image counted as one at least; in Mask R-CNN `MaxIoUMatcher`
+    for proposals, too; stages of a cascade sample anew, see `Resampling`.
 
     Args:
         rules: whose.
@@ -64,8 +64,13 @@ class Semantics:
         self.rules, self.min_pos_iou, self.allowed_border = rules, min_pos_iou, allowed_border
         self.stage_loss_weights = list(stage_loss_weights)
 
-    def parts(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of `faster_rcnn` with this library's matcher and box coders, where none are given."""
+    def parts(self, arguments: dict[str, Any], masks: bool = False) -> dict[str, Any]:
+        """The arguments of `faster_rcnn` with this library's matchers and box coders, where none are given.
+
+        Args:
+            arguments: as given.
+            masks: whether it is a Mask R-CNN.
+        """
         if self.rules != "mmdetection":
             return arguments
         weights = arguments.get("bbox_reg_weights", (10.0, 10.0, 5.0, 5.0))
@@ -75,6 +80,9 @@ class Semantics:
             "rpn_box_coder": bounded(BoxCoder()),
             "box_coder": bounded(BoxCoder(weights)),
         }
+        if masks:
+            high, low = arguments.get("box_fg_iou_thresh", 0.5), arguments.get("box_bg_iou_thresh", 0.5)
+            own["box_matcher"] = MaxIoUMatcher(high, low, high)
         return arguments | {name: part for name, part in own.items() if arguments.get(name) is None}
 
     def apply(self, model: FasterRCNN) -> FasterRCNN:
@@ -93,7 +101,12 @@ class Semantics:
             border = BORDER.get(stages, 0.0) if self.allowed_border is None else self.allowed_border
             rpn.counted_rows, rpn.candidates = OneOfEach(), InsideImage(border) if border >= 0 else None
         if isinstance(heads, CascadeRoIHeads):
-            model.roi_heads = ResampledCascade.of(heads, self.stage_loss_weights)
+            heads.training_rule = Resampling(self.stage_loss_weights)
+            if len(self.stage_loss_weights) != stages:
+                raise ValueError(f"{len(self.stage_loss_weights)} stage_loss_weights for {stages} stages: give one for "
+                                 "each")  # fmt: skip
+            for stage in heads.stages:
+                stage.box_coder = bounded(stage.box_coder)  # type: ignore[arg-type,assignment]
         return model
 
 
@@ -174,55 +187,39 @@ class OneOfEach:
 
 
 @recorded
-class ResampledCascade(CascadeRoIHeads):
-    """A cascade as MMDetection trains it (`CascadeRoIHead`).
+class Resampling:
+    """A cascade's training as MMDetection has it (`CascadeRoIHead`), a `training_rule` of `CascadeRoIHeads`.
 
     Each stage samples anew: among the boxes that the one before has moved, without the ground truth that it was given
     beside the proposals, and the ground truth again. Its losses have a weight, and its gradient reaches the features
-    whole.
+    whole. A mask branch of a stage learns on that stage's sample, one branch for all on the first stage's.
 
     Args:
-        stages, mask_roi_pool, mask_head, mask_predictor, mask_loss, mean_of_logits, mask_grid: see `CascadeRoIHeads`.
         stage_loss_weights: of each stage.
-
-    Raises:
-        ValueError: as many weights as stages are needed.
     """
 
-    def __init__(self, *args: Any, stage_loss_weights: Sequence[float] = (1.0, 0.5, 0.25), **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, stage_loss_weights: Sequence[float] = (1.0, 0.5, 0.25)) -> None:
         self.stage_loss_weights = list(stage_loss_weights)
-        if len(self.stage_loss_weights) != len(self.stages):
-            raise ValueError(f"{len(self.stage_loss_weights)} stage_loss_weights for {len(self.stages)} stages: give "
-                             "one for each")  # fmt: skip
 
-    @classmethod
-    def of(cls, heads: CascadeRoIHeads, stage_loss_weights: Sequence[float]) -> ResampledCascade:
-        """The same heads, and bounded box coders, trained so."""
-        for stage in heads._heads:
-            stage.box_coder = bounded(stage.box_coder)
-        branch = heads.mask_roi_pool, heads.mask_head, heads.mask_predictor, heads.mask_loss
-        return cls(
-            list(heads.stages), *branch, heads.mean_of_logits, heads.mask_grid, stage_loss_weights=stage_loss_weights
-        )
-
-    def losses(self, features: FeatureMaps, proposals: Proposals, batch: Batch) -> Losses:
-        """As `CascadeRoIHeads.losses`; a mask branch learns on the sample of the first stage, at its weight."""
+    def __call__(self, heads: CascadeRoIHeads, features: FeatureMaps, proposals: Proposals, batch: Batch) -> Losses:
+        """As `CascadeRoIHeads.losses`."""
         found: Losses = {}
-        for i, (stage, weight) in enumerate(zip(self._heads, self.stage_loss_weights, strict=True)):
+        for i, (stage, weight) in enumerate(zip(heads._heads, self.stage_loss_weights, strict=True)):
             sample = stage.sample(features, proposals, batch)
+            foreground = stage.foreground_part(sample)
             logits, deltas = stage.predict(features, sample.boxes)
-            losses = stage.box_losses(logits, deltas, sample, batch)
-            if i == 0:
-                masks = self.mask_losses(features, *stage.foreground_part(sample), batch)
+            losses = stage.box_losses(logits, deltas, sample, batch) | stage.mask_losses(features, *foreground, batch)
+            if i == 0 and heads.mask_predictor is not None:
+                masks = heads.mask_losses(features, *foreground, batch)
                 found |= {name: weight * loss for name, loss in masks.items()}
             found |= {f"{name}_stage{i}": weight * loss for name, loss in losses.items()}
-            proposals = self._moved(stage, sample, deltas, batch)
+            proposals = self._moved(heads, stage, sample, deltas, batch)
         return found
 
-    def _moved(self, stage: RoIHeads, sample: RoISample, deltas: Tensor, batch: Batch) -> Proposals:
+    @staticmethod
+    def _moved(heads: CascadeRoIHeads, stage: RoIHeads, sample: RoISample, deltas: Tensor, batch: Batch) -> Proposals:
         """The sampled regions where the stage has moved them, as the proposals of the next."""
         same = (sample.boxes[:, :, None] == batch.gt_boxes[:, None]).all(dim=-1) & batch.gt_valid[:, None]
         valid = sample.valid & ~same.any(dim=-1)
-        boxes = self._refine(stage, sample.boxes, deltas, batch.image_sizes)
+        boxes = heads._refine(stage, sample.boxes, deltas, batch.image_sizes)
         return Proposals(torch.where(valid[..., None], boxes, 0.0), valid.float(), valid)

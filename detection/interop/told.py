@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from detection.interop.rows import Style
+from detection.models.norms import Norm
 from detection.weights import CheckpointError
 
 TENSORS, CONFIG, DEFAULT, ASKED = "tensors", "config", "default", "asked"
@@ -25,6 +26,7 @@ class Told:
         style: of the backbone, and its pixels; None where nothing is said.
         trainable_layers: see `resnet_fpn`; None for the library's usual.
         asked: arguments of the builder that the caller asks for, whatever the configuration says.
+        norm: of the backbone; None where nothing is said.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -32,6 +34,7 @@ class Told:
     style: Style | None = None
     trainable_layers: int | None = None
     asked: dict[str, Any] = field(default_factory=dict)
+    norm: Norm | None = None
 
     def check(self, found: Mapping[str, Any]) -> None:
         """Compare with what the tensors show.
@@ -49,7 +52,8 @@ class Told:
         own = self.arguments.get("semantics")
         if semantics is None or (own is not None and own.rules == semantics):
             return self
-        return replace(self, asked={"semantics": semantics})
+        arguments = {name: value for name, value in self.arguments.items() if name != "box_matcher"}  # which is a rule
+        return replace(self, asked={"semantics": semantics}, arguments=arguments)
 
     def settle(self, guess: Style, said: bool) -> Style:
         """How the backbone was trained: as the configuration says, or the caller, or by what is known of such files.
@@ -106,6 +110,10 @@ def origins_of(recipe: Mapping[str, Any], told: Told, style: str) -> dict[str, s
     given = recipe.get("init_args", {})
     origins = dict.fromkeys(("backbone", "num_classes", "stages", "masks"), TENSORS)
     origins |= dict.fromkeys(("colours", "stride"), style)
+    if told.norm is not None:
+        origins["norm"] = CONFIG
+    elif given.get("backbone", {}).get("init_args", {}).get("norm") == "affine":
+        origins["norm"] = DEFAULT
     for name in FACTS:
         if name in told.asked:
             origins[name] = ASKED

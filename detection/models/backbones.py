@@ -44,8 +44,9 @@ def resnet_fpn(
         weights: ImageNet weights; see `weights.find_weights`.
         trainable_layers: how many of layer4, layer3, layer2, layer1 and the stem train, counted from the end: 3 with
             weights, 5 (all) without.
-        norm: default: frozen statistics with weights, live batch normalisation without. `frozen` says that weights
-            come from somewhere, if only later, so it also decides the default of `trainable_layers`.
+        norm: default: frozen statistics with weights, live batch normalisation without. `affine` are frozen ones
+            whose scale and shift learn. Both say that weights come from somewhere, if only later, so they also decide
+            the default of `trainable_layers`.
         fpn_norm: normalisation inside our pyramid.
         out_channels: of our pyramid.
         stride_in_1x1: see `resnet_network`.
@@ -127,7 +128,7 @@ def resnet_network(
     Raises:
         ValueError: `stride_in_1x1` for a network without bottleneck blocks.
     """
-    pretrained = is_given(weights) or norm == "frozen"
+    pretrained = is_given(weights) or norm in ("frozen", "affine")
     plain, _, grouped = name.replace("resnext", "resnet").partition("_")
     count, width = (grouped or "1x64d").removesuffix("d").split("x")
     make, layer = resnet.__dict__[plain], NORM_LAYERS[norm or ("frozen" if pretrained else "batch")]
@@ -157,7 +158,7 @@ def mobilenet_v3_large_fpn(
 
     Arguments as in `resnet_fpn`; there are 6 groups of layers that can train.
     """
-    pretrained = is_given(weights) or norm == "frozen"
+    pretrained = is_given(weights) or norm in ("frozen", "affine")
     network = mobilenet_v3_large(norm_layer=NORM_LAYERS[norm or ("frozen" if pretrained else "batch")])
     if is_given(weights):
         network.load_state_dict(find_weights(weights, get_model_weights("mobilenet_v3_large")))

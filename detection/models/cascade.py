@@ -37,7 +37,8 @@ class CascadeRoIHeads(MaskBranch):
     Args:
         stages: heads whose predictors give deltas `(R, 4)`, class-agnostic; IoU thresholds rise from one to the next.
         mask_roi_pool, mask_head, mask_predictor, mask_loss, mask_grid: one branch, on the boxes that the first stage
-            samples in training and on the detections in evaluation; None for boxes alone.
+            samples in training and on the detections in evaluation; None for boxes alone, or where each stage has a
+            branch, whose probabilities are averaged.
         mean_of_logits: average the stages' logits, as MMDetection does, and not their probabilities.
     """
 
@@ -54,6 +55,7 @@ class CascadeRoIHeads(MaskBranch):
         super().__init__(mask_roi_pool, mask_head, mask_predictor, mask_loss, mask_grid)
         self.mean_of_logits = mean_of_logits
         self.stages = nn.ModuleList(stages)
+        self.training_rule: Callable[..., Losses] | None = None  # another way to train: (self, ...) as for `losses`
 
     @property
     def num_classes(self) -> int:
@@ -61,11 +63,18 @@ class CascadeRoIHeads(MaskBranch):
         return self._heads[0].num_classes
 
     @property
+    def has_masks(self) -> bool:
+        """As `MaskBranch.has_masks`, of the stages too."""
+        return super().has_masks or self._heads[0].has_masks
+
+    @property
     def _heads(self) -> list[RoIHeads]:
         return list(self.stages)  # type: ignore[arg-type]
 
     def losses(self, features: FeatureMaps, proposals: Proposals, batch: Batch) -> Losses:
         """`loss_classifier_stage0`, `loss_box_reg_stage0` and so on and, with a mask branch, `loss_mask`."""
+        if self.training_rule is not None:
+            return self.training_rule(self, features, proposals, batch)
         first = self._heads[0]
         sample = first.sample(features, proposals, batch)
         found: Losses = {}
@@ -109,6 +118,12 @@ class CascadeRoIHeads(MaskBranch):
         scores = stacked.mean(dim=0).softmax(dim=-1) if mean_first else stacked.softmax(dim=-1).mean(dim=0)
         return self.add_masks(features, last.postprocess(scores, deltas, proposals, image_sizes))
 
+    def mask_probabilities(self, features: FeatureMaps, boxes: Tensor, labels: Tensor) -> Tensor:
+        """As `MaskBranch.mask_probabilities`; of a branch in each stage the mean."""
+        if super().has_masks:
+            return super().mask_probabilities(features, boxes, labels)
+        return torch.stack([stage.mask_probabilities(features, boxes, labels) for stage in self._heads]).mean(dim=0)
+
     def check(self, features: FeatureMaps) -> None:
         """As `RoIHeads.check`, for each stage; and refuse predictors with deltas of each class.
 
@@ -124,5 +139,5 @@ class CascadeRoIHeads(MaskBranch):
                     f"box_predictor of stage {i}: {name_of(stage.box_predictor)} gave box deltas (1, "
                     f"{4 * deltas.shape[2]}) in the place of (1, 4): the next stage needs one box of each region"
                 )
-        if self.has_masks:
+        if super().has_masks:
             self.mask_logits(features, boxes, torch.zeros((1, 1), dtype=torch.int64, device=boxes.device))

@@ -269,23 +269,11 @@ def cascade_rcnn(
         **kwargs,
     )
     first: RoIHeads = model.roi_heads
+    same = ("sampler", "class_loss", "box_loss", "score_thresh", "nms_thresh", "detections_per_img", "soft_nms_sigma")
+    kept: dict[str, Any] = {name: getattr(first, name) for name in same}
+    common = layout_of(backbone)[1], num_classes, first.box_roi_pool, head, predictor
     stages = [
-        RoIHeads(
-            layout_of(backbone)[1],
-            num_classes,
-            first.box_roi_pool,
-            head,
-            predictor,
-            matcher=Matcher(iou, iou),
-            sampler=first.sampler,
-            box_coder=BoxCoder(weights),
-            class_loss=first.class_loss,
-            box_loss=first.box_loss,
-            score_thresh=first.score_thresh,
-            nms_thresh=first.nms_thresh,
-            detections_per_img=first.detections_per_img,
-            soft_nms_sigma=first.soft_nms_sigma,
-        )
+        RoIHeads(*common, matcher=Matcher(iou, iou), box_coder=BoxCoder(weights), **kept)
         for iou, weights in zip(cascade_iou_thresh, cascade_bbox_reg_weights, strict=True)
     ]
     branch = first.mask_roi_pool, first.mask_head, first.mask_predictor, first.mask_loss

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from detection import losses
 from detection.batch import Batch, pad_objects
 from detection.mask_grid import MaskGrid
+from detection.models.norms import NORM_LAYERS, Norm
 from detection.parts import Detections, FeatureMaps, Losses, MaskGridPart
 from detection.recipes import recorded
 
@@ -30,23 +31,22 @@ class MaskHead(nn.Sequential):
 
     Args:
         in_channels: C.
-        layers: channels of each convolution.
-        batch_norm: normalise after each, as torchvision's v2 detector does.
+        layers: channels of each convolution; without any, the features stay as they are.
+        norm: behind each, as `batch` in torchvision's v2 detector; None for a bias instead.
     """
 
     def __init__(
-        self, in_channels: int, layers: Sequence[int] = (256, 256, 256, 256), batch_norm: bool = False
+        self, in_channels: int, layers: Sequence[int] = (256, 256, 256, 256), norm: Norm | None = None
     ) -> None:
         blocks = []
         for a, b in zip((in_channels, *layers), layers, strict=False):
-            conv = nn.Conv2d(a, b, 3, padding=1, bias=not batch_norm)
+            conv = nn.Conv2d(a, b, 3, padding=1, bias=norm is None)
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            norm = [nn.BatchNorm2d(b)] if batch_norm else []
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
-            blocks.append(nn.Sequential(conv, *norm, nn.ReLU(inplace=True)))
+            blocks.append(nn.Sequential(conv, *([NORM_LAYERS[norm](b)] if norm else []), nn.ReLU(inplace=True)))
         super().__init__(*blocks)
-        self.out_channels = layers[-1]
+        self.out_channels = [in_channels, *layers][-1]
 
 
 @recorded
@@ -98,6 +98,10 @@ class MaskBranch(nn.Module):
         own = logits.gather(1, labels.flatten()[:, None, None, None].expand(-1, 1, side, side))
         return own.float().view(*labels.shape, side, side)
 
+    def mask_probabilities(self, features: FeatureMaps, boxes: Tensor, labels: Tensor) -> Tensor:
+        """As `mask_logits`, in [0, 1]."""
+        return self.mask_logits(features, boxes, labels).sigmoid()
+
     def mask_losses(
         self, features: FeatureMaps, boxes: Tensor, labels: Tensor, matched_idxs: Tensor, batch: Batch
     ) -> Losses:
@@ -135,5 +139,5 @@ class MaskBranch(nn.Module):
         if not self.has_masks:
             return detections
         boxes, labels, _ = pad_objects(*([d[name] for d in detections] for name in ("boxes", "labels")))
-        probabilities = self.mask_logits(features, boxes, labels).sigmoid()
+        probabilities = self.mask_probabilities(features, boxes, labels)
         return [d | {"masks": p[: len(d["labels"])]} for d, p in zip(detections, probabilities, strict=True)]

@@ -32,7 +32,7 @@ from detection.fitting import (
     width_of,
 )
 from detection.matching import BalancedSampler, Matcher, spare_ignored
-from detection.models.masks import MaskBranch
+from detection.models.masks import MaskBranch, MaskHead
 from detection.models.pooling import RoIPooler
 from detection.parts import Detections, Factory, Factory2, FeatureMaps, Losses, Proposals
 from detection.recipes import recorded
@@ -61,15 +61,9 @@ class ConvFCHead(nn.Sequential):
     def __init__(
         self, in_channels: int, output_size: int = 7, conv_channels: int = 256, out_channels: int = 1024
     ) -> None:
-        widths = [in_channels, conv_channels, conv_channels, conv_channels, conv_channels]
-        convs = [
-            nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
-        ]
+        convs = MaskHead(in_channels, [conv_channels] * 4, "batch")
         linear = nn.Linear(conv_channels * output_size**2, out_channels)
         super().__init__(*convs, nn.Flatten(), linear, nn.ReLU(inplace=True))
-        for conv, _, _ in convs:
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
         self.out_channels = out_channels
 
 

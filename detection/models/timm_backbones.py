@@ -113,12 +113,12 @@ def timm_fpn(
         load_matching(network, find_weights(weights), name)
     if window_size is not None:
         attend_in_windows(network, window_size)
-    if norm == "frozen" or (norm is None and is_given(weights)):
-        freeze_norms(body)
+    if norm in ("frozen", "affine") or (norm is None and is_given(weights)):
+        freeze_norms(body, norm == "affine")
     elif norm == "group":
         replace_batch_norm(body)
     groups = list(range(max(out_indices) + 1)) if plain else list(out_indices)
-    pretrained = is_given(weights) or norm == "frozen"
+    pretrained = is_given(weights) or norm in ("frozen", "affine")
     trainable = count_trainable(trainable_layers, pretrained, len(groups), len(groups) if plain else 3)
     _freeze_up_to(network, groups[: len(groups) - trainable], name)
     kept = [channels[i] for i in out_indices], [strides[i] for i in out_indices]

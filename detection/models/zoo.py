@@ -163,7 +163,7 @@ def maskrcnn_resnet50_fpn_v2(
     Arguments as for `fasterrcnn_resnet50_fpn_v2` and `mask_rcnn`; the mask head is normalised, too,
     and `mask_grid` is torchvision's by default.
     """
-    parts = mask_roi_pool, mask_head or partial(MaskHead, batch_norm=True), mask_predictor
+    parts = mask_roi_pool, mask_head or partial(MaskHead, norm="batch"), mask_predictor
     return fasterrcnn_resnet50_fpn_v2(
         published="MaskRCNN_ResNet50_FPN_V2_Weights",
         **mask_branch(*parts, mask_grid or TorchvisionMaskGrid()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -14,11 +15,13 @@ from torch.nn import functional as F
 from detection.interop import kinds, mmdetection, rows
 from detection.interop.builders import Layout, build, resnet_of
 from detection.interop.detectron2 import choose_style, from_detectron2, read_layout, to_detectron2
-from detection.interop.heads import ConvLinearHead, ConvStack
+from detection.interop.heads import ConvLinearHead
 from detection.interop.names import rename
 from detection.interop.rows import STYLES, Style
+from detection.interop.told import Told
 from detection.interop.torchvision import find_builder
 from detection.models.backbones import resnet_dc5, resnet_fpn
+from detection.models.masks import MaskHead
 from detection.models.precomputed import PrecomputedProposals
 from detection.models.roi_heads import RoIHeads
 from detection.models.transform import IMAGENET_MEAN, IMAGENET_STD
@@ -77,7 +80,7 @@ def small(layout: Layout, seed: int = 0) -> tuple[dict[str, Tensor], Any]:
     state = to_detectron2(build(layout, STYLES["pytorch"]))
     state = {name: torch.randn_like(value) * 0.05 + ("norm.weight" in name) for name, value in state.items()}
     state |= {name: value.abs() + 0.5 for name, value in state.items() if name.endswith("running_var")}
-    return state, from_detectron2(state, Style(False, False)).eval()
+    return state, from_detectron2(state, Style(False, False), Told(norm=layout.norm)).eval()
 
 
 @torch.no_grad()
@@ -103,6 +106,47 @@ def test_a_block_of_a_grouped_network_with_group_norm() -> None:
 
 
 @torch.no_grad()
+def test_normalisation_without_statistics_is_what_the_config_says() -> None:
+    """Folded frozen normalisation of old files is a factor and a shift, with statistics of 0 and 1."""
+    layout = Layout("resnet18", "fpn", 4, 1, False, "group")
+    state, _ = small(layout)
+    model = from_detectron2(state, Style(False, False), Told(norm="frozen")).eval()
+    x, body = torch.randn(1, 64, 9, 11), "backbone.bottom_up.res2.0."
+
+    def layer(x: Tensor, name: str) -> Tensor:
+        scale, shift = (state[f"{body}{name}.norm.{part}"][:, None, None] for part in ("weight", "bias"))
+        return F.conv2d(x, state[f"{body}{name}.weight"], padding=1) * scale / math.sqrt(1 + 1e-5) + shift
+
+    wanted = (layer(layer(x, "conv1").relu(), "conv2") + x).relu()
+    torch.testing.assert_close(model.backbone.body["layer1"][0](x), wanted, atol=1e-5, rtol=1e-5)
+    assert not any(isinstance(module, nn.GroupNorm) for module in model.modules())
+    with pytest.raises(CheckpointError, match=r"so it is group normalisation, or frozen .* GN or FrozenBN"):
+        from_detectron2(state, Style(False, False))
+    with pytest.raises(CheckpointError, match="the config says batch normalisation, but the tensors have no stat"):
+        from_detectron2(state, Style(False, False), Told(norm="batch"))
+    with torch.device("meta"):  # group normalisation elsewhere in it answers the question
+        theirs = to_detectron2(build(LAYOUTS["GN"], STYLES["pytorch"]))
+        assert any(isinstance(m, nn.GroupNorm) for m in from_detectron2(theirs, STYLES["pytorch"]).backbone.modules())
+
+
+def test_a_cascade_with_a_mask_branch_in_each_stage() -> None:
+    layout = Layout("resnet50", "fpn", 4, 3, True, mask_norm="group", stage_masks=True)
+    with torch.device("meta"):
+        model = build(layout, STYLES["pytorch"], semantics="mmdetection", **mmdetection.CASCADE)
+        ours = rows.without_counters(rows.background_to_back(model.state_dict()))
+        table = rename(ours, mmdetection.RULES)
+        theirs = {table[key]: value for key, value in ours.items()}
+        again = mmdetection.from_mmdetection(theirs, STYLES["pytorch"])
+        with pytest.raises(CheckpointError, match="each stage has a mask branch, but Detectron2's cascades have one"):
+            to_detectron2(model)
+    assert mmdetection.read_layout(theirs) == layout
+    assert list(again.state_dict()) == list(model.state_dict())
+    known = {"0.convs.0.conv.weight", "1.convs.3.bn.bias", "2.upsample.weight", "2.conv_logits.bias"}
+    assert {f"roi_head.mask_head.{name}" for name in known} <= set(theirs)
+    assert theirs["roi_head.mask_head.0.conv_logits.weight"].shape == (3, 256, 1, 1)
+
+
+@torch.no_grad()
 def test_heads_with_group_norm() -> None:
     torch.manual_seed(0)
     head, x = ConvLinearHead(8, 5, convs=2, linears=1, norm="group", out_channels=16), torch.randn(3, 8, 5, 5)
@@ -111,7 +155,8 @@ def test_heads_with_group_norm() -> None:
         nn.init.normal_(norm.weight)
         y = nn.functional.group_norm(F.conv2d(y, conv.weight, padding=1), 32, norm.weight, norm.bias).relu()
     torch.testing.assert_close(head(x), F.linear(y.flatten(1), *head.linears[0].parameters()).relu())
-    assert all(conv.bias is not None for conv, _ in ConvStack(8)) and head.out_channels == 16
+    assert all(conv.bias is not None for conv, _ in MaskHead(8)) and head.out_channels == 16
+    assert MaskHead(8, [])(x) is x and MaskHead(8, []).out_channels == 8
 
 
 @torch.no_grad()

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import roi_align
 
 from detection import matching
 from detection.anchors import AnchorGenerator
-from detection.batch import Batch
+from detection.batch import Batch, pad_masks
 from detection.boxes import BoxCoder
 from detection.drift import present_recipe
-from detection.interop import import_detector, mmdetection_config
+from detection.interop import import_detector, mmdetection, mmdetection_config, rows
 from detection.interop.builders import Layout, aligned_cascade_rcnn, aligned_rcnn, build
-from detection.interop.rows import STYLES
-from detection.interop.semantics import InsideImage, MaxIoUMatcher, ResampledCascade, Semantics
-from detection.interop.told import ASKED, Told, origins_of
+from detection.interop.export import ExportableDetector
+from detection.interop.names import rename
+from detection.interop.rows import STYLES, Style
+from detection.interop.semantics import InsideImage, Library, MaxIoUMatcher, Resampling, Semantics
+from detection.interop.told import ASKED, CONFIG, DEFAULT, Told, origins_of
 from detection.matching import Matcher
+from detection.models.fast import accelerate
+from detection.models.fast.on_cpu import TrimmedCascade
+from detection.models.masks import MaskHead
+from detection.models.norms import Norm
 from detection.models.rpn import RegionProposalNetwork
 from detection.parts import Proposals
 from detection.recipes import rebuild
@@ -149,7 +158,7 @@ def test_stages_sample_anew_and_have_their_weights() -> None:
         rpn_anchor_generator=AnchorGenerator([[32]], [1.0]),
     )
     heads = model.roi_heads
-    assert isinstance(heads, ResampledCascade) and len(heads.stages) == 3
+    assert isinstance(heads.training_rule, Resampling) and len(heads.stages) == 3
     for stage, bias in zip(heads._heads, (-1.0, -2.0, 0.0), strict=True):
         for parameter in stage.box_predictor.parameters():
             nn.init.zeros_(parameter)
@@ -170,6 +179,167 @@ def test_stages_sample_anew_and_have_their_weights() -> None:
         Semantics(stage_loss_weights=(1, 1)).apply(model)
 
 
+ROI = "rcnn=dict(assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.5, {}))"
+MASKED = MM.replace("'FasterRCNN'", "'MaskRCNN'").replace(
+    "loss_bbox=dict(type='L1Loss'))),", "loss_bbox=dict(type='L1Loss')), mask_head=dict(type='FCNMaskHead')),"
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "lowest"),
+    [
+        ("", 0.0),  # absent: the assigner's own defaults
+        ("min_pos_iou=0.5, match_low_quality=True", 0.5),  # as in the zoo
+        ("match_low_quality=False", None),
+        (None, 0.5),  # a configuration without training: as in the zoo
+    ],
+)
+def test_proposals_of_a_mask_rcnn_are_matched_as_the_config_says(given: str | None, lowest: float | None) -> None:
+    text = MASKED if given is None else MASKED.replace("rpn_proposal=", f"{ROI.format(given)}, rpn_proposal=", 1)
+    told = mmdetection_config.read_told(text)
+    assert told.shape["mask"] and told.arguments["mask_roi_pool"].output_size == 14
+    with torch.device("meta"):
+        model = build(Layout("resnet50", "fpn", 4, 1, True), STYLES["pytorch"], told)
+        plain = build(Layout("resnet50", "fpn", 4, 1, True), STYLES["pytorch"], told.ask("torchvision"))
+        again = rebuild(model.recipe or {})
+    iou = torch.tensor([[0.9, 0.2, 0.1], [0.8, 0.4, 0.0], [0.0, 0.0, 0.3]])
+    # Object 1 takes proposal 0 from object 0, which it has its highest IoU with; object 2 has proposal 2 from 0 on.
+    wanted = {None: [0, -1, -1], 0.5: [1, -1, -1], 0.0: [1, -1, 2]}[lowest]
+    assert model.roi_heads.matcher.assign(iou).tolist() == wanted
+    assert type(plain.roi_heads.matcher) is Matcher
+    assert type(again.roi_heads.matcher) is type(model.roi_heads.matcher)
+
+
+def tiny_cascade_with_masks() -> Any:
+    torch.manual_seed(0)
+    return aligned_cascade_rcnn(
+        OneMap(),  # type: ignore[arg-type]
+        4,
+        stage_masks=True,
+        semantics="mmdetection",
+        rpn_anchor_generator=AnchorGenerator([[32]], [1.0]),
+        mask_head=partial(MaskHead, layers=[8]),
+        box_score_thresh=0.0,
+        min_size=64,
+        max_size=64,
+    )
+
+
+@torch.no_grad()
+def test_each_stage_has_a_mask_and_detections_their_mean() -> None:
+    model = tiny_cascade_with_masks().eval()
+    heads = model.roi_heads
+    features = model.extract(batch_of([]))
+    boxes, labels = torch.tensor([[[0.0, 0, 30, 40], [8, 8, 50, 60]]]), torch.tensor([[1, 3]])
+    wanted = torch.zeros(2, 28, 28)
+    for stage in heads.stages:
+        nn.init.normal_(stage.mask_predictor.mask_fcn_logits.weight)
+        pooled = roi_align(features.maps[0], [boxes[0]], 14, 1 / 16, 0, aligned=True)
+        x = stage.mask_predictor.conv5_mask(stage.mask_head[0][0](pooled).relu()).relu()
+        wanted += stage.mask_predictor.mask_fcn_logits(x)[[0, 1], labels[0]].sigmoid() / 3
+    torch.testing.assert_close(heads.mask_probabilities(features, boxes, labels)[0], wanted, rtol=1e-5, atol=1e-6)
+    assert model.has_masks and wanted.std() > 0.01
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    quick = model.for_inference("cpu")
+    assert type(quick.roi_heads) is TrimmedCascade  # MMDetection's cascades, too, leave out padding
+    (plain,), (fast,) = model.predict([image]), quick.predict([image])
+    assert plain["masks"].shape[1:] == (1, 64, 64) and len(plain["masks"]) > 1
+    torch.testing.assert_close(fast["masks"], plain["masks"], rtol=1e-4, atol=1e-5)
+    small = model.run(model.transform([image], None, 4), False, True)[1][0]["masks"]
+    exported = ExportableDetector(model)
+    given = dict(zip(exported.outputs, exported(image[None]), strict=True))
+    torch.testing.assert_close(given["masks"][0, : len(small)], small, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_each_stages_mask_learns_on_its_own_sample_with_its_weight(quick: bool) -> None:
+    """All logits 0, so the loss of a mask is log 2, whatever it should be; the third stage has no weight."""
+    model = tiny_cascade_with_masks()
+    if quick:
+        accelerate(model, "cpu")
+    model.roi_heads.training_rule = Resampling([1.0, 0.5, 0.0])
+    for stage in model.roi_heads.stages:
+        for parameter in stage.mask_predictor.mask_fcn_logits.parameters():
+            nn.init.zeros_(parameter)
+    batch = batch_of([[8.0, 8, 40, 50]])
+    windows = torch.tensor([[[0.0, 0, 64, 64]]])
+    masks, windows = pad_masks([torch.full((1, 64, 64), 255, dtype=torch.uint8)], list(windows), 1)
+    batch = replace(batch, gt_masks=masks, gt_mask_windows=windows)
+    regions = torch.tensor([[[8.0, 8, 40, 50], [0, 0, 20, 20]]])
+    proposals = Proposals(regions, torch.ones((1, 2)), torch.ones((1, 2), dtype=torch.bool))
+    losses = model.roi_heads.losses(model.extract(batch), proposals, batch)
+    assert sorted(name for name in losses if "mask" in name) == [f"loss_mask_stage{i}" for i in range(3)]
+    for i, weight in enumerate((1, 0.5, 0)):
+        assert losses[f"loss_mask_stage{i}"].item() == pytest.approx(weight * math.log(2), rel=1e-5)
+    sum(losses.values()).backward()  # type: ignore[union-attr]
+    moved = [float(s.mask_predictor.mask_fcn_logits.bias.grad.abs().max()) for s in model.roi_heads.stages]
+    assert moved[0] > 0 and moved[1] == pytest.approx(moved[0] / 2, rel=1e-4) and moved[2] == 0
+
+
+def test_masks_of_each_stage_need_mmdetections_rules() -> None:
+    layout = Layout("resnet18", "fpn", 4, 3, True, stage_masks=True)
+    with torch.device("meta"):
+        with pytest.raises(CheckpointError, match="a mask branch, which only MMDetection's rules train, not torchvis"):
+            build(layout, STYLES["pytorch"], Told().ask("torchvision"), semantics="mmdetection")
+        with pytest.raises(ValueError, match="semantics 'torchvision' do not say how a mask branch in each stage"):
+            aligned_cascade_rcnn(OneMap(), 4, stage_masks=True)  # type: ignore[arg-type]
+        model = build(layout, STYLES["pytorch"], semantics="mmdetection")
+        again = rebuild(model.recipe or {})
+    assert list(again.state_dict()) == list(model.state_dict()) and again.has_masks
+    assert "roi_heads.stages.2.mask_head.3.0.weight" in model.state_dict() and model.roi_heads.mask_head is None
+
+
+@pytest.mark.parametrize(
+    ("told", "rules", "in_1x1", "learns"),
+    [
+        (None, "mmdetection", False, True),  # as the zoo's
+        (None, "mmdetection", True, False),  # as the zoo's for Caffe
+        ("frozen", "mmdetection", False, False),
+        ("affine", "mmdetection", True, True),
+        ("affine", "torchvision", False, False),
+    ],
+)
+def test_normalisation_learns_as_mmdetection_trains_it(
+    told: Norm | None, rules: Library, in_1x1: bool, learns: bool
+) -> None:
+    with torch.device("meta"):
+        model = build(Layout("resnet50", "fpn", 4, 1, False), STYLES["pytorch"])
+        named = rename(rows.background_to_back(model.state_dict()), mmdetection.RULES)
+        theirs = {named[k]: v for k, v in rows.background_to_back(model.state_dict()).items()}
+        facts = Told(norm=told).ask(rules)
+        ours = mmdetection.from_mmdetection(theirs, Style(in_1x1, False), facts)
+        again = rebuild(ours.recipe or {})
+    for one in (ours, again):
+        learning = {name for name, parameter in one.named_parameters() if parameter.requires_grad}
+        assert ("backbone.body.layer3.0.bn1.weight" in learning) == learns
+        assert "backbone.body.layer1.0.bn1.weight" not in learning
+    assert list(ours.state_dict()) == list(model.state_dict())
+    where = origins_of(ours.recipe or {}, facts, ASKED).get("norm")
+    assert where == (CONFIG if told else DEFAULT if learns else None)
+
+
+@pytest.mark.parametrize(
+    ("given", "norm"),
+    [
+        ("norm_cfg=dict(type='BN')", "affine"),
+        ("norm_cfg=dict(type='SyncBN', requires_grad=True), norm_eval=True", "affine"),
+        ("norm_cfg=dict(type='BN', requires_grad=False), norm_eval=True", "frozen"),
+        ("norm_cfg=dict(type='SyncBN', requires_grad=True), norm_eval=False", "batch"),
+        ("norm_cfg=dict(type='GN', num_groups=32)", "group"),
+    ],
+)
+def test_a_config_says_how_normalisation_trains(given: str, norm: Norm) -> None:
+    assert mmdetection_config.read_told(MM.replace("norm_cfg=dict(type='BN')", given)).norm == norm
+
+
+def test_a_config_of_other_normalisation_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="the config says group normalisation, but the tensors are of frozen"):
+        build(Layout("resnet50", "fpn", 4, 1, False), STYLES["pytorch"], Told(norm="group"))
+    given = "norm_cfg=dict(type='BN', requires_grad=False), norm_eval=False"
+    with pytest.raises(CheckpointError, match=r"norm_cfg\.requires_grad False can't be built: True can"):
+        mmdetection_config.read_told(MM.replace("norm_cfg=dict(type='BN')", given))
+
+
 @pytest.mark.parametrize("stages", [1, 3])
 def test_a_file_keeps_whose_rules_it_trains_by(stages: int) -> None:
     layout, style = Layout("resnet18", "fpn", 4, stages, False), STYLES["pytorch"]
@@ -182,7 +352,7 @@ def test_a_file_keeps_whose_rules_it_trains_by(stages: int) -> None:
         assert isinstance(one.rpn, RegionProposalNetwork) and isinstance(one.rpn.matcher, MaxIoUMatcher)
         assert (one.rpn.candidates is None) == (stages == 1)  # the library samples outside of the image but in cascades
         assert one.rpn.box_coder.min_log_ratio == -math.log(1000 / 16)
-        assert isinstance(one.roi_heads, ResampledCascade) == (stages == 3)
+        assert isinstance(getattr(one.roi_heads, "training_rule", None), Resampling) == (stages == 3)
     assert type(asked.rpn.matcher) is Matcher and asked.rpn.box_coder.min_log_ratio is None
     assert origins_of(asked.recipe or {}, Told().ask("torchvision"), ASKED)["semantics"] == ASKED
     with pytest.raises(

@@ -24,6 +24,7 @@ from detection.models.backbones import (
     timm_fpn,
 )
 from detection.models.c4 import res5_head
+from detection.models.fast.folding import FoldedNorm, fold_frozen_norms
 from detection.models.norms import group_norm
 from detection.models.pooling import RoIPooler
 from detection.recipes import rebuild
@@ -72,6 +73,50 @@ def test_normalisation_follows_the_weights_unless_told(tmp_path: Path) -> None:
     assert norms(resnet_fpn("resnet18", norm="group", fpn_norm="group")) == {nn.GroupNorm}
     assert norms(resnet_fpn("resnet18", norm="frozen", fpn_norm="batch")) == {FrozenBatchNorm2d, nn.BatchNorm2d}
     assert norms(mobilenet_v3_large_fpn(norm="group")) == {nn.GroupNorm}
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_scale_and_shift_learn_as_of_batch_normalisation_in_evaluation(folded: bool) -> None:
+    """Against PyTorch's own in evaluation mode, also where normalisation is folded into the convolutions."""
+    torch.manual_seed(0)
+    backbone, theirs = resnet_fpn("resnet18", norm="affine"), resnet18().eval()
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values, low in ((module.weight, 0.5), (module.bias, -0.2), (module.running_var, 0.5)):
+                nn.init.uniform_(values, low, low + 1)  # type: ignore[arg-type]
+            nn.init.normal_(module.running_mean, std=0.1)  # type: ignore[arg-type]
+    for parameter in (*theirs.conv1.parameters(), *theirs.bn1.parameters(), *theirs.layer1.parameters()):
+        parameter.requires_grad_(False)  # as a backbone whose weights come from somewhere has it
+    kept = {name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")}
+    backbone.body.load_state_dict({k: v for k, v in kept.items() if not k.endswith("num_batches_tracked")})
+    names = list(backbone.state_dict())
+    if folded:
+        fold_frozen_norms(backbone, torch.zeros(1, 3, 64, 64))
+        assert isinstance(backbone.body["bn1"], FoldedNorm) and set(backbone.state_dict()) == set(names)
+    backbone.train()
+    x = torch.rand(2, 3, 64, 96)
+    ours, wanted = backbone.body(x), x
+    for name, module in theirs.named_children():
+        wanted = module(wanted) if name not in ("avgpool", "fc") else wanted
+    torch.testing.assert_close(ours["3"], wanted, rtol=1e-4, atol=1e-4)
+    for last in (ours["3"], wanted):
+        last.square().mean().backward()
+    named = dict(theirs.named_parameters())
+    for name, parameter in backbone.body.named_parameters():
+        assert parameter.requires_grad == named[name].requires_grad, name
+        if parameter.requires_grad:
+            scale = named[name].grad.abs().max()  # type: ignore[union-attr]
+            assert scale > 0 and (parameter.grad - named[name].grad).abs().max() < 1e-4 * scale, name
+    assert torch.equal(backbone.body.state_dict()["layer4.1.bn2.running_var"], kept["layer4.1.bn2.running_var"])
+    learning = {name for name, parameter in backbone.body.named_parameters() if parameter.requires_grad}
+    assert {"layer2.0.bn1.weight", "layer4.1.bn2.bias"} <= learning and "bn1.weight" not in learning
+
+
+def test_scale_and_shift_of_timms_networks_learn_too() -> None:
+    body = timm_fpn("resnet10t", norm="affine").body
+    named = dict(body.named_parameters())
+    assert nn.BatchNorm2d not in norms(body) and named["network.layer4.0.bn1.weight"].requires_grad
+    assert not named["network.layer1.0.bn1.weight"].requires_grad
 
 
 def test_with_weights_three_groups_train_and_the_weights_are_there(tmp_path: Path) -> None:

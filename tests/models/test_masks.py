@@ -26,7 +26,7 @@ SIZE = (90, 120)
 @pytest.mark.parametrize("norm", [None, torch.nn.BatchNorm2d])
 def test_layers_equal_torchvision(norm: type[torch.nn.Module] | None) -> None:
     pooled = torch.randn((3, 8, 14, 14), generator=torch.Generator().manual_seed(0))
-    ours, theirs = MaskHead(8, (6, 6), batch_norm=norm is not None), MaskRCNNHeads(8, [6, 6], 1, norm)
+    ours, theirs = MaskHead(8, (6, 6), norm="batch" if norm else None), MaskRCNNHeads(8, [6, 6], 1, norm)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     torch.testing.assert_close(ours(pooled), theirs(pooled))
     ours, theirs = MaskPredictor(8, 5, 7), MaskRCNNPredictor(8, 7, 5)

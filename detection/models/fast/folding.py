@@ -62,18 +62,19 @@ class FoldedConv2d(nn.Conv2d):
 
 
 class FoldedNorm(FrozenBatchNorm2d):  # type: ignore[misc]
-    """A frozen normalisation that the convolution before it carries out; it keeps the buffers for the `state_dict`.
+    """A frozen normalisation that the convolution before it carries out; it keeps the tensors for the `state_dict`.
 
     timm has normalisation and activation in one module. The activation stays here, as `after`.
 
     Args:
-        norm: whose buffers are shared.
+        norm: whose buffers are shared, and parameters where scale and shift learn.
     """
 
     def __init__(self, norm: FrozenBatchNorm2d | FrozenBatchNormAct2d) -> None:
         super().__init__(len(norm.weight), norm.eps)
         for name in ("weight", "bias", "running_mean", "running_var"):
-            setattr(self, name, getattr(norm, name).detach())
+            value = getattr(norm, name)
+            setattr(self, name, value if isinstance(value, nn.Parameter) else value.detach())
         self.after = nn.Sequential(norm.drop, norm.act) if isinstance(norm, FrozenBatchNormAct2d) else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
