@@ -34,6 +34,7 @@ from detection.weights import read_saved
 
 ImageLike: TypeAlias = str | Path | Image.Image | Pixels | Tensor
 Precision = Literal["32", "bf16", "16"]
+EXPORTED = (".onnx", ".xml", ".pt2")  # what `ExportedDetector` takes
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -80,16 +81,28 @@ class Detector:
     ) -> Detector:
         """The detector of a run's `.ckpt`, or of a `.safetensors` file of `save_detector` or `detection convert`.
 
+        A file of `detection export` gives an `ExportedDetector`: `.onnx`, `.xml` or `.pt2`.
+
         Args:
             path: of the file.
-            device, precision: see the class.
+            device, precision: see the class. An exported file runs on the CPU, in the precision it was written in.
             trust: packages whose parts it may use besides this one's, e.g. `("my_parts",)`: their code runs.
 
         Raises:
             CheckpointError: the file doesn't say how to build its detector, or what its classes are called.
             FileNotFoundError: there is none.
+            ValueError: a device or a precision that an exported file does not have.
         """
         path = Path(path)
+        if path.suffix in EXPORTED:
+            from detection.inference.exported import ExportedDetector
+
+            if device not in ("auto", "cpu") or precision != "32":
+                raise ValueError(
+                    f"{path}: an exported file runs on the CPU, in the precision it was exported in: leave --device "
+                    "and --precision out, or name the checkpoint"
+                )
+            return ExportedDetector(path)
         model = load_detector(path, trust)
         saved = read_saved(path)
         if saved.class_names is None:
