@@ -14,7 +14,7 @@ from detection.cli.run_data import labelled_images, training_images
 from detection.data.records import DataError
 from detection.data.spectral import PixelFormat, Pixels
 from detection.inference import Detector
-from detection.inference.exported import facts_of
+from detection.inference.exported import kept_facts
 from detection.inference.sources import Images, open_source
 from detection.interop import load_detector
 from detection.interop.export import ExportError
@@ -80,7 +80,7 @@ def export(
     model, saved = load_detector(ckpt, trust), read_saved(ckpt)
     form = PixelFormat.of(model)
     given = (pixels for _, pixels in _images(calibration, form)) if calibration else training_images(ckpt, trust, root)
-    facts = facts_of(model, saved.class_names, saved.category_ids)
+    facts = kept_facts(model, saved.class_names, saved.category_ids)
     written = _write(model, output, target, facts, precision, size, given, compiled)
     files = [output, output.with_suffix(".bin")] if target == "openvino" else [output]
     weight = sum(path.stat().st_size for path in files)

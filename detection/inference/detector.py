@@ -43,6 +43,7 @@ class Detector:
 
     Attributes:
         form: channels and depth that images must have, those of training.
+        has_masks: whether detections get masks.
 
     Args:
         model: the detector, of which this uses a copy (`FasterRCNN.for_inference`), or its test-time augmentation.
@@ -68,6 +69,7 @@ class Detector:
         self.device = _device(device)
         copied = model.for_inference(self.device) if isinstance(model, FasterRCNN) else model.eval().to(self.device)
         self.model: FasterRCNN | TestTimeAugmentation = copied
+        self.has_masks = bool(model.has_masks)
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids or range(1, len(class_names) + 1))
         transform = model.transform

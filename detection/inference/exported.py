@@ -98,7 +98,7 @@ class ExportedDetector(Detector):
         return encode_detections([found_by_file(self._run, image)], batch, self._grid)[0]
 
 
-def facts_of(model: Any, class_names: Sequence[str] | None, category_ids: Sequence[int] | None) -> Mapping[str, Any]:
+def kept_facts(model: Any, class_names: Sequence[str] | None, category_ids: Sequence[int] | None) -> Mapping[str, Any]:
     """What a file has to say for `ExportedDetector`, beside its tensors.
 
     Args:
