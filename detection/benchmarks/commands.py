@@ -73,6 +73,37 @@ def evaluation(images: int = 5000, json: Path | None = None) -> None:
     report(benchmark_eval(images=images), json)
 
 
+def memory(mode: Literal["train", "masks"] = "train", network: Literal["resnet50", "efficientnet_lite0"] = "resnet50",
+           size: int = 800, batch_size: int = 2, bf16: bool = False, images: int = 5000,
+           json: Path | None = None) -> None:  # fmt: skip
+    """Peak memory of training, or of evaluating masks, against the peers'; see `detection.benchmarks.memory`.
+
+    Args:
+        mode: what is measured.
+        network, size, batch_size, bf16: of the training.
+        images: that are evaluated, with 100 masks each.
+        json: file of the rows.
+    """
+    from detection.benchmarks.memory import measure_masks, measure_training
+
+    report(measure_training(network, size, batch_size, bf16) if mode == "train" else measure_masks(images), json)
+
+
+def scale(shape: Literal["coco", "objects365"] = "coco", sizes: list[int] = [5_000, 20_000, 60_000],  # noqa: B006
+          folder: Path | None = None, json: Path | None = None) -> None:  # fmt: skip
+    """Time and memory against the number of images, and at the full size; see `detection.benchmarks.scale`.
+
+    Args:
+        shape: the data set whose objects, classes and number of images are drawn.
+        sizes: three numbers of images.
+        folder: where the pictures are laid, an inode each; default: the system's temporary folder.
+        json: file of the rows.
+    """
+    from detection.benchmarks.scale import measure_scale
+
+    report(measure_scale(shape, sizes, folder), json)
+
+
 def accuracy(root: Path, config: Path = CONFIGS / "bccd.yaml", seeds: list[int] = [0, 1, 2],  # noqa: B006
              contenders: list[str] = [], output: Path | None = None, json: Path | None = None) -> None:  # noqa: B006  # fmt: skip
     """AP after the same training as torchvision's detector; see `detection.benchmarks.accuracy`."""
@@ -124,6 +155,8 @@ COMMANDS = {
     "flat": flat,
     "data": data,
     "eval": evaluation,
+    "memory": memory,
+    "scale": scale,
     "accuracy": accuracy,
     "family": family,
     "soak": soak,

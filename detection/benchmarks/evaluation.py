@@ -54,9 +54,7 @@ def _measure(evaluator: str, images: int, detections: int, classes: int) -> dict
     if plain:
         metric = MeanAveragePrecision(
             backend=evaluator.removeprefix(PLAIN),  # type: ignore[arg-type]
-            # Its default thresholds are float32 and give other figures than the official ones.
-            iou_thresholds=IOU_THRESHOLDS.tolist(),
-            rec_thresholds=RECALL_THRESHOLDS.tolist(),
+            **thresholds(),
         )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
@@ -77,6 +75,11 @@ def _measure(evaluator: str, images: int, detections: int, classes: int) -> dict
         "map": float(answer["map"]),
         "figures": {key: float(answer[key]) for key in keys},
     }
+
+
+def thresholds() -> dict[str, Any]:
+    """The official thresholds: torchmetrics' default ones are float32 and give other figures."""
+    return {"iou_thresholds": IOU_THRESHOLDS.tolist(), "rec_thresholds": RECALL_THRESHOLDS.tolist()}
 
 
 def draw_detections(
