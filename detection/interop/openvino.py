@@ -30,7 +30,7 @@ HINT = "inference_precision"
 FACTS = "detection"  # the section of our facts in the file
 HINTS = {"32": "f32", "bf16": "bf16", "int8": "f32"}  # what is not int8 in an int8 file stays float32
 # What bf16 is for; what makes boxes of their results stays in float32.
-QUICK = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul", "ROIAlign")
+QUICK = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul")
 # Arithmetic of boxes, in which 256 levels would be pixels; NNCF leaves out what it takes for post-processing itself.
 EXACT = (
     "Divide",
@@ -93,8 +93,9 @@ def to_openvino(
 def keep_boxes_exact(path: Path) -> None:
     """Mark in an `.xml` what OpenVINO shall compute in float32 whatever the rest is computed in.
 
-    That is what makes boxes and scores of what convolutions, linear layers and RoIAlign give: above 256 pixels
-    bfloat16 knows only every second. OpenVINO has a mark for it, `precise`, which its plugin for CPUs heeds.
+    That is what makes boxes and scores of what convolutions and linear layers give, and RoIAlign, whose regions are
+    rounded with its features: above 256 pixels bfloat16 knows only every second. OpenVINO has a mark for it, `precise`,
+    which its plugin for CPUs heeds.
     """
     tree = parse(path)
     root = tree.getroot()
@@ -102,6 +103,7 @@ def keep_boxes_exact(path: Path) -> None:
     sources = defaultdict[str | None, list[tuple[int, str | None]]](list)
     for edge in root.iterfind("edges/edge"):
         sources[edge.get("to-layer")].append((int(edge.get("to-port", 0)), edge.get("from-layer")))
+    marked = {name for name, layer in layers.items() if layer.get("type") == "ROIAlign"}
     # Port 0 of RoIAlign has the features; the others say where.
     waiting = [
         source
@@ -110,7 +112,6 @@ def keep_boxes_exact(path: Path) -> None:
         for port, source in sources[name]
         if port > 0 or layer.get("type") == "Result"
     ]
-    marked = set[str | None]()
     while waiting:
         name = waiting.pop()
         if name not in marked and layers[name].get("type") not in (*QUICK, "Const", "Parameter"):
