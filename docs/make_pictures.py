@@ -3,13 +3,16 @@
     detection fit --wandb off
     python docs/make_pictures.py --run runs/quickstart/<time>
 
-They show nothing but the scenes that this project draws, and what the run's `best.ckpt` makes of them.
+They show nothing but the scenes that this project draws, and what the run's `best.ckpt` makes of them. The gallery of
+the report is a picture of the page, taken by playwright's chromium or that of the system.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from playwright.sync_api import sync_playwright
 from torch import Tensor
 
 from detection import Detector
+from detection.__main__ import main as detection_command
 from detection.data import scenes
 from detection.data.coco import read_coco
 from detection.data.images import read_image
@@ -31,6 +36,7 @@ from detection.visualize import draw_objects, side_by_side
 SHOWN = 0.5  # score from which detections are drawn
 SHAPE = (1.1, 1.25)  # width / height of the scenes that are shown
 MOST = 200_000  # bytes of a picture
+FILTERS = "mistake=missed&score=0.5"  # of the gallery that is shown
 
 
 def detections(detector: Detector, records: list[tuple[Record, Path]]) -> Image.Image:
@@ -48,7 +54,7 @@ def detections(detector: Detector, records: list[tuple[Record, Path]]) -> Image.
     return side_by_side(pairs, ("ground truth", f"detections of score {SHOWN} and more"), columns=2)
 
 
-def save(picture: Image.Image | Figure, path: Path) -> None:
+def save(picture: Image.Image | Figure, path: Path, most: int = MOST) -> None:
     """Write a JPEG, the better the more room there is."""
     if isinstance(picture, Figure):
         picture.savefig(path.with_suffix(".png"), dpi=110, facecolor="white", bbox_inches="tight", pad_inches=0.08)
@@ -56,7 +62,7 @@ def save(picture: Image.Image | Figure, path: Path) -> None:
         path.with_suffix(".png").unlink()
     for quality in (88, 80, 70, 60):
         picture.save(path, quality=quality, optimize=True, progressive=True)
-        if path.stat().st_size <= MOST:
+        if path.stat().st_size <= most:
             break
     print(f"{path}: {picture.width} x {picture.height}, {path.stat().st_size // 1000} kB")
 
@@ -66,6 +72,22 @@ def example(record: Record, path: Path) -> tuple[Tensor, dict[str, Any]]:
     pixels = torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
     target = {"boxes": torch.as_tensor(record.boxes), "labels": torch.as_tensor(record.labels).long()}
     return pixels, target
+
+
+def gallery(run: Path, root: Path) -> Image.Image:
+    """The gallery of the run's report, filtered."""
+    annotations, images = scenes.SPLITS["val"]
+    where = ["--root", str(root), "--annotations", annotations, "--images", images, "--output", str(run / "report")]
+    if complaint := detection_command(["evaluate", "--ckpt", str(run), "--accelerator", "cpu", *where]):
+        raise SystemExit(complaint)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1100, "height": 720}, color_scheme="light")
+        page.goto(f"{(run / 'report' / 'report.html').resolve().as_uri()}#{FILTERS}")
+        page.wait_for_timeout(1000)  # for the pictures
+        shot = page.screenshot()
+        browser.close()
+    return Image.open(io.BytesIO(shot)).convert("RGB")
 
 
 def main() -> None:
@@ -90,6 +112,7 @@ def main() -> None:
     save(plot_proposals(model, image, target, counts=(10, 50, 300)), args.output / "proposals.jpg")
     save(plot_samples(model, image, target, detector.class_names), args.output / "samples.jpg")
     save(plot_pyramid(model, image), args.output / "pyramid.jpg")
+    save(gallery(args.run, Path(root)), args.output / "gallery.jpg", most=80_000)
     with (args.run / "metrics.csv").open(newline="") as file:
         save(training_curves(list(csv.DictReader(file))), args.output / "curves.jpg")
 

@@ -46,6 +46,7 @@ def main(flags: Sequence[str]) -> int | str | None:
     parser.add_argument("--draws", type=int, default=1000, help="of bootstrap and permutation (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument("--output", type=Path, help="folder to write to (default: comparison_A_B)")
+    parser.add_argument("--beside", action="store_true", help="pictures in a folder beside the page, not in it")
     parser.add_argument("--accelerator", default="auto", help="to detect with, where needed: cpu, gpu, auto")
     parser.add_argument("--batch_size", type=int, help="images a batch there (default: that of training)")
     parser.add_argument(TRUST, nargs="+", help="packages whose parts the checkpoints may use: their code runs")
@@ -67,7 +68,7 @@ def _compare(given: argparse.Namespace, trust: list[str]) -> None:
     names = _names(given, a, b)
     found, left, right = contrast(a, b, names, given.masks, given.draws, given.seed)
     folder = given.output or Path(f"comparison_{_plain(left.name)}_{_plain(right.name)}")
-    write_comparison(folder, found, left, right, a[0].class_names, given.draws)
+    write_comparison(folder, found, left, right, a[0].class_names, given.draws, given.beside)
     _print(found, left, right)
     for note in dict.fromkeys(note for run in (*a, *b) for note in run.notes):
         print(f"note: {note}")

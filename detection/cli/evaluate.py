@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from detection.batch import Id
 from detection.cli.detected import data_of_run
 from detection.cli.flags import check_ranges, chosen, run_command
+from detection.cli.folder import CONFIG
 from detection.cli.output import set_up_output
 from detection.commit import code_version
 from detection.data.checks import Folder
@@ -49,6 +51,7 @@ def evaluate(
     num_nodes: int = 1,
     masks: bool = True,
     precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    beside: bool = False,
     trust: list[str] = [],  # noqa: B006
 ) -> None:
     """Write figures, COCO results JSON, plots and an HTML report.
@@ -70,6 +73,7 @@ def evaluate(
         num_nodes: machines with so many devices each, which all see the data and `output`.
         precision: as of Lightning's trainer: 32-true or bf16-mixed.
         masks: false compares the boxes of a detector of masks alone, for data that has none.
+        beside: true puts the report's pictures into a folder beside it; they are in it where that takes under 60 MB.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
     set_up_output()
@@ -80,7 +84,7 @@ def evaluate(
         if annotations is None:
             raise DataError(f"{results}: name the COCO file that the results are compared with: --annotations")
         base = root or Path()
-        _evaluate_file(results, base / annotations, base / images if images else root, output, masks)
+        _evaluate_file(results, base / annotations, base / images if images else root, output, masks, beside)
         return
     assert ckpt is not None
     ckpt = chosen(ckpt)
@@ -129,7 +133,7 @@ def evaluate(
     def load(result: ImageResult) -> Pixels:
         return read_image(home / result.file_name, result.size, form=data.form)
 
-    _write(folder, metric, dataset.category_ids, load, title, facts, said)
+    _write(folder, metric, dataset.category_ids, load, title, facts, said, _leads(run), beside)
 
 
 def main(args: Sequence[str]) -> str | None:
@@ -162,7 +166,24 @@ def _other_data(
     return other | {"format": format, "val_split": split, "val_images": ""}
 
 
-def _evaluate_file(results: Path, annotations: Path, images: Path | None, output: Path | None, masks: bool) -> None:
+def _leads(run: Path) -> list[tuple[str, str]]:
+    """The commands that lead on from the evaluation of a run, those that apply to it, and what each tells."""
+    from detection.__main__ import COMMANDS  # it calls this module
+
+    leads = [("compare", f"{run} OTHER_RUN", "whether another run is better, with the images of both side by side")]
+    if (run / CONFIG).is_file():
+        leads.append(("replay", f"{run} --step N", "a step of the training again: its batch, anchors and losses"))
+    leads.append(("suspects", str(run), "annotations that the detector contradicts, and what to label next"))
+    for page in sorted(run.glob("*.certificate.json")):
+        name = page.name.removesuffix(".certificate.json")
+        files = [file for file in run.glob(f"{glob.escape(name)}.*") if file != page]
+        leads += [("verify", str(file), "whether the file still is what its certificate says") for file in files]
+    return [(f"detection {name} {flags}", text) for name, flags, text in leads if name in COMMANDS]
+
+
+def _evaluate_file(
+    results: Path, annotations: Path, images: Path | None, output: Path | None, masks: bool, beside: bool
+) -> None:
     """The figures of a results file; pictures in the report where the folder of images is named."""
     compared = compare_files(annotations, results, masks=masks)
     for note in compared.notes:
@@ -175,7 +196,7 @@ def _evaluate_file(results: Path, annotations: Path, images: Path | None, output
 
     facts = {"results": results.name, "annotations": annotations.name}
     folder, title = output or results.parent / f"evaluation_{results.stem}", f"Evaluation of {results.name}"
-    _write(folder, compared.metric, compared.category_ids, load if place else None, title, facts)
+    _write(folder, compared.metric, compared.category_ids, load if place else None, title, facts, beside=beside)
 
 
 def _evaluate_exported(file: Path, changes: dict[str, Any], output: Path | None, masks: bool, name: str) -> None:
@@ -216,9 +237,11 @@ def _write(
     title: str,
     facts: dict[str, str],
     settings: str = "",
+    leads: Sequence[tuple[str, str]] = (),
+    beside: bool = False,
 ) -> None:
     """The report on disk; the figures, those of each class, and what was left out, in the terminal."""
-    figures = write_evaluation(folder, metric, category_ids, load, title, facts, settings)
+    figures = write_evaluation(folder, metric, category_ids, load, title, facts, settings, leads, beside)
     width, sizes = max(map(len, figures)), metric.object_counts()
     for name, value in figures.items():
         print(_line(name, width, value, sizes.get(name.rpartition("_")[2], sizes["all"])))

@@ -188,16 +188,17 @@ def _average_precision(right: Bools, count: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Confusions:
-    """Each object and each detection that counts, as a cell of the confusion matrix, and its image.
+    """Each object and each detection that counts, as a cell of the confusion matrix.
 
     Attributes:
         true, detected: class from 0 on; C is background in `true` and undetected in `detected`.
-        image: position of the image in the list of results.
+        detection, object: position in `Analysis.dt` and `Analysis.gt`; -1 where there is none.
     """
 
     true: Ints
     detected: Ints
-    image: Ints
+    detection: Ints
+    object: Ints
 
 
 def confusions(analysis: Analysis, score: float = 0.5, iou: float = 0.5) -> Confusions:
@@ -225,7 +226,8 @@ def confusions(analysis: Analysis, score: float = 0.5, iou: float = 0.5) -> Conf
     return Confusions(
         np.concatenate([true[owner[counted]], a.gt.label[unseen] - 1]),
         np.concatenate([a.dt.label[order[counted]] - 1, lost]),
-        np.concatenate([a.dt.image[order[counted]], a.gt.image[unseen]]),
+        np.concatenate([order[counted], np.full(len(lost), -1)]),
+        np.concatenate([owner[counted], np.flatnonzero(unseen)]),
     )
 
 

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from detection.evaluation import plots
+from detection.evaluation import gallery_looks
 from detection.evaluation.coco_eval import AREAS
+from detection.evaluation.gallery import SHOWN, Pictures, gallery, link
 from detection.evaluation.page import PAGE, SCRIPT, STYLE
-from detection.evaluation.report import FILTER, KINDS, LoadImage, controls, dot, picture, section, table
+from detection.evaluation.report import LoadImage, dot, section, table
 from detection.evaluation.results import ImageResult
-from detection.evaluation.significance import LEVEL, POWER, Contrast, Difference, mistake_weight
+from detection.evaluation.significance import LEVEL, POWER, Contrast, Difference
 
-PICTURES = 6  # images of each side, those that gained most by it
+PICTURES = "comparison_images"  # folder beside the page
 # What is no setting of a run
 NO_SETTINGS = (
     *("config", "resume", "find", "print_config", "name", "output", "wandb_group"),
@@ -35,8 +36,6 @@ svg.whisker circle { fill: var(--soft); }
 svg.whisker.decided .reach { stroke: var(--accent); }
 svg.whisker.decided circle { fill: var(--accent); }
 p.verdict { font-size: 1.15rem; margin: 1.1rem 0 0; }
-.sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 1rem;
-  margin-bottom: 1.4rem; align-items: start; }
 td.wrap { white-space: normal; overflow-wrap: anywhere; text-align: left; }
 """
 FIGURES_NOTE = (
@@ -45,16 +44,19 @@ FIGURES_NOTE = (
     "by permutation."
 )
 CLASSES_NOTE = (
-    "AP of each class. Of many classes some differ by chance: p adjusted counts that in (Benjamini and Hochberg)."
+    "AP of each class; click one for the images where the sides differ in it. Of many classes some differ by chance: p "
+    "adjusted counts that in (Benjamini and Hochberg)."
 )
 MISTAKES_NOTE = (
     "How many of each kind at IoU .50, after TIDE; fewer is better. dAP50 is by how many points more AP50 the kind "
     "costs A."
 )
 SETTINGS_NOTE = "What is not the same on both sides; where the runs of a side differ, each value."
-CHANGED_NOTE = (
-    "Those whose mistakes became lighter or heavier by most: scores of wrong detections, and one for each object not "
-    "found, on average over the runs. The first run of each side is shown."
+IMAGES_NOTE = (
+    "The first run of each side beside each other. An image changed by how much lighter the mistakes that the filters "
+    "select weigh on one side: scores of wrong detections, and one for each object not found. The sides differ where "
+    "one alone finds an object, or their detections are not of the same kinds and classes. Dashed boxes are objects. "
+    "Click to enlarge, then the space bar changes sides."
 )
 METHOD = (
     "The images were drawn {draws} times with replacement, the same for all runs, and all figures computed anew for "
@@ -92,8 +94,10 @@ class Side:
     load_image: LoadImage | None
 
 
-def write_comparison(folder: Path, found: Contrast, a: Side, b: Side, names: Sequence[str], draws: int) -> None:
-    """Write `comparison.json` and `comparison.html`.
+def write_comparison(
+    folder: Path, found: Contrast, a: Side, b: Side, names: Sequence[str], draws: int, beside: bool = False
+) -> None:
+    """Write `comparison.json` and `comparison.html`; pictures beside it where it would be larger than 60 MB.
 
     Args:
         folder: made if absent.
@@ -101,8 +105,12 @@ def write_comparison(folder: Path, found: Contrast, a: Side, b: Side, names: Seq
         a, b: the sides.
         names: C classes.
         draws: of the bootstrap.
+        beside: put the pictures into `comparison_images/` in any case.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    load = a.load_image or b.load_image
+    layers = {f"A: {a.name}": found.judged_a, f"B: {b.name}": found.judged_b}
+    images = gallery(a.results, names, layers, Pictures(load, folder, PICTURES, beside), found.change)
     said = verdict(found.figures[0], a.name, b.name)
     content = {
         "verdict": said,
@@ -121,7 +129,7 @@ def write_comparison(folder: Path, found: Contrast, a: Side, b: Side, names: Seq
         },
     }
     (folder / "comparison.json").write_text(json.dumps(content, indent=2, allow_nan=False))
-    (folder / "comparison.html").write_text(_render(found, a, b, names, draws, said), encoding="utf-8")
+    (folder / "comparison.html").write_text(_render(found, a, b, draws, said, images), encoding="utf-8")
 
 
 def verdict(ap: Difference, a: str, b: str) -> str:
@@ -186,7 +194,7 @@ def _distinct(values: Iterable[Any]) -> list[str]:
     return list(dict.fromkeys("none" if value is None else str(value) for value in values))
 
 
-def _render(found: Contrast, a: Side, b: Side, names: Sequence[str], draws: int, said: str) -> str:
+def _render(found: Contrast, a: Side, b: Side, draws: int, said: str, images: str) -> str:
     first = found.figures[0]
     facts = {"A": f"{a.name} ({_runs(a)})", "B": f"{b.name} ({_runs(b)})", "images": str(len(a.results))}
     facts |= {"draws": str(draws)}
@@ -195,6 +203,8 @@ def _render(found: Contrast, a: Side, b: Side, names: Sequence[str], draws: int,
     tiles += [(_chance(first.p), "p"), (_chance(first.p_images), "p of images alone")]
     shown = "".join(f'<div class="tile"><b>{value}</b><span>{escape(text)}</span></div>' for value, text in tiles)
     settings = differing(a, b)
+    has_masks = bool(a.results) and a.results[0].gt_masks is not None
+    note = f"{IMAGES_NOTE} Masks are not drawn, but their boxes." if has_masks else IMAGES_NOTE
     body = [
         f'<div class="tiles">{shown}</div>',
         section("Verdict", "", f'<p class="verdict">{escape(said)}</p>'),
@@ -203,14 +213,14 @@ def _render(found: Contrast, a: Side, b: Side, names: Sequence[str], draws: int,
         section("Mistakes", MISTAKES_NOTE, _mistakes(found)),
         section("What differs", SETTINGS_NOTE, _settings(settings)) if settings else "",
         section("Runs", "", _table_of_runs(a, b)),
-        _gallery(found, a, b, names),
+        section("Images", note, images),
         section("How it is computed", "", _method(first, draws)),
     ]
     return PAGE.format(
         title=escape(f"{a.name} against {b.name}"),
         facts=" &nbsp;·&nbsp; ".join(f"{escape(key)} <b>{escape(value)}</b>" for key, value in facts.items()),
-        style=STYLE + OWN_STYLE,
-        script=SCRIPT,
+        style=STYLE + gallery_looks.STYLE + OWN_STYLE,
+        script=SCRIPT + gallery_looks.SCRIPT,
         body="\n".join(body),
         footer="Figures by the COCO protocol. A dash: there is no ground truth.",
     )
@@ -218,17 +228,20 @@ def _render(found: Contrast, a: Side, b: Side, names: Sequence[str], draws: int,
 
 def _figures(found: Contrast) -> str:
     widest = _widest(found.figures)
-    rows = [
-        [(NAMES.get(row.name, row.name.replace("mar_", "AR ")), row.name), *_cells(row, widest), _p(row.p_images)]
-        for row in found.figures
-    ]
+    rows = [[(_figure(row.name), row.name), *_cells(row, widest), _p(row.p_images)] for row in found.figures]
     return _scroll(("figure", "A - B", "interval", "A", "B", "p", "p images"), rows)
+
+
+def _figure(key: str) -> str:
+    """Its name; of one size a link to the images with such objects."""
+    name, size = NAMES.get(key, key.replace("mar_", "AR ")), key.rpartition("_")[2]
+    return link(name, size=size, differ="1") if size in AREAS else escape(name)
 
 
 def _classes(found: Contrast) -> str:
     widest = _widest(found.classes)
     rows = [
-        [(escape(row.name), row.name), *_cells(row, widest), _p(p)]
+        [(link(row.name, **{"class": row.name}, differ="1"), row.name), *_cells(row, widest), _p(p)]
         for row, p in zip(found.classes, found.adjusted, strict=True)
     ]
     return _scroll(("class", "A - B", "interval", "A", "B", "p", "p adjusted"), rows)
@@ -236,11 +249,10 @@ def _classes(found: Contrast) -> str:
 
 def _mistakes(found: Contrast) -> str:
     widest = _widest(found.mistakes)
-    colours = {KINDS[kind]: plots.COLOURS[kind] for kind in KINDS} | {"missed": plots.MISSED}
     rows = []
     for row in found.mistakes:
         cost = 100 * found.delta_ap[row.name]
-        name = (f"{dot(colours[row.name])}{row.name}", row.name)
+        name = (f"{dot(SHOWN[row.name][1])}{link(row.name, mistake=row.name, differ='1')}", row.name)
         rows.append([name, *_cells(row, widest, 1), (f"{cost:+.1f}", cost)])
     return _scroll(("mistake", "A - B", "interval", "A", "B", "p", "dAP50"), rows)
 
@@ -284,34 +296,6 @@ def _table_of_runs(a: Side, b: Side) -> str:
             values = [facts.get(key, "") if key != "sha256" else facts.get(key, "")[:12] for key in keys]
             rows.append([(escape(text), text) for text in (letter, run, *values)])
     return _scroll(("side", "run", *keys), rows, text=tuple(range(2 + len(keys))))
-
-
-def _gallery(found: Contrast, a: Side, b: Side, names: Sequence[str]) -> str:
-    """The images that changed most, those better by A first, both detectors beside each other."""
-    order = np.argsort(-found.change, kind="stable")
-    gains = [i for i in order[:PICTURES] if found.change[i] > 0]
-    chosen = gains + [i for i in order[::-1][:PICTURES] if found.change[i] < 0]
-    hidden = f'<div hidden>{FILTER}</div><script type="application/json" id="shown">{{}}</script>'
-    if a.load_image is None or not chosen:
-        lines = "".join(f"<li>{escape(a.results[i].file_name)}: {-found.change[i]:+.2f}</li>" for i in chosen)
-        return section("Images that changed most", CHANGED_NOTE, f"<ul>{lines}</ul>{hidden}")
-    shown = []
-    for i in chosen:
-        pair = []
-        for side, judged in ((a, found.judged_a), (b, found.judged_b)):
-            load = side.load_image or a.load_image
-            pair.append(
-                picture(
-                    int(i), float(mistake_weight(judged, len(side.results))[i]), side.results[i], names, judged, load
-                )
-            )
-        better, gain = (a.name, found.change[i]) if found.change[i] > 0 else (b.name, -found.change[i])
-        head = f"<b>{escape(a.results[i].file_name)}</b>: lighter by {gain:.2f} with {escape(better)}"
-        shown.append(f'<p class="note">{head}. First A, {escape(a.name)}; then B, {escape(b.name)}.</p>')
-        shown.append(f'<div class="sides">{"".join(pair)}</div>')
-    return section(
-        "Images that changed most", CHANGED_NOTE, f'{controls()}{"".join(shown)}<dialog id="large"></dialog>{hidden}'
-    )
 
 
 def _method(ap: Difference, draws: int) -> str:

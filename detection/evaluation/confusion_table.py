@@ -1,4 +1,4 @@
-"""The confusion matrix of the report: a table whose cells show their images when they are clicked."""
+"""The confusion matrix of the report: a table whose cells are links to their images."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-from detection.evaluation.analysis import Confusions, most_confused
+from detection.evaluation.analysis import most_confused
+from detection.evaluation.gallery import link
 
 MOST_CLASSES = 100  # a table of more is too large for a page
-MOST_IMAGES = 24  # of a cell or a class, that are listed by name
 
 
 def table(matrix: NDArray[np.int64], names: Sequence[str]) -> str:
@@ -36,24 +36,9 @@ def note(count: int) -> str:
     return f"The {MOST_CLASSES} most confused of {count} classes are shown."
 
 
-def images_of(cells: Confusions, rank: NDArray[np.int64]) -> dict[str, list[int]]:
-    """The images of each cell that is not empty, `"row,column"`, those of the lowest `rank` first.
-
-    Args:
-        cells: of `analysis.confusions`.
-        rank: of each image.
-    """
-    found: dict[str, list[int]] = {}
-    triples = np.unique(np.stack([cells.true, cells.detected, rank[cells.image]]), axis=1).T
-    order = np.argsort(rank)
-    for true, detected, place in triples:
-        found.setdefault(f"{true},{detected}", []).append(int(order[place]))
-    return found
-
-
 def _cell(i: int, j: int, count: int, share: float) -> str:
     if not count:
         return "<td></td>"
     style = "dark" if share > 0.55 else "light"
-    button = f'<button type="button" data-show="cell" data-key="{i},{j}">{count}</button>'
+    button = link(str(count), cell=f"{i},{j}", score="0.5")
     return f'<td class="{style}" style="--share:{share:.3f}" title="{share:.0%} of the row">{button}</td>'

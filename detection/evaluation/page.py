@@ -59,37 +59,24 @@ tbody tr:hover { background: var(--hover); }
   font-size: .9rem; }
 .controls label { display: inline-flex; align-items: center; gap: .35rem; cursor: pointer; }
 .controls .dot { margin-right: 0; }
-.gallery { display: grid; align-items: start;
-  grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); gap: 1rem; }
-[data-show], #filter button { all: unset; cursor: pointer; color: var(--accent); }
-[data-show]:hover, #filter button:hover { text-decoration: underline; }
-[data-show]:focus-visible, #filter button:focus-visible, .frame:focus-visible { outline: 2px solid var(--accent); }
-#filter { margin-bottom: .9rem; overflow-wrap: anywhere; }
+a { color: var(--accent); text-decoration: none; }
+a:hover { text-decoration: underline; }
+a:focus-visible { outline: 2px solid var(--accent); }
+a.tile { display: block; color: inherit; }
+.linked { position: relative; width: fit-content; max-width: 100%; margin: auto; }
+.linked a { position: absolute; border-radius: 3px; }
+.linked a:hover { outline: 2px solid var(--accent); }
+td code { overflow-wrap: anywhere; }
 table.confusion { width: auto; }
 table.confusion th { font-weight: 400; position: static; max-width: 12rem; overflow: hidden; text-overflow: ellipsis; }
 table.confusion tr:first-child th { vertical-align: bottom; color: var(--soft); }
 table.confusion tr:first-child span { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 9rem; }
 table.confusion td { padding: 0; min-width: 2.4rem; text-align: center;
   background: color-mix(in srgb, var(--accent) calc(100% * var(--share, 0)), transparent); }
-table.confusion td button { display: block; padding: .38rem .5rem; text-align: center; color: var(--ink); }
-table.confusion td.dark button { color: var(--card); font-weight: 600; }
+table.confusion td a { display: block; padding: .38rem .5rem; text-align: center; color: var(--ink); }
+table.confusion td.dark a { color: var(--card); font-weight: 600; }
 pre { overflow: auto; font-size: .82rem; max-height: 30rem; }
 summary { cursor: pointer; font-weight: 600; }
-dialog { border: 0; padding: 0; background: #10151d; max-width: 96vw; max-height: 96vh; width: fit-content; }
-dialog::backdrop { background: rgba(0, 0, 0, .7); }
-dialog .frame { position: relative; width: min(94vw, 94vh * var(--ratio)); }
-dialog img, dialog svg, figure img, figure svg { display: block; width: 100%; height: auto; }
-dialog svg, figure svg { position: absolute; inset: 0; height: 100%; }
-figure[hidden] { display: none; }
-.frame { cursor: zoom-in; }
-figure { margin: 0; border: 1px solid var(--line); border-radius: 10px; overflow: hidden; background: #10151d; }
-figure .frame { position: relative; }
-rect { fill: transparent; stroke: var(--colour); stroke-width: 2.5; vector-effect: non-scaling-stroke; }
-rect.object { stroke-dasharray: 6 4; }
-rect.object.seen { --colour: #8fa3b8 !important; }
-rect:hover { fill: var(--colour); fill-opacity: .25; }
-figcaption { padding: .5rem .8rem; background: var(--card); font-size: .85rem; color: var(--soft); }
-figcaption b { color: var(--ink); overflow-wrap: anywhere; }
 footer { max-width: 1180px; margin: -2.5rem auto 2rem; padding: 0 1rem; color: var(--soft); font-size: .82rem; }
 """
 
@@ -109,58 +96,6 @@ for (const table of document.querySelectorAll("table.sortable")) {
     body.append(...rows);
   }));
 }
-const slider = document.querySelector("#score");
-function showBoxes() {
-  const least = slider.valueAsNumber;
-  const wanted = new Set([...document.querySelectorAll("input[data-kind]:checked")].map(box => box.dataset.kind));
-  document.querySelector("#score-value").textContent = least.toFixed(2);
-  for (const rect of document.querySelectorAll("figure rect")) {
-    if (rect.classList.contains("object")) {  // found only while its detection is above the threshold
-      const seen = Number(rect.dataset.found ?? -1) >= least;
-      rect.classList.toggle("seen", seen);
-      rect.dataset.kind = seen ? "found object" : "object not found";
-      const title = rect.querySelector("title");
-      title.dataset.name ??= title.textContent;
-      title.textContent = `${title.dataset.name} (${rect.dataset.kind})`;
-    }
-    rect.style.display = wanted.has(rect.dataset.kind) && (rect.dataset.score ?? 1) >= least ? "" : "none";
-  }
-}
-if (slider) {
-  slider.addEventListener("input", showBoxes);
-  document.querySelectorAll("input[data-kind]").forEach(box => box.addEventListener("change", showBoxes));
-  showBoxes();
-}
-const shown = JSON.parse(document.querySelector("#shown").textContent), filter = document.querySelector("#filter");
-const figures = [...document.querySelectorAll("figure")];
-document.querySelectorAll("[data-show]").forEach(button => button.addEventListener("click", () => {
-  const { show, key } = button.dataset, images = shown.images[show][key] ?? [], count = shown.counts[show][key] ?? 0;
-  const here = new Set(figures.map(figure => Number(figure.dataset.image)));
-  figures.forEach(figure => figure.hidden = !images.includes(Number(figure.dataset.image)));
-  const others = images.filter(image => !here.has(image)).map(image => shown.files[image]);
-  filter.hidden = false;
-  filter.querySelector("b").textContent = `${shown.names[show][key] ?? button.textContent}: ${count} images`;
-  const more = count - images.length;
-  filter.querySelector("p").textContent = !others.length ? "" : `without a picture here: ${others.join(", ")}`
-    + (more > 0 ? `, and ${more} more` : "");
-  filter.scrollIntoView({ block: "start" });
-}));
-filter.querySelector("button").addEventListener("click", () => {
-  filter.hidden = true;
-  figures.forEach(figure => figure.hidden = "extra" in figure.dataset);
-});
-const large = document.querySelector("#large");
-figures.forEach(figure => {
-  const frame = figure.querySelector(".frame"), open = () => {
-    const copy = frame.cloneNode(true), { width, height } = copy.querySelector("svg").viewBox.baseVal;
-    copy.style.setProperty("--ratio", width / height);
-    large.replaceChildren(copy);
-    large.showModal();
-  };
-  frame.addEventListener("click", open);
-  frame.addEventListener("keydown", event => event.key === "Enter" && open());
-});
-large?.addEventListener("click", () => large.close());
 """
 
 PAGE = """<!doctype html>

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detection.batch import Target
+from detection.evaluation.mean_ap import MeanAP
+from detection.evaluation.report import write_evaluation
 
+NAMES = ["cat", "</script><b>\"dog'</b>&amp;", "_$bird$", "never seen", "absent"]
 COCO_KEYS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 COCO_KEYS += ("mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large")
 
@@ -110,3 +114,62 @@ def read_coco_files() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def coco_inputs() -> Callable[..., Any]:
     return from_coco
+
+
+@pytest.fixture(scope="session")
+def evaluation(tmp_path_factory):
+    """Drawn detections of 20 images in three classes, one with a hostile name, and some on a class without objects."""
+    rng = np.random.default_rng(0)
+    metric = MeanAP(NAMES)
+    for image in range(20):
+        gt = rng.uniform(0, 150, (5, 4))
+        gt[:, 2:] = gt[:, :2] + rng.uniform(8, 100, (5, 2))
+        dt = np.concatenate([gt + rng.normal(0, 6, gt.shape), gt[:2], rng.uniform(0, 60, (3, 4))])
+        dt[:, 2:] = np.maximum(dt[:, 2:], dt[:, :2] + 1)
+        labels = rng.integers(1, 4, 5)
+        found = np.concatenate([np.where(rng.random(5) < 0.7, labels, rng.integers(1, 4, 5)), labels[:2], [1, 2, 5]])
+        boxes = torch.tensor(gt, dtype=torch.float32)
+        target = Target(
+            image_id=image,
+            file_name=f'folder/<{image}> "a" & b.jpg',
+            size=(200, 260),
+            boxes=boxes,
+            labels=torch.from_numpy(labels),
+            areas=(boxes[:, 2:] - boxes[:, :2]).prod(1),
+            iscrowd=torch.zeros(5, dtype=torch.bool),
+            difficult=torch.zeros(5, dtype=torch.bool),
+        )
+        detection = {
+            "boxes": torch.tensor(dt, dtype=torch.float32),
+            "labels": torch.from_numpy(found),
+            "scores": torch.tensor(rng.random(10), dtype=torch.float32),
+        }
+        metric.update([detection], [target])
+    folder = tmp_path_factory.mktemp("evaluation") / "new"
+    figures = write_evaluation(
+        folder,
+        metric,
+        [3, 5, 7, 8, 9],
+        lambda result: np.full((*result.size, 3), 90, np.uint8),
+        "Test <report>",
+        {"checkpoint": "a&b.ckpt"},
+        "model: {lr: 0.125}",
+    )
+    return folder, metric, figures
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """A context of a headless chromium; opening a page fails the test on an error of a script and on any request."""
+    driver = pytest.importorskip("playwright.sync_api", reason='needs pip install "detection[dev]"')
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium is installed")
+    with driver.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        context, problems = started.new_context(), []
+        context.on("weberror", lambda error: problems.append(str(error.error)))
+        context.on("request", lambda request: problems.extend([request.url] * request.url.startswith("http")))
+        yield context
+        started.close()
+    assert not problems
