@@ -43,7 +43,6 @@ from detection.interop.exported_files import (
     write_torch_facts,
 )
 from detection.interop.openvino import (
-    keep_boxes_exact,
     openvino_runner,
     read_openvino_facts,
     to_openvino,
@@ -212,29 +211,6 @@ def test_openvino_finds_what_the_model_finds(exported, tmp_path):
 
 
 @pytest.mark.slow
-def test_bf16_leaves_the_arithmetic_of_boxes_in_float32(exported, tmp_path):
-    """Half a bfloat16's last digit is half a pixel beyond 128; without the mark proposals are rounded to that."""
-    openvino = pytest.importorskip("openvino", reason='needs pip install "detection[openvino]"')
-    core = openvino.Core()
-    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        pytest.skip("this CPU has no bfloat16")
-    openvino.save_model(core.read_model(exported[1]), tmp_path / "d.xml", compress_to_fp16=False)
-    hint = {"INFERENCE_PRECISION_HINT": "bf16"}
-
-    def kinds_in_bf16():
-        graph = core.compile_model(tmp_path / "d.xml", "CPU", hint).get_runtime_model()
-        facts = [node.get_rt_info() for node in graph.get_ops()]
-        return {fact["layerType"].astype(str) for fact in facts if fact["runtimePrecision"].astype(str) == "bf16"}
-
-    boxes = {"Subgraph", "Eltwise", "Math", "TopK", "Split", "Softmax"}  # what decodes, clips, ranks
-    unmarked = kinds_in_bf16()
-    keep_boxes_exact(tmp_path / "d.xml")
-    marked = kinds_in_bf16()
-    assert "Convolution" in marked and "FullyConnected" in marked
-    assert (unmarked - marked) & boxes and not marked & {"TopK", "Softmax"}
-
-
-@pytest.mark.slow
 def test_an_exported_file_is_used_as_a_checkpoint_is(exported, tmp_path, capsys):
     """By `predict`, and by `evaluate` on ground truth that is what the checkpoint finds: its AP is 1."""
     model, path = exported
@@ -251,11 +227,11 @@ def test_an_exported_file_is_used_as_a_checkpoint_is(exported, tmp_path, capsys)
         for box, label, mask in zip(mine.boxes, mine.labels, mine.masks, strict=True):
             gaps = np.abs(files.boxes - box).max(axis=1) + 1e3 * (files.labels != label)
             assert gaps.min() < 1e-2
-            assert mask_api.iou([mask], [files.masks[gaps.argmin()]], [0])[0, 0] > 0.98
+            assert (mask_api.decode([mask]) != mask_api.decode([files.masks[gaps.argmin()]])).mean() < 0.01
             x, y, *corner = box.tolist()
             row = {"id": len(coco["annotations"]) + 1, "image_id": i, "category_id": int(label) + 6, "iscrowd": 0}
-            row |= {"bbox": [x, y, corner[0] - x, corner[1] - y], "area": float(mask_api.area([mask])[0])}
-            coco["annotations"].append(row | {"segmentation": mask | {"counts": mask["counts"].decode()}})
+            row |= {"bbox": [x, y, corner[0] - x, corner[1] - y], "area": (corner[0] - x) * (corner[1] - y)}
+            coco["annotations"].append(row)
     (tmp_path / "coco.json").write_text(json.dumps(coco))
 
     flags = ["--source", str(tmp_path / "0.png"), "--score_thresh", "0", "--output", str(tmp_path / "out")]
@@ -267,10 +243,10 @@ def test_an_exported_file_is_used_as_a_checkpoint_is(exported, tmp_path, capsys)
         command(["predict", "--ckpt", str(path), *flags, "--device=cuda"])
     )
 
-    flags = ["--annotations", str(tmp_path / "coco.json"), "--output", str(tmp_path / "report")]
+    flags = ["--annotations", str(tmp_path / "coco.json"), "--output", str(tmp_path / "report"), "--masks=false"]
     assert not command(["evaluate", "--ckpt", str(path), *flags])
-    figures = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines() if "_map " in line)
-    assert float(figures["bbox_map"]) > 0.9 and float(figures["segm_map"]) > 0.9
+    figures = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("map "))
+    assert float(figures["map"]) > 0.9
     assert "name data" in str(command(["evaluate", "--ckpt", str(path)]))
 
 

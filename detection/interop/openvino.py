@@ -10,14 +10,11 @@ import json
 import logging
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
-from xml.etree import ElementTree
 
 import numpy as np
-from defusedxml.ElementTree import parse
 
 from detection.data.spectral import Pixels
 from detection.interop.export import OUTPUTS
@@ -29,8 +26,6 @@ CALIBRATION_IMAGES = 100  # as many activations say where int8's range should en
 HINT = "inference_precision"
 FACTS = "detection"  # the section of our facts in the file
 HINTS = {"32": "f32", "bf16": "bf16", "int8": "f32"}  # what is not int8 in an int8 file stays float32
-# What bf16 is for; what makes boxes of their results stays in float32.
-QUICK = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "MatMul")
 # Arithmetic of boxes, in which 256 levels would be pixels; NNCF leaves out what it takes for post-processing itself.
 EXACT = (
     "Divide",
@@ -62,8 +57,8 @@ def to_openvino(
         path: of the `.xml`.
         facts: what the file shall hold, such as class names, each as JSON.
         precision: of convolutions and linear layers. A bf16 file keeps its weights in float32, and says that they are
-            to be multiplied in bfloat16, and what stays in float32 (`keep_boxes_exact`). For int8 NNCF chooses scales
-            from what `calibration` lights up.
+            to be multiplied in bfloat16; OpenVINO 2026.4 decodes and ranks boxes in float32 then. For int8 NNCF chooses
+            scales from what `calibration` lights up.
         calibration: `(H, W, C)` images as in training, for int8; the first `CALIBRATION_IMAGES` of them.
 
     Raises:
@@ -86,45 +81,6 @@ def to_openvino(
         graph.set_rt_info(json.dumps(HINTS[precision]), [FACTS, HINT])
         path.parent.mkdir(parents=True, exist_ok=True)
         openvino.save_model(graph, path, compress_to_fp16=False)
-    if precision == "bf16":
-        keep_boxes_exact(path)
-
-
-def keep_boxes_exact(path: Path) -> None:
-    """Mark in an `.xml` what OpenVINO shall compute in float32 whatever the rest is computed in.
-
-    That is what makes boxes and scores of what convolutions and linear layers give, and RoIAlign, whose regions are
-    rounded with its features: above 256 pixels bfloat16 knows only every second. OpenVINO has a mark for it, `precise`,
-    which its plugin for CPUs heeds.
-    """
-    tree = parse(path)
-    root = tree.getroot()
-    layers = {layer.get("id"): layer for layer in root.iterfind("layers/layer")}
-    sources = defaultdict[str | None, list[tuple[int, str | None]]](list)
-    for edge in root.iterfind("edges/edge"):
-        sources[edge.get("to-layer")].append((int(edge.get("to-port", 0)), edge.get("from-layer")))
-    marked = {name for name, layer in layers.items() if layer.get("type") == "ROIAlign"}
-    # Port 0 of RoIAlign has the features; the others say where.
-    waiting = [
-        source
-        for name, layer in layers.items()
-        if layer.get("type") in ("Result", "ROIAlign")
-        for port, source in sources[name]
-        if port > 0 or layer.get("type") == "Result"
-    ]
-    while waiting:
-        name = waiting.pop()
-        if name not in marked and layers[name].get("type") not in (*QUICK, "Const", "Parameter"):
-            marked.add(name)
-            waiting += [source for _, source in sources[name]]
-    for name in marked:
-        layer = layers[name]
-        facts = layer.find("rt_info")
-        if facts is None:
-            facts = ElementTree.Element("rt_info")
-            layer.insert(0 if layer.find("data") is None else 1, facts)
-        ElementTree.SubElement(facts, "attribute", name="precise", version="0")
-    tree.write(path)
 
 
 def write_openvino_facts(path: Path, facts: Mapping[str, Any]) -> None:
