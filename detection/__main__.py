@@ -26,6 +26,7 @@ COMMANDS = {
     "benchmark": ("benchmark", "measure speed and accuracy beside other libraries"),
     "compare": ("comparing", "say whether one detector is better than another, or it is noise"),
     "replay": ("replaying", "draw a training step again: its batch, anchors, regions, losses and gradients"),
+    "suspects": ("suspecting", "list labels that a cross-validated detector contradicts, and what to label next"),
     "ablate": ("ablating", "train a base and its swaps with several seeds, and write the table"),
     "download": ("fetching", "fetch COCO 2017 or Pascal VOC"),
 }

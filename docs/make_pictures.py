@@ -27,9 +27,13 @@ from detection import Detector
 from detection.__main__ import main as detection_command
 from detection.data import scenes
 from detection.data.coco import read_coco
+from detection.data.dataset import make_target
 from detection.data.images import read_image
 from detection.data.records import Record
 from detection.evaluation.plots import training_curves
+from detection.evaluation.results import image_result
+from detection.evaluation.suspects_page import cut
+from detection.evaluation.suspicion import suspects
 from detection.teaching import plot_anchors, plot_proposals, plot_pyramid, plot_samples
 from detection.visualize import draw_objects, side_by_side
 
@@ -52,6 +56,37 @@ def detections(detector: Detector, records: list[tuple[Record, Path]]) -> Image.
         )
         pairs.append((drawn, found_too))
     return side_by_side(pairs, ("ground truth", f"detections of score {SHOWN} and more"), columns=2)
+
+
+def suspicious(detector: Detector, records: list[tuple[Record, Path]]) -> Image.Image:
+    """The strongest suspects among labels of which some are damaged: removed, of another class, moved."""
+    results = []
+    for number, (record, path) in enumerate(records):
+        found = detector(path)
+        boxes, labels = record.boxes.copy(), record.labels.copy()
+        kept = np.arange(len(labels)) != (0 if number % 10 == 0 else -1)
+        if number % 10 == 3:
+            labels[0] = labels[0] % len(detector.class_names) + 1
+        if number % 10 == 6:
+            boxes[0] += 0.3 * (boxes[0, 2] - boxes[0, 0])
+        target = Record.of(number, str(path), (record.height, record.width), boxes[kept], labels[kept])
+        detected = {"boxes": found.boxes, "labels": found.labels, "scores": found.scores}
+        results.append(image_result(detected, make_target(target), len(detector.class_names)))
+    pairs, names = [], detector.class_names
+    strongest = suspects(results, len(names))
+    for kind in ("missing", "class", "box"):
+        for one in [own for own in strongest if own.kind == kind][:2]:
+            shapes = [shape for shape in (one.annotated, one.proposed) if shape is not None]
+            square, left, top = cut(read_image(Path(results[one.image].file_name)), shapes)
+            drawn = []
+            for shape in (one.annotated, one.proposed):
+                own = [shape] if shape is not None else []
+                boxes = np.array([s.box for s in own], np.float32).reshape(-1, 4) - np.array([left, top, left, top])
+                drawn.append(
+                    draw_objects(square, boxes, np.array([s.label for s in own]), names, side=160, names="all")
+                )
+            pairs.append((drawn[0], drawn[1]))
+    return side_by_side(pairs, ("annotated", "found"), columns=3)
 
 
 def save(picture: Image.Image | Figure, path: Path, most: int = MOST) -> None:
@@ -108,6 +143,7 @@ def main() -> None:
     model, (image, target) = detector.model, example(*chosen[0])
     args.output.mkdir(parents=True, exist_ok=True)
     save(detections(detector, chosen[:4]), args.output / "detections.jpg")
+    save(suspicious(detector, [(r, Path(root) / r.file_name) for r in full]), args.output / "suspects.jpg", 45_000)
     save(plot_anchors(model, image), args.output / "anchors.jpg")
     save(plot_proposals(model, image, target, counts=(10, 50, 300)), args.output / "proposals.jpg")
     save(plot_samples(model, image, target, detector.class_names), args.output / "samples.jpg")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -222,7 +223,8 @@ def _pictures(results: Sequence[ImageResult], pictures: Pictures, room: int) -> 
     def small(result: ImageResult) -> bytes:
         return _thumbnail(false_colour(load(result)), side)
 
-    with ThreadPoolExecutor() as pool:
+    # Readers silence warnings for a moment, and threads that do may leave them silenced: here alone, then.
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         all_of = list(pool.map(small, results))
     beside = pictures.folder / pictures.name
     for old in beside.glob("[0-9]*.webp"):
