@@ -25,6 +25,7 @@ COMMANDS = {
     "demo": ("serving", "look at a detector at work in the browser"),
     "benchmark": ("benchmark", "measure speed and accuracy beside other libraries"),
     "compare": ("comparing", "say whether one detector is better than another, or it is noise"),
+    "verify": ("verifying", "compute the certificate of a converted or exported file again"),
     "replay": ("replaying", "draw a training step again: its batch, anchors, regions, losses and gradients"),
     "suspects": ("suspecting", "list labels that a cross-validated detector contradicts, and what to label next"),
     "ablate": ("ablating", "train a base and its swaps with several seeds, and write the table"),

@@ -4,7 +4,8 @@
     python docs/make_pictures.py --run runs/quickstart/<time>
 
 They show nothing but the scenes that this project draws, and what the run's `best.ckpt` makes of them. The gallery of
-the report is a picture of the page, taken by playwright's chromium or that of the system.
+the report is a picture of the page, taken by playwright's chromium or that of the system. With
+`--certificate FILE.certificate.json` in the place of `--run` that certificate alone is drawn.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,29 @@ def detections(detector: Detector, records: list[tuple[Record, Path]]) -> Image.
         )
         pairs.append((drawn, found_too))
     return side_by_side(pairs, ("ground truth", f"detections of score {SHOWN} and more"), columns=2)
+
+
+def certificate(path: Path) -> Figure:
+    """Each stage's difference beside what is allowed, on a logarithmic scale; equal stages lie at the left edge."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows = [row for row in content["rows"] if row["tolerance"] and "partner" not in row["stage"]]
+    figure = Figure(figsize=(7.6, 0.28 * len(rows) + 1.1))
+    axes = figure.subplots()
+    least = 1e-8
+    for i, row in enumerate(rows):
+        value = max(row["difference"], least)
+        axes.plot([value, row["tolerance"]], [i, i], color="#c9d4e2", linewidth=2, zorder=1)
+        axes.plot(value, i, "o", color="#1f6feb", label="difference" if not i else None)
+        axes.plot(row["tolerance"], i, "|", color="#d1442f", markersize=11, label="allowed" if not i else None)
+    axes.set_xscale("log")
+    axes.set_xlim(least / 2, 1)
+    units = {"pixels": ", pixels", "share": ", share"}
+    axes.set_yticks(range(len(rows)), [row["stage"] + units.get(row["unit"], "") for row in rows])
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"{content['file']['name']} against {content['reference']}", fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
 
 
 def suspicious(detector: Detector, records: list[tuple[Record, Path]]) -> Image.Image:
@@ -128,10 +153,17 @@ def gallery(run: Path, root: Path) -> Image.Image:
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a run of the quickstart")
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--run", type=Path, help="folder of a run of the quickstart")
+    wanted.add_argument("--certificate", type=Path, help="JSON of a certificate")
     parser.add_argument("--scenes", type=Path, help="folder of its scenes (default: drawn anew into the run's folder)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "images")
     args = parser.parse_args()
+    if args.certificate:
+        path = args.output / "certificate.png"
+        certificate(args.certificate).savefig(path, dpi=80, facecolor="white", bbox_inches="tight", pad_inches=0.08)
+        Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=16).save(path, optimize=True)  # small
+        return
     root = args.scenes or scenes.draw(args.run / "scenes", train=4, val=60)
     index = read_coco(root, *scenes.SPLITS["val"])
     full = sorted(index.records, key=lambda r: -len(r.labels))

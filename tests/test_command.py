@@ -132,6 +132,7 @@ def test_the_nearest_flag_is_suggested(name: str, capsys: pytest.CaptureFixture[
         "benchmark": ([next(iter(BENCHMARKS)), "--round", "1"], "--rounds"),
         "compare": (["a", "b", "--agianst", "c"], "--against"),
         "replay": (["run", "--step", "3", "--acelerator", "cpu"], "--accelerator"),
+        "verify": (["d.onnx", "--sorce", "x"], "--source"),
         "suspects": (["run", "--folsd", "2"], "--folds"),
         "ablate": (["base", "--seedz", "1"], "--seeds"),
         "download": (["voc2007", "--root", "x", "--kep"], "--keep"),

@@ -140,7 +140,7 @@ def test_command_line_is_understood(
 
     parse = argparse.ArgumentParser.parse_args
     monkeypatch.setattr(flags, "auto_cli", parse_calls)
-    if name in ("ablate", "check", "compare", "download", "replay", "run_exported", "suspects"):
+    if name in ("ablate", "check", "compare", "download", "replay", "run_exported", "suspects", "verify"):
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
     monkeypatch.setattr(sys, "argv", ["run_exported.py", *arguments])
     alone = partial(runpy.run_path, str(ROOT / "examples" / "run_exported.py"), run_name="__main__")

@@ -397,7 +397,9 @@ def test_from_another_library_by_a_run_of_other_sizes_to_a_file(tmp_path, monkey
     torch.manual_seed(0)
     torch.save(reference.fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None).state_dict(), "tv.pth")
     data = scenes.draw(tmp_path / "scenes", train=4, val=2)
-    assert not command(["convert", "import", "--source", "tv.pth", "--output", "tv.safetensors"])
+    assert not command(
+        ["convert", "import", "--source", "tv.pth", "--output", "tv.safetensors", "--certificate", "false"]
+    )
     sizes = ["--data.min_size", "112", "--data.max_size", "144", "--data.batch_size", "2", "--data.num_workers", "0"]
     detector = ["--model.detector", "detection.detector_for_classes", "--model.detector.path", "tv.safetensors"]
     steps = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--model.lr", "0.0001"]
@@ -407,6 +409,10 @@ def test_from_another_library_by_a_run_of_other_sizes_to_a_file(tmp_path, monkey
     check = ["--images", str(photo), "--split", "val"]
     assert not command(["export", "--ckpt", str(run), "--output", "d.onnx", *check])
     assert json.loads(facts_of("d.onnx")["parity"])["images"] == 1
+    certificate = json.loads(facts_of("d.onnx")["certificate"])
+    stages = {row["stage"] for row in certificate["rows"]}
+    assert certificate["holds"] and {"features, level 0", "RPN objectness", "RPN deltas", "boxes", "scores"} <= stages
+    assert certificate["accuracy"]["images"] == 2 and not command(["verify", "d.onnx"])
     accuracy = json.loads(facts_of("d.onnx")["accuracy"])
     assert accuracy["images"] == 2 and abs(accuracy["file"] - accuracy["model"]) < 0.01
     assert not command(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from detection.cli.certifying import certify
 from detection.cli.flags import chosen, run_command
 from detection.interop import export_detector, fetch_weights, hub, import_detector, save_detector
+from detection.interop.certificate import relative
+from detection.interop.certificate_making import Job
 from detection.interop.files import Library, StyleName
 from detection.interop.semantics import Library as Rules
 from detection.interop.told import report
@@ -23,8 +27,13 @@ def bring(
     stride_in_1x1: bool | None = None,
     config: Path | None = None,
     semantics: Rules | None = None,
+    certificate: bool = True,
+    images: str | None = None,
+    data: Path | None = None,
 ) -> None:
     """Write a checkpoint as .safetensors that says how to build its detector: no settings are needed later.
+
+    A certificate is written beside it and into it: how far it is from what its library computes, stage by stage.
 
     Args:
         source: .pth, .pkl (read without running anything in it), .safetensors, or the .ckpt of a run or its folder.
@@ -41,14 +50,29 @@ def bring(
             the checkpoint, else the library's defaults.
         semantics: train on by the rules of torchvision, detectron2 or mmdetection. By default those of the library that
             wrote the checkpoint.
+        certificate: false writes none, which saves the time of running both detectors.
+        images: image, folder or pattern to compare on; drawn scenes by default.
+        data: folder of labelled images, to state the AP that is lost.
     """
+    source = chosen(source)
     model, saved = import_detector(
-        chosen(source), style, contiguous, without_epsilon, trust, bgr, stride_in_1x1, config, semantics
+        source, style, contiguous, without_epsilon, trust, bgr, stride_in_1x1, config, semantics
     )
     save_detector(output, model, saved.class_names, saved.category_ids, saved.origins)
     print(f"{output}: {model.num_classes - 1} classes, {sum(p.numel() for p in model.parameters()):,} parameters")
     if saved.origins:
         print(report(saved.origins))
+    if certificate:
+        named: dict[str, Any] = {
+            "style": style,
+            "contiguous": contiguous,
+            "without_epsilon": without_epsilon,
+            "bgr": bgr,
+        }
+        named |= {"stride_in_1x1": stride_in_1x1, "semantics": semantics}
+        settings = {name: value for name, value in named.items() if value is not None}
+        settings |= {"config": relative(config, output.parent)} if config else {}
+        certify(Job("import", output, source, settings, trust), images, data)
 
 
 def take(
@@ -58,8 +82,11 @@ def take(
     category_ids: bool = False,
     without_epsilon: bool = False,
     trust: list[str] = [],  # noqa: B006
+    certificate: bool = True,
+    images: str | None = None,
+    data: Path | None = None,
 ) -> None:
-    """Write one of our detectors for another library.
+    """Write one of our detectors for another library, and its certificate, see `import`.
 
     Args:
         source: .safetensors from `bring`, or the .ckpt of a run or its folder.
@@ -68,8 +95,15 @@ def take(
         category_ids: give COCO's 80 classes the 91 labels that torchvision has for them.
         without_epsilon: for torchvision's frozen normalisation with epsilon 0.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
+        certificate: false writes none, which saves the time of running both detectors.
+        images: image, folder or pattern to compare on; drawn scenes by default.
+        data: folder of labelled images, to state the AP that is lost.
     """
-    print(f"{output} is written. {export_detector(chosen(source), output, to, category_ids, without_epsilon, trust)}")
+    source = chosen(source)
+    print(f"{output} is written. {export_detector(source, output, to, category_ids, without_epsilon, trust)}")
+    if certificate:
+        settings = {"to": to, "category_ids": category_ids, "without_epsilon": without_epsilon}
+        certify(Job("take", output, source, settings, trust), images, data)
 
 
 def download(weights: str) -> None:

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from detection.cli.certifying import certify, of_split
 from detection.cli.flags import check_ranges, chosen, run_command
 from detection.cli.run_data import labelled_images, training_images
 from detection.data.records import DataError
@@ -17,6 +18,7 @@ from detection.inference import Detector
 from detection.inference.exported import kept_facts
 from detection.inference.sources import Images, open_source
 from detection.interop import load_detector
+from detection.interop.certificate_making import Job
 from detection.interop.export import ExportError
 from detection.interop.exported_files import (
     Run,
@@ -52,6 +54,7 @@ def export(
     tolerance: float | None = None,
     ap_tolerance: float = 0.01,
     trust: list[str] = [],  # noqa: B006
+    certificate: bool = True,
 ) -> None:
     """Write the detector to a file that needs nothing of this package: uint8 pixels in, boxes in those pixels out.
 
@@ -73,6 +76,8 @@ def export(
             int8 change is stated, and an error only where this is given.
         ap_tolerance: largest loss of AP on `split` that passes.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
+        certificate: compare once more, on a few of the images or on drawn scenes, and write what came out beside the
+            file and into it; see `detection verify`.
     """
     check_ranges(count=(count, 1), tolerance=(tolerance, 0), ap_tolerance=(ap_tolerance, 0))
     target = _target(output, target, precision, size)
@@ -92,12 +97,17 @@ def export(
         most = tolerance if tolerance is not None else 0.01 if precision == "32" else None
         fitting = (pixels for _, pixels in _images(images, form) if size is None or list(pixels.shape[:2]) == size)
         _check(output, detector, written, list(islice(fitting, count)), images, most)
+    accuracy = None
     if split is not None:
         accuracy = compare_accuracy(detector, written.run, labelled_images(ckpt, trust, root, split))
         print(f"on {accuracy.images} images of {split}: {accuracy}")
         written.keep({"accuracy": {"split": split} | accuracy.as_dict()})
-        if accuracy.lost > ap_tolerance:
-            raise ExportError(f"{output}: it loses {accuracy.lost:.4f} AP, more than --ap_tolerance {ap_tolerance:g}")
+    if certificate:
+        settings: dict[str, Any] = {"target": target, "precision": precision, "compiled": compiled, "size": size}
+        settings |= {"tolerance": tolerance, "ap_tolerance": ap_tolerance}
+        certify(Job("export", output, ckpt, settings, trust), images, known=of_split(accuracy, split))
+    if accuracy is not None and accuracy.lost > ap_tolerance:
+        raise ExportError(f"{output}: it loses {accuracy.lost:.4f} AP, more than --ap_tolerance {ap_tolerance:g}")
 
 
 class _Written(NamedTuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -53,6 +55,7 @@ def run_command(
     """
     args, trust = take_trust(args)
     args += [f"{TRUST}=[{','.join(trust)}]"] if trust else []
+    command = {n: _with_config(f) for n, f in command.items()} if isinstance(command, Mapping) else command
     try:
         return complaint(
             lambda: auto_cli(
@@ -61,6 +64,18 @@ def run_command(
         )
     except expected as error:
         return f"error: {error}"
+
+
+def _with_config(command: Any) -> Any:
+    """A function that gets its argument `config`, which `auto_cli` reads, and then takes for its own and drops."""
+    if not callable(command) or "config" not in inspect.signature(command).parameters:
+        return command
+
+    @functools.wraps(command)
+    def call(**given: Any) -> Any:
+        return command(**given, config=CommandParser.config)
+
+    return call
 
 
 def check_ranges(**limits: tuple[float | None, float] | tuple[float | None, float, float]) -> None:

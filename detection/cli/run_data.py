@@ -12,7 +12,7 @@ from detection.batch import Target
 from detection.data.datamodule import DetectionDataModule
 from detection.data.images import read_image
 from detection.data.records import DataError
-from detection.data.spectral import Pixels
+from detection.data.spectral import PixelFormat, Pixels
 from detection.interop.openvino import CALIBRATION_IMAGES
 from detection.weights import read_saved, read_torch
 
@@ -32,6 +32,10 @@ def labelled_images(ckpt: Path, trust: Sequence[str], root: Path | None, split: 
     data = _data_of(ckpt, trust, root)
     if split == "test" and data.hparams["test_split"] is None:
         raise DataError(f"{ckpt}: the model was trained without naming a test split; use --split val")
+    yield from _samples(data, split)
+
+
+def _samples(data: DetectionDataModule, split: str) -> Iterator[tuple[Pixels, Target]]:
     data.predict_split = "test" if split == "test" else "val"
     data.prepare_data()
     data.setup("predict")
@@ -39,6 +43,26 @@ def labelled_images(ckpt: Path, trust: Sequence[str], root: Path | None, split: 
     for i in range(len(dataset)):
         sample = dataset[i]
         yield sample.pixels, sample.target
+
+
+def labelled_folder(root: Path, ckpt: Path, form: PixelFormat) -> Iterator[tuple[Pixels, Target]]:
+    """The same of a data set that no run names: its validation images, with the detector's classes by name.
+
+    Args:
+        root: folder of the data.
+        ckpt: of the detector.
+        form: the pixels that it takes.
+
+    Raises:
+        DataError: the detector does not name its classes, or the data can't be read.
+    """
+    saved = read_saved(ckpt)
+    if saved.class_names is None:
+        raise DataError(f"{ckpt}: it does not name its classes, so they can't be found in {root}: leave --data out")
+    masks = any(name.startswith("roi_heads.mask_predictor.") for name in saved.tensors)
+    form_of = {"channels": form.channels, "depth": form.depth}
+    data = DetectionDataModule(str(root), classes=saved.class_names, masks=masks, **form_of)  # type: ignore[arg-type]
+    yield from _samples(data, "val")
 
 
 def training_images(ckpt: Path, trust: Sequence[str], root: Path | None) -> Iterator[Pixels]:

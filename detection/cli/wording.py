@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import ArgumentParser
 
@@ -105,10 +105,22 @@ def complain(message: str, options: Iterable[str]) -> NoReturn:
 
 
 class CommandParser(ArgumentParser):  # type: ignore[misc]
-    """The parser of the commands whose flags are a function's arguments; it takes no abbreviations, as `fit`'s."""
+    """The parser of the commands whose flags are a function's arguments; it takes no abbreviations, as `fit`'s.
+
+    Attributes:
+        config: what was given for the argument of this name, see `flags.run_command`.
+    """
+
+    config: ClassVar[Any] = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options | {"allow_abbrev": False})
+
+    def parse_args(self, *args: Any, **options: Any) -> Any:
+        """As usual, but `config` of the command is kept."""
+        parsed = super().parse_args(*args, **options)
+        CommandParser.config = parsed.get(f"{parsed.get('subcommand')}.config")
+        return parsed
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with code 2."""

@@ -222,7 +222,7 @@ def _import(
     config: Path | None,
     semantics: Rules | None,
 ) -> tuple[FasterRCNN, Saved]:
-    state, meta = _read_foreign(source)
+    state, meta = read_foreign(source)
     names: list[str] | None = None
     facts, said = Told(), style is not None or halves["bgr"] is not None
     if any(name.startswith(detectron2.PREFIXES) for name in state):
@@ -338,7 +338,7 @@ def fetch_weights(name: str) -> Path:
     return path
 
 
-def _read_foreign(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_foreign(source: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state_dict of any of the files, and its `meta`."""
     if source.suffix == ".safetensors":
         tensors, facts = read_safetensors(source)

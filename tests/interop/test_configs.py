@@ -12,11 +12,12 @@ import torch
 import yaml
 
 from detection.cli.convert import bring
+from detection.cli.convert import main as convert
 from detection.interop import detectron2_config, load_detector, mmdetection_config
 from detection.interop.builders import Layout, build
 from detection.interop.detectron2 import from_detectron2
 from detection.interop.detectron2_export import NEVER, spread_anchors
-from detection.interop.files import _read_foreign
+from detection.interop.files import read_foreign
 from detection.interop.rows import STYLES, Style
 from detection.interop.semantics import AskedRows
 from detection.interop.told import CONFIG, DEFAULT, LVIS, TENSORS, Told, origins_of, report, usual
@@ -224,7 +225,8 @@ def test_a_converted_file_follows_the_config(
     state = theirs.detectron2_names(theirs.draw(kind), kind)
     own.write_text(OWN.replace("DEPTH: 101", "DEPTH: 50").replace("NUM_CLASSES: 3", "NUM_CLASSES: 5"))
     torch.save({"model": state}, tmp_path / "model.pth")
-    bring(tmp_path / "model.pth", tmp_path / "ours.safetensors", config=own)
+    flags = ["--source", str(tmp_path / "model.pth"), "--output", str(tmp_path / "ours.safetensors")]
+    assert not convert(["import", *flags, "--config", str(own), "--certificate", "false"])
     assert "from the config: bbox_reg_weights" in capsys.readouterr().out
     model = load_detector(tmp_path / "ours.safetensors")
     assert model.rpn.anchor_generator.sizes[0] == (16,) and model.transform.min_size == (640,)
@@ -232,9 +234,10 @@ def test_a_converted_file_follows_the_config(
     assert isinstance(model.roi_heads.box_roi_pool, RoIPooler) and not model.roi_heads.box_roi_pool.aligned
     assert isinstance(model.roi_heads.box_loss, SmoothL1Loss) and model.roi_heads.box_loss.beta == 0.5
     assert isinstance(model.rpn.counted_rows, AskedRows)  # it trains on as there
-    bring(tmp_path / "model.pth", tmp_path / "asked.safetensors", config=own, semantics="torchvision")
+    asked = tmp_path / "asked.safetensors"
+    bring(tmp_path / "model.pth", asked, config=own, semantics="torchvision", certificate=False)
     assert "as asked: semantics" in capsys.readouterr().out
-    assert load_detector(tmp_path / "asked.safetensors").rpn.counted_rows is sampled_rows
+    assert load_detector(asked).rpn.counted_rows is sampled_rows
     # Blue, green and red less the mean, divided by their deviations, is what the kernel saw.
     pixel = torch.tensor([10.0, 100.0, 250.0])  # red, green, blue
     kernel = state["backbone.bottom_up.stem.conv1.weight"][0, :, 3, 3]
@@ -285,11 +288,11 @@ def test_what_mmengine_logs_is_read_past(tmp_path: Path, monkeypatch: pytest.Mon
         log = {"loss": buffer([0.5, 0.25]), "steps": yaml.safe_load("[1, 2]")}
         content = {"state_dict": {"w": torch.ones(3)}, "meta": {"CLASSES": ("car", "boat")}, "message_hub": log}
         torch.save(content, tmp_path / "epoch.pth")
-    state, meta = _read_foreign(tmp_path / "epoch.pth")
+    state, meta = read_foreign(tmp_path / "epoch.pth")
     assert torch.equal(state["w"], torch.ones(3)) and meta == {"CLASSES": ("car", "boat")}
     torch.save({"state_dict": {"w": torch.ones(3)}, "message_hub": _Buffer()}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"not opened, as it needs os\.getenv"):
-        _read_foreign(tmp_path / "other.pth")
+        read_foreign(tmp_path / "other.pth")
     assert pickle.loads(pickle.dumps(_Buffer())) is not None
 
 

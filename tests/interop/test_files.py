@@ -194,7 +194,7 @@ def test_files_for_detectron2(style: str, tmp_path: Path, monkeypatch: pytest.Mo
     ):
         assert set(read) == set(expected) and all(torch.equal(read[name], expected[name]) for name in expected)
     for suffix in (".pkl", ".pth", ".safetensors"):  # or it would be taken for the zoo's, of other strides and colours
-        told = choose_style(files._read_foreign(tmp_path / f"back{suffix}")[0])
+        told = choose_style(files.read_foreign(tmp_path / f"back{suffix}")[0])
         assert (told.bgr, told.stride_in_1x1) == (style == "caffe", style == "caffe")
     for name in ("back.onnx", "back"):
         with pytest.raises(CheckpointError, match=r"write \.pth or \.safetensors, or \.pkl"):
@@ -321,11 +321,22 @@ def test_the_script(
     model = zoo.fasterrcnn_mobilenet_v3_large_fpn(num_classes=91, norm="frozen")
     torch.save(model.state_dict(), tmp_path / "theirs.pth")
     ours, back = str(tmp_path / "ours.safetensors"), str(tmp_path / "back.pth")
-    source = ("--source", str(tmp_path / "theirs.pth"))
+    source = ("--source", str(tmp_path / "theirs.pth"), "--certificate", "false")
     assert run(monkeypatch, "import", *source, "--output", ours, "--contiguous", "true") is None
     assert "ours.safetensors: 80 classes, 19,3" in capsys.readouterr().out
     assert load_detector(ours).num_classes == 81
-    flags = ("--source", ours, "--output", back, "--to", "torchvision", "--category_ids", "true")
+    flags = (
+        "--source",
+        ours,
+        "--output",
+        back,
+        "--to",
+        "torchvision",
+        "--category_ids",
+        "true",
+        "--certificate",
+        "false",
+    )
     assert run(monkeypatch, "export", *flags) is None
     assert "(weights=None, num_classes=91)" in capsys.readouterr().out
     for arguments, message in (
