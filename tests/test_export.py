@@ -6,11 +6,13 @@ import json
 import logging
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from faster_coco_eval import mask as mask_api
 from PIL import Image
 from torchvision.models import detection as reference
 
@@ -30,12 +32,25 @@ from detection.batch import Target
 from detection.data import scenes
 from detection.data.augment import resize_into
 from detection.data.images import read_image
+from detection.inference.exported import kept_facts
 from detection.interop.export import ExportableDetector, ExportError, _resize_as_opencv, check_exportable
-from detection.interop.exported_files import onnx_runner, to_onnx, to_torch, torch_runner
-from detection.interop.openvino import openvino_runner, read_openvino_facts, to_openvino, write_openvino_facts
+from detection.interop.exported_files import (
+    onnx_runner,
+    read_torch_facts,
+    to_onnx,
+    to_torch,
+    torch_runner,
+    write_torch_facts,
+)
+from detection.interop.openvino import (
+    openvino_runner,
+    read_openvino_facts,
+    to_openvino,
+    write_openvino_facts,
+)
 from detection.interop.parity import compare, compare_accuracy
 from detection.interop.tensorrt import objections, to_tensorrt
-from detection.weights import read_saved
+from detection.weights import CheckpointError, read_saved
 from tests.runs import scene_flags
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -78,7 +93,7 @@ def exported(tmp_path_factory):
     logging.disable(logging.DEBUG)  # PyTorch traces its own tracing as soon as anybody listens, as pytest does
     model = decided(maskrcnn_efficientnet_lite0_fpn)
     path = tmp_path_factory.mktemp("onnx") / "detector.onnx"
-    to_onnx(model, path, {"class_names": ["a", "b", "c"]})
+    to_onnx(model, path, kept_facts(model, ["a", "b", "c"], [7, 8, 9]))
     yield model, path
     logging.disable(logging.NOTSET)
 
@@ -195,6 +210,56 @@ def test_openvino_finds_what_the_model_finds(exported, tmp_path):
     assert "nothing scores 1 or more" in done.stdout
 
 
+@pytest.mark.slow
+def test_an_exported_file_is_used_as_a_checkpoint_is(exported, tmp_path, capsys):
+    """By `predict`, and by `evaluate` on ground truth that is what the checkpoint finds: its AP is 1."""
+    model, path = exported
+    ours, theirs = as_predicted(model), Detector.from_checkpoint(path)
+    assert theirs.class_names == ours.class_names and (theirs.min_size, theirs.max_size) == (96, 160)
+    coco = {"categories": [{"id": i, "name": name} for i, name in zip((7, 8, 9), "abc", strict=True)]}
+    coco |= {"images": [], "annotations": []}
+    for i, image in enumerate(noise(SIZES[:3])):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+        coco["images"].append({"id": i, "file_name": f"{i}.png", "height": image.shape[0], "width": image.shape[1]})
+        mine, files = ours(image), theirs(image)
+        assert abs(len(mine) - len(files)) <= 0.02 * len(mine) and len(mine) > 20
+        mine = mine.take(np.arange(60))  # COCO counts 100 an image
+        for box, label, mask in zip(mine.boxes, mine.labels, mine.masks, strict=True):
+            gaps = np.abs(files.boxes - box).max(axis=1) + 1e3 * (files.labels != label)
+            assert gaps.min() < 1e-2
+            assert (mask_api.decode([mask]) != mask_api.decode([files.masks[gaps.argmin()]])).mean() < 0.01
+            x, y, *corner = box.tolist()
+            row = {"id": len(coco["annotations"]) + 1, "image_id": i, "category_id": int(label) + 6, "iscrowd": 0}
+            row |= {"bbox": [x, y, corner[0] - x, corner[1] - y], "area": (corner[0] - x) * (corner[1] - y)}
+            coco["annotations"].append(row)
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+
+    flags = ["--source", str(tmp_path / "0.png"), "--score_thresh", "0", "--output", str(tmp_path / "out")]
+    assert not command(["predict", "--ckpt", str(path), *flags])
+    written = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert len(written["annotations"]) == len(theirs(read_image(tmp_path / "0.png")))
+    assert [kind["id"] for kind in written["categories"]] == [7, 8, 9]
+    assert "leave --device and --precision out" in str(
+        command(["predict", "--ckpt", str(path), *flags, "--device=cuda"])
+    )
+
+    flags = ["--annotations", str(tmp_path / "coco.json"), "--output", str(tmp_path / "report"), "--masks=false"]
+    assert not command(["evaluate", "--ckpt", str(path), *flags])
+    figures = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("map "))
+    assert float(figures["map"]) > 0.9
+    assert "name data" in str(command(["evaluate", "--ckpt", str(path)]))
+
+
+def test_files_that_do_not_say_enough_are_refused(tmp_path):
+    (tmp_path / "d.pt2").write_bytes(b"no archive")
+    with pytest.raises(CheckpointError, match=r"it can't be read as \.pt2"):
+        Detector.from_checkpoint(tmp_path / "d.pt2")
+    with zipfile.ZipFile(tmp_path / "d.pt2", "w") as archive:
+        archive.writestr("d/version", "3")
+    with pytest.raises(CheckpointError, match="does not say its class_names: write it with `detection export`"):
+        Detector.from_checkpoint(tmp_path / "d.pt2")
+
+
 @pytest.mark.rehearsal
 def test_int8_keeps_the_boxes_of_a_trained_detector(shared_data, tmp_path):
     pytest.importorskip("nncf", reason='needs pip install "detection[openvino]"')
@@ -272,9 +337,16 @@ def test_flags_that_contradict_each_other_are_refused(flags, reason):
 @pytest.mark.slow
 def test_cascade_exports_to_torch(exported, tmp_path):  # behind the other, which silences the log
     model = decided(cascadercnn_efficientnet_lite0_fpn)
-    to_torch(model, tmp_path / "detector.pt2")
-    parity = compare(as_predicted(model), torch_runner(tmp_path / "detector.pt2", False, False), list(noise()))
-    assert_same(parity)
+    path = tmp_path / "detector.pt2"
+    to_torch(model, path, kept_facts(model, ["a", "b", "c"], None))
+    assert_same(compare(as_predicted(model), torch_runner(path), list(noise())))
+    write_torch_facts(path, {"parity": {"images": 5}})  # after which PyTorch still reads it
+    assert read_torch_facts(path)["parity"] == {"images": 5}
+    (image,) = noise([(90, 130)])
+    ours, theirs = as_predicted(model)(image), Detector.from_checkpoint(path)(image)
+    assert len(ours) == len(theirs) > 5
+    gaps = np.abs(ours.boxes[:, None] - theirs.boxes).max(axis=2)  # of equal scores either may come first
+    assert gaps.min(axis=1).max() < 1e-2
 
 
 def build(**arguments):

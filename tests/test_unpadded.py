@@ -115,8 +115,8 @@ def test_the_data_follows_the_detector(detector: TwoStageDetector, tmp_path: Pat
 @pytest.mark.rehearsal
 def test_exported_files_find_the_same(detector: TwoStageDetector, tmp_path: Path) -> None:
     mine = Detector(detector, ["a", "b", "c"], device="cpu")
-    to_torch(detector, tmp_path / "c4.pt2")
+    to_torch(detector, tmp_path / "c4.pt2", {})
     to_onnx(detector, tmp_path / "c4.onnx", {})
-    for run in (torch_runner(tmp_path / "c4.pt2", False, False), onnx_runner(tmp_path / "c4.onnx")):
+    for run in (torch_runner(tmp_path / "c4.pt2"), onnx_runner(tmp_path / "c4.onnx")):
         parity = compare(mine, run, pictures())
         assert parity.detections > 50 and parity.unmatched == 0 and parity.box < 1e-3 and parity.score < 1e-5

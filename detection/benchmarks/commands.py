@@ -26,6 +26,14 @@ def infer(network: Literal["resnet50", "efficientnet_lite0"] = "resnet50", size:
     report([measure_speed("infer", network, size, batch_size, bf16, rounds, device)], json)
 
 
+def deploy(network: Literal["resnet50", "efficientnet_lite0"] = "resnet50", size: int = 320, rounds: int = 7,
+           contenders: list[str] = [], json: Path | None = None) -> None:  # noqa: B006  # fmt: skip
+    """Time of a whole call by everything that runs the same detector; see `detection.benchmarks.deploy`."""
+    from detection.benchmarks.deploy import measure_deploy
+
+    report(measure_deploy(network, size, rounds, contenders), json)
+
+
 def profile(mode: Literal["train", "infer"] = "train", network: Literal["resnet50", "efficientnet_lite0"] = "resnet50",
             size: int = 320, batch_size: int = 2, bf16: bool = False, rounds: int = 3, device: str = "cpu",
             json: Path | None = None) -> None:  # fmt: skip
@@ -141,6 +149,7 @@ def gpu(minutes: float = 8, output: Path = Path("build/gpu"), docs: Path | None 
 COMMANDS = {
     "train": train,
     "infer": infer,
+    "deploy": deploy,
     "profile": profile,
     "forms": forms,
     "flat": flat,

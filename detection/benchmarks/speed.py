@@ -116,7 +116,7 @@ def contenders(
         one_left_out: in training ours without each of its quick forms, too.
     """
     torch.manual_seed(0)
-    theirs, ours = _build(network, size, classes)
+    theirs, ours = build(network, size, classes)
     theirs.to(device), ours.to(device)
     images = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, device=device)
     boxes, labels = _objects(batch_size, size, device, objects, classes)
@@ -148,8 +148,14 @@ def contenders(
     return {name: torch.inference_mode()(detect) for name, detect in runs.items()}
 
 
-def _build(network: Network, size: int, classes: int) -> tuple[nn.Module, TwoStageDetector]:
-    """The detector of torchvision and ours, with the same weights."""
+def build(network: Network, size: int, classes: int) -> tuple[nn.Module, TwoStageDetector]:
+    """The detector of torchvision and ours, with the same random weights, and scores spread.
+
+    Args:
+        network: the backbone.
+        size: side of the square images in pixels.
+        classes: with background.
+    """
     sizes = {"min_size": size, "max_size": size}  # torchvision resizes by them even where it has nothing to do
     if network == "resnet50":
         ours = zoo.fasterrcnn_resnet50_fpn(norm="frozen", num_classes=classes)

@@ -19,6 +19,7 @@ from detection.cli.folder import CONFIG
 from detection.cli.output import set_up_output
 from detection.commit import code_version
 from detection.data.checks import Folder
+from detection.data.datamodule import DetectionDataModule
 from detection.data.images import picture, read_image
 from detection.data.records import DataError
 from detection.data.spectral import Pixels
@@ -27,6 +28,8 @@ from detection.evaluation.collect import CollectDetections
 from detection.evaluation.mean_ap import IouType, MeanAP
 from detection.evaluation.report import LoadImage, write_evaluation
 from detection.evaluation.results import ImageResult
+from detection.inference.detector import EXPORTED
+from detection.inference.exported import ExportedDetector
 from detection.inference.fusing import Fusion, check_members
 from detection.inference.fusing import fuse as fuse_found
 from detection.training.module import DetectionModule
@@ -58,7 +61,7 @@ def evaluate(
 
     Args:
         ckpt: run's folder, or its checkpoint; model, classes and sizes come from it, and data that is not named here.
-            Several with `fuse`.
+            Several with `fuse`. Or a file of `detection export`, run as in `predict`, on data that is named here.
         results: COCO results file, in place of a checkpoint; goes with `annotations` alone.
         split: val or test of the training data; of other data the name of one of its splits, or all.
         root: folder of the training data, if it has moved; with another `split`, `format` or `annotations`, of other
@@ -90,6 +93,15 @@ def evaluate(
         return
     assert ckpt is not None
     ckpts = members(ckpt, fuse)
+    if (file := next((path for path in ckpts if path.suffix in EXPORTED), None)) is not None:
+        if devices * num_nodes > 1 or accelerator == "gpu" or precision != "32-true":
+            raise DataError(f"{file}: an exported file runs in one process of the CPU, in its own precision")
+        if fuse is not None:
+            raise DataError(f"{file}: exported files are evaluated one by one; fuse their checkpoints")
+        changes = _other_data(split, root, format, annotations, images) or {"val_split": split}
+        changes |= {} if root is None else {"root": str(root)}
+        _evaluate_exported(file, changes, output, masks, split if annotations is None else annotations.stem, beside)
+        return
     changes = _other_data(split, root, format, annotations, images)
     moved = ({} if root is None else {"root": str(root)}) | ({} if batch_size is None else {"batch_size": batch_size})
     moved |= {} if masks else {"masks": False}
@@ -228,6 +240,38 @@ def _evaluate_file(
     facts = {"results": results.name, "annotations": annotations.name}
     folder, title = output or results.parent / f"evaluation_{results.stem}", f"Evaluation of {results.name}"
     _write(folder, compared.metric, compared.category_ids, load if place else None, title, facts, beside=beside)
+
+
+def _evaluate_exported(
+    file: Path, changes: dict[str, Any], output: Path | None, masks: bool, name: str, beside: bool
+) -> None:
+    """The figures of an exported file on data that is named."""
+    if changes.get("root") is None:
+        raise DataError(
+            f"{file}: an exported file does not say what it was trained on: name data, --annotations or --root"
+        )
+    detector = ExportedDetector(file)
+    masks = masks and detector.has_masks
+    settings: dict[str, Any] = {"classes": list(detector.class_names), "masks": masks}
+    settings |= {"channels": detector.form.channels, "depth": detector.form.depth}
+    data = DetectionDataModule(**settings | changes)
+    data.predict_split = "val"
+    data.prepare_data()
+    data.setup("predict")
+    dataset: Any = data.predict_dataloader().dataset
+    kinds: tuple[IouType, ...] = ("bbox", "segm") if masks else ("bbox",)
+    metric = MeanAP(list(detector.class_names), detector.detections_per_img, kinds)
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        metric.update([detector.found(sample.pixels)], [sample.target])
+    metric.frequencies = dataset.frequencies
+
+    def load(result: ImageResult) -> Pixels:
+        return read_image(dataset.root / result.file_name, result.size, form=data.form)
+
+    facts = {"file": file.name, "code": code_version(), "data": dataset.root.name, "split": name}
+    folder = output or file.parent / f"evaluation_{file.stem}_{name}"
+    _write(folder, metric, dataset.category_ids, load, f"Evaluation of {file.name}", facts, beside=beside)
 
 
 def _write(

@@ -15,11 +15,20 @@ from detection.cli.run_data import labelled_images, training_images
 from detection.data.records import DataError
 from detection.data.spectral import PixelFormat, Pixels
 from detection.inference import Detector
+from detection.inference.exported import kept_facts
 from detection.inference.sources import Images, open_source
 from detection.interop import load_detector
 from detection.interop.certificate_making import Job
 from detection.interop.export import ExportError
-from detection.interop.exported_files import Run, onnx_runner, to_onnx, to_torch, torch_runner, write_facts
+from detection.interop.exported_files import (
+    Run,
+    onnx_runner,
+    to_onnx,
+    to_torch,
+    torch_runner,
+    write_facts,
+    write_torch_facts,
+)
 from detection.interop.openvino import Precision, openvino_runner, to_openvino, write_openvino_facts
 from detection.interop.parity import compare, compare_accuracy
 from detection.interop.tensorrt import to_tensorrt
@@ -76,7 +85,8 @@ def export(
     model, saved = load_detector(ckpt, trust), read_saved(ckpt)
     form = PixelFormat.of(model)
     given = (pixels for _, pixels in _images(calibration, form)) if calibration else training_images(ckpt, trust, root)
-    written = _write(model, output, target, {"class_names": saved.class_names}, precision, size, given, compiled)
+    facts = kept_facts(model, saved.class_names, saved.category_ids)
+    written = _write(model, output, target, facts, precision, size, given, compiled)
     files = [output, output.with_suffix(".bin")] if target == "openvino" else [output]
     weight = sum(path.stat().st_size for path in files)
     unchecked = ", not checked (see --images and --split)" if images is split is None else ""
@@ -138,10 +148,10 @@ def _write(
         to_openvino(model, output, facts, precision, calibration)
         return _Written(openvino_runner(output), partial(write_openvino_facts, output))
     if target == "torch":
-        to_torch(model, output, compiled)
-        return _Written(torch_runner(output, compiled, model.has_masks), lambda _: None)
+        to_torch(model, output, facts, compiled)
+        return _Written(torch_runner(output), partial(write_torch_facts, output))
     if size is not None:
-        to_tensorrt(model, output, facts, (size[0], size[1]))
+        to_tensorrt(model, output, {**facts, "size": size}, (size[0], size[1]))
     else:
         to_onnx(model, output, facts)
     return _Written(onnx_runner(output), partial(write_facts, output))

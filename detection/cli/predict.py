@@ -43,7 +43,8 @@ def predict_in(
     """Write annotated images or a video, predictions.json (COCO) and predictions.csv.
 
     Args:
-        ckpt: run's folder, its checkpoint, or .safetensors of `detection convert`; several with `fuse`.
+        ckpt: run's folder, its checkpoint, .safetensors of `detection convert`, or a file of `detection export`: .onnx
+            (run by ONNX Runtime), .xml (OpenVINO) or .pt2, on the CPU, in its own precision; several with `fuse`.
         source: image, folder, pattern such as 'photos/*.jpg' (quoted), video, URL of a stream, or number of a camera.
         output: folder to write to.
         score_thresh: detections below it are left out; 0.5, or 0 with `annotations`, by default.

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from detection.batch import Batch, Target
 from detection.data.dataset import Sample, collate
@@ -34,6 +34,7 @@ from detection.weights import read_saved
 
 ImageLike: TypeAlias = str | Path | Image.Image | Pixels | Tensor
 Precision = Literal["32", "bf16", "16"]
+EXPORTED = (".onnx", ".xml", ".pt2")  # what `ExportedDetector` takes
 DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -42,6 +43,8 @@ class Detector:
 
     Attributes:
         form: channels and depth that images must have, those of training.
+        has_masks: whether detections get masks.
+        detections_per_img: the most of an image.
 
     Args:
         model: the detector, of which this uses a copy (`FasterRCNN.for_inference`), or its test-time augmentation.
@@ -67,6 +70,8 @@ class Detector:
         self.device = _device(device)
         copied = model.for_inference(self.device) if isinstance(model, FasterRCNN) else model.eval().to(self.device)
         self.model: FasterRCNN | TestTimeAugmentation = copied
+        self.has_masks = bool(model.has_masks)
+        self.detections_per_img = most_detections(model)
         self.class_names = tuple(class_names)
         self.category_ids = tuple(category_ids or range(1, len(class_names) + 1))
         transform = model.transform
@@ -80,16 +85,28 @@ class Detector:
     ) -> Detector:
         """The detector of a run's `.ckpt`, or of a `.safetensors` file of `save_detector` or `detection convert`.
 
+        A file of `detection export` gives an `ExportedDetector`: `.onnx`, `.xml` or `.pt2`.
+
         Args:
             path: of the file.
-            device, precision: see the class.
+            device, precision: see the class. An exported file runs on the CPU, in the precision it was written in.
             trust: packages whose parts it may use besides this one's, e.g. `("my_parts",)`: their code runs.
 
         Raises:
             CheckpointError: the file doesn't say how to build its detector, or what its classes are called.
             FileNotFoundError: there is none.
+            ValueError: a device or a precision that an exported file does not have.
         """
         path = Path(path)
+        if path.suffix in EXPORTED:
+            from detection.inference.exported import ExportedDetector
+
+            if device not in ("auto", "cpu") or precision != "32":
+                raise ValueError(
+                    f"{path}: an exported file runs on the CPU, in the precision it was exported in: leave --device "
+                    "and --precision out, or name the checkpoint"
+                )
+            return ExportedDetector(path)
         model = load_detector(path, trust)
         saved = read_saved(path)
         if saved.class_names is None:
@@ -151,6 +168,12 @@ class Detector:
         shape = (int(size[0]), int(size[1]))
         found = Detections(boxes.astype(np.float32), labels, scores.astype(np.float32), self.class_names, shape, masks)
         return found.take(order)
+
+
+def most_detections(model: nn.Module) -> int:
+    """How many detections of an image a detector gives at most; COCO's 100 where its parts don't say."""
+    limits = [part.detections_per_img for part in model.modules() if hasattr(part, "detections_per_img")]
+    return int(limits[-1]) if limits else 100
 
 
 def to_pixels(image: ImageLike, form: PixelFormat = RGB) -> Pixels:

@@ -10,7 +10,6 @@ from detection.data.spectral import PixelFormat
 from detection.inference.detections import Detections
 from detection.inference.detector import Detector, ImageLike, to_pixels
 from detection.inference.fusing import Fusion, check_members, fuse
-from detection.inference.tta import last_heads
 
 
 class Ensemble:
@@ -31,14 +30,14 @@ class Ensemble:
 
     def __init__(self, members: Sequence[Detector], how: Fusion = "wbf", names: Sequence[str] = ()) -> None:
         names = names or [f"detector {i + 1}" for i in range(len(members))]
-        check_members(names, [m.class_names for m in members], [m.model.has_masks for m in members])
+        check_members(names, [m.class_names for m in members], [m.has_masks for m in members])
         if other := next((n for n, m in zip(names, members, strict=True) if m.form != members[0].form), None):
             raise DataError(f"{other} and {names[0]} take images of other channels or another depth: fuse those of one")
         self.members, self.how = list(members), how
         self.class_names, self.category_ids = members[0].class_names, members[0].category_ids
         self.form: PixelFormat = members[0].form
         self.min_size = max(m.min_size for m in members)
-        self._limit = max(int(last_heads(m.model).detections_per_img) for m in members)
+        self._limit = max(m.detections_per_img for m in members)
 
     def __call__(self, image: ImageLike) -> Detections:
         """Detections of one image, see `Detector`."""

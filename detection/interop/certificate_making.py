@@ -29,10 +29,9 @@ from detection.interop.certificate_sides import (
     own_side,
     torchvision_side,
 )
-from detection.interop.exported_files import Run, torch_runner
+from detection.interop.exported_files import Run
 from detection.interop.files import import_detector, load_detector, read_foreign
 from detection.interop.names import rename
-from detection.interop.openvino import openvino_runner
 from detection.interop.parity import compare_accuracy, found_by_file, found_by_model
 from detection.interop.torchvision import WITHOUT_EPSILON
 from detection.models.precomputed import PrecomputedProposals
@@ -220,18 +219,14 @@ def _at_its_size(picture: Picture, job: Job, model: FasterRCNN) -> Picture:
 def _of_export(job: Job, model: FasterRCNN) -> tuple[Side, Side]:
     """The file, and the model as `detection predict` runs it."""
     from detection.inference.detector import Detector
+    from detection.inference.exported import RUNTIMES
 
     names = ["?"] * (model.num_classes - 1)
     detector = Detector(model, names, device="cpu")
     if job.file.suffix == ".onnx":
         file = onnx_side(job.file)
     else:
-        compiled = bool(job.settings.get("compiled"))
-        run = (
-            openvino_runner(job.file)
-            if job.file.suffix == ".xml"
-            else torch_runner(job.file, compiled, model.has_masks)
-        )
+        run = RUNTIMES[job.file.suffix].runner(job.file)
         file = Side(f"the file {job.file.name}", lambda image: Traced(found_by_file(run, image)))
 
     @torch.no_grad()

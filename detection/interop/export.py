@@ -2,10 +2,13 @@
 
 The exported graph is the detector's own parts. On a copy of it, those few steps are replaced that loop over images or
 count values in Python, by others with the same results: NMS, the choice of the best, the pooling, the anchors' cache.
+A graph pools each region from its own level alone, and leaves out the padding: ONNX Runtime's RoiAlign costs the same
+for a region of a single cell as for any other.
 
 Shape shorthand:
     B: images     H, W: their height and width     P: proposals     C: classes without background
     D: most detections of an image     m: side of a mask (28)
+    R: regions of all images     V: those of them that are no padding     o: side of pooled features
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from detection.anchors import AnchorGenerator
 from detection.batch import Batch
 from detection.boxes import grouped_nms, resize_boxes
 from detection.models.masks import MaskBranch
-from detection.models.pooling import RoIPool, RoIPooler
+from detection.models.pooling import RoIPool, RoIPooler, align, finest, level_indices
 from detection.models.precomputed import PrecomputedProposals
 from detection.models.roi_heads import RoIHeads
 from detection.models.rpn import RegionProposalNetwork
@@ -82,19 +85,22 @@ class ExportableDetector(nn.Module):
         super().__init__()
         check_exportable(model)
         self.model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-        replacements: dict[type[nn.Module], dict[str, Any]] = {
-            RegionProposalNetwork: {"suppress": _suppress},
-            AnchorGenerator: {"forward": _lay_anchors},
-            RoIPooler: {"pool": RoIPooler.pool},  # whatever quicker form a detector that is trained has
-            RoIHeads: {"nms_per_class": _nms_per_class},
-            MaskBranch: {"add_masks": _add_masks},
-        }
         for module in self.model.modules():
-            for kind, functions in replacements.items():
+            for kind, functions in self.replacements().items():
                 if isinstance(module, kind):
                     for name, function in functions.items():
                         setattr(module, name, MethodType(function, module))
         _pad_by_constants(self.model.backbone)
+
+    def replacements(self) -> dict[type[nn.Module], dict[str, Any]]:
+        """Methods of parts, by name, and what stands in their place."""
+        return {
+            RegionProposalNetwork: {"suppress": _suppress},
+            AnchorGenerator: {"forward": _lay_anchors},
+            RoIPooler: {"pool": _pool},
+            RoIHeads: {"nms_per_class": _nms_per_class, "predict": _predict},
+            MaskBranch: {"add_masks": _add_masks},
+        }
 
     @property
     def outputs(self) -> list[str]:
@@ -160,10 +166,15 @@ def _resize_as_opencv(images: Tensor, old: Tensor, new: tuple[int, int]) -> Tens
     alone = left == right  # beyond the edge, where OpenCV rounds once along rows, but twice along columns
     a0, a1 = torch.where(alone, ONE, a0), torch.where(alone, 0, a1)
     pixels = images.int()
-    across = (pixels.index_select(3, left) * a0 + pixels.index_select(3, right) * a1) // 16
+    across = divide(pixels.index_select(3, left) * a0 + pixels.index_select(3, right) * a1, 16)
     upper, lower, b0, b1 = _taps(old[0], images.shape[2], new[0])
-    parts = [across.index_select(2, i) * b[:, None] // 65536 for i, b in ((upper, b0), (lower, b1))]
-    return (parts[0] + parts[1] + 2) // 4
+    parts = [divide(across.index_select(2, i) * b[:, None], 65536) for i, b in ((upper, b0), (lower, b1))]
+    return divide(parts[0] + parts[1] + 2, 4)
+
+
+def divide(numbers: Tensor, divisor: int) -> Tensor:
+    """Whole numbers, none below 0, by another, rounded down."""
+    return torch.ops.detection.divide(numbers, divisor)
 
 
 def _taps(old: Tensor, size: int, new: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -179,6 +190,46 @@ def _lay_anchors(
     self: AnchorGenerator, shapes: Sequence[tuple[int, int]], strides: Sequence[int], *_: Any
 ) -> list[Tensor]:
     return [self._lay(c, s, (step, step)) for c, s, step in zip(self._cells, shapes, strides, strict=True)]
+
+
+def _predict(self: RoIHeads, features: FeatureMaps, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """As `RoIHeads.predict`, but the head sees no padding; logits and deltas of that are 0."""
+    pooler = self.box_roi_pool
+    if not isinstance(pooler, RoIPooler):
+        return RoIHeads.predict(self, features, boxes)
+    maps, strides = finest(features, pooler.num_levels)
+    regions = boxes.float().nan_to_num(0.0, 0.0, 0.0)
+    rows, pooled = _pool_rows(pooler, maps, strides, regions, level_indices(regions, strides))
+    logits, deltas = (_in_place(x, rows, boxes) for x in self.box_predictor(self.box_head(pooled)))
+    return logits, deltas.unflatten(-1, (-1, 4))
+
+
+def _pool(self: RoIPooler, maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, levels: Tensor) -> Tensor:
+    """As `RoIPooler.pool`, with 0 for padding."""
+    rows, pooled = _pool_rows(self, maps, strides, boxes, levels)
+    return _in_place(pooled, rows, boxes).flatten(0, 1)
+
+
+def _pool_rows(
+    self: RoIPooler, maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, levels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which of the regions `(B, P, 4)` have an area, `(V,)` into R and level by level, and their features."""
+    image = torch.arange(boxes.shape[0], dtype=boxes.dtype)[:, None, None].expand(-1, boxes.shape[1], 1)
+    rois = torch.cat((image, boxes), dim=2).flatten(0, 1)
+    exists = ((boxes[..., 2:] - boxes[..., :2]) > 0).all(dim=2).flatten()
+    own = [(exists & (levels.flatten() == i)).nonzero()[:, 0] for i in range(len(maps))]
+    scales = [1 / stride for stride in strides]
+    pooled = [
+        align(feature.float(), rois.index_select(0, rows), self.output_size, scale, self.sampling_ratio, self.aligned)
+        for feature, rows, scale in zip(maps, own, scales, strict=True)
+    ]
+    return torch.cat(own), torch.cat(pooled)
+
+
+def _in_place(found: Tensor, rows: Tensor, boxes: Tensor) -> Tensor:
+    """What was found for the regions `rows` `(V,)` as `(B, P, ...)`, 0 for the others."""
+    every = found.new_zeros((boxes.shape[0] * boxes.shape[1], *found.shape[1:]))
+    return every.index_copy(0, rows, found).unflatten(0, boxes.shape[:2])
 
 
 def _suppress(self: RegionProposalNetwork, boxes: Tensor, scores: Tensor, levels: Tensor, usable: Tensor) -> Tensor:
@@ -263,6 +314,17 @@ def _grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: floa
 @_grouped_nms.register_fake
 def _(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
     return groups.new_empty(library.get_ctx().new_dynamic_size())
+
+
+# One operator for this too: PyTorch's division of whole numbers is five of ONNX, as those may be below 0.
+@library.custom_op("detection::divide", mutates_args=(), schema="(Tensor numbers, int divisor) -> Tensor")
+def _divide(numbers: Tensor, divisor: int) -> Tensor:
+    return numbers // divisor
+
+
+@_divide.register_fake
+def _(numbers: Tensor, divisor: int) -> Tensor:
+    return torch.empty_like(numbers)
 
 
 def trace(model: FasterRCNN) -> tuple[torch.export.ExportedProgram, list[str]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch.nn import functional as F
 from torchvision.ops import nms
 
 from detection.data.spectral import Pixels
-from detection.interop.export import OUTPUTS, trace
+from detection.interop.export import trace
 from detection.models.two_stage import FasterRCNN
 
+FACTS = "detection"  # folder of our facts in a .pt2 file
 OPSET = 18  # the first with all that is needed; later ones add nothing for a detector
 Run = Callable[[Pixels], Mapping[str, NDArray[Any]]]
 
@@ -36,7 +38,7 @@ def to_onnx(model: FasterRCNN, path: Path, facts: Mapping[str, Any]) -> None:
     """
     translate = _onnx_nms()
     program, names = trace(model)
-    table: Any = {torch.ops.detection.grouped_nms.default: translate}
+    table: Any = {torch.ops.detection.grouped_nms.default: translate, torch.ops.detection.divide.default: onnx_divide}
     onnx_program = torch.onnx.export(
         program, dynamo=True, opset_version=OPSET, custom_translation_table=table, input_names=["images"],
         output_names=names, verbose=False,
@@ -55,6 +57,13 @@ def write_facts(path: Path, facts: Mapping[str, Any]) -> None:
     for name, value in facts.items():
         model.metadata_props.add(key=name, value=json.dumps(value))
     onnx.save(model, path)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What `write_facts` has written into an ONNX file."""
+    import onnx
+
+    return {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
 
 
 def _onnx_nms() -> Callable[..., Any]:
@@ -79,6 +88,13 @@ def _onnx_nms() -> Callable[..., Any]:
     return translate
 
 
+def onnx_divide(numbers: Any, divisor: int) -> Any:
+    """ONNX's division, which rounds towards 0, for `detection.interop.export.divide`."""
+    from onnxscript import opset18 as op
+
+    return op.Div(numbers, op.CastLike(op.Constant(value_int=divisor), numbers))
+
+
 def need_onnxscript() -> None:
     """Raise an `ImportError` that names the extra, where onnxscript is not installed."""
     try:
@@ -87,23 +103,31 @@ def need_onnxscript() -> None:
         raise ImportError('ONNX needs more packages: pip install "detection[export]"') from error
 
 
-def to_torch(model: FasterRCNN, path: Path, compiled: bool = False) -> None:
+def to_torch(model: FasterRCNN, path: Path, facts: Mapping[str, Any], compiled: bool = False) -> None:
     """Write the detector as a `.pt2` file: of `torch.export`, or `compiled` to machine code by AOTInductor.
+
+    Args:
+        model, path, facts: as for `to_onnx`.
+        compiled: for the CPU of this machine.
 
     Raises:
         ExportError: see `check_exportable`.
     """
-    program, _ = trace(model)
+    program, names = trace(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*create_unbacked_symint")  # torchvision's call of PyTorch
         warnings.filterwarnings("ignore", "No complete tensor found")  # concerns weights on a GPU
-        # torchvision's operator in the place of ours, which nobody knows without this package.
-        program = program.run_decompositions({torch.ops.detection.grouped_nms.default: _nms_apart})
+        # torchvision's and PyTorch's operators in the place of ours, which nobody knows without this package.
+        ours = torch.ops.detection
+        program = program.run_decompositions(
+            {ours.grouped_nms.default: _nms_apart, ours.divide.default: lambda numbers, divisor: numbers // divisor}
+        )
         if compiled:
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
         else:
             torch.export.save(program, path)
+    write_torch_facts(path, {**facts, "compiled": compiled, "outputs": names})
 
 
 def _nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
@@ -113,20 +137,43 @@ def _nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float)
     return nms(boxes + (groups * extent)[:, None], scores.double(), iou_thresh)
 
 
-def onnx_runner(path: Path) -> Run:
-    """Runs an ONNX file on the CPU: `(B, C, H, W)` uint8 or uint16 -> outputs by name."""
+def onnx_runner(path: Path, threads: int | None = None) -> Run:
+    """Runs an ONNX file on the CPU: `(B, C, H, W)` uint8 or uint16 -> outputs by name.
+
+    Args:
+        path: of the file.
+        threads: of the CPU; ONNX Runtime's choice by default.
+    """
     try:
         import onnxruntime
     except ImportError as error:
-        raise ImportError('checking needs onnxruntime: pip install "detection[export]"') from error
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        raise ImportError('ONNX files need onnxruntime: pip install "detection[export]"') from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return lambda images: dict(zip(names, session.run(None, {"images": images}), strict=True))
 
 
-def torch_runner(path: Path, compiled: bool, with_masks: bool) -> Run:
-    """The same for a `.pt2` file."""
-    names = OUTPUTS if with_masks else OUTPUTS[:-1]
+def write_torch_facts(path: Path, facts: Mapping[str, Any]) -> None:
+    """Add entries to a `.pt2` file, each as JSON."""
+    with zipfile.ZipFile(path, "a") as archive:
+        folder = archive.namelist()[0].partition("/")[0]  # in which PyTorch has all that it reads
+        for name, value in facts.items():
+            archive.writestr(f"{folder}/{FACTS}/{name}.json", json.dumps(value))
+
+
+def read_torch_facts(path: Path) -> dict[str, Any]:
+    """What `write_torch_facts` has written into the file."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if PurePosixPath(name).parent.name == FACTS]
+        return {PurePosixPath(name).stem: json.loads(archive.read(name)) for name in names}
+
+
+def torch_runner(path: Path, threads: int | None = None) -> Run:
+    """The same for a `.pt2` file; its threads are PyTorch's."""
+    facts = read_torch_facts(path)
+    names, compiled = facts["outputs"], facts["compiled"]
     module = torch._inductor.aoti_load_package(str(path)) if compiled else torch.export.load(path).module()
     return lambda images: {
         name: value.numpy() for name, value in zip(names, module(torch.from_numpy(images)), strict=True)

@@ -57,7 +57,8 @@ def to_openvino(
         path: of the `.xml`.
         facts: what the file shall hold, such as class names, each as JSON.
         precision: of convolutions and linear layers. A bf16 file keeps its weights in float32, and says that they are
-            to be multiplied in bfloat16. For int8 NNCF chooses scales from what `calibration` lights up.
+            to be multiplied in bfloat16; OpenVINO 2026.4 decodes and ranks boxes in float32 then. For int8 NNCF chooses
+            scales from what `calibration` lights up.
         calibration: `(H, W, C)` images as in training, for int8; the first `CALIBRATION_IMAGES` of them.
 
     Raises:
@@ -98,6 +99,8 @@ def write_openvino_facts(path: Path, facts: Mapping[str, Any]) -> None:
 def read_openvino_facts(path: Path) -> dict[str, Any]:
     """What `to_openvino` has written into the file."""
     graph = _openvino().Core().read_model(path)
+    if not graph.has_rt_info(FACTS):
+        return {}
     return {name: json.loads(value) for name, value in graph.get_rt_info(FACTS).value.items()}
 
 

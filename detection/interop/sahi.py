@@ -48,7 +48,7 @@ def to_sahi(detector: Detector, confidence_threshold: float = 0.3) -> Any:
 
         @property
         def has_mask(self) -> bool:
-            return bool(detector.model.has_masks)
+            return bool(detector.has_masks)
 
         @property
         def category_names(self) -> list[str]:

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor, library, nn
 
 from detection.boxes import grouped_nms
 from detection.interop.export import ExportableDetector, ExportError, check_exportable, rank
-from detection.interop.exported_files import OPSET, need_onnxscript, write_facts
+from detection.interop.exported_files import OPSET, need_onnxscript, onnx_divide, write_facts
+from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import RoIHeads
 from detection.models.rpn import RegionProposalNetwork
 from detection.models.two_stage import FasterRCNN
@@ -57,16 +57,12 @@ def to_tensorrt(model: FasterRCNN, path: Path, facts: Mapping[str, Any], size: t
     need_onnxscript()
     check_exportable(model)
     module = _OfOneSize(model, size)
-    for part in module.model.modules():
-        if isinstance(part, RegionProposalNetwork):
-            part.suppress = MethodType(_suppress, part)  # type: ignore[method-assign]
-        elif isinstance(part, RoIHeads):
-            part.nms_per_class = MethodType(_nms_per_class, part)  # type: ignore[method-assign]
     kind = torch.uint16 if model.transform.image_depth == 16 else torch.uint8
     example = torch.zeros((batch, model.transform.channels, *size), dtype=kind)
     with torch.no_grad():
         program = torch.export.export(module, (example,), strict=False)
-    table: Any = {torch.ops.detection.batched_nms.default: _translate_nms}
+    ours = torch.ops.detection
+    table: Any = {ours.batched_nms.default: _translate_nms, ours.divide.default: onnx_divide}
     written = torch.onnx.export(
         program, dynamo=True, opset_version=OPSET, custom_translation_table=table, input_names=["images"],
         output_names=module.outputs, verbose=False,
@@ -80,11 +76,20 @@ def to_tensorrt(model: FasterRCNN, path: Path, facts: Mapping[str, Any], size: t
 
 
 class _OfOneSize(ExportableDetector):
+    """As its base, with known shapes alone: every region is pooled from every level, padding too."""
+
     def __init__(self, model: FasterRCNN, size: tuple[int, int]) -> None:
         super().__init__(model)
         blank = torch.zeros((1, 1, *size), dtype=torch.uint8)
         old, self._new, self._cells = super().sizes(blank)
         self.register_buffer("_old", old)
+
+    def replacements(self) -> dict[type[nn.Module], dict[str, Any]]:
+        return super().replacements() | {
+            RegionProposalNetwork: {"suppress": _suppress},
+            RoIPooler: {"pool": RoIPooler.pool},  # whatever quicker form a detector that is trained has
+            RoIHeads: {"nms_per_class": _nms_per_class},
+        }
 
     def sizes(self, images: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
         return self._old, self._new, self._cells  # type: ignore[return-value]

@@ -1,0 +1,23 @@
+"""The table of runtimes: each is timed, and compared with what `detection predict` finds."""
+
+from __future__ import annotations
+
+import pytest
+
+from detection.benchmarks.deploy import measure_deploy
+
+
+@pytest.mark.slow
+def test_forms_and_torchvision_find_the_same() -> None:
+    rows = measure_deploy("efficientnet_lite0", 96, 2, ["packed", "plain", "torchvision"])
+    assert [row["contender"] for row in rows] == ["packed", "plain", "torchvision"]
+    assert rows[0]["ratio"] == 1 and rows[0]["unmatched"] == 0 and rows[0]["pixels"] == 0
+    for row in rows[1:]:
+        # Random scores lie close together, so rounding decides between a few boxes that overlap.
+        assert row["detections"] > 20 and row["unmatched"] <= 0.05 * row["detections"] and row["pixels"] < 0.1
+        assert row["ms"] > 0 and row["cpu_ms"] > 0
+
+
+def test_what_is_not_known_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no contender 'tensorflow'; there are: packed, "):
+        measure_deploy("efficientnet_lite0", 96, 2, ["tensorflow"])
