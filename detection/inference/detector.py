@@ -172,8 +172,8 @@ class Detector:
 
 def most_detections(model: nn.Module) -> int:
     """How many detections of an image a detector gives at most; COCO's 100 where its parts don't say."""
-    limits = [part.detections_per_img for part in model.modules() if hasattr(part, "detections_per_img")]
-    return int(limits[-1]) if limits else 100
+    limits: list[Any] = [getattr(part, "detections_per_img", None) for part in model.modules()]
+    return int(next((limit for limit in reversed(limits) if limit is not None), 100))
 
 
 def to_pixels(image: ImageLike, form: PixelFormat = RGB) -> Pixels:
