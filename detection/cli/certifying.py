@@ -8,13 +8,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from detection.certificates.certificate import CertificateError, path_of, relative, write
+from detection.certificates.certificate_page import verdict, write_page
+from detection.certificates.making import AP_TOLERANCE, Job, accuracy, measure
+from detection.certificates.seen import COUNT, SEED, Picture, drawn
 from detection.cli.run_data import labelled_folder
 from detection.data.records import DataError
 from detection.data.spectral import PixelFormat
 from detection.inference.sources import Images, open_source
-from detection.interop.certificate import COUNT, SEED, CertificateError, Picture, drawn, path_of, relative, write
-from detection.interop.certificate_making import AP_TOLERANCE, Job, accuracy, measure
-from detection.interop.certificate_page import verdict, write_page
 from detection.interop.parity import Accuracy
 
 MOST = 5  # images of a folder

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from detection.certificates.certificate import relative
+from detection.certificates.making import Job
 from detection.cli.certifying import certify
 from detection.cli.flags import chosen, run_command
 from detection.interop import export_detector, fetch_weights, hub, import_detector, save_detector
-from detection.interop.certificate import relative
-from detection.interop.certificate_making import Job
 from detection.interop.files import Library, StyleName
 from detection.interop.semantics import Library as Rules
 from detection.interop.told import report

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from detection.certificates.making import Job
 from detection.cli.certifying import certify, of_split
 from detection.cli.flags import check_ranges, chosen, run_command
 from detection.cli.run_data import labelled_images, training_images
@@ -18,7 +19,6 @@ from detection.inference import Detector
 from detection.inference.exported import kept_facts
 from detection.inference.sources import Images, open_source
 from detection.interop import load_detector
-from detection.interop.certificate_making import Job
 from detection.interop.export import ExportError
 from detection.interop.exported_files import (
     Run,

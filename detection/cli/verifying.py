@@ -11,6 +11,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from detection.certificates.certificate import (
+    CertificateError,
+    Measured,
+    checksum,
+    pictures_of,
+    read,
+    rows_of,
+    versions,
+)
+from detection.certificates.certificate_page import shown
+from detection.certificates.differences import Row
+from detection.certificates.making import Job, accuracy, measure
 from detection.cli.certifying import AP_TOLERANCE
 from detection.cli.flags import TRUST, take_trust
 from detection.cli.output import set_up_output
@@ -18,18 +30,6 @@ from detection.cli.run_data import labelled_folder, labelled_images
 from detection.cli.wording import Flags
 from detection.data.spectral import PixelFormat
 from detection.errors import complaint
-from detection.interop.certificate import (
-    CertificateError,
-    Measured,
-    Row,
-    checksum,
-    pictures_of,
-    read,
-    rows_of,
-    versions,
-)
-from detection.interop.certificate_making import Job, accuracy, measure
-from detection.interop.certificate_page import shown
 
 DESCRIPTION = """Computes the certificate of a converted or exported file again, and says whether it still holds.
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from detection.batch import Batch
 from detection.batch import Target as Labelled
-from detection.data.spectral import PixelFormat, Pixels
-from detection.interop import detectron2, mmdetection, rows
-from detection.interop.certificate import CertificateError, Measured, Picture, Row, compare, fit_labels
-from detection.interop.certificate_sides import (
+from detection.certificates.certificate import CertificateError, Measured
+from detection.certificates.differences import Row, compare
+from detection.certificates.seen import Picture, fit_labels
+from detection.certificates.sides import (
     AbsentError,
     Side,
     Traced,
@@ -29,6 +29,8 @@ from detection.interop.certificate_sides import (
     own_side,
     torchvision_side,
 )
+from detection.data.spectral import PixelFormat, Pixels
+from detection.interop import detectron2, mmdetection, rows
 from detection.interop.exported_files import Run
 from detection.interop.files import import_detector, load_detector, read_foreign
 from detection.interop.names import rename

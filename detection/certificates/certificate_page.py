@@ -11,10 +11,12 @@ from typing import Any
 import cv2
 import numpy as np
 
+from detection.certificates.certificate import rows_of
+from detection.certificates.differences import Row
+from detection.certificates.seen import Picture
 from detection.data.spectral import false_colour
 from detection.evaluation.page import PAGE, STYLE
 from detection.evaluation.report import section
-from detection.interop.certificate import Picture, Row, rows_of
 
 SIDE = 420  # pixels of the longer side of a picture
 OWN_STYLE = """

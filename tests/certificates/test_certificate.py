@@ -18,24 +18,14 @@ from torch import Tensor, nn
 from torchvision.models import detection as reference
 
 from detection.__main__ import main as command
+from detection.certificates.certificate import CertificateError, Measured, checksum, path_of, read, rows_of, write
+from detection.certificates.certificate_files import read_inside, write_inside
+from detection.certificates.certificate_page import shown, verdict, write_page
+from detection.certificates.differences import Row, compare
+from detection.certificates.making import _round_trip, _same_tensors
+from detection.certificates.seen import Picture, drawn
+from detection.certificates.sides import Side, Traced, as_tensor
 from detection.cli.verifying import broken
-from detection.interop.certificate import (
-    CertificateError,
-    Measured,
-    Picture,
-    Row,
-    checksum,
-    compare,
-    drawn,
-    path_of,
-    read,
-    rows_of,
-    write,
-)
-from detection.interop.certificate_files import read_inside, write_inside
-from detection.interop.certificate_making import _round_trip, _same_tensors
-from detection.interop.certificate_page import shown, verdict, write_page
-from detection.interop.certificate_sides import Side, Traced, as_tensor
 from detection.interop.detectron2 import choose_style, from_detectron2
 from detection.interop.mmdetection import from_mmdetection
 from detection.interop.rows import STYLES
