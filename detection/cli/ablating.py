@@ -18,19 +18,18 @@ import torch
 from detection.cli.comparing import contrast, same_images
 from detection.cli.detected import Detected, data_of_run, of_run
 from detection.cli.fit_help import CONFIGS
-from detection.cli.flags import TRUST, check_ranges, take_trust
-from detection.cli.output import set_up_output
+from detection.cli.flags import TRUST, answered, check_ranges, split_behind, take_trust
 from detection.cli.wording import Flags
 from detection.data.finding import Stage
 from detection.data.records import DataError
-from detection.errors import SettingsError, complaint, explain
+from detection.errors import SettingsError, explain
 from detection.evaluation.ablation_table import Row, markdown, write_table
 from detection.evaluation.coco_eval import judge
 from detection.evaluation.comparison_page import write_comparison
 from detection.evaluation.resampling import drawn, figure_names
 from detection.evaluation.significance import LEVEL, Difference
 from detection.training.module import DetectionModule
-from detection.training.planned import Planned, State, Stopped, train
+from detection.training.planned import Planned, State, train
 from detection.training.resume import INTERRUPTED
 
 DESCRIPTION = """Trains a base and what swaps some of its settings, each with every seed, and writes the paper's table.
@@ -54,10 +53,7 @@ class Swap(NamedTuple):
 
 def main(flags: Sequence[str]) -> int | str | None:
     """Run the command with its flags; returns the sentence on what went wrong, or 75 where a signal stopped it."""
-    own, behind = list(flags), list[str]()
-    if "--" in own:
-        at = own.index("--")
-        own, behind = own[:at], own[at + 1 :]
+    own, behind = split_behind(flags)
     own, trust = take_trust(own)
     parser = Flags("detection ablate", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="of the base: a file, or the name of a packaged one")
@@ -73,14 +69,7 @@ def main(flags: Sequence[str]) -> int | str | None:
     parser.add_argument("--accelerator", default="auto", help="to detect with for the table: cpu, gpu, auto")
     parser.add_argument(TRUST, nargs="+", help="packages whose parts the checkpoints may use: their code runs")
     given = parser.parse_args(own)
-    set_up_output()
-    try:
-        return complaint(lambda: _ablate(given, behind, trust))
-    except ValueError as error:
-        return f"error: {error}"
-    except Stopped as stop:
-        print(stop)
-        return INTERRUPTED
+    return answered(lambda: _ablate(given, behind, trust))
 
 
 def _ablate(given: argparse.Namespace, behind: list[str], trust: list[str]) -> None:

@@ -12,11 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from detection.cli.detected import Detected, of_file, of_run, runs_in
-from detection.cli.flags import TRUST, check_ranges, take_trust
-from detection.cli.output import set_up_output
+from detection.cli.flags import TRUST, answered, check_ranges, take_trust
 from detection.cli.wording import Flags
 from detection.data.records import DataError
-from detection.errors import complaint
 from detection.evaluation.comparison_page import SURE, Side, shown_figures, verdict, write_comparison
 from detection.evaluation.results import ImageResult
 from detection.evaluation.significance import Contrast, compare
@@ -51,11 +49,7 @@ def main(flags: Sequence[str]) -> int | str | None:
     parser.add_argument("--batch_size", type=int, help="images a batch there (default: that of training)")
     parser.add_argument(TRUST, nargs="+", help="packages whose parts the checkpoints may use: their code runs")
     given = parser.parse_args(flags)
-    set_up_output()
-    try:
-        return complaint(lambda: _compare(given, trust))
-    except ValueError as error:
-        return f"error: {error}"
+    return answered(lambda: _compare(given, trust))
 
 
 def _compare(given: argparse.Namespace, trust: list[str]) -> None:

@@ -12,10 +12,13 @@ from typing import Any
 
 from jsonargparse import auto_cli
 
+from detection.cli.output import set_up_output
 from detection.cli.wording import CommandParser
 from detection.data.records import DataError
 from detection.errors import complaint
 from detection.training.checkpoints import best_or_last
+from detection.training.planned import Stopped
+from detection.training.resume import INTERRUPTED
 
 TRUST, CKPT = "--trust", "--ckpt"
 
@@ -67,6 +70,25 @@ def chosen(ckpt: Path) -> Path:
     if found != ckpt:
         print(f"{ckpt}: taking {found.name}", file=sys.stderr)
     return found
+
+
+def split_behind(flags: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command's own flags, and those behind `--`, which are for others."""
+    own = list(flags)
+    at = own.index("--") if "--" in own else len(own)
+    return own[:at], own[at + 1 :]
+
+
+def answered(command: Callable[[], object]) -> int | str | None:
+    """Run a command; the sentence on what went wrong, or 75 where a signal stopped its trainings, for `sys.exit`."""
+    set_up_output()
+    try:
+        return complaint(command)
+    except ValueError as error:
+        return f"error: {error}"
+    except Stopped as stop:
+        print(stop)
+        return INTERRUPTED
 
 
 def run_command(

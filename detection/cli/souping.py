@@ -10,11 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from detection.cli.detected import data_of_run, detect_all, runs_in
-from detection.cli.flags import TRUST, take_trust
-from detection.cli.output import set_up_output
+from detection.cli.flags import TRUST, answered, take_trust
 from detection.cli.wording import Flags
 from detection.data.records import DataError
-from detection.errors import complaint
 from detection.evaluation.mean_ap import MeanAP
 from detection.training.module import DetectionModule
 from detection.training.soups import Ingredient, greedy, read_ingredients, write_soup
@@ -41,11 +39,7 @@ def main(flags: Sequence[str]) -> int | str | None:
     parser.add_argument("--accelerator", default="auto", help="to detect with for --greedy: cpu, gpu, auto")
     parser.add_argument(TRUST, nargs="+", help="packages whose parts the checkpoints may use: their code runs")
     given = parser.parse_args(flags)
-    set_up_output()
-    try:
-        return complaint(lambda: _soup(given, trust))
-    except ValueError as error:
-        return f"error: {error}"
+    return answered(lambda: _soup(given, trust))
 
 
 def _soup(given: argparse.Namespace, trust: list[str]) -> None:

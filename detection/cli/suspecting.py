@@ -18,16 +18,15 @@ from rich.table import Table
 from detection.batch import Id
 from detection.cli.ablating import devices
 from detection.cli.detected import data_of_run, of_file, of_run
-from detection.cli.flags import TRUST, check_ranges, chosen, take_trust
+from detection.cli.flags import TRUST, answered, check_ranges, chosen, split_behind, take_trust
 from detection.cli.folder import CONFIG
-from detection.cli.output import set_up_output
 from detection.cli.wording import Flags
 from detection.data.duplicates import gradients
 from detection.data.images import read_image
 from detection.data.listing import as_id, read_listing
 from detection.data.records import DataError
 from detection.data.spectral import false_colour
-from detection.errors import SettingsError, complaint
+from detection.errors import SettingsError
 from detection.evaluation.next_labels import Unlabelled, merged, ranked, write_next
 from detection.evaluation.suspect_files import Judged, write_files
 from detection.evaluation.suspects_page import render
@@ -36,8 +35,7 @@ from detection.inference.detector import Detector
 from detection.inference.sources import Images, open_source
 from detection.training.checkpoints import LAST, STAMP
 from detection.training.module import DetectionModule
-from detection.training.planned import Planned, Stopped, train
-from detection.training.resume import INTERRUPTED
+from detection.training.planned import Planned, train
 
 DESCRIPTION = """Lists annotations that a detector contradicts which has not trained on them.
 
@@ -53,10 +51,7 @@ SHOWN = 0.1  # suspects on the sheet, as a share of the annotations
 
 def main(flags: Sequence[str]) -> int | str | None:
     """Run the command with its flags; returns the sentence on what went wrong, or 75 where a signal stopped it."""
-    own, behind = list(flags), list[str]()
-    if "--" in own:
-        at = own.index("--")
-        own, behind = own[:at], own[at + 1 :]
+    own, behind = split_behind(flags)
     own, trust = take_trust(own)
     parser = Flags("detection suspects", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or a COCO results file")
@@ -72,14 +67,7 @@ def main(flags: Sequence[str]) -> int | str | None:
     parser.add_argument("--accelerator", default="auto", help="to detect with: cpu, gpu, auto")
     parser.add_argument(TRUST, nargs="+", help="packages whose parts the checkpoints may use: their code runs")
     given = parser.parse_args(own)
-    set_up_output()
-    try:
-        return complaint(lambda: _suspects(given, behind, trust))
-    except ValueError as error:
-        return f"error: {error}"
-    except Stopped as stop:
-        print(stop)
-        return INTERRUPTED
+    return answered(lambda: _suspects(given, behind, trust))
 
 
 def _suspects(given: argparse.Namespace, behind: list[str], trust: list[str]) -> None:
