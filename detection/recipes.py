@@ -271,6 +271,9 @@ def _rebuild(recipe: Any, trust: tuple[str, ...]) -> Any:
     if not written and (named := [name for name in WEIGHTS if _names_weights(name, init_args.get(name))]):
         raise RecipeError(f"the recipe of {path} names {named[0]}: a checkpoint has its own, and opens no other file")
     arguments = {name: _rebuild(value, trust) for name, value in init_args.items()}
+    refused = "" if written else f"the recipe of {path} can't be followed"
+    if isclass(maker) and issubclass(maker, Enum):  # whose signature leaves `value` out since Python 3.12
+        return _make(maker, arguments, refused)
     try:
         signature(maker).bind_partial(**arguments)
     except (TypeError, ValueError) as error:
@@ -278,7 +281,7 @@ def _rebuild(recipe: Any, trust: tuple[str, ...]) -> Any:
         raise RecipeError(f"the recipe of {path} does not fit this version of {package}: {error}") from error
     if recipe.get("partial") or _needs_more(maker, arguments):
         return partial(maker, **arguments) if arguments else maker
-    made = _make(maker, arguments, "" if written else f"the recipe of {path} can't be followed")
+    made = _make(maker, arguments, refused)
     if getattr(made, "recipe", None) is None and not is_recorded(maker):
         note(made, path, arguments)
     return made
