@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+FACTS = ("class_names", "mask_grid")
+
 
 def read(path: str) -> Image.Image:
     """The picture as training reads it: turned by its EXIF, RGB without alpha, of 16 bits the high byte."""
@@ -24,54 +26,68 @@ def read(path: str) -> Image.Image:
     return (Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if deep else image).convert("RGB")
 
 
-def open_model(path: str) -> tuple[Callable[[Any], dict[str, Any]], list[str] | None]:
-    """What runs the file on `(1, 3, H, W)` uint8, and its classes."""
+def open_model(path: str) -> tuple[Callable[[Any], dict[str, Any]], dict[str, Any]]:
+    """What runs the file on `(1, 3, H, W)` uint8, and what the file says of itself, such as `class_names`."""
     if path.endswith(".xml"):
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # else it reports the import
         import openvino
 
-        facts = openvino.Core().read_model(path).get_rt_info("detection").value
-        settings = {"INFERENCE_PRECISION_HINT": json.loads(facts["inference_precision"])}  # else bfloat16 where it can
-        compiled, classes = openvino.compile_model(path, "CPU", settings), facts.get("class_names", "null")
-        return lambda planes: {port.any_name: value for port, value in compiled(planes).items()}, json.loads(classes)
+        said = openvino.Core().read_model(path).get_rt_info("detection").value
+        facts = {name: json.loads(said[name]) for name in (*FACTS, "inference_precision") if name in said}
+        settings = {"INFERENCE_PRECISION_HINT": facts["inference_precision"]}  # else bfloat16 where it can
+        compiled = openvino.compile_model(path, "CPU", settings)
+        return lambda planes: {port.any_name: value for port, value in compiled(planes).items()}, facts
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
     names = [output.name for output in session.get_outputs()]
-    classes = session.get_modelmeta().custom_metadata_map.get("class_names", "null")
-    return lambda planes: dict(zip(names, session.run(None, {"images": planes}), strict=True)), json.loads(classes)
+    said = session.get_modelmeta().custom_metadata_map
+    facts = {name: json.loads(said[name]) for name in FACTS if name in said}
+    return lambda planes: dict(zip(names, session.run(None, {"images": planes}), strict=True)), facts
 
 
-def lay_mask(mask: Any, box: Any, size: tuple[int, int]) -> Image.Image:
+def lay_mask(mask: Any, box: Any, size: tuple[int, int], grid: str = "MaskGrid") -> Image.Image:
     """A mask `(m, m)` of probabilities inside its box as picture of `size`, white where the object is."""
-    a, e = (len(mask) / max(box[i + 2] - box[i], 1e-6) for i in (0, 1))  # cells a pixel; the border has one more
-    where = (a, 0, 1 - box[0] * a, 0, e, 1 - box[1] * e), Image.Resampling.BILINEAR
+    side, border = len(mask), 1  # in cells
+    if grid == "TorchvisionMaskGrid":  # the box takes the border in, and is cut to whole pixels
+        middle, half = np.add(box[2:], box[:2]) / 2, np.subtract(box[2:], box[:2]) / 2 * (side + 2) / side
+        box = [*(middle - half).astype(int).tolist(), *((middle + half).astype(int) + 1).tolist()]
+        side, border = side + 2, 0
+    a, e = (side / max(box[i + 2] - box[i], 1e-6) for i in (0, 1))  # cells a pixel
+    where = (a, 0, border - box[0] * a, 0, e, border - box[1] * e), Image.Resampling.BILINEAR
     laid = Image.fromarray(np.pad(mask, 1)).transform(size, Image.Transform.AFFINE, *where)
     return Image.fromarray(np.uint8(np.asarray(laid) >= 0.5) * np.uint8(110))
 
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("model", help="the .onnx or .xml file")
-parser.add_argument("images", nargs="+")
-parser.add_argument("--score-thresh", type=float, default=0.5)
-parser.add_argument("--draw", action="store_true", help="write PHOTO_detections.png beside each image")
-args = parser.parse_args()
-if absent := [path for path in [args.model, *args.images] if not Path(path).is_file()]:
-    raise SystemExit(f"{absent[0]}: there is no such file")
-run, classes = open_model(args.model)
-for path in args.images:
-    pen = ImageDraw.Draw(image := read(path))
-    found = run(np.asarray(image).transpose(2, 0, 1)[None])
-    chosen = np.flatnonzero(found["scores"][0, : int(found["counts"][0])] >= args.score_thresh)
-    if not len(chosen):
-        print(f"{path}: nothing scores {args.score_thresh:g} or more (--score-thresh lowers that)")
-    for i in chosen:
-        box, label = found["boxes"][0, i].tolist(), int(found["labels"][0, i])
-        name = classes[label - 1] if classes else f"class {label}"
-        print(path, name, f"{found['scores'][0, i]:.3f}", *(f"{value:.1f}" for value in box))
-        if "masks" in found:
-            image.paste((255, 90, 0), (0, 0), lay_mask(found["masks"][0, i], box, image.size))
-        pen.rectangle(box, outline=(255, 90, 0), width=2)
-        pen.text((box[0] + 3, box[1] + 2), name, fill=(255, 255, 255))
-    if args.draw:
-        image.save(f"{path}_detections.png")
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="the .onnx or .xml file")
+    parser.add_argument("images", nargs="+")
+    parser.add_argument("--score-thresh", type=float, default=0.5)
+    parser.add_argument("--draw", action="store_true", help="write PHOTO_detections.png beside each image")
+    args = parser.parse_args()
+    if absent := [path for path in [args.model, *args.images] if not Path(path).is_file()]:
+        raise SystemExit(f"{absent[0]}: there is no such file")
+    run, facts = open_model(args.model)
+    classes, grid = facts.get("class_names"), facts.get("mask_grid", "MaskGrid")
+    for path in args.images:
+        pen = ImageDraw.Draw(image := read(path))
+        found = run(np.asarray(image).transpose(2, 0, 1)[None])
+        chosen = np.flatnonzero(found["scores"][0, : int(found["counts"][0])] >= args.score_thresh)
+        if not len(chosen):
+            print(f"{path}: nothing scores {args.score_thresh:g} or more (--score-thresh lowers that)")
+        for i in chosen:
+            box, label = found["boxes"][0, i].tolist(), int(found["labels"][0, i])
+            name = classes[label - 1] if classes else f"class {label}"
+            print(path, name, f"{found['scores'][0, i]:.3f}", *(f"{value:.1f}" for value in box))
+            if "masks" in found:
+                image.paste((255, 90, 0), (0, 0), lay_mask(found["masks"][0, i], box, image.size, grid))
+            pen.rectangle(box, outline=(255, 90, 0), width=2)
+            pen.text((box[0] + 3, box[1] + 2), name, fill=(255, 255, 255))
+        if args.draw:
+            image.save(f"{path}_detections.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -50,6 +51,7 @@ from detection.interop.openvino import (
 )
 from detection.interop.parity import compare, compare_accuracy
 from detection.interop.tensorrt import objections, to_tensorrt
+from detection.mask_grid import MaskGrid, TorchvisionMaskGrid, paste_masks
 from detection.weights import CheckpointError, read_saved
 from tests.runs import scene_flags
 
@@ -173,6 +175,18 @@ def test_standalone_runner_prints_the_same(exported, tmp_path):
     boxes = np.array([line[2:] for line in lines], float)
     np.testing.assert_allclose(boxes, wanted.boxes, atol=0.06)
     assert Image.open(tmp_path / "photo.png_detections.png").size == (130, 90)
+
+
+@pytest.mark.parametrize("grid", [MaskGrid(), TorchvisionMaskGrid()], ids=lambda grid: type(grid).__name__)
+def test_standalone_runner_lays_masks_as_the_detector_did(grid):
+    lay = runpy.run_path(str(EXAMPLES / "run_exported.py"))["lay_mask"]
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        low, extent = torch.rand(2, generator=draw) * 60 - 5, torch.rand(2, generator=draw) * 40 + 3
+        box, mask = torch.cat((low, low + extent)), torch.rand((1, 28, 28), generator=draw)
+        wanted = grid.inside(paste_masks(mask, box[None], (70, 90), grid))[0, 0].numpy()
+        laid = np.asarray(lay(mask[0].numpy(), box.tolist(), (90, 70), type(grid).__name__)) > 0
+        assert (laid != wanted).mean() < 1e-3, box  # a pixel at 0.5 may round to either side
 
 
 def test_standalone_runner_says_what_is_absent_and_where_nothing_is_found(tmp_path):

@@ -89,9 +89,10 @@ def verdict(content: Mapping[str, Any]) -> str:
     accuracy = content["accuracy"]
     if accuracy and not accuracy["lost"] <= accuracy["tolerance"]:
         return f"{name} loses {accuracy['lost']:.4f} AP against {against}."
-    unjudged = "" if any(row.tolerance is not None for row in rows) else " Nothing is judged: differences are stated."
+    judged = any(row.tolerance is not None for row in rows)
+    agrees = "agrees within the tolerances with" if judged else "differs as stated, with nothing judged, from"
     none = "" if content["detections"] else " Nothing was detected on these images, so no boxes were compared."
-    return f"{name} agrees within the tolerances with {against}.{unjudged}{none}"
+    return f"{name} {agrees} {against}.{none}"
 
 
 def _render(content: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
