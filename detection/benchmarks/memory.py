@@ -9,7 +9,7 @@ import gc
 import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
-from resource import RUSAGE_SELF, getrusage
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -77,15 +77,26 @@ def _peaks(before: float) -> dict[str, float]:
 
 
 def peak_memory() -> float:
-    """MiB of the most memory that this process has had."""
-    return getrusage(RUSAGE_SELF).ru_maxrss / 1024
+    """MiB of the most memory that this process has had since `forget_peak`, or ever."""
+    return _status("VmHWM")
+
+
+def forget_peak() -> float:
+    """Measure the peak from now on; MiB that the process has now."""
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: proc(5)
+    return _status("VmRSS")
+
+
+def _status(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def _train(name: str, network: Network, size: int, batch_size: int, bf16: bool, steps: int) -> dict[str, float]:
     torch.set_num_threads(1)
     step = contenders("train", network, size, batch_size, bf16, "cpu")[name]
     gc.collect()  # the other's weights
-    before = peak_memory()
+    before = forget_peak()
     for _ in range(steps):
         step()
     return _peaks(before)
@@ -94,7 +105,7 @@ def _train(name: str, network: Network, size: int, batch_size: int, bf16: bool, 
 def _evaluate(evaluator: str, images: int, detections: int, classes: int) -> dict[str, float]:
     torch.set_num_threads(1)
     targets, found = draw_detections(images, detections, classes)
-    before = peak_memory()
+    before = forget_peak()
     plain = evaluator.startswith(PLAIN)
     metric: Any = MeanAP([str(k) for k in range(classes)], iou_type="segm")
     if plain:

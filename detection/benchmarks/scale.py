@@ -24,7 +24,7 @@ import torch
 
 from detection.benchmarks.data import draw_images
 from detection.benchmarks.evaluation import draw_detections
-from detection.benchmarks.memory import peak_memory
+from detection.benchmarks.memory import forget_peak, peak_memory
 from detection.data.augment import train_transform
 from detection.data.coco import read_coco
 from detection.data.dataset import DetectionDataset, collate
@@ -107,10 +107,10 @@ def _measure(full: Shape, count: int, root: Path) -> dict[str, float]:
 
 @contextmanager
 def _watch(figures: dict[str, float], name: str) -> Iterator[None]:
-    before, start = peak_memory(), time.perf_counter()
+    before, start = forget_peak(), time.perf_counter()
     yield
     figures[f"{name}, s"] = time.perf_counter() - start
-    figures[f"{name}, MiB of peak"] = peak_memory() - before
+    figures[f"{name}, MiB"] = peak_memory() - before
 
 
 def _write(root: Path, drawn: Path, count: int, shape: Shape) -> None:
