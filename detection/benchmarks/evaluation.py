@@ -52,10 +52,8 @@ def _measure(evaluator: str, images: int, detections: int, classes: int) -> dict
     plain = evaluator.startswith(PLAIN)
     metric: Any = MeanAP([str(k) for k in range(classes)])
     if plain:
-        metric = MeanAveragePrecision(
-            backend=evaluator.removeprefix(PLAIN),  # type: ignore[arg-type]
-            **thresholds(),
-        )
+        backend: Any = evaluator.removeprefix(PLAIN)
+        metric = MeanAveragePrecision(backend=backend, **thresholds())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     for first in range(0, images, 8):

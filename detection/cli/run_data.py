@@ -60,8 +60,8 @@ def labelled_folder(root: Path, ckpt: Path, form: PixelFormat) -> Iterator[tuple
     if saved.class_names is None:
         raise DataError(f"{ckpt}: it does not name its classes, so they can't be found in {root}: leave --data out")
     masks = any(name.startswith("roi_heads.mask_predictor.") for name in saved.tensors)
-    form_of = {"channels": form.channels, "depth": form.depth}
-    data = DetectionDataModule(str(root), classes=saved.class_names, masks=masks, **form_of)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"classes": saved.class_names, "channels": form.channels, "depth": form.depth}
+    data = DetectionDataModule(str(root), masks=masks, **settings)
     yield from _samples(data, "val")
 
 

@@ -123,9 +123,8 @@ def _print(old: Sequence[Row], measured: Measured, content: Mapping[str, Any]) -
     """What the certificate says beside what comes out now."""
     now = {row.stage: row for row in measured.rows}
     then = {row.stage: row for row in old}
-    right = {"justify": "right"}
-    table = Table("stage", Column("certificate", **right), Column("now", **right), Column("allowed", **right),  # type: ignore[arg-type]
-                  box=None, padding=(0, 1, 0, 0))  # fmt: skip
+    figures = (Column(name, justify="right") for name in ("certificate", "now", "allowed"))
+    table = Table("stage", *figures, box=None, padding=(0, 1, 0, 0))
     for stage in dict.fromkeys([*then, *now]):
         limit = then.get(stage, now.get(stage))
         allowed = "stated only" if limit is None or limit.tolerance is None else shown(limit.tolerance)
