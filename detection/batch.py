@@ -3,7 +3,8 @@
 Shape shorthand:
     B: images in the batch     H, W: padded height and width     N: objects of one image
     G: objects an image, padded to the largest count of the batch     P: proposals an image, likewise
-    m, n: height and width of a stored mask     C: classes without background     I: ignore regions, likewise
+    m, n: height and width of a stored mask     k: key points of an object     C: classes without background
+    I: ignore regions, likewise
 Boxes are `(x1, y1, x2, y2)` float32 pixels; label 0 is background and never appears in ground truth.
 """
 
@@ -37,6 +38,8 @@ class Target:
             are not counted.
         partial: `(C,)` bool, the classes of which some objects may not be annotated, or None for none. Detections of
             these that match no object are not counted.
+        keypoints: `(N, k, 3)` float32 x, y and visibility as COCO has it (0: not annotated, 1: hidden, 2: visible), or
+            None without key points.
     """
 
     image_id: Id
@@ -50,6 +53,7 @@ class Target:
     masks: list[dict[str, Any]] | None = None
     checked: Tensor | None = None
     partial: Tensor | None = None
+    keypoints: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,8 @@ class Batch:
             Each mask shows a window of the image around its object, so that all masks can have one small size.
         gt_mask_windows: `(B, G, 4)` float32 xyxy in the pixels of `images`: the window of each mask. Outside of its
             window an object covers nothing.
+        gt_keypoints: `(B, G, k, 3)` float32 x, y in the pixels of `images` and visibility (see `Target`), or None without
+            key points; rows that are not valid hold zeros.
         proposals: `(B, P, 4)` float32 xyxy in the pixels of `images`, best first, or None, for detectors that learn
             none themselves; rows that are not valid hold zeros.
         proposals_valid: `(B, P)` bool.
@@ -89,6 +95,7 @@ class Batch:
     targets: tuple[Target, ...] = ()
     gt_masks: Tensor | None = None
     gt_mask_windows: Tensor | None = None
+    gt_keypoints: Tensor | None = None
     proposals: Tensor | None = None
     proposals_valid: Tensor | None = None
     gt_ignored: Tensor | None = None
