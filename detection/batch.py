@@ -73,8 +73,8 @@ class Batch:
             Each mask shows a window of the image around its object, so that all masks can have one small size.
         gt_mask_windows: `(B, G, 4)` float32 xyxy in the pixels of `images`: the window of each mask. Outside of its
             window an object covers nothing.
-        gt_keypoints: `(B, G, k, 3)` float32 x, y in the pixels of `images` and visibility (see `Target`), or None without
-            key points; rows that are not valid hold zeros.
+        gt_keypoints: `(B, G, k, 3)` float32 x, y in the pixels of `images`, and visibility (see `Target`), or None
+            without key points; rows that are not valid hold zeros.
         proposals: `(B, P, 4)` float32 xyxy in the pixels of `images`, best first, or None, for detectors that learn
             none themselves; rows that are not valid hold zeros.
         proposals_valid: `(B, P)` bool.

@@ -12,6 +12,7 @@ import pytest
 from detection import models
 
 FILES = sorted(Path(models.__file__).parent.glob("*.py"))
+FAMILY = sorted((Path(models.__file__).parent / "family").glob("*.py"))
 QUICK = sorted((Path(models.__file__).parent / "fast").glob("*.py"))
 INSIDE = ("torch._C", "._compiled_call_impl", "torch.ops.mkldnn", "device.type")
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
@@ -35,7 +36,7 @@ def test_lines_are_counted_without_comments_and_docstrings() -> None:
     assert code_lines(source) == 1 + 1 + 2
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES + FAMILY, ids=lambda file: file.stem)
 def test_the_plain_forms_need_no_private_name_and_ask_for_no_device(file: Path) -> None:
     found = [name for name in INSIDE if name in file.read_text()]
     assert not found, f"{file.name} names {found}: that belongs into detection/models/fast"
@@ -45,6 +46,16 @@ def test_the_quick_forms_are_where_such_names_are() -> None:
     """Or the search would find nothing anywhere."""
     everything = "".join(file.read_text() for file in QUICK)
     assert all(name in everything for name in ("torch._C", "torch.ops.mkldnn", "device.type"))
+
+
+def test_parts_of_the_family_are_short() -> None:
+    counts = {file.name: code_lines(file.read_text()) for file in FAMILY}
+    assert max(counts.values()) < 200, counts
+
+
+def test_the_main_line_does_not_know_the_family() -> None:
+    named = {file.name for file in FILES if "models.family" in file.read_text()}
+    assert not named
 
 
 def test_the_plain_forms_have_less_than_2000_lines_of_code() -> None:
