@@ -6,14 +6,13 @@ Shape shorthand:
 None of these is one softmax over K columns, so each says in `probabilities` how its logits are read, and its docstring
 what it does with column 0, the background's. In images where not every class was looked for, the others have no part in
 the loss of background; an objectness branch takes it for background all the same. Where a loss keeps sums of each
-class, they are of all processes, and part of the checkpoint.
+class, they are of all processes, and a run's checkpoints have them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, distributed, nn
@@ -107,21 +106,22 @@ class FederatedLoss(nn.Module):
 class ClassSums(nn.Module):
     """Base of losses that keep sums of each class since training began.
 
-    Attributes:
-        sums: `(rows, K)` float32, of all processes, in the checkpoint. They begin anew where a detector gets other
-            classes. Weights without them, as of a detector with another loss, leave them as they are.
-    """
+    They are a state of the training, as that of the optimiser: a run's checkpoints have them, weights do not.
 
-    sums: Tensor
+    Attributes:
+        sums: `(rows, K)` float32, of all processes. They begin anew where a detector gets other classes.
+    """
 
     def __init__(self, rows: int) -> None:
         super().__init__()
-        self.register_buffer("sums", torch.zeros((rows, 0)))  # classes are known when there are logits
+        # No buffer: in a detector of bfloat16 a sum would stop growing at 256.
+        self.sums = torch.zeros((rows, 0))  # classes are known when there are logits
 
     def fit(self, logits: Tensor) -> None:
-        """Begin anew where the sums are of another number of classes than logits `(R, K)`."""
+        """Bring the sums to the classes and the device of logits `(R, K)`."""
         if self.sums.shape[1] != logits.shape[1]:
             self.sums = torch.zeros((len(self.sums), logits.shape[1]), device=logits.device)
+        self.sums = self.sums.to(logits.device)
 
     def add(self, new: Tensor) -> None:
         """Add `(rows, K)` of each process."""
@@ -131,18 +131,17 @@ class ClassSums(nn.Module):
         """Whether what is seen now counts: in training, but not where hard examples are looked for."""
         return self.training and torch.is_grad_enabled()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        kept = self.sums
-        super()._apply(fn, recurse)
-        if self.sums.dtype != kept.dtype:  # in bfloat16 a sum would stop growing at 256
-            self.sums = kept.to(self.sums.device)
-        return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        name = f"{prefix}sums"
-        if name in state_dict:
-            self.sums = torch.zeros_like(state_dict[name], device=self.sums.device, dtype=self.sums.dtype)
-            super()._load_from_state_dict(state_dict, prefix, *args)
+def sums_of(detector: nn.Module) -> dict[str, Tensor]:
+    """The sums of a detector's losses, by name, on the CPU."""
+    return {name: part.sums.cpu() for name, part in detector.named_modules() if isinstance(part, ClassSums)}
+
+
+def take_sums(detector: nn.Module, sums: Mapping[str, Tensor]) -> None:
+    """Go on with what `sums_of` gave; a loss without any begins anew."""
+    for name, part in detector.named_modules():
+        if isinstance(part, ClassSums) and name in sums:
+            part.sums = sums[name].clone()
 
 
 @recorded

@@ -151,7 +151,7 @@ class ClassificationLoss(Protocol):
     `(..., K)` -> probabilities `(..., K)`. Detections have those of columns 1 to K - 1. In rows of background, classes
     that were not looked for then have logits of next to nothing, and the background keeps its own. A loss with an
     attribute `wants_valid = True` is called with a third argument, `(R,)` bool, False for rows that are padding.
-    A loss may be a module; its buffers are part of the checkpoint.
+    A loss may be a module; each stage of a cascade has a copy.
     """
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
