@@ -66,8 +66,20 @@ class KeypointPredictor(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         # In float32 under autocast too, where an enlargement in half precision would make equal cells of unequal ones.
-        coarse = self.kps_score_lowres(features).float()
-        return F.interpolate(coarse, scale_factor=2.0, mode="bilinear", align_corners=False)
+        return enlarge_twice(self.kps_score_lowres(features).float())
+
+
+def enlarge_twice(maps: Tensor) -> Tensor:
+    """Maps `(..., h, w)` at twice the resolution `(..., 2h, 2w)` by bilinear interpolation.
+
+    As `F.interpolate`, whose gradient an accelerator adds up in another order each time.
+    """
+    for axis in (-2, -1):
+        count = maps.shape[axis] - 1
+        before = torch.cat((maps.narrow(axis, 0, 1), maps.narrow(axis, 0, count)), dim=axis)
+        after = torch.cat((maps.narrow(axis, 1, count), maps.narrow(axis, count, 1)), dim=axis)
+        maps = torch.stack((maps.lerp(before, 0.25), maps.lerp(after, 0.25)), dim=axis).flatten(axis - 1, axis)
+    return maps
 
 
 @rebuildable
@@ -105,10 +117,10 @@ def keypoint_cells(keypoints: Tensor, boxes: Tensor, side: int) -> tuple[Tensor,
 
 
 def locate_keypoints(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """The key points of one image: where each heatmap, enlarged to its box by bicubic interpolation, is highest.
+    """The key points of detections: where each heatmap, enlarged to its box by bicubic interpolation, is highest.
 
     A box of less than a pixel counts as one pixel. The enlarged heatmap has a whole number of pixels, rounded up, and
-    the point is the centre of the highest.
+    the point is the centre of the highest. The host reads the sizes of the boxes once, for all of them.
 
     Args:
         heatmaps: `(D, k, m, m)` logits.
@@ -221,10 +233,11 @@ class KeypointRoIHeads(RoIHeads):
         """
         detections = super().detect(features, proposals, image_sizes)
         boxes, _, _ = pad_objects(*([d[name] for d in detections] for name in ("boxes", "labels")))
-        rows = zip(detections, self.heatmaps(features, boxes), strict=True)
-        located = [locate_keypoints(maps[: len(d["boxes"])], d["boxes"]) for d, maps in rows]
-        names = ("keypoints", "keypoints_scores")
-        return [d | dict(zip(names, found, strict=True)) for d, found in zip(detections, located, strict=True)]
+        counts = [len(d["boxes"]) for d in detections]
+        maps = torch.cat([rows[:n] for rows, n in zip(self.heatmaps(features, boxes), counts, strict=True)])
+        points, scores = locate_keypoints(maps, torch.cat([d["boxes"] for d in detections]))
+        rows = zip(detections, points.split(counts), scores.split(counts), strict=True)
+        return [d | {"keypoints": p, "keypoints_scores": s} for d, p, s in rows]
 
     def check(self, features: FeatureMaps) -> None:
         """As `RoIHeads.check`, and run each part of the branch once.
