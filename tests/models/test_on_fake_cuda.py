@@ -2,8 +2,9 @@
 
 A fake tensor of the device `cuda` needs no GPU. Whatever reads a value, or lets two devices meet, is seen as it would
 be seen there. NMS gives as many boxes as there are, which the host has to wait for; so it is replaced, with what is cut
-from its result, and counted apart. So is the enlarging of heatmaps, each to the size of its box. The engine of autograd can't run without a driver, so the backward pass is watched
-on fake tensors of the device `meta`, which is no host either.
+from its result, and counted apart. So is the enlarging of heatmaps, each to the size of its box. The engine of autograd
+can't run without a driver, so the backward pass is watched on fake tensors of the device `meta`, which is no host
+either.
 """
 
 from __future__ import annotations
