@@ -192,6 +192,14 @@ def pad_masks(masks: Sequence[Tensor], windows: Sequence[Tensor], count: int) ->
     return gt_masks, gt_windows
 
 
+def pad_keypoints(keypoints: Sequence[Tensor], count: int) -> Tensor:
+    """Stack ragged key points `(N_i, k, 3)` to `count` objects an image: gt_keypoints `(B, G, k, 3)`."""
+    padded = keypoints[0].new_zeros((len(keypoints), count, *keypoints[0].shape[1:]))
+    for slot, points in zip(padded, keypoints, strict=True):
+        slot[: len(points)] = points
+    return padded
+
+
 def check_batch(batch: Batch, num_classes: int) -> None:
     """Raise a ValueError that names the first image and object of a batch on the CPU that can't be trained on.
 
