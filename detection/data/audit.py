@@ -86,7 +86,10 @@ class Audit:
 def splits_in(layout: Layout, split: str | None = None) -> dict[str, Callable[[], Index]]:
     """What there is to check in a data set that was found: `{name: function that reads it}`, or the split named."""
     splits = [layout.split(split)] if split is not None else layout.splits.values()
-    return {found.name or "all": partial(found.read, None, layout.masks) for found in splits}
+    return {
+        found.name or "all": partial(found.read, None, layout.masks, None if layout.keypoints else False)
+        for found in splits
+    }
 
 
 def splits_named(
@@ -108,7 +111,7 @@ def splits_named(
         what = "its folders follow from data.yaml" if kind == "yolo" else "name the file with --annotations too"
         raise DataError(f"{root}: {kind} data can't be read so: {what}")
     if annotations is not None and (kind == "coco" or annotations.endswith(".json")):
-        return {annotations: partial(coco.read_coco, root, annotations, images or "", masks=True)}
+        return {annotations: partial(coco.read_coco, root, annotations, images or "", masks=True, keypoints=None)}
     masks = (root / "SegmentationObject").is_dir()
     return {split or "all XML files": partial(voc.read_voc, root, split, None, masks, annotations, images)}
 

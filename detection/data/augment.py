@@ -124,9 +124,7 @@ class Augmented(NamedTuple):
     resizing: Resizing = "torchvision"
     keypoints: NDArray[np.float32] | None = None
 
-    def flipped(
-        self, horizontally: bool, vertically: bool, swap: NDArray[np.int64] | None = None
-    ) -> Augmented:
+    def flipped(self, horizontally: bool, vertically: bool, swap: NDArray[np.int64] | None = None) -> Augmented:
         """The same in a mirror: left and right change places, or top and bottom, or both.
 
         Args:

@@ -5,9 +5,6 @@ worker and every epoch. Here the pipeline is given a fresh generator for every s
 for all transforms: `Compose.set_random_seed` would give each transform the same seed, so that images which become
 brighter would always become redder too.
 
-Key points are pixel numbers to it, and not places between pixels: they go in half a pixel less, and come out so. Its
-flips do not know left from right. So points whose places are known go through with them, and tell a mirror from a turn.
-
 It drops what its transforms cut away one transform at a time, and tells boxes but not masks. So each box carries two
 numbers here: which object it is, by which masks and labels are picked, and the share of it that is left by now.
 """
@@ -26,8 +23,10 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before the import, which otherwi
 import albumentations as A
 import cv2
 import numpy as np
+from albumentations.augmentations.geometric.distortion import BaseDistortion
 from numpy.typing import NDArray
 
+from detection.data.point_moves import bent, marked, unmarked
 from detection.data.records import DataError
 from detection.data.skeletons import inside
 from detection.data.spectral import RGB, PixelFormat, Pixels
@@ -38,10 +37,9 @@ Step: TypeAlias = A.BasicTransform | A.BaseCompose
 INDEX, SHARE = 4, 5  # columns of a box behind its corners
 ROUNDING = 1e-4  # of shares, whose boxes are float32
 HAIR = 1e-8  # of a side, see `_inside`
+REFLECTING = (cv2.BORDER_REFLECT, cv2.BORDER_REFLECT_101, cv2.BORDER_WRAP)
 NORMALISERS = (A.Normalize, A.ToFloat, A.FromFloat, A.ToTensorV2, A.ToTensor3D)
 GIVEN = {"image", "bboxes", "masks"}  # what a transform may ask for
-MARKS = np.stack(np.meshgrid(*[np.linspace(0.2, 0.8, 4)] * 2), axis=-1).reshape(-1, 2)  # in shares of the sides
-REFLECTING = (cv2.BORDER_REFLECT, cv2.BORDER_REFLECT_101, cv2.BORDER_WRAP)
 
 
 def colour_steps(chance: float, form: PixelFormat = RGB) -> list[Step]:
@@ -79,6 +77,7 @@ def moving(steps: Iterable[Step]) -> list[str]:
 
 
 def _leaves(steps: Iterable[Step]) -> Iterator[A.BasicTransform]:
+    """The transforms, those inside of compositions included."""
     for step in steps:
         if isinstance(step, A.BaseCompose):
             yield from _leaves(step.transforms)
@@ -112,15 +111,15 @@ def check_steps(steps: Sequence[Step]) -> None:
             raise ValueError(f"augmentations: {names[0]} would move some channels and not the others; use it directly")
 
 
-def check_key_points(steps: Sequence[Step]) -> None:
+def check_key_points(steps: Iterable[Step]) -> None:
     """Raise a ValueError that names the first transform under which key points would come out wrong."""
-    for leaf in (leaf for leaf in _leaves(steps) if moving([leaf])):
-        name = type(leaf).__name__
-        if "keypoints" not in leaf.available_keys or (
-            getattr(type(leaf), "apply_to_keypoints", None) is A.DualTransform.apply_to_keypoints
+    for transform in (leaf for leaf in _leaves(steps) if moving([leaf])):
+        name = type(transform).__name__
+        if "keypoints" not in transform.available_keys or (
+            getattr(type(transform), "apply_to_keypoints", None) is A.DualTransform.apply_to_keypoints
         ):
             raise ValueError(f"augmentations: {name} moves pixels but no key points: write its apply_to_keypoints")
-        if getattr(leaf, "border_mode", cv2.BORDER_CONSTANT) in REFLECTING:
+        if getattr(transform, "border_mode", cv2.BORDER_CONSTANT) in REFLECTING:
             raise ValueError(f"augmentations: {name} repeats key points at the border: set its border_mode to 0")
 
 
@@ -235,7 +234,9 @@ class Pipeline:
         # is the default, is up to two pixels off when masks are enlarged.
         options = {"bbox_params": params, "mask_interpolation": cv2.INTER_LINEAR} if self.moves else {}
         options |= {"keypoint_params": {"format": "xy", "remove_invisible": False}} if self.moves else {}
-        self._compose = A.Compose(copy.deepcopy(list(steps)), **options)
+        own = copy.deepcopy(list(steps))
+        _bend_points(_leaves(own))
+        self._compose = A.Compose(own, **options)
         if self.moves:
             self._compose.processors["bboxes"].filter = self._cut
 
@@ -265,8 +266,7 @@ class Pipeline:
         if masks is not None and not count:  # most transforms fail on no mask at all
             given = {"masks": np.zeros((1, *image.shape[:2]), np.uint8)}
         if keypoints is not None:
-            check_key_points(self._compose.transforms)
-            given["keypoints"] = _marked(keypoints, *image.shape[:2])
+            given["keypoints"] = marked(keypoints, *image.shape[:2])
         out = self._apply(count, image=image, bboxes=rows, **given)
         rows = np.asarray(out["bboxes"], np.float64).reshape(-1, 6)
         kept, sides = rows[:, INDEX].astype(np.int64), np.array(out["image"].shape[1::-1] * 2)
@@ -276,29 +276,9 @@ class Pipeline:
             moved = _fit_to_masks(moved, boxes[kept], masks[kept], np.asarray(out["masks"])[kept])
         if keypoints is None:
             return moved
-        points = self._points(keypoints, image.shape[:2], np.asarray(out["keypoints"], np.float32).reshape(-1, 3))
+        places = np.asarray(out["keypoints"], np.float32).reshape(-1, 3)
+        points = unmarked(keypoints, image.shape[:2], places, self.swap)
         return moved._replace(keypoints=inside(points[moved.kept], *moved.image.shape[:2]))
-
-    def _points(
-        self, before: NDArray[np.float32], size: Sequence[int], rows: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
-        """Key points `(N, k, 3)` in their new places, of what `_marked` gave and albumentations moved."""
-        places = np.full((before.shape[0] * before.shape[1] + len(MARKS), 2), np.nan, np.float32)
-        places[rows[:, 2].round().astype(np.int64)] = rows[:, :2] + 0.5
-        points, marks = places[: -len(MARKS)].reshape(*before.shape[:2], 2), places[-len(MARKS) :]
-        moved = np.concatenate([points, before[..., 2:]], axis=2)
-        moved[np.isnan(points).any(axis=2)] = 0
-        left = ~np.isnan(marks).any(axis=1)
-        old = np.column_stack((MARKS * size[::-1], np.ones(len(MARKS))))[left]
-        matrix, _, rank, _ = np.linalg.lstsq(old, marks[left].astype(np.float64), rcond=None)
-        if rank < 3 or np.linalg.det(matrix[:2]) > 0 or not before.size:
-            return moved  # with fewer marks there are no points either
-        if self.swap is None:
-            raise DataError(
-                "the augmentations mirror the picture, but which key points are left and right partners is not known: "
-                "name them with data.keypoint_pairs ([] where there are none)"
-            )
-        return moved[:, self.swap]
 
     def _apply(self, count: int, **data: Any) -> dict[str, Any]:
         height, width, channels = data["image"].shape
@@ -333,10 +313,12 @@ class Pipeline:
         return cut[(left > 0) & (cut[:, SHARE] >= self.min_visibility - ROUNDING)]
 
 
-def _marked(keypoints: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """Rows x, y, number of the points `(N, k, 3)` as albumentations counts pixels, and of the marks behind them."""
-    places = np.concatenate([keypoints[..., :2].reshape(-1, 2), MARKS * (width, height)]) - 0.5
-    return np.column_stack((places, np.arange(len(places)))).astype(np.float32)
+def _bend_points(transforms: Iterable[Any]) -> None:
+    """Let distortions move key points by their own maps; those of a user's own class that knows better stay."""
+    for transform in transforms:
+        if getattr(type(transform), "apply_to_keypoints", None) is BaseDistortion.apply_to_keypoints:
+            transform.apply_to_keypoints = bent
+            transform.add_targets({"keypoints": "keypoints"})  # so that it looks its method up again
 
 
 def _inside(boxes: NDArray[np.float64], sides: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -3,8 +3,8 @@ scatter.
 
 Shape shorthand:
     N: objects     k: key points of an object
-Coordinates are those of the file, taken as they are: a box from 10 to 20 and a point at 10 begin in the same place. That
-is torchvision's reading of COCO. Detectron2 adds half a pixel to each point, as an annotator points at pixels.
+Coordinates are those of the file, taken as they are: a box from 10 to 20 and a point at 10 begin in the same place.
+That is torchvision's reading of COCO. Detectron2 adds half a pixel to each point, as an annotator points at pixels.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Skeleton:
         """
         if sigmas is not None and (len(sigmas) != len(self) or not all(0 < value < np.inf for value in sigmas)):
             raise ValueError(
-                f"data.keypoint_sigmas are {len(sigmas)} numbers: give one above 0 for each of the {len(self)} key points"
+                f"data.keypoint_sigmas are {len(sigmas)} numbers: give one above 0 for each of {len(self)} key points"
             )
         known = self.pairs if pairs is None else tuple((self._place(a), self._place(b)) for a, b in pairs)
         used = [place for pair in known or () for place in pair]
