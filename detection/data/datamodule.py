@@ -29,6 +29,7 @@ from detection.data.proposals import ProposalCache, ProposalSource
 from detection.data.reading import check_split, describe, draws_scenes, read_split, recipe_of_reader, splits_of
 from detection.data.records import DataError, Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
+from detection.data.skeletons import Skeleton
 from detection.data.spectral import PixelFormat
 from detection.data.splitting import Split, check_division, keep, kept, split_of
 from detection.data.train_loader import TrainLoader
@@ -229,6 +230,11 @@ class DetectionDataModule(L.LightningDataModule):
     def frequencies(self) -> tuple[str, ...] | None:
         """LVIS's group of each class, `"r"`, `"c"` or `"f"`, or None where no split that was set up has them."""
         return next((data.frequencies for data in self._datasets.values() if data.frequencies), None)
+
+    @property
+    def skeleton(self) -> Skeleton | None:
+        """What is known of the key points, or None where no split that was set up has them."""
+        return next((data.skeleton for data in self._datasets.values() if data.skeleton), None)
 
     def _classes(self) -> tuple[str, ...]:
         if self._known is None:

@@ -65,6 +65,11 @@ class Skeleton:
         is_coco = self.names in (COCO_NAMES, numbered(len(COCO_NAMES)))
         return self.sigmas or (COCO_SIGMAS if is_coco else (SIGMA,) * len(self))
 
+    @property
+    def guesses_sigmas(self) -> bool:
+        """Whether `oks_sigmas` are neither given nor COCO's."""
+        return not self.sigmas and self.oks_sigmas != COCO_SIGMAS
+
     def with_settings(self, pairs: Sequence[Pair] | None, sigmas: Sequence[float] | None) -> Skeleton:
         """The same with what the user knows better.
 

@@ -45,6 +45,8 @@ class TestTimeAugmentation(nn.Module):
         fusion: Fusion = "nms",
     ) -> None:
         super().__init__()
+        if hflip and getattr(getattr(detector, "roi_heads", None), "has_keypoints", False):
+            raise ValueError("a mirrored view has left key points for right ones: look at this detector's without, hflip=False")
         self.detector, self.scales, self.hflip, self.fusion = detector, tuple(scales), hflip, fusion
 
     @property
