@@ -226,7 +226,9 @@ def _read(folder: Path, dataset: DetectionDataset, metric: MeanAP) -> None:
             detection["masks"] = [_rle(entry["segmentation"]) for entry in kept["segm"][record.image_id]]
         if "keypoints" in kept:
             rows = [entry["keypoints"] for entry in kept["keypoints"][record.image_id]]
-            detection["keypoints"] = np.array(rows, np.float32).reshape(len(rows), -1, 3) if rows else np.zeros((0, 0, 3))
+            detection["keypoints"] = (
+                np.array(rows, np.float32).reshape(len(rows), -1, 3) if rows else np.zeros((0, 0, 3))
+            )
         options: dict[str, Any] = {"masks": "segm" in kept, "keypoints": "keypoints" in kept}
         metric.update([], [], [image_result(detection, make_target(record), len(labels), **options)])
 

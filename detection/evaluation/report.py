@@ -73,7 +73,7 @@ def write_evaluation(
     leads: Sequence[tuple[str, str]] = (),
     beside: bool = False,
 ) -> dict[str, float]:
-    """Compute, and write `figures.json`, `detections_bbox.json` (and `_segm`, `_keypoints`), `plots/*.png` and `report.html`.
+    """Compute, and write `figures.json`, `detections_bbox.json` (`_segm`, `_keypoints`), `plots/*.png`, `report.html`.
 
     The pictures are in the report; where it would be larger than 60 MB, in `report_images/`.
 

@@ -217,12 +217,13 @@ class DetectionModule(L.LightningModule):
 
     def _check_key_points(self, data: Mapping[str, Any]) -> None:
         """A ValueError where the detector learns key points, and the data has none or other ones."""
-        heads, skeleton = getattr(self.detector, "roi_heads", None), self.metric.skeleton
         if "keypoints" not in self.metric.iou_type:
             return
-        points = int(heads.num_keypoints)  # type: ignore[union-attr]
+        points, skeleton = int(self.detector.num_keypoints), self.metric.skeleton
         if not data.get("keypoints", True):
-            raise ValueError("the detector predicts key points but the data is read without: set data.keypoints to true")
+            raise ValueError(
+                "the detector predicts key points but the data is read without: set data.keypoints to true"
+            )
         if skeleton is None:
             return
         if points != len(skeleton):
@@ -233,7 +234,9 @@ class DetectionModule(L.LightningModule):
         if skeleton.guesses_sigmas:
             log.info(
                 "OKS takes the sigma %g for each of the %d key points; data.keypoint_sigmas sets others (Ultralytics "
-                "takes 1 / k)", SIGMA, points
+                "takes 1 / k)",
+                SIGMA,
+                points,
             )
 
     def _describe_detector(self, data: Mapping[str, Any]) -> None:
@@ -463,7 +466,7 @@ def encode_detections(detections: list[dict[str, Any]], batch: Batch, grid: Mask
 
 def kinds_of(detector: Any) -> tuple[IouType, ...]:
     """What of a detector is evaluated: boxes, and masks and key points where it finds them."""
-    points = getattr(getattr(detector, "roi_heads", None), "has_keypoints", False)
+    points = getattr(detector, "has_keypoints", False)  # which a detector of the user's own may lack
     kinds: dict[IouType, bool] = {"bbox": True, "segm": bool(detector.has_masks), "keypoints": bool(points)}
     return tuple(kind for kind, wanted in kinds.items() if wanted)
 
