@@ -73,7 +73,7 @@ def write_evaluation(
     leads: Sequence[tuple[str, str]] = (),
     beside: bool = False,
 ) -> dict[str, float]:
-    """Compute, and write `figures.json`, `detections_bbox.json` (and `_segm`), `plots/*.png` and `report.html`.
+    """Compute, and write `figures.json`, `detections_bbox.json` (`_segm`, `_keypoints`), `plots/*.png`, `report.html`.
 
     The pictures are in the report; where it would be larger than 60 MB, in `report_images/`.
 
@@ -235,6 +235,8 @@ def _tiles(figures: Mapping[str, float]) -> str:
             tiles.append(f'<div class="tile{first}">{inside}</div>')
     if "segm_map" in figures:
         tiles.append(f'<div class="tile"><b>{_number(figures["segm_map"])}</b><span>mask AP</span></div>')
+    if "keypoints_map" in figures:
+        tiles.append(f'<div class="tile"><b>{_number(figures["keypoints_map"])}</b><span>OKS AP</span></div>')
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 

@@ -288,7 +288,7 @@ class Results(L.Callback):
             self.best = {name: value for name, value in metrics.items() if name.startswith("val/")}
             self.best_step = trainer.global_step
         shown = {"train/loss": "loss", "val/loss": "validation loss", "val/map": "mAP", "val/map_50": "AP50"}
-        shown |= {"val/segm_map": "mask mAP"}
+        shown |= {"val/segm_map": "mask mAP", "val/keypoints_map": "OKS mAP"}
         figures = [f"{title} {metrics[name]:.3f}" for name, title in shown.items() if metrics.get(name, -1.0) != -1]
         if "images/s" in metrics:
             figures.append(f"{metrics['images/s']:.1f} images/s")
@@ -323,6 +323,9 @@ SUMMARY = {
     "segm_map": "mask AP",
     "segm_map_50": "mask AP50",
     "segm_map_75": "mask AP75",
+    "keypoints_map": "OKS AP",
+    "keypoints_map_50": "OKS AP50",
+    "keypoints_map_75": "OKS AP75",
 }
 
 
