@@ -54,6 +54,7 @@ class Saved:
         category_ids: of the data set, one for each class name, likewise.
         sizes: `min_size` and `max_size` of the data that a run was trained on.
         origins: of a converted file, where each fact is from: `tensors`, `config` or `default`.
+        edges: positions of key points that pictures join by a line, where a run's data says so.
     """
 
     tensors: dict[str, Tensor]
@@ -62,6 +63,7 @@ class Saved:
     category_ids: list[int] | None = None
     sizes: tuple[Any, int] | None = None
     origins: dict[str, str] | None = None
+    edges: list[tuple[int, int]] | None = None
 
 
 def is_given(weights: Weights) -> bool:
@@ -142,7 +144,8 @@ def read_saved(path: Path) -> Saved:
     own = {name.removeprefix("detector."): value for name, value in tensors.items() if name.startswith("detector.")}
     data = content.get("datamodule_hyper_parameters") or {}
     sizes = (data["min_size"], data["max_size"]) if {"min_size", "max_size"} <= data.keys() else None
-    return Saved(upgrade_names(own or tensors), settings.get("detector"), settings.get("class_names"), sizes=sizes)
+    known = {"sizes": sizes, "edges": (content.get("skeleton") or {}).get("edges")}
+    return Saved(upgrade_names(own or tensors), settings.get("detector"), settings.get("class_names"), **known)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -183,6 +183,8 @@ def _head(results: Sequence[ImageResult], judged: Analysis, facts: Mapping[str, 
 
 def _images_note(results: Sequence[ImageResult], load_image: LoadImage | None) -> str:
     note = IMAGES_NOTE if load_image else f"The pictures are not at hand: boxes alone. {IMAGES_NOTE}"
+    if results and results[0].gt_masks is None and results[0].gt_keypoints is not None:
+        return f"{note} Crosses are key points, those of detections from a score of {OUTLINE_SCORE} on."
     if not results or results[0].gt_masks is None:
         return note
     if len(results) > OUTLINED:

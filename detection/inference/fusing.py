@@ -112,7 +112,8 @@ def fuse(members: Sequence[Found], how: Fusion, limit: int) -> Found:
         masks = list(chain.from_iterable(m.masks or () for m in members))
         changes["masks"] = type(first.masks)(masks[i] for i in best)
     if first.keypoints is not None:
-        changes["keypoints"] = np.concatenate([m.keypoints for m in members if m.keypoints is not None])[best]
+        names = ("keypoints", "keypoint_scores") if isinstance(first, Detections) else ("keypoints",)
+        changes |= {name: np.concatenate([getattr(m, name) for m in members])[best] for name in names}
     if isinstance(first, ImageResult) and first.excused is not None:
         changes["excused"] = np.concatenate([getattr(m, "excused") for m in members])[best]  # noqa: B009
     return replace(first, **changes)

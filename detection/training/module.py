@@ -284,7 +284,9 @@ class DetectionModule(L.LightningModule):
         self._resumed, self._code_before = checkpoint, str(checkpoint.get("code", ""))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep which code has trained it; of a run that went on with other code, each."""
+        """Keep which code has trained it, of a run that went on with other code, each; and what key points mean."""
+        if "keypoints" in self.metric.iou_type and (skeleton := self.metric.skeleton) is not None:
+            checkpoint["skeleton"] = {"names": list(skeleton.names), "edges": [list(edge) for edge in skeleton.edges]}
         known = self._code_before.split(", then ") if self._code_before else []
         checkpoint["code"] = ", then ".join(known if known[-1:] == [self._code] else [*known, self._code])
 
