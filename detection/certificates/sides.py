@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import detection as reference
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -282,13 +283,15 @@ def detectron2_side(state: Mapping[str, Tensor], model: FasterRCNN, config: Path
         (found,), _ = network.roi_heads(images, maps, proposals)
         height, width = image.shape[:2]
         scale = torch.tensor([width / pixels.shape[2], height / pixels.shape[1]]).repeat(2)
-        masks = {"masks": found.pred_masks[:, 0]} if found.has("pred_masks") else {}
+        more = {"masks": found.pred_masks[:, 0]} if found.has("pred_masks") else {}
+        if found.has("pred_keypoints"):
+            more["keypoints"] = F.pad(found.pred_keypoints[..., :2] * scale[:2], (0, 1), value=1.0)
         return Traced(
             {
                 "boxes": found.pred_boxes.tensor * scale,
                 "labels": found.pred_classes + 1,
                 "scores": found.scores,
-                **masks,
+                **more,
             },
             [level[0] for level in levels],
             list(rpn.anchor_generator.cell_anchors),
