@@ -144,7 +144,7 @@ def read_saved(path: Path) -> Saved:
     own = {name.removeprefix("detector."): value for name, value in tensors.items() if name.startswith("detector.")}
     data = content.get("datamodule_hyper_parameters") or {}
     sizes = (data["min_size"], data["max_size"]) if {"min_size", "max_size"} <= data.keys() else None
-    known = {"sizes": sizes, "edges": (content.get("skeleton") or {}).get("edges")}
+    known: dict[str, Any] = {"sizes": sizes, "edges": (content.get("skeleton") or {}).get("edges")}
     return Saved(upgrade_names(own or tensors), settings.get("detector"), settings.get("class_names"), **known)
 
 
