@@ -110,6 +110,13 @@ def _detections(a: Mapping[str, Tensor], b: Mapping[str, Tensor], name: str, sma
         if "masks" in a and "masks" in b:
             mask = (a["masks"][left] - b["masks"][right]).abs().max()
             yield Row("masks", "", float(mask), judged["masks"], name)
+        if "keypoints" in a and "keypoints" in b:
+            point = (a["keypoints"][left] - b["keypoints"][right]).abs().max()
+            note = "where two cells of a heatmap are equally high, rounding decides"
+            yield Row("key points", "pixels", float(point), None, name, note)
+        if "keypoints_scores" in a and "keypoints_scores" in b:
+            height = (a["keypoints_scores"][left] - b["keypoints_scores"][right]).abs().max()
+            yield Row("heights of key points", "", float(height), None if small else 1e-3, name)
     yield Row("detections without partner", "", float(alone), allowed, name)
 
 

@@ -231,7 +231,10 @@ class KeypointRoIHeads(RoIHeads):
 
         Each key point is x, y and 1.0, as torchvision has it. Its score is the height of its heatmap, a logit.
         """
-        detections = super().detect(features, proposals, image_sizes)
+        return self.add_keypoints(features, super().detect(features, proposals, image_sizes))
+
+    def add_keypoints(self, features: FeatureMaps, detections: Detections) -> Detections:
+        """Detections, whose boxes are in pixels of the batch, with their key points, see `detect`."""
         boxes, _, _ = pad_objects(*([d[name] for d in detections] for name in ("boxes", "labels")))
         counts = [len(d["boxes"]) for d in detections]
         maps = torch.cat([rows[:n] for rows, n in zip(self.heatmaps(features, boxes), counts, strict=True)])
