@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -115,8 +115,9 @@ def _detections(a: Mapping[str, Tensor], b: Mapping[str, Tensor], name: str, sma
             note = "where two cells of a heatmap are equally high, rounding decides"
             yield Row("key points", "pixels", float(point), None, name, note)
         if "keypoints_scores" in a and "keypoints_scores" in b:
-            height = (a["keypoints_scores"][left] - b["keypoints_scores"][right]).abs().max()
-            yield Row("heights of key points", "", float(height), None if small else 1e-3, name)
+            heights = a["keypoints_scores"][left], b["keypoints_scores"][right]
+            row = _subtracted("heights of key points", "", *heights, name, 1e-4)
+            yield replace(row, tolerance=None) if small else row
     yield Row("detections without partner", "", float(alone), allowed, name)
 
 

@@ -155,7 +155,7 @@ def test_the_loss_and_its_gradient_equal_torchvision() -> None:
     rows = [[t[i][part[i]] for i in range(2)] for t in (boxes, index)]
     assert batch.gt_keypoints is not None
     wanted = roi_heads.keypointrcnn_loss(logits, rows[0], list(batch.gt_keypoints), rows[1])
-    assert float(loss) > 1
+    assert loss.item() > 1
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
     gradients = torch.autograd.grad(wanted, list(heads.keypoint_head.parameters()))
     for a, b in zip(wanted_gradients, gradients, strict=True):
@@ -211,6 +211,7 @@ def test_twins_agree(twins: tuple[TwoStageDetector, nn.Module], real_samples: Sa
         assert_same(trace(form(ours), real_samples), expected)
 
 
+@pytest.mark.rehearsal
 def test_twins_have_the_same_gradients(twins: tuple[TwoStageDetector, nn.Module], real_samples: Sample) -> None:
     found = []
     for model in twins:
