@@ -322,14 +322,18 @@ def test_cascade_exports_to_torch(exported, tmp_path):  # behind the other, whic
     assert gaps.min(axis=1).max() < 1e-2
 
 
-@pytest.mark.slow
-def test_key_points_are_found_in_the_heatmaps_of_a_file(exported, tmp_path):  # behind the other, which silences the log
+@pytest.mark.rehearsal
+def test_key_points_are_found_in_the_heatmaps_of_a_file(tmp_path):
     """Sharp ones, as training makes them: on flat heatmaps a rounding error would move the peak."""
+    pytest.importorskip("onnxscript", reason='needs pip install "detection[export]"')
+    pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
+    logging.disable(logging.DEBUG)  # as for `exported`
     model = decided(keypointrcnn_efficientnet_lite0_fpn, num_keypoints=5, fpn_channels=32)
     with torch.no_grad():
         model.roi_heads.keypoint_predictor.kps_score_lowres.weight.mul_(30)
     path = tmp_path / "detector.onnx"
     to_onnx(model, path, kept_facts(model, ["a", "b", "c"], None))
+    logging.disable(logging.NOTSET)
     parity = compare(as_predicted(model), onnx_runner(path), list(noise()))
     assert_same(parity)
     assert parity.keypoint < 1e-2 and "of a key point" in str(parity)

@@ -168,7 +168,7 @@ class KeypointRoIHeads(RoIHeads):
         **kwargs: Any,
     ) -> None:
         super().__init__(in_channels, num_classes, **kwargs)
-        self.num_keypoints = num_keypoints
+        self._num_keypoints = num_keypoints
         self.keypoint_roi_pool = keypoint_roi_pool or RoIPooler(14)
         size = attribute_of("keypoint_roi_pool", self.keypoint_roi_pool, "output_size")
         self.keypoint_head = finish("keypoint_head", keypoint_head or KeypointHead, in_channels)
@@ -181,6 +181,11 @@ class KeypointRoIHeads(RoIHeads):
     def has_keypoints(self) -> bool:
         """Whether detections get key points: they do."""
         return True
+
+    @property
+    def num_keypoints(self) -> int:
+        """k, as the predictor says it in `out_channels`, which torchvision's has too; else as given."""
+        return int(getattr(self.keypoint_predictor, "out_channels", self._num_keypoints))
 
     def heatmaps(self, features: FeatureMaps, boxes: Tensor) -> Tensor:
         """The logits of each region's key points: boxes `(B, M, 4)` -> `(B, M, k, m, m)` float32."""
