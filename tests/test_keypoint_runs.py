@@ -13,6 +13,7 @@ import pytest
 from jsonargparse import Namespace
 
 from detection.cli.configuration import fit_detector_to_data
+from detection.cli.detected import of_run
 from detection.cli.evaluate import evaluate
 from detection.data.datamodule import DetectionDataModule
 from detection.data.figures import EDGES, draw_figures
@@ -98,6 +99,16 @@ def test_evaluate_writes_results_that_coco_reads(run: Any, figures: Path) -> Non
     assert read.compute()["map"] == pytest.approx(figures_of["keypoints_map"], abs=1e-6)
     evaluate([folder / "last.ckpt"], output=folder / "boxes", accelerator="cpu", masks=False)
     assert "keypoints_map" not in json.loads((folder / "boxes/figures.json").read_text())["figures"]
+
+
+def test_detections_that_compare_keeps_are_read_back_with_their_points(run: Any) -> None:
+    folder, _, module = run
+    first = of_run(folder / "last.ckpt", "val", [], None, "cpu", None)
+    again = of_run(folder / "last.ckpt", "val", [], None, "cpu", None)
+    assert "detections read from" in again.notes[0] and "detections read from" not in first.notes[0]
+    for one, other, seen in zip(first.results, again.results, module.metric.results, strict=True):
+        assert (one.keypoints == other.keypoints).all() and (one.gt_keypoints == other.gt_keypoints).all()
+        assert one.keypoints.shape == seen.keypoints.shape
 
 
 def test_predict_writes_and_draws_key_points(run: Any, figures: Path) -> None:

@@ -74,7 +74,8 @@ class ExportedDetector(Detector):
         self.path, self._run = path, runtime.runner(path)
         self.has_masks = facts["mask_grid"] != "none"
         self._grid = GRIDS.get(facts["mask_grid"], GRIDS["MaskGrid"])
-        self.edges, self._size = edges_of(int(facts.get("num_keypoints", 0))), facts.get("size")
+        self.num_keypoints, self._size = int(facts.get("num_keypoints", 0)), facts.get("size")
+        self.edges = edges_of(self.num_keypoints)
         self.device, self.precision = torch.device("cpu"), "32"
         self.class_names = tuple(facts["class_names"])
         self.category_ids = tuple(facts.get("category_ids") or range(1, len(self.class_names) + 1))
