@@ -366,4 +366,4 @@ def class_rows(name: str) -> int:
     """How many rows each class has in the tensor of this name; 0 where there are none by class."""
     if not name.startswith("roi_heads.") or not name.endswith((".weight", ".bias")):
         return 0
-    return {"cls_score": 1, "bbox_pred": 4, "mask_fcn_logits": 1}.get(name.split(".")[-2], 0)
+    return {"cls_score": 1, "bbox_pred": 4, "mask_fcn_logits": 1, "iou_score": 1}.get(name.split(".")[-2], 0)
