@@ -22,12 +22,14 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detection.boxes import BoxCoder
 from detection.losses import BalancedL1Loss
+from detection.mask_grid import MaskGrid
 from detection.models.backbones import resnet_fpn
 from detection.models.compose import faster_rcnn
 from detection.models.family.double_head import DoubleHead, DoublePredictor
 from detection.models.family.iou_branch import IoURoIHeads
 from detection.models.family.pyramids import ChosenLevelsPyramid, PathAggregationPyramid
 from detection.models.fast import accelerate
+from detection.models.masks import MaskHead, MaskPredictor
 from detection.models.norms import NORM_LAYERS, Norm
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import FastRCNNPredictor, TwoFCHead
@@ -323,6 +325,16 @@ def test_it_learns_in_bfloat16_and_its_recipe_makes_it_again(name: str) -> None:
     with torch.no_grad():
         for a, b in zip(model.eval()(make_batch(0)), again.eval()(make_batch(0)), strict=True):
             assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_masks_of_the_iou_branch_keep_their_grid_in_a_recipe() -> None:
+    parts: dict[str, Any] = {"mask_roi_pool": RoIPooler(7), "mask_head": partial(MaskHead, layers=[16])}
+    parts["mask_predictor"] = partial(MaskPredictor, hidden_channels=16)
+    small = partial(TwoFCHead, out_channels=32)
+    model = faster_rcnn(body(), 4, roi_heads=partial(IoURoIHeads, box_head=small, **parts, **HEADS), **RPN)
+    losses = model.run(make_batch(0), with_losses=True, with_detections=False)[0]
+    assert {"loss_iou", "loss_mask"} <= losses.keys()
+    assert type(model.mask_grid) is type(rebuild(model.recipe).mask_grid) is MaskGrid
 
 
 def test_weights_of_other_classes_bring_the_rows_of_those_of_the_same_name() -> None:
