@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -216,3 +217,34 @@ def test_it_learns_in_bfloat16() -> None:
 def test_its_losses_fall() -> None:
     rows = learn(make(), 40)
     assert (rows[-6:, -2:].mean(0) < rows[:6, -2:].mean(0)).all()
+
+
+@pytest.mark.rehearsal
+def test_exported_it_finds_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason='needs pip install "detection[export]"')
+    pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
+    from detection.inference.exported import kept_facts
+    from detection.interop.exported_files import onnx_runner, to_onnx
+    from detection.interop.parity import compare
+    from tests.test_export import as_predicted, assert_same, noise
+
+    torch.manual_seed(0)
+    masks = {"mask_predictor": partial(CoarseMaskPredictor, hidden_channels=32), "point_head": PointHead}
+    masks |= {"first_side": 14, "steps": 2, "step_points": 196}
+    roi_heads = partial(
+        PointRendRoIHeads,
+        box_head=partial(TwoFCHead, out_channels=32),
+        score_thresh=0.3,
+        detections_per_img=50,
+        **masks,
+    )
+    body = resnet_fpn("resnet18", norm="frozen", out_channels=16)
+    model = faster_rcnn(body, 4, 96, 160, rpn_post_nms_top_n_test=100, roi_heads=roi_heads).eval()
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.weight.mul_(30)
+        for layer in (model.roi_heads.mask_predictor.mask_logits, model.roi_heads.point_head.point_logits):
+            layer.weight.mul_(300)
+    to_onnx(model, tmp_path / "detector.onnx", kept_facts(model, ["a", "b", "c"], [7, 8, 9]))
+    parity = compare(as_predicted(model), onnx_runner(tmp_path / "detector.onnx"), list(noise([(80, 120), (150, 70)])))
+    assert_same(parity)
+    assert parity.mask < 1e-2

@@ -175,7 +175,7 @@ class PointRendRoIHeads(RoIHeads):
     def mask_probabilities(self, features: FeatureMaps, boxes: Tensor, labels: Tensor) -> Tensor:
         """As `MaskBranch.mask_probabilities`, of side `first_side` * 2^steps."""
         coarse, side = self.coarse_logits(features, boxes), self.first_side
-        points = grid_points(torch.arange(side**2, device=boxes.device).expand(len(coarse), -1), side)
+        points = grid_points(torch.arange(side**2, device=boxes.device).expand(coarse.shape[0], -1), side)
         look = partial(self.point_logits, features, boxes, labels, coarse)
         logits = look(points).unflatten(1, (side, side))
         for _ in range(self.steps):
