@@ -53,6 +53,8 @@ def draw_objects(
     names: Names = "auto",
     line_width: int | None = None,
     colours: Sequence[Colour] | None = None,
+    keypoints: NDArray[Any] | None = None,
+    edges: Sequence[tuple[int, int]] = (),
 ) -> Image.Image:
     """The image with its objects, scaled so that its longer side is `side` pixels; text grows with that, not with it.
 
@@ -68,6 +70,8 @@ def draw_objects(
             of the lowest scores out; `all` writes each, `none` no name.
         line_width: of the boxes, in pixels of the result; None takes a 300th of its longer side.
         colours: RGB of each object; None takes those of the classes.
+        keypoints: `(N, k, 3)` x, y in pixels of `image` and visibility; those at 0 are not drawn.
+        edges: positions of key points to join by a line, where both are drawn.
     """
     colours = colours if colours is not None else [class_colour(int(label)) for label in labels]
     image = false_colour(image)
@@ -89,11 +93,34 @@ def draw_objects(
         x1, y1, x2, y2 = places[i]
         corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
         pen.rectangle(corners, outline=colours[i], width=line_width or max(1, round(side / 300)))
+    for i in order if keypoints is not None else ():
+        draw_points(pen, np.asarray(keypoints)[i] * (scale, scale, 1), colours[i], edges, max(2.0, side / 160))  # type: ignore[index]
     texts = [class_names[int(labels[i]) - 1] + ("" if scores is None else f" {scores[i]:.2f}") for i in order[::-1]]
     tags = Tags(pen, size, texts if names == "auto" else None)
     for i, text in zip(order[::-1], texts if names != "none" else (), strict=False):
         tags.write(places[i], text, colours[i])  # above all boxes; the best choose their places first
     return picture
+
+
+def draw_points(
+    pen: ImageDraw.ImageDraw, points: NDArray[Any], colour: Colour, edges: Sequence[tuple[int, int]], radius: float
+) -> None:
+    """Draw the key points `(k, 3)` of one object that are annotated, and the lines between them.
+
+    Args:
+        pen: draws on the picture.
+        points: in its pixels.
+        colour: of the lines; the points are white with a rim of it.
+        edges: positions of the points that a line joins.
+        radius: of a point, in pixels.
+    """
+    for a, b in edges:
+        if points[a, 2] > 0 and points[b, 2] > 0:
+            pen.line([*points[a, :2], *points[b, :2]], fill=colour, width=max(1, round(radius * 0.8)))
+    for x, y, seen in points.tolist():
+        if seen > 0:
+            corners = (x - radius, y - radius, x + radius, y + radius)
+            pen.ellipse(corners, fill="white", outline=colour, width=max(1, round(radius / 3)))
 
 
 class Tags:

@@ -15,6 +15,7 @@ from detection.inference import Detector, Tiles, predict
 from detection.inference.detector import Precision
 from detection.inference.ensemble import Ensemble
 from detection.inference.fusing import Fusion
+from detection.inference.runtimes import Runtime, file_of
 from detection.inference.sources import Images, Listed, open_source
 from detection.visualize import Names
 
@@ -37,6 +38,7 @@ def predict_in(
     devices: int = 1,
     num_nodes: int = 1,
     precision: Precision = "32",
+    runtime: Runtime = "pytorch",
     fuse: Fusion | None = None,
     trust: list[str] = [],  # noqa: B006
 ) -> None:
@@ -63,12 +65,16 @@ def predict_in(
             stays on one.
         num_nodes: machines with so many devices each, which all see `source` and `output`.
         precision: of the network: 32, bf16 or 16.
+        runtime: pytorch, or onnxruntime or openvino, on the CPU; the exported file is written beside the checkpoint by
+            the first call, and used by the next.
         fuse: how what several checkpoints find becomes one: wbf is weighted box fusion, nms keeps the best.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
     check_ranges(score_thresh=(score_thresh, 0, 1), batch_size=(batch_size, 1), limit=(limit, 1))
     check_ranges(line_width=(line_width, 1), devices=(devices, 1), num_nodes=(num_nodes, 1))
     ckpts = members(ckpt, fuse)
+    if runtime != "pytorch":
+        ckpts, device, precision = _exported(ckpts, runtime, device, precision, trust), "auto", "32"
     fabric = _processes(device, devices, num_nodes) if devices * num_nodes > 1 else None
     on = str(fabric.device) if fabric else device
     asked = [Detector.from_checkpoint(path, on, precision, trust) for path in ckpts]
@@ -104,6 +110,13 @@ def predict_in(
         print(f"{len(done.problems)} not read:", *done.problems, sep="\n  ", file=sys.stderr)
     if not done.images:
         raise DataError(f"{source}: nothing in it could be read")
+
+
+def _exported(ckpts: list[Path], runtime: Runtime, device: str, precision: Precision, trust: list[str]) -> list[Path]:
+    """The files by which `runtime` runs the checkpoints."""
+    if device not in ("auto", "cpu"):
+        raise DataError(f"--device {device} is not for --runtime {runtime}, which is run on the CPU: leave one out")
+    return [file_of(ckpt, runtime, precision, trust) for ckpt in ckpts]
 
 
 def _processes(device: str, devices: int, num_nodes: int) -> Fabric:

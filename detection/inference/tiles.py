@@ -68,9 +68,18 @@ class Tiles:
         if all(part.masks is not None for part in parts):
             pairs = zip(parts, windows, strict=True)
             masks = [shift_mask(m, (w[0], w[1]), size) for part, w in pairs for m in part.masks or ()]
-        found = _merge(boxes, labels, scores, window, masks, size, self.iou_thresh)
+        points = _in_image(parts, windows)
+        found = _merge(boxes, labels, scores, window, masks, size, self.iou_thresh, points)
         final = replace(parts[0], **found, size=size)
         return final.take(np.argsort(-final.scores, kind="stable"))
+
+
+def _in_image(parts: Sequence[Detections], windows: Sequence[tuple[int, int, int, int]]) -> dict[str, Any]:
+    """The key points of all windows in pixels of the image, and their scores; empty without any."""
+    if any(part.keypoints is None for part in parts):
+        return {}
+    moved = [p.keypoints + np.array([*w[:2], 0], np.float32) for p, w in zip(parts, windows, strict=True)]
+    return {"keypoints": np.concatenate(moved), "keypoint_scores": np.concatenate([p.keypoint_scores for p in parts])}
 
 
 def _merge(
@@ -81,6 +90,7 @@ def _merge(
     masks: list[dict[str, Any]] | None,
     size: tuple[int, int],
     iou_thresh: float,
+    points: dict[str, Any],
 ) -> dict[str, Any]:
     """The detections of an image, each object once, from those of its windows, in which it may occur several times.
 
@@ -94,6 +104,7 @@ def _merge(
         masks: of each, over the whole image, or None.
         size: (height, width) of the image.
         iou_thresh: IoU from which two agree.
+        points: further arrays of which the row of a detection that is kept stays.
 
     Returns:
         The fields of `Detections`.
@@ -116,7 +127,8 @@ def _merge(
             if masks is not None:
                 masks[j] = mask_api.merge([masks[i], masks[j]])
     chosen = None if masks is None else tuple(masks[i] for i in kept)
-    return {"boxes": boxes[kept], "labels": labels[kept], "scores": scores[kept], "masks": chosen}
+    chosen_points = {name: values[kept] for name, values in points.items()}
+    return {"boxes": boxes[kept], "labels": labels[kept], "scores": scores[kept], "masks": chosen} | chosen_points
 
 
 def _agreement(box: Floats, window: Floats, boxes: Floats, windows: Floats) -> Floats:

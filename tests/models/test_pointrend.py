@@ -229,7 +229,7 @@ def test_exported_it_finds_the_same(tmp_path: Path) -> None:
     from tests.test_export import as_predicted, assert_same, noise
 
     torch.manual_seed(0)
-    masks = {"mask_predictor": partial(CoarseMaskPredictor, hidden_channels=32), "point_head": PointHead}
+    masks: dict[str, Any] = {"mask_predictor": partial(CoarseMaskPredictor, hidden_channels=32), "point_head": PointHead}
     masks |= {"first_side": 14, "steps": 2, "step_points": 196}
     roi_heads = partial(
         PointRendRoIHeads,
