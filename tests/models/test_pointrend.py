@@ -229,15 +229,9 @@ def test_exported_it_finds_the_same(tmp_path: Path) -> None:
     from tests.test_export import as_predicted, assert_same, noise
 
     torch.manual_seed(0)
-    masks: dict[str, Any] = {"mask_predictor": partial(CoarseMaskPredictor, hidden_channels=32), "point_head": PointHead}
-    masks |= {"first_side": 14, "steps": 2, "step_points": 196}
-    roi_heads = partial(
-        PointRendRoIHeads,
-        box_head=partial(TwoFCHead, out_channels=32),
-        score_thresh=0.3,
-        detections_per_img=50,
-        **masks,
-    )
+    parts: dict[str, Any] = {"mask_predictor": partial(CoarseMaskPredictor, hidden_channels=32)}
+    parts |= {"first_side": 14, "steps": 2, "step_points": 196, "box_head": partial(TwoFCHead, out_channels=32)}
+    roi_heads = partial(PointRendRoIHeads, score_thresh=0.3, detections_per_img=50, **parts)
     body = resnet_fpn("resnet18", norm="frozen", out_channels=16)
     model = faster_rcnn(body, 4, 96, 160, rpn_post_nms_top_n_test=100, roi_heads=roi_heads).eval()
     with torch.no_grad():
