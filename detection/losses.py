@@ -122,6 +122,35 @@ class SmoothL1Loss:
         return F.smooth_l1_loss(deltas, wanted, beta=self.beta, reduction="none").sum(dim=1)
 
 
+@recorded
+class BalancedL1Loss:
+    """L1 whose small errors weigh more than in smooth L1, summed over the four (Libra R-CNN, Pang et al. 2019).
+
+    Equation 10, whose slope is equation 9: alpha * ln(b |x| + 1) below 1 and gamma from there on. b follows from
+    equation 11, alpha * ln(b + 1) = gamma, so that the slope has no jump, and C is what lets the loss have none.
+
+    Args:
+        alpha: the smaller, the larger are the slopes of small errors (0.5 in the paper).
+        gamma: slope of errors of 1 and more, which bounds the gradient (1.5 in the paper).
+
+    Raises:
+        ValueError: one of them is not above 0.
+    """
+
+    def __init__(self, alpha: float = 0.5, gamma: float = 1.5) -> None:
+        if alpha <= 0 or gamma <= 0:
+            raise ValueError(f"alpha is {alpha} and gamma {gamma}: both must be above 0")
+        self.alpha, self.gamma = alpha, gamma
+
+    def __call__(self, deltas: Tensor, boxes: Tensor, gt_boxes: Tensor, box_coder: BoxCoderPart) -> Tensor:
+        """As `SmoothL1Loss`."""
+        error = (deltas - box_coder.encode(gt_boxes, boxes)).abs()
+        b = math.expm1(self.gamma / self.alpha)
+        inner = error.clamp(max=1)  # or the logarithm of what is not taken could be infinite
+        small = self.alpha / b * (b * inner + 1) * torch.log1p(b * inner) - self.alpha * inner
+        return torch.where(error < 1, small, self.gamma * error + self.gamma / b - self.alpha).sum(dim=1)
+
+
 class OverlapLoss:
     """Base of losses on the overlap of refined and true boxes, in the place of the smooth L1 of their deltas.
 

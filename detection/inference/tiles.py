@@ -76,10 +76,10 @@ class Tiles:
 
 def _in_image(parts: Sequence[Detections], windows: Sequence[tuple[int, int, int, int]]) -> dict[str, Any]:
     """The key points of all windows in pixels of the image, and their scores; empty without any."""
-    if any(part.keypoints is None for part in parts):
-        return {}
-    moved = [p.keypoints + np.array([*w[:2], 0], np.float32) for p, w in zip(parts, windows, strict=True)]
-    return {"keypoints": np.concatenate(moved), "keypoint_scores": np.concatenate([p.keypoint_scores for p in parts])}
+    pairs = zip(parts, windows, strict=True)
+    moved = [p.keypoints + np.array([*w[:2], 0], np.float32) for p, w in pairs if p.keypoints is not None]
+    certain = [part.keypoint_scores for part in parts if part.keypoint_scores is not None]
+    return {"keypoints": np.concatenate(moved), "keypoint_scores": np.concatenate(certain)} if moved else {}
 
 
 def _merge(
