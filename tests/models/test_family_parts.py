@@ -293,15 +293,15 @@ def make(name: str) -> TwoStageDetector:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("form", [FORMS[0], FORMS[1]])
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("form", rehearsed(FORMS[:2], "quick"))
+@pytest.mark.parametrize("name", rehearsed(DETECTORS, "PAFPN", "double head", "IoU branch"))
 def test_an_accelerator_waits_for_nothing(name: str, form: str, training: bool) -> None:
     model = make(name) if form == "plain" else accelerate(make(name), "cuda")
     first, second = observe(model, training)
     assert second.waits == {} and not first.reads and not first.mixed and set(first.uploads) <= {"_to_copy"}
 
 
-@pytest.mark.parametrize("name", rehearsed(DETECTORS, "double head", "IoU branch"))
+@pytest.mark.parametrize("name", rehearsed(DETECTORS, "IoU branch"))
 def test_quick_forms_detect_and_learn_as_the_plain_ones(name: str) -> None:
     model, batch = make(name).eval(), make_batch(0)
     with torch.no_grad():
@@ -312,7 +312,7 @@ def test_quick_forms_detect_and_learn_as_the_plain_ones(name: str) -> None:
     torch.testing.assert_close(found, learn(make(name).double(), 2), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", rehearsed(DETECTORS, "P6 and P7", "double head", "IoU branch"))
 def test_it_learns_in_bfloat16_and_its_recipe_makes_it_again(name: str) -> None:
     model = make(name)
     with torch.autocast("cpu", torch.bfloat16):
