@@ -41,6 +41,7 @@ class Record:
         partial: `(C,)` bool, the classes of which some objects may not be annotated, or None for none.
         written: `(M, 4)` float32, the boxes as the file has them, before any was clipped or left out; None where they
             are `boxes`. What is wrong with a whole set shows here, see `judging`.
+        window: of a tile, its x and y in the file's image, and that image's height and width; all above is the tile's.
     """
 
     image_id: Id
@@ -57,6 +58,7 @@ class Record:
     checked: NDArray[np.bool_] | None = None
     partial: NDArray[np.bool_] | None = None
     written: NDArray[np.float32] | None = None
+    window: tuple[int, int, int, int] | None = None
 
     @classmethod
     def of(

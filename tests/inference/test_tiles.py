@@ -15,7 +15,7 @@ from detection.data.spectral import RGB
 from detection.inference import Detector, Tiles, predict
 from detection.inference.run import detect_tiled
 from detection.inference.sources import open_source
-from detection.inference.tiles import shift_mask
+from detection.tiling import shift_mask
 from tests.inference.blobs import Blobs, scene
 
 
