@@ -151,7 +151,8 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         order = torch.randperm(int(self._files.max()) + 1, generator=generator)
         pixels = torch.zeros_like(order).scatter(0, self._files, self._pixels)
         groups = torch.empty_like(order)
-        groups[order] = pixels[order].cumsum(0) // (KEPT_PIXELS // 2)  # the first of a group may be as large again
+        before = pixels[order].cumsum(0) - pixels[order]
+        groups[order] = before // (KEPT_PIXELS // 2)  # the last of a group may reach over it, by as much at most
         return draws[groups[self._files[draws]].argsort(stable=True)]
 
     def state_dict(self) -> dict[str, int]:
