@@ -53,6 +53,7 @@ class Saved:
         category_ids: of the data set, one for each class name, likewise.
         sizes: `min_size` and `max_size` of the data that a run was trained on.
         origins: of a converted file, where each fact is from: `tensors`, `config` or `default`.
+        tiles: side in pixels and overlap of the tiles that a run was trained on, if it was.
     """
 
     tensors: dict[str, Tensor]
@@ -61,6 +62,7 @@ class Saved:
     category_ids: list[int] | None = None
     sizes: tuple[Any, int] | None = None
     origins: dict[str, str] | None = None
+    tiles: tuple[int, float] | None = None
 
 
 def is_given(weights: Weights) -> bool:
@@ -133,7 +135,7 @@ def read_saved(path: Path) -> Saved:
     """
     if path.suffix == ".safetensors":
         tensors, facts = read_safetensors(path)
-        names = ("recipe", "class_names", "category_ids", "origins")
+        names = ("recipe", "class_names", "category_ids", "origins", "tiles")
         return Saved(upgrade_names(tensors), **{name: facts.get(name) for name in names})
     content = read_torch(path)
     settings = content.get("hyper_parameters", {})
@@ -141,7 +143,9 @@ def read_saved(path: Path) -> Saved:
     own = {name.removeprefix("detector."): value for name, value in tensors.items() if name.startswith("detector.")}
     data = content.get("datamodule_hyper_parameters") or {}
     sizes = (data["min_size"], data["max_size"]) if {"min_size", "max_size"} <= data.keys() else None
-    return Saved(upgrade_names(own or tensors), settings.get("detector"), settings.get("class_names"), sizes=sizes)
+    tiles = (data["tile"], data["tile_overlap"]) if data.get("tile") else None
+    known = settings.get("detector"), settings.get("class_names")
+    return Saved(upgrade_names(own or tensors), *known, sizes=sizes, tiles=tiles)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

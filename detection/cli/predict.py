@@ -27,7 +27,7 @@ def predict_in(
     classes: list[str] | None = None,
     batch_size: int = 8,
     tile: int | None = None,
-    overlap: float = 0.2,
+    overlap: float | None = None,
     limit: int | None = None,
     pictures: bool = True,
     labels: Names = "auto",
@@ -50,8 +50,9 @@ def predict_in(
         score_thresh: detections below it are left out; 0.5, or 0 with `annotations`, by default.
         classes: those wanted, e.g. '[car, person]'; all by default.
         batch_size: images, or tiles, a batch.
-        tile: side in pixels of tiles to look at one by one, for large images.
-        overlap: of neighbouring tiles, as a share of their side.
+        tile: side in pixels of tiles to look at one by one, for large images; 0 looks at whole images. By default the
+            tiles of the training, if it was on tiles (`data.tile`), else whole images.
+        overlap: of neighbouring tiles, as a share of their side; that of the training by default, else 0.2.
         limit: stop after so many images or frames.
         pictures: false leaves the annotated images or video out.
         labels: auto shrinks names, or leaves them out, where they would cover over a tenth of a picture; all; none.
@@ -66,14 +67,14 @@ def predict_in(
         fuse: how what several checkpoints find becomes one: wbf is weighted box fusion, nms keeps the best.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
-    check_ranges(score_thresh=(score_thresh, 0, 1), batch_size=(batch_size, 1), limit=(limit, 1))
+    check_ranges(score_thresh=(score_thresh, 0, 1), batch_size=(batch_size, 1), limit=(limit, 1), tile=(tile, 0))
     check_ranges(line_width=(line_width, 1), devices=(devices, 1), num_nodes=(num_nodes, 1))
     ckpts = members(ckpt, fuse)
     fabric = _processes(device, devices, num_nodes) if devices * num_nodes > 1 else None
     on = str(fabric.device) if fabric else device
     asked = [Detector.from_checkpoint(path, on, precision, trust) for path in ckpts]
     detector = asked[0] if fuse is None else Ensemble(asked, fuse, [str(path) for path in ckpts])
-    tiles = Tiles(tile, overlap) if tile is not None else None
+    tiles = _tiles(tile, overlap, asked, ckpts)
     detector_of, form = detector.class_names, detector.form
     if unknown := [name for name in classes or () if name not in detector_of]:
         raise DataError(f"{ckpts[0]}: there is no class '{unknown[0]}'; there are: {', '.join(detector_of)}")
@@ -96,6 +97,8 @@ def predict_in(
     told = f": {each}" if found else f" of score {lowest:g} or more (--score_thresh lowers that)"
     print(f"{done.images} image{'s' * (done.images != 1)}, {found} object{'s' * (found != 1)}{told}")
     print(f"results in {output}")
+    if tiles is not None and tile is None:
+        print(f"looked at in {tiles}, as it was trained (--tile sets it, 0 for whole images)")
     if done.left_out:
         print(f"in no JSON, as {annotations} lacks the class: {done.left_out}", file=sys.stderr)
     if done.notes:
@@ -104,6 +107,28 @@ def predict_in(
         print(f"{len(done.problems)} not read:", *done.problems, sep="\n  ", file=sys.stderr)
     if not done.images:
         raise DataError(f"{source}: nothing in it could be read")
+
+
+def _tiles(
+    tile: int | None, overlap: float | None, detectors: Sequence[Detector], ckpts: Sequence[Path]
+) -> Tiles | None:
+    """What is asked for, or else the tiles that the detectors were trained on.
+
+    Raises:
+        DataError: they were trained on different ones.
+    """
+    known = {detector.tiles for detector in detectors}
+    if tile is None and len(known) > 1:
+        raise DataError(
+            f"{', '.join(map(str, ckpts))} were trained on different tiles: give --tile, 0 for whole images"
+        )
+    trained = detectors[0].tiles if len(known) == 1 else None
+    size = tile if tile is not None else trained.size if trained else 0
+    if not size:
+        if overlap is not None:
+            raise DataError("--overlap is that of tiles: give their side too, --tile")
+        return None
+    return Tiles(size, overlap if overlap is not None else trained.overlap if trained else 0.2)
 
 
 def _processes(device: str, devices: int, num_nodes: int) -> Fabric:

@@ -285,14 +285,13 @@ class DetectionDataModule(L.LightningDataModule):
         index, made = self._train_list(), self.made_split()
         return index if made is None else made.apply(index)[split != "train"]
 
-    def as_tiles(self, index: Index) -> Index:
-        """Training records as they are trained on: their tiles, where `tile` is set; the log says how many."""
+    def as_tiles(self, index: Index) -> tuple[Index, str]:
+        """Training records as they are trained on, and what there is to say: their tiles, where `tile` is set."""
         if self.tiles is None:
-            return index
+            return index, ""
         tiles, sizes = self.tiles.index(index), self.hparams["min_size"]
         shown = self.hparams["empty_tiles"], sizes if isinstance(sizes, int) else max(sizes)
-        rank_zero_info(f"train: {describe_tiles(self.tiles, index, tiles, *shown)}")
-        return tiles
+        return tiles, describe_tiles(self.tiles, index, tiles, *shown)
 
     def _read(self, split: Stage) -> Index:
         known = None if split == "train" else self._known  # of training, all that `classes` names must be there
@@ -373,7 +372,9 @@ class DetectionDataModule(L.LightningDataModule):
         else:
             transform = eval_transform(max(sizes), hp["max_size"])
         rank_zero_info(describe(index, split))
-        index = self.as_tiles(index) if split == "train" else index
+        if split == "train" and self.tiles is not None:
+            index, told = self.as_tiles(index)
+            rank_zero_info(f"train: {told}")
         check_shared_memory(hp, max(sizes))
         proposals, names = self._prepare_proposals(index, split), ("mosaic", "copy_paste", "max_unreadable")
         training = {name: hp[name] for name in names if split == "train" and not self._overfits}

@@ -25,6 +25,7 @@ from detection.data.dataset import Sample, collate
 from detection.data.images import from_array, from_pil, read_image
 from detection.data.spectral import RGB, PixelFormat, Pixels
 from detection.inference.detections import Detections
+from detection.inference.tiles import Tiles
 from detection.inference.tta import TestTimeAugmentation
 from detection.interop import CheckpointError, load_detector
 from detection.models.two_stage import FasterRCNN
@@ -45,6 +46,7 @@ class Detector:
         form: channels and depth that images must have, those of training.
         has_masks: whether detections get masks.
         detections_per_img: the most of an image.
+        tiles: that it was trained on, and that `predict` of files looks at large images in; None of whole images.
 
     Args:
         model: the detector, of which this uses a copy (`FasterRCNN.for_inference`), or its test-time augmentation.
@@ -54,6 +56,8 @@ class Detector:
         device: `auto` is the first GPU, or the CPU.
         precision: of the network; boxes are always computed in float32. 32 gives the figures of evaluation.
     """
+
+    tiles: Tiles | None = None
 
     def __init__(
         self,
@@ -111,7 +115,9 @@ class Detector:
         saved = read_saved(path)
         if saved.class_names is None:
             raise CheckpointError(f"{path}: does not name its classes; write it with save_detector(..., class_names)")
-        return cls(model, saved.class_names, saved.category_ids, device=device, precision=precision)
+        detector = cls(model, saved.class_names, saved.category_ids, device=device, precision=precision)
+        detector.tiles = Tiles(*saved.tiles) if saved.tiles else None
+        return detector
 
     def __call__(self, image: ImageLike) -> Detections:
         """Detections of one image, which keep it, so that a notebook shows it with them.

@@ -6,9 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as mask_api
 
+from detection import save_detector
+from detection.cli.predict import predict_in
 from detection.data import rle
 from detection.data.records import DataError
 from detection.data.spectral import RGB
@@ -16,7 +19,8 @@ from detection.inference import Detector, Tiles, predict
 from detection.inference.run import detect_tiled
 from detection.inference.sources import open_source
 from detection.tiling import shift_mask
-from tests.inference.blobs import Blobs, scene
+from detection.weights import read_saved
+from tests.inference.blobs import NAMES, Blobs, scene
 
 
 def test_huge_pictures_are_looked_at_in_tiles(photos, tmp_path, monkeypatch):
@@ -92,3 +96,37 @@ def test_mask_of_a_window_moves():
         moved = shift_mask(rle.encode(mask), corner, size)
         np.testing.assert_array_equal(mask_api.decode(moved), laid)
         assert moved["counts"] == rle.encode(laid)["counts"]
+
+
+def test_predict_looks_at_the_tiles_of_the_training(model, photos, tmp_path, monkeypatch, capsys):
+    seen = list[Tiles | None]()
+    monkeypatch.setattr("detection.cli.predict.predict", lambda *args, **_: seen.append(args[6]) or Done())
+
+    class Done:
+        images, counts, left_out, notes, problems = 1, {}, {}, (), ()
+
+    whole, tiled, other = (tmp_path / f"{name}.safetensors" for name in ("whole", "tiled", "other"))
+    save_detector(whole, model, NAMES)
+    save_detector(tiled, model, NAMES, tiles=(40, 0.25))
+    save_detector(other, model, NAMES, tiles=(50, 0.25))
+    source = str(photos)
+    predict_in(whole, source, tmp_path / "o")
+    assert "looked at in" not in capsys.readouterr().out
+    predict_in(tiled, source, tmp_path / "o")
+    assert "looked at in tiles of 40 pixels, overlap 0.25, as it was trained (--tile sets it" in capsys.readouterr().out
+    predict_in(tiled, source, tmp_path / "o", tile=0)
+    predict_in(tiled, source, tmp_path / "o", tile=64)
+    predict_in(whole, source, tmp_path / "o", tile=64)
+    predict_in(tiled, source, tmp_path / "o", overlap=0.5)
+    assert seen == [None, Tiles(40, 0.25), None, Tiles(64, 0.25), Tiles(64, 0.2), Tiles(40, 0.5)]
+    with pytest.raises(DataError, match="were trained on different tiles: give --tile, 0 for whole images"):
+        predict_in([tiled, other], source, tmp_path / "o", fuse="wbf")
+    with pytest.raises(DataError, match="--overlap is that of tiles"):
+        predict_in(whole, source, tmp_path / "o", overlap=0.5)
+
+
+def test_a_run_says_its_tiles(tmp_path):
+    for tile, wanted in {None: None, 640: (640, 0.3)}.items():
+        data = {"tile": tile, "tile_overlap": 0.3}
+        torch.save({"state_dict": {"a": torch.zeros(1)}, "datamodule_hyper_parameters": data}, tmp_path / "a.ckpt")
+        assert read_saved(tmp_path / "a.ckpt").tiles == wanted
