@@ -16,6 +16,7 @@ from detection.inference.detector import Precision
 from detection.inference.ensemble import Ensemble
 from detection.inference.fusing import Fusion
 from detection.inference.sources import Images, Listed, open_source
+from detection.inference.tracks import Tracks
 from detection.visualize import Names
 
 
@@ -38,6 +39,7 @@ def predict_in(
     num_nodes: int = 1,
     precision: Precision = "32",
     fuse: Fusion | None = None,
+    track: bool = False,
     trust: list[str] = [],  # noqa: B006
 ) -> None:
     """Write annotated images or a video, predictions.json (COCO) and predictions.csv.
@@ -65,10 +67,16 @@ def predict_in(
         num_nodes: machines with so many devices each, which all see `source` and `output`.
         precision: of the network: 32, bf16 or 16.
         fuse: how what several checkpoints find becomes one: wbf is weighted box fusion, nms keeps the best.
+        track: true gives objects ids over the frames of a video, or over images in the order of their names, each in
+            a colour of its own.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
     check_ranges(score_thresh=(score_thresh, 0, 1), batch_size=(batch_size, 1), limit=(limit, 1), tile=(tile, 0))
     check_ranges(line_width=(line_width, 1), devices=(devices, 1), num_nodes=(num_nodes, 1))
+    if track and devices * num_nodes > 1:
+        raise DataError(
+            "--track follows objects from frame to frame, on one device: leave --devices and --num_nodes out"
+        )
     ckpts = members(ckpt, fuse)
     fabric = _processes(device, devices, num_nodes) if devices * num_nodes > 1 else None
     on = str(fabric.device) if fabric else device
@@ -90,6 +98,7 @@ def predict_in(
         fabric.launch()  # only now, so that one process alone says what is wrong
     drawn: dict[str, Any] = {"pictures": pictures, "labels": labels, "line_width": line_width}
     shared = fabric is not None
+    drawn["tracks"] = Tracks(found_in.fps, lowest) if track else None
     done = predict(detector, found_in, output, lowest, classes, batch_size, tiles, limit, **drawn, shared=shared)
     if fabric is not None and not fabric.is_global_zero:
         return
@@ -143,4 +152,4 @@ def _processes(device: str, devices: int, num_nodes: int) -> Fabric:
 
 def main(args: Sequence[str]) -> str | None:
     """Run the command with its flags; returns the sentence on what went wrong, if anything did."""
-    return run_command("predict", predict_in, join_ckpts(args), ValueError)
+    return run_command("predict", predict_in, join_ckpts(args), ValueError, ImportError)

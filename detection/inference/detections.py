@@ -35,6 +35,7 @@ class Detections:
         size: (height, width) of the image.
         masks: the COCO RLE of each object; None of a detector that finds boxes alone.
         pixels: the image `(H, W, C)`, where one alone was looked at: then a notebook shows it with what was found.
+        ids: `(D,)` int64, of a film: the number of each object from 1 on, -1 without one; else None. See `tracks`.
     """
 
     boxes: NDArray[np.float32]
@@ -44,6 +45,7 @@ class Detections:
     size: tuple[int, int]
     masks: tuple[dict[str, Any], ...] | None = None
     pixels: Pixels | None = field(default=None, repr=False, compare=False)
+    ids: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,7 +59,9 @@ class Detections:
         """Those that a bool or integer array of numpy selects."""
         index = np.flatnonzero(index) if index.dtype == np.bool_ else index
         masks = None if self.masks is None else tuple(self.masks[i] for i in index)
-        return replace(self, boxes=self.boxes[index], labels=self.labels[index], scores=self.scores[index], masks=masks)
+        ids = None if self.ids is None else self.ids[index]
+        boxes, labels, scores = self.boxes[index], self.labels[index], self.scores[index]
+        return replace(self, boxes=boxes, labels=labels, scores=scores, masks=masks, ids=ids)
 
     def above(self, score: float) -> Detections:
         """Those that score at least `score`."""
@@ -83,7 +87,7 @@ class Detections:
         labels: Names = "auto",
         line_width: int | None = None,
     ) -> Image.Image:
-        """The image `(H, W, C)` with boxes, names, scores and masks.
+        """The image `(H, W, C)` with boxes, names, scores and masks; of a film with ids, and a colour for each.
 
         Args:
             image: of the detections; `pixels` by default. A ValueError where there are none.
@@ -96,7 +100,7 @@ class Detections:
             raise ValueError("these detections don't keep their image: give it, draw(image)")
         masks = None if self.masks is None else list(self.masks)
         objects = (self.boxes, self.labels, self.class_names, self.scores, masks)
-        return draw_objects(image, *objects, side=side, names=labels, line_width=line_width)
+        return draw_objects(image, *objects, side=side, names=labels, line_width=line_width, ids=self.ids)
 
     def _repr_png_(self) -> bytes | None:
         """What a notebook shows: the image with what was found; None, for the text, where the image is not kept."""
@@ -122,6 +126,8 @@ class Detections:
                 continue
             entry: dict[str, Any] = {"image_id": image_id, "category_id": category}
             entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(self.scores[i])}
+            if self.ids is not None and self.ids[i] >= 0:
+                entry["track_id"] = int(self.ids[i])
             if self.masks is not None:
                 counts = self.masks[i]["counts"]
                 text = counts.decode() if isinstance(counts, bytes) else counts
@@ -144,6 +150,7 @@ class Detections:
             mask=self.bitmaps() if self.masks is not None and len(self) else None,
             confidence=self.scores,
             class_id=self.labels - 1,
+            tracker_id=self.ids,
             data={"class_name": np.array(self.names, dtype=str)},
         )
 
