@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from detection.models.backbones import Backbone
     from detection.models.cascade import CascadeRoIHeads
     from detection.models.compose import cascade_rcnn, faster_rcnn, mask_rcnn
+    from detection.models.family.keypoint_builders import (
+        keypoint_rcnn,
+        keypointrcnn_efficientnet_lite0_fpn,
+        keypointrcnn_resnet50_fpn,
+    )
+    from detection.models.family.keypoints import KeypointHead, KeypointPredictor, KeypointRoIHeads
     from detection.models.fast import accelerate
     from detection.models.masks import MaskHead, MaskPredictor
     from detection.models.pooling import RoIPool, RoIPooler
@@ -83,6 +89,8 @@ _HOMES = {
     "models.backbones": "Backbone",
     "models.cascade": "CascadeRoIHeads",
     "models.compose": "cascade_rcnn faster_rcnn mask_rcnn",
+    "models.family.keypoint_builders": ("keypoint_rcnn keypointrcnn_efficientnet_lite0_fpn keypointrcnn_resnet50_fpn"),
+    "models.family.keypoints": "KeypointHead KeypointPredictor KeypointRoIHeads",
     "models.fast": "accelerate",
     "models.masks": "MaskHead MaskPredictor",
     "models.pooling": "RoIPool RoIPooler",

@@ -195,6 +195,14 @@ def pad_masks(masks: Sequence[Tensor], windows: Sequence[Tensor], count: int) ->
     return gt_masks, gt_windows
 
 
+def pad_keypoints(keypoints: Sequence[Tensor], count: int) -> Tensor:
+    """Stack ragged key points to `count` objects an image: `(N_i, k, 3)` for each -> `(B, count, k, 3)` float32."""
+    padded = keypoints[0].new_zeros((len(keypoints), count, *keypoints[0].shape[1:]), dtype=torch.float32)
+    for slot, points in zip(padded, keypoints, strict=True):
+        slot[: len(points)] = points
+    return padded
+
+
 def check_batch(batch: Batch, num_classes: int) -> None:
     """Raise a ValueError that names the first image and object of a batch on the CPU that can't be trained on.
 
@@ -257,7 +265,8 @@ def check_targets(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
     """
     if len(targets) != len(images):
         raise ValueError(f"there are {len(images)} images but {len(targets)} targets")
-    needed = {"boxes", "labels"} | ({"masks"} if any("masks" in target for target in targets) else set())
+    given = {name for name in ("masks", "keypoints") if any(name in target for target in targets)}
+    needed = {"boxes", "labels"} | given
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):
         missing = needed - set(target)
         if missing:
@@ -276,6 +285,8 @@ def check_targets(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
                 f"image {i}: masks must be one of the image's size for each box, {(len(boxes), height, width)}, "
                 f"not {tuple(masks.shape)}"
             )
+        if "keypoints" in target:
+            _check_keypoints(i, target["keypoints"], len(boxes), targets[0]["keypoints"].shape[1:])
         problems = {
             "is not finite": ~boxes.isfinite().all(dim=1),
             "has no positive width and height (boxes are x1, y1, x2, y2)": (boxes[:, 2:] <= boxes[:, :2]).any(dim=1),
@@ -288,3 +299,25 @@ def check_targets(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
         if wrong.any():
             kind, box = next((k, int(row.nonzero()[0])) for k, row in zip(problems, wrong, strict=True) if row.any())
             raise ValueError(f"image {i}, box {box} {kind}: box {boxes[box].tolist()}, label {int(labels[box])}")
+
+
+def _check_keypoints(image: int, keypoints: Tensor, count: int, first: Sequence[int]) -> None:
+    """Raise a ValueError where the key points of an image are not `(count, k, 3)`, of `first` `(k, 3)`, and finite."""
+    if keypoints.ndim != 3 or len(keypoints) != count or keypoints.shape[2] != 3:
+        raise ValueError(
+            f"image {image}: keypoints must be ({count}, k, 3) as x, y and visibility, one row for each box, not "
+            f"{tuple(keypoints.shape)}"
+        )
+    if keypoints.shape[1:] != first:
+        raise ValueError(
+            f"image {image} has {keypoints.shape[1]} key points an object, image 0 has {first[0]}: give all objects "
+            "the same, those that an object lacks with visibility 0"
+        )
+    points, visible = keypoints[..., :2], keypoints[..., 2]
+    wrong = ~keypoints.isfinite().all(dim=-1) | (visible < 0) | (visible > 2)
+    if wrong.any():
+        row, point = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"image {image}, box {row}, key point {point} is not finite, or its visibility is not 0, 1 or 2: "
+            f"{points[row, point].tolist()}, visibility {float(visible[row, point])}"
+        )

@@ -55,6 +55,19 @@ def resize_boxes(boxes: Tensor, old: Tensor, new: Tensor) -> Tensor:
     return boxes * torch.cat((width_first, width_first), dim=-1).unsqueeze(-2)
 
 
+def resize_keypoints(keypoints: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """Scale key points `(..., k, 3)` x, y and a third value that stays, from images of size `old` to `new`, `(2,)`."""
+    ratio = new.to(torch.float32) / old.to(torch.float32)
+    return torch.cat((keypoints[..., :2] * ratio.flip(-1), keypoints[..., 2:]), dim=-1)
+
+
+def resize_detection(detection: dict[str, Tensor], old: Tensor, new: Tensor) -> None:
+    """Scale the boxes and key points of one image, in place, from images of size `old` to `new`, both `(2,)`."""
+    for name, resize in (("boxes", resize_boxes), ("keypoints", resize_keypoints)):
+        if name in detection:
+            detection[name] = resize(detection[name], old, new)
+
+
 def is_large_enough(boxes: Tensor, min_size: float) -> Tensor:
     """Which boxes `(..., N, 4)` have both sides >= `min_size` pixels -> bool `(..., N)`."""
     sides = boxes[..., 2:] - boxes[..., :2]

@@ -53,6 +53,10 @@ ARGUMENTS = {
     "roi_heads.box_predictor": "box_predictor",
     "roi_heads.mask_head": "mask_head",
     "roi_heads.mask_predictor": "mask_predictor",
+    "roi_heads.keypoint_loss": "keypoint_loss",
+    "roi_heads.keypoint_roi_pool": "keypoint_roi_pool",
+    "roi_heads.keypoint_head": "keypoint_head",
+    "roi_heads.keypoint_predictor": "keypoint_predictor",
 }
 ALIKE = {faster_rcnn.FastRCNNPredictor: FastRCNNPredictor, mask_rcnn.MaskRCNNPredictor: MaskPredictor}
 ROUNDED = 1e-2  # what a detector's way through bfloat16 may leave on a constant

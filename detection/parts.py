@@ -203,6 +203,33 @@ class MaskGridPart(Protocol):
         ...
 
 
+class KeypointHead(Protocol):
+    """Pooled features -> features of heatmaps. Made by (in_channels)."""
+
+    def __call__(self, pooled: Tensor) -> Tensor:
+        """`(R, C, o, o)` -> `(R, C', o', o')`."""
+        ...
+
+
+class KeypointPredictor(Protocol):
+    """Features of heatmaps -> one heatmap a key point. Made by (in_channels, num_keypoints)."""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """`(R, C', o', o')` -> logits `(R, k, m, m)`, k key points of an object."""
+        ...
+
+
+class KeypointLoss(Protocol):
+    """A loss of each key point. The heads take the mean over those of the batch that are annotated and in their box."""
+
+    def __call__(self, logits: Tensor, cells: Tensor) -> Tensor:
+        """Logits `(Q, S)` float32 of the S = m * m cells of each heatmap, and the true cell `(Q,)` int64 -> `(Q,)`.
+
+        Q are the key points of all regions, those that do not count among them.
+        """
+        ...
+
+
 class RoIPoolPart(Protocol):
     """Feature maps and boxes -> features of one size for each region.
 
@@ -258,6 +285,7 @@ class RoIHeadsPart(Protocol):
     Attributes:
         num_classes: K.
         has_masks: whether detections have masks.
+        has_keypoints, num_keypoints: whether they have key points, and how many. Heads without need neither.
     """
 
     num_classes: int

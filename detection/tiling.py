@@ -85,13 +85,14 @@ def merge_tiles(
 
     Args:
         parts: of each tile `boxes` `(D, 4)` in its own pixels, `labels` and `scores` `(D,)`, and `masks`, COCO RLE of
-            the tile, or None.
+            the tile, or None. Where they have `keypoints` `(D, k, 3)`, in their own pixels too, and `keypoint_scores`,
+            those of the view that stays are kept.
         windows: of the tiles.
         size: (height, width) of the image.
         iou_thresh: from which two views agree.
 
     Returns:
-        The same names, in pixels of the image; `masks` is a tuple or None.
+        The same names, in pixels of the image; `masks` is a tuple or None, and key points are there if they were given.
     """
     counts = [len(part["labels"]) for part in parts]
     seen = np.repeat(np.array(windows, np.float32).reshape(-1, 4), counts, axis=0)
@@ -101,10 +102,22 @@ def merge_tiles(
     if all(part["masks"] is not None for part in parts):
         pairs = zip(parts, windows, strict=True)
         masks = [shift_mask(mask, (x, y), size) for part, (x, y, *_) in pairs for mask in part["masks"]]
-    boxes, labels, scores, masks = _merge(boxes, labels, scores, seen, masks, size, iou_thresh)
-    order = np.argsort(-scores, kind="stable")
-    chosen = None if masks is None else tuple(masks[i] for i in order)
-    return {"boxes": boxes[order], "labels": labels[order], "scores": scores[order], "masks": chosen}
+    kept, boxes, scores, masks = _merge(boxes, labels, scores, seen, masks, size, iou_thresh)
+    order = np.argsort(-scores[kept], kind="stable")
+    kept = kept[order]
+    merged = {"boxes": boxes[kept], "labels": labels[kept], "scores": scores[kept]}
+    points = {name: values[kept] for name, values in _points(parts, windows).items()}
+    return merged | points | {"masks": None if masks is None else tuple(masks[i] for i in kept)}
+
+
+def _points(parts: Sequence[Mapping[str, Any]], windows: Sequence[Window]) -> dict[str, Floats]:
+    """The key points of all tiles in pixels of the image, and their scores; empty without any."""
+    if any(part.get("keypoints") is None for part in parts):
+        return {}
+    pairs = zip(parts, windows, strict=True)
+    moved = [part["keypoints"] + np.array([x, y, 0], np.float32) for part, (x, y, *_) in pairs]
+    scores = np.concatenate([part["keypoint_scores"] for part in parts])
+    return {"keypoints": np.concatenate(moved), "keypoint_scores": scores}
 
 
 def _merge(
@@ -115,8 +128,8 @@ def _merge(
     masks: list[dict[str, Any]] | None,
     size: tuple[int, int],
     iou_thresh: float,
-) -> tuple[Floats, NDArray[np.int64], Floats, list[dict[str, Any]] | None]:
-    """The detections of an image, each object once, from those of its windows, in which it may occur several times.
+) -> tuple[NDArray[np.int64], Floats, Floats, list[dict[str, Any]] | None]:
+    """Which detections stay of those of an image's windows, in which an object may occur several times.
 
     Two detections of one class in different windows are one object where they agree, see `_agreement`. Detections that
     no window cuts are taken first, and stay as they are. Two that are cut are united.
@@ -128,6 +141,9 @@ def _merge(
         masks: of each, over the whole image, or None.
         size: (height, width) of the image.
         iou_thresh: IoU from which two agree.
+
+    Returns:
+        the positions of those that stay; boxes, scores and masks of all, those that stay changed.
     """
     cut = is_cut(boxes, seen, size)
     boxes, scores, seen = boxes.copy(), scores.copy(), seen.copy()
@@ -145,7 +161,7 @@ def _merge(
             boxes[j], seen[j] = _union(boxes[i], boxes[j]), _union(seen[i], seen[j])
             if masks is not None:
                 masks[j] = mask_api.merge([masks[i], masks[j]])
-    return boxes[kept], labels[kept], scores[kept], None if masks is None else [masks[i] for i in kept]
+    return np.array(kept, np.int64), boxes, scores, masks
 
 
 def _agreement(box: Floats, window: Floats, boxes: Floats, windows: Floats) -> Floats:

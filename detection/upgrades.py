@@ -31,7 +31,9 @@ def upgrade(path: str, arguments: dict[str, Any], written: bool = False) -> tupl
     if not path.startswith(f"{PACKAGE}."):
         return path, arguments
     for old, new in MOVED.items():
-        path = path.replace(old, new, 1) if path.startswith(old) else path
+        # `models.family` was a module of builders, and is a package of modules: only names in the package moved.
+        if path.startswith(old) and "." not in path.removeprefix(old):
+            path = path.replace(old, new, 1)
     if path == f"{PACKAGE}.models.masks.MaskHead":
         layers = [arguments.pop("channels", 256)] * arguments.pop("convs", 4)
         arguments |= {"layers": layers} if "layers" not in arguments and layers != [256] * 4 else {}

@@ -54,6 +54,8 @@ def draw_objects(
     names: Names = "auto",
     line_width: int | None = None,
     colours: Sequence[Colour] | None = None,
+    keypoints: NDArray[Any] | None = None,
+    edges: Sequence[tuple[int, int]] = (),
     ids: NDArray[Any] | None = None,
 ) -> Image.Image:
     """The image with its objects, scaled so that its longer side is `side` pixels; text grows with that, not with it.
@@ -70,6 +72,8 @@ def draw_objects(
             of the lowest scores out; `all` writes each, `none` no name.
         line_width: of the boxes, in pixels of the result; None takes a 300th of its longer side.
         colours: RGB of each object; None takes those of the classes, or of the ids.
+        keypoints: `(N, k, 3)` x, y in pixels of `image` and visibility; those at 0 are not drawn.
+        edges: positions of key points to join by a line, where both are drawn.
         ids: `(N,)` of the objects of a film, from 1 on, written behind the names; -1 of those without, which are grey.
     """
     if ids is not None and colours is None:
@@ -94,6 +98,8 @@ def draw_objects(
         x1, y1, x2, y2 = places[i]
         corners = (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
         pen.rectangle(corners, outline=colours[i], width=line_width or max(1, round(side / 300)))
+    for i in order if keypoints is not None else ():
+        draw_points(pen, np.asarray(keypoints)[i] * (scale, scale, 1), colours[i], edges, max(2.0, side / 160))  # type: ignore[index]
     kinds = [class_names[int(label) - 1] for label in labels]
     if ids is not None:
         kinds = [f"{kind} {own}" if own > 0 else kind for kind, own in zip(kinds, ids, strict=True)]
@@ -102,6 +108,27 @@ def draw_objects(
     for i, text in zip(order[::-1], texts if names != "none" else (), strict=False):
         tags.write(places[i], text, colours[i])  # above all boxes; the best choose their places first
     return picture
+
+
+def draw_points(
+    pen: ImageDraw.ImageDraw, points: NDArray[Any], colour: Colour, edges: Sequence[tuple[int, int]], radius: float
+) -> None:
+    """Draw the key points `(k, 3)` of one object that are annotated, and the lines between them.
+
+    Args:
+        pen: draws on the picture.
+        points: in its pixels.
+        colour: of the lines; the points are white with a rim of it.
+        edges: positions of the points that a line joins.
+        radius: of a point, in pixels.
+    """
+    for a, b in edges:
+        if points[a, 2] > 0 and points[b, 2] > 0:
+            pen.line([*points[a, :2], *points[b, :2]], fill=colour, width=max(1, round(radius * 0.8)))
+    for x, y, seen in points.tolist():
+        if seen > 0:
+            corners = (x - radius, y - radius, x + radius, y + radius)
+            pen.ellipse(corners, fill="white", outline=colour, width=max(1, round(radius / 3)))
 
 
 class Tags:

@@ -28,6 +28,7 @@ Weights: TypeAlias = str | Path | WeightsEnum | None
 
 FACTS = "detection"  # the entry of a safetensors file's metadata that holds all but the tensors, as JSON
 FROZEN_EPS = 1e-5  # of FrozenBatchNorm2d
+BACKGROUND = ("__background__", "no person")  # as torchvision's lists of categories call it
 OLD_NAMES = (  # what torchvision called its tensors before version 0.13; it upgrades such files in loading, too
     (r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$", r"\1.0.\2"),
     (r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1"),
@@ -53,6 +54,7 @@ class Saved:
         category_ids: of the data set, one for each class name, likewise.
         sizes: `min_size` and `max_size` of the data that a run was trained on.
         origins: of a converted file, where each fact is from: `tensors`, `config` or `default`.
+        edges: positions of key points that pictures join by a line, where a run's data says so.
         tiles: side in pixels and overlap of the tiles that a run was trained on, if it was.
     """
 
@@ -62,6 +64,7 @@ class Saved:
     category_ids: list[int] | None = None
     sizes: tuple[Any, int] | None = None
     origins: dict[str, str] | None = None
+    edges: list[tuple[int, int]] | None = None
     tiles: tuple[int, float] | None = None
 
 
@@ -92,7 +95,7 @@ def find_class_names(weights: Weights, names: type[WeightsEnum] | None = None) -
     named = _named(weights, names)
     if named is not None:
         categories: list[str] | None = named.meta.get("categories")
-        return categories[1:] if categories and categories[0] == "__background__" else None
+        return categories[1:] if categories and categories[0] in BACKGROUND else None
     return read_saved(_locate(weights, names)).class_names
 
 
@@ -144,8 +147,8 @@ def read_saved(path: Path) -> Saved:
     data = content.get("datamodule_hyper_parameters") or {}
     sizes = (data["min_size"], data["max_size"]) if {"min_size", "max_size"} <= data.keys() else None
     tiles = (data["tile"], data["tile_overlap"]) if data.get("tile") else None
-    known = settings.get("detector"), settings.get("class_names")
-    return Saved(upgrade_names(own or tensors), *known, sizes=sizes, tiles=tiles)
+    known: dict[str, Any] = {"sizes": sizes, "edges": (content.get("skeleton") or {}).get("edges"), "tiles": tiles}
+    return Saved(upgrade_names(own or tensors), settings.get("detector"), settings.get("class_names"), **known)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -306,13 +309,23 @@ def widen(backbone: nn.Module, in_channels: int, image_mean: Sequence[float], im
 
 
 def fit_stem(state: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a detector of RGB for one of other channels, which `widen` has made; `fresh` is its `state_dict()`."""
-    fitted = dict(state)
+    """Weights of a detector of RGB for one of other channels, which `widen` has made; `fresh` is its `state_dict()`.
+
+    Weights for another number of key points, too, see `fit_keypoints`.
+    """
+    fitted = fit_keypoints(state, fresh)
     for name, value in state.items():
         slot = fresh.get(name, value)
         if value.ndim == slot.ndim == 4 and value.shape[1] == 3 != slot.shape[1] and value.shape[0] == slot.shape[0]:
             fitted[name] = adapt_input_conv(slot.shape[1], value)
     return fitted
+
+
+def fit_keypoints(state: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights for another number of key points: the last layer of the branch starts afresh, as they are others."""
+    layer = "roi_heads.keypoint_predictor.kps_score_lowres"
+    names = [name for name in (f"{layer}.weight", f"{layer}.bias") if name in state and name in fresh]
+    return dict(state) | {name: fresh[name] for name in names if fresh[name].shape != state[name].shape}
 
 
 def _frozen_variances(state: Mapping[str, Tensor]) -> list[str]:
@@ -344,14 +357,14 @@ def pick_classes(
 
     Args:
         state: weights of a detector with `num_classes` classes, background included.
-        fresh: weights of one with `len(labels)` classes.
+        fresh: weights of one with `len(labels)` classes, and maybe another number of key points.
         labels: for each new label the old one; None keeps the rows of `fresh`.
         num_classes: of `state`.
     """
     kept = [(new, old) for new, old in enumerate(labels) if old is not None]
     targets = torch.tensor([new for new, _ in kept])
     sources = torch.tensor([old for _, old in kept])
-    adapted = dict(state)
+    adapted = fit_keypoints(state, fresh)
     for name, rows in ((n, class_rows(n)) for n in state):
         if not rows or len(state[name]) == rows == 4:  # one box for all classes
             continue

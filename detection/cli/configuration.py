@@ -216,6 +216,8 @@ def fit_detector_to_data(detector: Namespace, data: DetectionDataModule) -> None
     if data.form != RGB:
         follow |= {"in_channels": data.form.channels, "image_depth": data.form.depth}
         follow["image_mean"], follow["image_std"] = measure_channels(data.read("train"), data.form)
+    if data.hparams["keypoints"] and (skeleton := data.read("train").skeleton) is not None:
+        follow["num_keypoints"] = len(skeleton)
     if any(detector.init_args.get(name) for name in ("weights", "path")):
         follow["class_names"] = data.class_names  # to keep what the weights know of classes of the same name
     known = defaults(detector.class_path)

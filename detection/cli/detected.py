@@ -179,7 +179,8 @@ def data_of_run(ckpt: Path, trust: list[str], module: DetectionModule, settings:
     shape = module.detector.transform
     sizes = {"min_size": shape.min_size[-1], "max_size": shape.max_size}
     sizes |= {"channels": shape.channels, "depth": shape.image_depth}
-    return DetectionDataModule(**sizes | {"masks": module.detector.has_masks} | settings)
+    sizes |= {"masks": module.detector.has_masks, "keypoints": "keypoints" in module.metric.iou_type}
+    return DetectionDataModule(**sizes | settings)
 
 
 def _checksum(path: Path) -> str:
@@ -223,7 +224,13 @@ def _read(folder: Path, dataset: DetectionDataset, metric: MeanAP) -> None:
         }
         if "segm" in kept:
             detection["masks"] = [_rle(entry["segmentation"]) for entry in kept["segm"][record.image_id]]
-        metric.update([], [], [image_result(detection, make_target(record), len(labels), "segm" in kept)])
+        if "keypoints" in kept:
+            rows = [entry["keypoints"] for entry in kept["keypoints"][record.image_id]]
+            detection["keypoints"] = (
+                np.array(rows, np.float32).reshape(len(rows), -1, 3) if rows else np.zeros((0, 0, 3))
+            )
+        options: dict[str, Any] = {"masks": "segm" in kept, "keypoints": "keypoints" in kept}
+        metric.update([], [], [image_result(detection, make_target(record), len(labels), **options)])
 
 
 def _by_image(file: Path) -> dict[Id, list[dict[str, Any]]]:

@@ -77,7 +77,7 @@ def evaluate(
         precision: as of Lightning's trainer: 32-true or bf16-mixed.
         fuse: how what several checkpoints find becomes one: wbf is weighted box fusion, nms keeps the best. Each sees
             the images at its own size.
-        masks: false compares the boxes of a detector of masks alone, for data that has none.
+        masks: false compares the boxes of a detector of masks or key points alone, for data that has none.
         beside: true puts the report's pictures into a folder beside it; they are in it where that takes under 60 MB.
         trust: packages whose parts the checkpoint may use besides this one's, e.g. my_parts: their code runs.
     """
@@ -104,7 +104,7 @@ def evaluate(
         return
     changes = _other_data(split, root, format, annotations, images)
     moved = ({} if root is None else {"root": str(root)}) | ({} if batch_size is None else {"batch_size": batch_size})
-    moved |= {} if masks else {"masks": False}
+    moved |= {} if masks else {"masks": False, "keypoints": False}
     settings: dict[str, Any] = {"logger": False, "precision": precision, "devices": devices, "num_nodes": num_nodes}
     settings["strategy"] = "ddp" if devices * num_nodes > 1 else "auto"
     collect = CollectDetections(MeanAP([]))
@@ -121,6 +121,7 @@ def evaluate(
         seen.append(collect.metric)
         check_members(ckpts[: len(seen)], [m.class_names for m in seen], ["segm" in m.iou_type for m in seen])
         trainer.predict(module, datamodule=data, return_predictions=False)
+        collect.metric.skeleton = data.skeleton
         if fuse is not None or not trainer.is_global_zero:
             figures = collect.metric.compute()  # which sends what this process has seen to the one that writes
             if trainer.is_global_zero:
@@ -154,7 +155,7 @@ def _fused(seen: Sequence[MeanAP], ckpts: Sequence[Path], how: Fusion) -> MeanAP
         DataError: they were validated on other images.
     """
     limit = max(metric.max_detection_thresholds[-1] for metric in seen)
-    fused = MeanAP(seen[0].class_names, limit, seen[0].iou_type)
+    fused = MeanAP(seen[0].class_names, limit, seen[0].iou_type, skeleton=seen[0].skeleton)
     by_image = [{result.image_id: result for result in metric.results} for metric in seen]
     for own, path in zip(by_image, ckpts, strict=True):
         files = {number: result.file_name for number, result in own.items()}

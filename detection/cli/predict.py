@@ -15,6 +15,7 @@ from detection.inference import Detector, Tiles, predict
 from detection.inference.detector import Precision
 from detection.inference.ensemble import Ensemble
 from detection.inference.fusing import Fusion
+from detection.inference.runtimes import Runtime, file_of
 from detection.inference.sources import Images, Listed, open_source
 from detection.inference.tracks import Tracks
 from detection.visualize import Names
@@ -38,6 +39,7 @@ def predict_in(
     devices: int = 1,
     num_nodes: int = 1,
     precision: Precision = "32",
+    runtime: Runtime = "pytorch",
     fuse: Fusion | None = None,
     track: bool = False,
     trust: list[str] = [],  # noqa: B006
@@ -66,6 +68,8 @@ def predict_in(
             stays on one.
         num_nodes: machines with so many devices each, which all see `source` and `output`.
         precision: of the network: 32, bf16 or 16.
+        runtime: pytorch, or onnxruntime or openvino, on the CPU; the exported file is written beside the checkpoint by
+            the first call, and used by the next.
         fuse: how what several checkpoints find becomes one: wbf is weighted box fusion, nms keeps the best.
         track: true gives objects ids over the frames of a video, or over images in the order of their names, each in
             a colour of its own.
@@ -78,6 +82,8 @@ def predict_in(
             "--track follows objects from frame to frame, on one device: leave --devices and --num_nodes out"
         )
     ckpts = members(ckpt, fuse)
+    if runtime != "pytorch":
+        ckpts, device, precision = _exported(ckpts, runtime, device, precision, trust), "auto", "32"
     fabric = _processes(device, devices, num_nodes) if devices * num_nodes > 1 else None
     on = str(fabric.device) if fabric else device
     asked = [Detector.from_checkpoint(path, on, precision, trust) for path in ckpts]
@@ -138,6 +144,13 @@ def _tiles(
             raise DataError("--overlap is that of tiles: give their side too, --tile")
         return None
     return Tiles(size, overlap if overlap is not None else trained.overlap if trained else 0.2)
+
+
+def _exported(ckpts: list[Path], runtime: Runtime, device: str, precision: Precision, trust: list[str]) -> list[Path]:
+    """The files by which `runtime` runs the checkpoints."""
+    if device not in ("auto", "cpu"):
+        raise DataError(f"--device {device} is not for --runtime {runtime}, which is run on the CPU: leave one out")
+    return [file_of(ckpt, runtime, precision, trust) for ckpt in ckpts]
 
 
 def _processes(device: str, devices: int, num_nodes: int) -> Fabric:

@@ -89,7 +89,10 @@ class Audit:
 def splits_in(layout: Layout, split: str | None = None) -> dict[str, Callable[[], Index]]:
     """What there is to check in a data set that was found: `{name: function that reads it}`, or the split named."""
     splits = [layout.split(split)] if split is not None else layout.splits.values()
-    return {found.name or "all": partial(found.read, None, layout.masks) for found in splits}
+    return {
+        found.name or "all": partial(found.read, None, layout.masks, None if layout.keypoints else False)
+        for found in splits
+    }
 
 
 def splits_named(
@@ -111,7 +114,7 @@ def splits_named(
         what = "its folders follow from data.yaml" if kind == "yolo" else "name the file with --annotations too"
         raise DataError(f"{root}: {kind} data can't be read so: {what}")
     if annotations is not None and (kind == "coco" or annotations.endswith(".json")):
-        return {annotations: partial(coco.read_coco, root, annotations, images or "", masks=True)}
+        return {annotations: partial(coco.read_coco, root, annotations, images or "", masks=True, keypoints=None)}
     masks = (root / "SegmentationObject").is_dir()
     return {split or "all XML files": partial(voc.read_voc, root, split, None, masks, annotations, images)}
 
@@ -189,6 +192,7 @@ def statistics(index: Index) -> dict[str, Any]:
     labels = np.concatenate([np.zeros(0, np.int64), *(r.labels for r in records)])
     areas = np.concatenate([np.zeros(0, np.float32), *(r.areas for r in records)])
     images = Counter(int(label) for r in records for label in set(r.labels.tolist()))
+    points = np.concatenate([np.zeros(0), *(r.keypoints[..., 2].ravel() for r in records if r.keypoints is not None)])
     edge = [(r.boxes[:, 2] >= r.width) | (r.boxes[:, 3] >= r.height) for r in records]
     return {
         "images": len(records),
@@ -200,6 +204,11 @@ def statistics(index: Index) -> dict[str, Any]:
         "masks of one polygon": sum(isinstance(s, list) and len(s) == 1 for s in segments),
         "masks of several polygons": sum(isinstance(s, list) and len(s) > 1 for s in segments),
         "masks of run lengths": sum(isinstance(s, dict) for s in segments),
+        **(
+            {"key points": int((points > 0).sum()), "hidden key points": int((points == 1).sum())}
+            if len(points)
+            else {}
+        ),
         "boxes touching the right or bottom edge": int(sum(e.sum() for e in edge)),
         "classes": {
             name: {"objects": int((labels == i).sum()), "images": images[i]} for i, name in enumerate(index.classes, 1)
@@ -295,7 +304,29 @@ def _look_at_objects(index: Index) -> list[Defect]:
                 defects.append(
                     Defect(record.file_name, f"{where}, annotation {number}", problem, "kept; look at it", "note")
                 )
+        defects += _far_points(record)
     return defects
+
+
+def _far_points(record: Record) -> list[Defect]:
+    """Objects with key points further from their box than half its longer side: as a rule those of another object."""
+    if record.keypoints is None:
+        return []
+    points, boxes = record.keypoints, record.boxes[:, None]
+    reach = 0.5 * (boxes[..., 2:] - boxes[..., :2]).max(axis=-1)
+    beyond = np.maximum(boxes[..., :2] - points[..., :2], points[..., :2] - boxes[..., 2:]).max(axis=-1)
+    far = ((points[..., 2] > 0) & (beyond > reach)).sum(axis=1)
+    fix = "kept; see whose they are"
+    return [
+        Defect(
+            record.file_name,
+            f"image {record.image_id}, annotation {record.annotation_ids[i]}",
+            f"{far[i]} key points lie far outside of its box",
+            fix,
+            "note",
+        )
+        for i in np.flatnonzero(far)
+    ]
 
 
 def _look_at_the_set(index: Index) -> list[Defect]:

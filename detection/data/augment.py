@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detection.data.pipeline import ROUNDING, Pipeline, Step, colour_steps
+from detection.data.skeletons import inside
 from detection.data.spectral import RGB, PixelFormat, Pixels
 from detection.resizing import Resizing, resize_into, resized_size
 
@@ -45,6 +46,12 @@ class View(NamedTuple):
         scale = self.size[0] * self.size[1] / ((x2 - x1) * (y2 - y1))
         whole, left = ((b[:, 2:] - b[:, :2]).prod(axis=1) for b in (boxes, shown))
         return np.asarray(left / np.maximum(whole * scale, 1e-12))
+
+    def keypoints(self, keypoints: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Key points `(N, k, 3)` of the image in pixels of the view; those outside of it are not annotated there."""
+        x1, y1, x2, y2 = self.window
+        scale = np.array([self.size[1] / (x2 - x1), self.size[0] / (y2 - y1), 1], dtype=np.float32)
+        return inside((keypoints - np.array([x1, y1, 0], dtype=np.float32)) * scale, *self.size)
 
     def masks(self, masks: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Masks `(N, H, W)` of the image as `(N, *size)`, each pixel the nearest."""
@@ -104,6 +111,8 @@ class Augmented(NamedTuple):
         masks: None when none were given, else what each object covers of its window, see `crop_masks`.
         windows: `(M, 4)` float32 xyxy in pixels of the result, one a mask.
         resizing: how it is resized, see `detection.resizing`.
+        keypoints: None when none were given, else `(M, k, 3)` float32 in pixels of the result; those that are no longer
+            in it are not annotated.
     """
 
     image: Pixels
@@ -113,9 +122,15 @@ class Augmented(NamedTuple):
     masks: NDArray[np.uint8] | None = None
     windows: NDArray[np.float32] | None = None
     resizing: Resizing = "torchvision"
+    keypoints: NDArray[np.float32] | None = None
 
-    def flipped(self, horizontally: bool, vertically: bool) -> Augmented:
-        """The same in a mirror: left and right change places, or top and bottom, or both."""
+    def flipped(self, horizontally: bool, vertically: bool, swap: NDArray[np.int64] | None = None) -> Augmented:
+        """The same in a mirror: left and right change places, or top and bottom, or both.
+
+        Args:
+            horizontally, vertically: which mirrors. Two turn the image by half, and leave left hands left.
+            swap: `Skeleton.flip` of the key points: in one mirror, of either kind, a left hand becomes a right one.
+        """
         out = self
         for axis in [0] * horizontally + [1] * vertically:
             side = out.size[1 - axis]
@@ -124,6 +139,11 @@ class Augmented(NamedTuple):
             if out.masks is not None and out.windows is not None:
                 masks = np.ascontiguousarray(np.flip(out.masks, 2 - axis))
                 out = out._replace(masks=masks, windows=_mirror(out.windows, axis, side))
+            if out.keypoints is not None:
+                assert swap is not None  # `DetectionDataModule` sees to it
+                points = out.keypoints[:, swap]
+                points[..., axis] = np.where(points[..., 2] > 0, side - points[..., axis], 0)
+                out = out._replace(keypoints=points)
         return out
 
 
@@ -186,6 +206,7 @@ class Transform:
         flips: probability of a horizontal and of a vertical flip.
         min_box_side: boxes that end up thinner than this many pixels are dropped.
         min_visibility: boxes of which `steps` and `framing` leave less than this share are dropped.
+        swap: `(k,)`, `Skeleton.flip` of the key points; None where there are none, or nothing is mirrored.
     """
 
     def __init__(
@@ -195,10 +216,11 @@ class Transform:
         flips: tuple[float, float] = (0.0, 0.0),
         min_box_side: float = 1.0,
         min_visibility: float = 0.0,
+        swap: NDArray[np.int64] | None = None,
     ) -> None:
-        self.framing, self.flips = framing, flips
+        self.framing, self.flips, self.swap = framing, flips, swap
         self.min_box_side, self.min_visibility = min_box_side, min_visibility
-        self._pipeline = Pipeline(steps, min_visibility) if steps else None
+        self._pipeline = Pipeline(steps, min_visibility, swap) if steps else None
         self.resizing: Resizing = "torchvision"
 
     def take_resizing(self, resizing: Resizing) -> None:
@@ -213,6 +235,7 @@ class Transform:
         boxes: NDArray[np.float32],
         masks: NDArray[np.uint8] | None = None,
         seed: int = 0,
+        keypoints: NDArray[np.float32] | None = None,
     ) -> Augmented:
         """Transform one image.
 
@@ -221,6 +244,7 @@ class Transform:
             boxes: `(N, 4)` xyxy pixels; degenerate ones are dropped.
             masks: `(N, H, W)` uint8 0/1.
             seed: decides every random choice; the same seed gives the same result in any process.
+            keypoints: `(N, k, 3)` x, y and visibility.
 
         Raises:
             DataError: a step does not take this image.
@@ -228,7 +252,8 @@ class Transform:
         rng = random.Random(seed)
         given, shares = np.arange(len(boxes)), np.ones(len(boxes), np.float32)
         if self._pipeline is not None:
-            image, boxes, masks, given, shares = self._pipeline(image, boxes, masks, seed, rng)
+            moved = self._pipeline(image, boxes, masks, seed, rng, keypoints)
+            image, boxes, masks, given, shares, keypoints = moved
         flip_x, flip_y = (rng.random() < chance for chance in self.flips)
         view = self.framing(image.shape[0], image.shape[1], rng)
         x1, y1, x2, y2 = view.window
@@ -241,7 +266,9 @@ class Transform:
         if masks is not None:
             crops, windows = crop_masks(masks[kept], out.boxes, view)
             out = out._replace(masks=crops, windows=windows)
-        return out.flipped(flip_x, flip_y)
+        if keypoints is not None:
+            out = out._replace(keypoints=view.keypoints(keypoints[kept]))
+        return out.flipped(flip_x, flip_y, self.swap)
 
 
 def eval_transform(min_size: int = 800, max_size: int = 1333) -> Transform:
@@ -259,6 +286,7 @@ def train_transform(
     augmentations: Sequence[Step] = (),
     min_visibility: float = 0.0,
     form: PixelFormat = RGB,
+    swap: NDArray[np.int64] | None = None,
 ) -> Transform:
     """The pipeline of training.
 
@@ -272,9 +300,10 @@ def train_transform(
         augmentations: albumentations transforms, applied in order before all others.
         min_visibility: objects of which augmentations and jitter leave less than this share of their box are dropped.
         form: channels and depth of the images.
+        swap: `Skeleton.flip` of the key points, where there are any.
     """
     steps = [*augmentations, *(colour_steps(photometric, form) if photometric else ())]
     framing: Framing = ShortSide((min_size,) if isinstance(min_size, int) else tuple(min_size), max_size)
     if scale_jitter:
         framing = ScaleJitter(max_size, scale_jitter)
-    return Transform(framing, steps, (hflip, vflip), min_visibility=min_visibility)
+    return Transform(framing, steps, (hflip, vflip), min_visibility=min_visibility, swap=swap)

@@ -84,6 +84,7 @@ class Objects:
     defects: list[Defect]
     rows: list[tuple[list[float], int, float, bool, bool, int]] = field(default_factory=list)
     segments: list[Any] = field(default_factory=list)
+    keypoints: list[Any] = field(default_factory=list)
     written: list[Sequence[float]] = field(default_factory=list)
 
     def report(self, what: str, problem: str, fix: str, severity: Severity = "repairable") -> None:
@@ -100,6 +101,7 @@ class Objects:
         iscrowd: bool = False,
         difficult: bool = False,
         segment: Any = None,
+        keypoints: Any = None,
     ) -> None:
         """Add one object, its box `(x1, y1, x2, y2)` clipped to the image; degenerate boxes are left out.
 
@@ -110,6 +112,7 @@ class Objects:
             number: annotation id.
             area: None for the area of the clipped box.
             iscrowd, difficult, segment: as in `Record`.
+            keypoints: `(k, 3)`, where key points are read.
         """
         x1, y1, x2, y2 = box
         if not np.isfinite(box).all():
@@ -132,9 +135,10 @@ class Objects:
             area = (clipped[2] - clipped[0]) * (clipped[3] - clipped[1])
         self.rows.append((clipped, label, area, iscrowd, difficult, number))
         self.segments.append(segment)
+        self.keypoints.append(keypoints)
 
-    def finish(self, image_id: Id, file_name: str, masks: bool) -> Record:
-        """The record of the image with everything added so far."""
+    def finish(self, image_id: Id, file_name: str, masks: bool, points: int = 0) -> Record:
+        """The record of the image with everything added so far; with `points` key points of each object."""
         boxes, labels, areas, iscrowd, difficult, numbers = (
             (list(c) for c in zip(*self.rows, strict=True)) if self.rows else [[]] * 6
         )
@@ -153,6 +157,7 @@ class Objects:
             annotation_ids=np.asarray(numbers, np.int64),
             segments=self.segments if masks else None,
             written=None if np.array_equal(written, kept) else written,
+            keypoints=np.asarray(self.keypoints, np.float32).reshape(-1, points, 3) if points else None,
         )
 
 

@@ -20,15 +20,22 @@ import numpy as np
 from detection.batch import Id
 from detection.data import rle
 from detection.data.checks import Objects, checked_size, choose_classes, finish_index, short
+from detection.data.coco_keypoints import read_points, skeleton_of
 from detection.data.coco_layout import PictureFinder
 from detection.data.federated import frequencies, image_name, mark
 from detection.data.judging import one_record_per_picture
 from detection.data.records import DataError, Defect, Index, Record
+from detection.data.skeletons import Skeleton
 from detection.data.tree import Tree
 
 
 def read_coco(
-    root: Path, annotations: str, images: str = "", classes: Sequence[str] | None = None, masks: bool = False
+    root: Path,
+    annotations: str,
+    images: str = "",
+    classes: Sequence[str] | None = None,
+    masks: bool = False,
+    keypoints: bool | None = False,
 ) -> Index:
     """Read one COCO file.
 
@@ -41,19 +48,27 @@ def read_coco(
         images: folder that `file_name` is relative to, itself relative to `root`.
         classes: names of the classes to read, in the order of their labels; None for all.
         masks: read `segmentation` too; polygons stay polygons, run lengths become compressed RLE.
+        keypoints: read `keypoints` too, of the classes that name some. They stay where the file has them, as
+            torchvision reads them; Detectron2 moves them by half a pixel. Objects of other classes have none that are
+            annotated. None reads them unless two classes have other ones.
 
     Returns:
         Images in the file's order, categories in ascending order of id unless `classes` orders them.
 
     Raises:
         DataError: the file is missing or no COCO instances file, an image's path leaves the root, a class is unknown or
-            ambiguous, or no image is left.
+            ambiguous, classes have other key points, or no image is left.
     """
-    return read_file(Tree(Path(root)), annotations, images, classes, masks)
+    return read_file(Tree(Path(root)), annotations, images, classes, masks, keypoints)
 
 
 def read_file(
-    tree: Tree, annotations: str, images: str = "", classes: Sequence[str] | None = None, masks: bool = False
+    tree: Tree,
+    annotations: str,
+    images: str = "",
+    classes: Sequence[str] | None = None,
+    masks: bool = False,
+    keypoints: bool | None = False,
 ) -> Index:
     """Read one COCO file below a root that was listed; see `read_coco`."""
     path = tree.root / annotations
@@ -68,6 +83,14 @@ def read_file(
 
     entries = {label_of(item.get("id")): item for item in content["categories"] if isinstance(item, dict)}
     index.frequencies = frequencies(entries[label] for label in range(1, len(index.classes) + 1))
+    named = {name: entries[label] for label, name in enumerate(index.classes, 1)}
+    try:
+        index.skeleton = reader.skeleton = None if keypoints is False else skeleton_of(named, str(path))
+    except DataError as error:
+        if keypoints:
+            raise
+        problem = str(error).removeprefix(f"{path}: ").split(": choose")[0]
+        reader.report("categories", problem, "key points are not read; train on classes of one kind", "note")
     by_image = reader.group(content["annotations"])
     known: dict[Id, str] = {}
     for position, image in enumerate(content["images"]):
@@ -91,6 +114,7 @@ class _Reader:
         self.defects = tree.remarks(labelled=tree.unread)
         self.spelt: list[tuple[str, str]] = []  # names of pictures that are not those of their files
         self.ids = Counter[Id]()
+        self.skeleton: Skeleton | None = None
 
     def report(self, record: str, problem: str, fix: str, severity: Any = "repairable") -> None:
         self.defects.append(Defect(self.file, short(record), short(problem), short(fix), severity))
@@ -192,7 +216,7 @@ class _Reader:
                 self.annotation(objects, number, annotation, labels)
         if not usable:
             return None
-        return objects.finish(_spelled(item["id"]), name, self.masks)
+        return objects.finish(_spelled(item["id"]), name, self.masks, len(self.skeleton or ()))
 
     def picture(self, written: str, where: str) -> tuple[str, Path]:
         """The file of an image, relative to the root and whole, which may be missing; no name leads out of the root."""
@@ -248,7 +272,10 @@ class _Reader:
                 objects.report(what, f"{name} is {str(item[name])[:20]!r}", "it counts as 0; use 0 or 1")
         number = key if isinstance(key, int) and abs(key) < 2**63 else position
         ignored = item.get("iscrowd") == 1 or item.get("ignore") == 1
-        objects.add(what, bbox, labels[category], number, area, ignored, segment=segment)
+        points = None
+        if self.skeleton is not None:
+            points = read_points(item, len(self.skeleton), objects, what)
+        objects.add(what, bbox, labels[category], number, area, ignored, segment=segment, keypoints=points)
 
     def segment(self, objects: Objects, what: str, value: Any) -> Any:
         """Polygons or a compressed RLE, or None (reported where masks are wanted) where neither can be had."""

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
 from detection.batch import Id
@@ -22,11 +24,12 @@ from detection.data.channels import check_format
 from detection.data.checks import choose_classes
 from detection.data.dataset import DetectionDataset, Sample, collate
 from detection.data.finding import Layout, Stage, find
-from detection.data.pipeline import Step, check_steps, moving, recipe_of
+from detection.data.pipeline import Step, check_key_points, check_steps, moving, recipe_of
 from detection.data.proposals import ProposalCache, ProposalSource
 from detection.data.reading import check_split, describe, draws_scenes, read_split, recipe_of_reader, splits_of
-from detection.data.records import Index
+from detection.data.records import DataError, Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
+from detection.data.skeletons import Skeleton
 from detection.data.spectral import PixelFormat
 from detection.data.splitting import Split, check_division, keep, kept, split_of
 from detection.data.tiled import TileView, describe_tiles
@@ -84,6 +87,11 @@ class DetectionDataModule(L.LightningDataModule):
         seed: of the order and the augmentation; None is that of `seed_everything`, else 0.
         channels: of the images. With 3 channels of 8 bits, whatever can be is made RGB: grey repeated, transparency
             dropped. With any other number all files must have it, see `detection.data.spectral`.
+        keypoints: read key points, of COCO's `keypoints` and YOLO's `kpt_shape`.
+        keypoint_pairs: left and right partners among the key points, which change places in a mirror, by name or by
+            position from 0 on; None takes those that the data says or its names show. `[]`: there are none.
+        keypoint_sigmas: how far annotators scatter, one a key point, for OKS AP; None takes COCO's for COCO's 17
+            points, else .05 for each.
         depth: bits of a channel. 16 are kept as they are, and all files must have them.
         timeout: seconds after which loaders' processes that bring no batch are an error; 0 waits for ever.
         reader: reads a split in the place of `format`: a callable of your own, see `docs/settings.md`.
@@ -139,6 +147,9 @@ class DetectionDataModule(L.LightningDataModule):
         labelled: str | None = None,
         channels: int = 3,
         depth: Literal[8, 16] = 8,
+        keypoints: bool = False,
+        keypoint_pairs: list[tuple[int | str, int | str]] | None = None,
+        keypoint_sigmas: list[float] | None = None,
         tile: int | None = None,
         tile_overlap: float = 0.2,
         tile_visibility: float = 0.3,
@@ -166,11 +177,15 @@ class DetectionDataModule(L.LightningDataModule):
             raise ValueError(f"data.scale_jitter is {scale_jitter}: give two factors above 0, the smaller first")
         if size_divisible is not None and (size_divisible < 32 or size_divisible % 32):
             raise ValueError(f"size_divisible {size_divisible} must be a multiple of 32, the coarsest stride")
-        if proposals and (mosaic or masks):
-            raise ValueError("proposals go with neither mosaics nor masks: leave `mosaic` and `masks` out")
+        if proposals and (mosaic or masks or keypoints):
+            raise ValueError(
+                "proposals go with neither mosaics nor masks nor key points: leave `mosaic`, `masks`, `keypoints` out"
+            )
         self.tiles = None if tile is None else TileView(tile, tile_overlap, tile_visibility)
-        if tile is not None and (proposals or mosaic or copy_paste):
-            raise ValueError("tiles go with neither proposals, mosaics nor copy_paste: leave these, or data.tile, out")
+        if tile is not None and (proposals or mosaic or copy_paste or keypoints):
+            raise ValueError(
+                "tiles go with neither proposals, mosaics, copy_paste nor key points: leave these, or data.tile, out"
+            )
         check_division(val_fraction, fold, val_split)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # where Lightning keeps its own
         # Plain values, as a checkpoint and the command line have them, stand in for the part itself.
@@ -178,6 +193,8 @@ class DetectionDataModule(L.LightningDataModule):
         proposals = getattr(proposals, "recipe", proposals)
         self.augmentations: list[Step] = rebuild(augmentations or [])
         check_steps(self.augmentations)
+        if keypoints:
+            check_key_points(self.augmentations)
         if proposals and (names := moving(self.augmentations)):
             raise ValueError(
                 f"proposals would no longer fit after {names[0]}: leave it out, or use hflip and scale_jitter"
@@ -195,6 +212,7 @@ class DetectionDataModule(L.LightningDataModule):
         self._known: tuple[str, ...] | None = None
         self._divided: bool | None = None
         self._layout: Layout | None = None
+        self._points: tuple[str, ...] = ()  # names of the key points, once a split is read
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -230,6 +248,11 @@ class DetectionDataModule(L.LightningDataModule):
     def frequencies(self) -> tuple[str, ...] | None:
         """LVIS's group of each class, `"r"`, `"c"` or `"f"`, or None where no split that was set up has them."""
         return next((data.frequencies for data in self._datasets.values() if data.frequencies), None)
+
+    @property
+    def skeleton(self) -> Skeleton | None:
+        """What is known of the key points, or None where no split that was set up has them."""
+        return next((data.skeleton for data in self._datasets.values() if data.skeleton), None)
 
     def _classes(self) -> tuple[str, ...]:
         if self._known is None:
@@ -360,6 +383,13 @@ class DetectionDataModule(L.LightningDataModule):
         self._classes()  # whose order is that of all splits
         index = self.read(split)
         check_split(index, split, hp["with_difficult"])
+        if (points := index.skeleton) is not None:
+            self._points = self._points or points.names
+            if points.names != self._points:
+                raise DataError(
+                    f"{index.root}: the {split} split has the key points {', '.join(points.names)}, but another has "
+                    f"{', '.join(self._points)}: give all splits the same"
+                )
         if split == "train" and not hp["keep_empty"]:
             index = replace(index, records=[record for record in index.records if len(record.labels)])
         sizes = [hp["min_size"]] if isinstance(hp["min_size"], int) else list(hp["min_size"])
@@ -367,7 +397,7 @@ class DetectionDataModule(L.LightningDataModule):
             jitter, square = hp["scale_jitter"], hp["scale_jitter_size"]
             longest = square if jitter and square else hp["max_size"]
             chances = (hp["hflip"], hp["vflip"], hp["photometric"])
-            extra = (self.augmentations, hp["min_visibility"], self.form)
+            extra = (self.augmentations, hp["min_visibility"], self.form, self._swap(index))
             transform = train_transform(sizes, longest, *chances, jitter, *extra)
         else:
             transform = eval_transform(max(sizes), hp["max_size"])
@@ -380,6 +410,17 @@ class DetectionDataModule(L.LightningDataModule):
         training = {name: hp[name] for name in names if split == "train" and not self._overfits}
         training |= {} if split == "train" else {"tiles": self.tiles}
         return DetectionDataset(index, transform, hp["with_difficult"], proposals=proposals, form=self.form, **training)
+
+    def _swap(self, index: Index) -> NDArray[np.int64] | None:
+        """What becomes of the key points in a mirror; a DataError where that is not known, but there are mirrors."""
+        skeleton = index.skeleton
+        if skeleton is not None and skeleton.pairs is None and (self.hparams["hflip"] or self.hparams["vflip"]):
+            raise DataError(
+                f"{index.root}: in a mirror left key points become right ones, but which are partners is not known "
+                f"({', '.join(skeleton.names)}): name them with data.keypoint_pairs ([] where there are none), or set "
+                "data.hflip and data.vflip to 0"
+            )
+        return None if skeleton is None else skeleton.flip
 
     def train_dataloader(self) -> TrainLoader:
         """Shuffled batches for this rank, see `TrainBatchSampler`."""

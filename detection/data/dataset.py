@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detection.batch import Batch, Target, pad_masks, pad_objects
+from detection.batch import Batch, Target, pad_keypoints, pad_masks, pad_objects
 from detection.data import shared
 from detection.data.augment import Augmented
 from detection.data.federated import labelled
@@ -64,6 +64,7 @@ class RecordStore:
         sizes: `(R, 2)` int64 `(height, width)`.
         object_ends: `(R + 1,)` int64; the objects of record i are rows `object_ends[i]` to `object_ends[i + 1]`.
         boxes, labels, areas, iscrowd, difficult, annotation_ids: `(M, ...)`, as in `Record`.
+        keypoints: `(M, k, 3)`, or None where they are not read.
         checked, partial: `(R, bytes)` uint8, the classes of each image as bits, or None where no record says any.
         windows: `(R, 4)` int64 as in `Record`, or None where no record is a tile.
         files: `(R,)` int64, which file each record is of, counted through, or None likewise.
@@ -81,6 +82,8 @@ class RecordStore:
         self.iscrowd = joined("iscrowd", np.zeros(0, np.bool_))
         self.difficult = joined("difficult", np.zeros(0, np.bool_))
         self.annotation_ids = joined("annotation_ids", np.zeros(0, np.int64))
+        points = [r.keypoints for r in records if r.keypoints is not None]
+        self.keypoints = torch.from_numpy(np.concatenate(points)) if points else None
         self._classes = max(
             (len(flags) for r in records for flags in (r.checked, r.partial) if flags is not None), default=0
         )
@@ -131,6 +134,7 @@ class RecordStore:
             checked=self._flags(self.checked, i),
             partial=self._flags(self.partial, i),
             window=None if self.windows is None else tuple(self.windows[i].tolist()),
+            keypoints=None if self.keypoints is None else self.keypoints[start:end].numpy(),
         )
 
 
@@ -175,6 +179,7 @@ def make_target(record: Record) -> Target:
         masks=masks,
         checked=None if record.checked is None else torch.tensor(record.checked),
         partial=None if record.partial is None else torch.tensor(record.partial),
+        keypoints=None if record.keypoints is None else torch.tensor(record.keypoints),
     )
 
 
@@ -194,6 +199,7 @@ class Sample(NamedTuple):
         dropped: how many objects the augmentation left nothing of.
         unreadable: the errors of images in whose place others were drawn.
         resizing: how `pixels` are resized, see `detection.resizing`.
+        keypoints: `(N, k, 3)` float32 in the pixels of the resized image and visibility, when read with key points.
         tiles: the image as tiles, where it is to be evaluated in them.
         corners: `(x, y)` of each in the image.
     """
@@ -211,6 +217,7 @@ class Sample(NamedTuple):
     dropped: int = 0
     unreadable: tuple[str, ...] = ()
     resizing: Resizing = "torchvision"
+    keypoints: Tensor | None = None
     tiles: tuple[Sample, ...] = ()
     corners: tuple[tuple[int, int], ...] = ()
 
@@ -231,7 +238,7 @@ class DetectionDataset(Dataset[Sample]):
         with_difficult: also train on objects marked difficult. Crowds are never trained on, nor is the background in
             them.
         mosaic: probability of a mosaic of the image and three random others.
-        proposals: where the proposals of the images lie. They go with neither mosaics nor masks.
+        proposals: where the proposals of the images lie. They go with neither mosaics nor masks nor key points.
         copy_paste: probability of pasting objects of a random other image onto the image, see `augment.copy_paste`.
         max_unreadable: how many images that can't be read are replaced by others in one sample before it is an error.
             The seed draws the others. 0, the default, is for evaluation, whose figures would silently change.
@@ -258,12 +265,15 @@ class DetectionDataset(Dataset[Sample]):
     ) -> None:
         if copy_paste and all(segment is None for record in index.records for segment in record.segments or ()):
             raise DataError(f"{index.root}: copy_paste needs masks, but no object has one; read them or leave it out")
-        if proposals is not None and (mosaic or any(record.segments is not None for record in index.records)):
-            raise DataError("proposals go with neither mosaics nor masks: leave those out")
+        if proposals is not None and (
+            mosaic or index.skeleton or any(record.segments is not None for record in index.records)
+        ):
+            raise DataError("proposals go with neither mosaics nor masks nor key points: leave those out")
         self.root = index.root
         self.classes = index.classes
         self.category_ids = index.category_ids
         self.frequencies = index.frequencies
+        self.skeleton = index.skeleton
         self.transform = transform
         self.with_difficult = with_difficult
         self.mosaic = mosaic
@@ -308,7 +318,7 @@ class DetectionDataset(Dataset[Sample]):
         if self.proposals is not None:  # behind the objects, so that they move with the image as those do
             boxes = np.concatenate((boxes, self.proposals.read(record)))
         try:
-            out = self.transform(picture.image, boxes, picture.masks, seed=seed)
+            out = self.transform(picture.image, boxes, picture.masks, seed=seed, keypoints=picture.keypoints)
         except DataError as error:
             raise DataError(f"{self.root / record.file_name}: {error}") from error
         # Behind the picture's own come proposals, which have the label -1 here.
@@ -328,6 +338,7 @@ class DetectionDataset(Dataset[Sample]):
             dropped=int((picture.labels > 0).sum() - own.sum()),
             unreadable=tuple(unreadable),
             resizing=out.resizing,
+            keypoints=None if out.keypoints is None else torch.from_numpy(out.keypoints[own]),
         )
 
     def _load(self, i: int, rng: random.Random, unreadable: list[str]) -> tuple[Record, Picture]:
@@ -342,7 +353,7 @@ class DetectionDataset(Dataset[Sample]):
                     raise
                 unreadable.append(str(error))
                 i = rng.randrange(len(self))
-        return record, self._picture(record, image)
+        return record, self._picture(record, image, with_masks=self.tiles is None)  # large images have large masks
 
     def _read(self, record: Record) -> Pixels:
         """The image of a record; of a tile a copy of its window."""
@@ -353,13 +364,14 @@ class DetectionDataset(Dataset[Sample]):
         whole = self._recent(path, (size[0], size[1]), self.form)
         return whole[y : y + record.height, x : x + record.width].copy()
 
-    def _picture(self, record: Record, image: Pixels) -> Picture:
+    def _picture(self, record: Record, image: Pixels, with_masks: bool = True) -> Picture:
         """An image with its objects to train on."""
         kept = np.ones_like(record.difficult) if self.with_difficult else record.iscrowd | ~record.difficult
-        masks = None if record.segments is None else _decode(record, kept)
+        masks = None if record.segments is None or not with_masks else _decode(record, kept)
         labels = np.where(record.iscrowd, IGNORED, record.labels)[kept]
         known = None if record.checked is None and record.partial is None else labelled(record)
-        return Picture(image, record.boxes[kept], labels, masks, known)
+        points = None if record.keypoints is None else record.keypoints[kept]
+        return Picture(image, record.boxes[kept], labels, masks, known, points)
 
 
 def _decode(record: Record, chosen: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -390,6 +402,8 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
     masks = [s.masks for s in samples if s.masks is not None]
     windows = [s.windows for s in samples if s.windows is not None]
     gt_masks, gt_windows = pad_masks(masks, windows, gt_valid.shape[1]) if masks else (None, None)
+    points = [s.keypoints for s in samples if s.keypoints is not None]
+    gt_keypoints = pad_keypoints(points, gt_valid.shape[1]) if points else None
     proposals, proposals_valid = None, None
     found = [s.proposals for s in samples if s.proposals is not None]
     if found:
@@ -408,6 +422,7 @@ def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
         targets=tuple(sample.target for sample in samples),
         gt_masks=gt_masks,
         gt_mask_windows=gt_windows,
+        gt_keypoints=gt_keypoints,
         proposals=proposals,
         proposals_valid=proposals_valid,
         gt_ignored=regions if any(map(len, ignored)) else None,

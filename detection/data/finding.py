@@ -24,7 +24,7 @@ from detection.data.yolo_layout import YoloLayout
 
 Format: TypeAlias = Literal["coco", "voc", "yolo"]
 Stage: TypeAlias = Literal["train", "val", "test"]
-Read: TypeAlias = Callable[[Sequence[str] | None, bool], Index]  # of the classes wanted, with or without masks
+Read: TypeAlias = Callable[..., Index]  # of the classes wanted, with or without masks, and key points
 
 TITLES: dict[str, str] = {"coco": "COCO", "voc": "VOC", "yolo": "YOLO"}
 COUNTED = 20_000_000  # bytes of a COCO file up to which its images are counted before it is read
@@ -58,6 +58,7 @@ class Layout:
         pictures: some of its pictures, to tell whether another reading is of the same.
         official: a file describes it; for the choice between several.
         masks: whether it may hold instance masks.
+        keypoints: whether it may hold key points.
         others: further readings, in words.
     """
 
@@ -69,6 +70,7 @@ class Layout:
     pictures: frozenset[str] = field(repr=False)
     official: bool = False
     masks: bool = False
+    keypoints: bool = False
     others: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -199,13 +201,15 @@ def _coco(tree: Tree) -> Iterator[Layout]:
         if splits:
             how = "one file a split" if len(splits) > 1 else f"in {files[0]}"
             how += f" (not read: {', '.join(unread)})" if unread else ""
-            yield Layout(tree.root, "coco", how, base, splits, frozenset(pictures), masks=True)
+            yield Layout(tree.root, "coco", how, base, splits, frozenset(pictures), masks=True, keypoints=True)
     if absent:
         raise DataError(f"{absent}; put the pictures below the root, or pass the folder that holds both as root")
 
 
-def _read_coco(tree: Tree, file: str, classes: Sequence[str] | None, masks: bool) -> Index:
-    return coco.read_file(tree, file, "", classes, masks)
+def _read_coco(
+    tree: Tree, file: str, classes: Sequence[str] | None, masks: bool, keypoints: bool | None = False
+) -> Index:
+    return coco.read_file(tree, file, "", classes, masks, keypoints)
 
 
 def _count(tree: Tree, file: str) -> int | None:
@@ -251,7 +255,11 @@ def _merged(tree: Tree) -> Iterator[list[str]]:
             yield merged
 
 
-def _read_voc(layout: VocLayout, split: str, classes: Sequence[str] | None, masks: bool) -> Index:
+def _read_voc(
+    layout: VocLayout, split: str, classes: Sequence[str] | None, masks: bool, keypoints: bool | None = False
+) -> Index:
+    if keypoints:
+        raise DataError(f"{layout.tree.root}: VOC's XML has no key points; set data.keypoints to false")
     return voc.read_layout(layout, split, classes, masks)
 
 
@@ -272,7 +280,8 @@ def _yolo(tree: Tree) -> Iterator[Layout]:
             how = layout.source or "labels without class names"
             how += f" ({', '.join(absent.values())})" if absent else ""
             official = bool(layout.config)
-            yield Layout(tree.root, "yolo", how, layout.base, splits, frozenset(layout.pairs.label), official)
+            pictures, points = frozenset(layout.pairs.label), "kpt_shape" in layout.config
+            yield Layout(tree.root, "yolo", how, layout.base, splits, pictures, official, keypoints=points)
         elif not splits and absent:
             problem = next(iter(absent.values()))
             refusal = refusal or f"{tree.root / layout.source}: {problem}; correct the path"
@@ -288,7 +297,9 @@ def _may_have_labels(tree: Tree) -> bool:
     return any(stem in stems or os.path.splitext(stem)[0] in stems for stem in texts)
 
 
-def _read_yolo(layout: YoloLayout, split: str, classes: Sequence[str] | None, masks: bool) -> Index:
+def _read_yolo(
+    layout: YoloLayout, split: str, classes: Sequence[str] | None, masks: bool, keypoints: bool | None = False
+) -> Index:
     if masks:
         raise DataError(f"{layout.tree.root}: YOLO labels are read as boxes, without masks; set data.masks to false")
-    return yolo.read_layout(layout, split, classes)
+    return yolo.read_layout(layout, split, classes, keypoints)

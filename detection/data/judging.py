@@ -115,6 +115,8 @@ def _union(records: Sequence[Record]) -> tuple[Record, int]:
     if records[0].segments is not None:
         pairs = [pair for r, k in zip(records, kept, strict=True) for pair in zip(r.segments or (), k, strict=True)]
         arrays["segments"] = [segment for segment, keep in pairs if keep]
+    points = [r.keypoints[k] for r, k in zip(records, kept, strict=True) if r.keypoints is not None]
+    arrays["keypoints"] = np.concatenate(points) if points else None
     if any(record.written is not None for record in records):
         arrays["written"] = np.concatenate([_written(record) for record in records])
     return replace(records[0], **arrays), sum(int((~flags).sum()) for flags in kept)

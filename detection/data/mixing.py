@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from detection.data.augment import ScaleJitter, View
 from detection.data.pipeline import boxes_around
+from detection.data.skeletons import inside
 from detection.data.spectral import Pixels
 
 IGNORED = 0  # in the place of a label: an ignore region
@@ -26,6 +27,7 @@ class Picture(NamedTuple):
         labels: `(N,)` int64, `IGNORED` for regions.
         masks: `(N, H, W)` uint8 0/1, or None.
         labelled: `(C,)` bool, the classes of which all objects are here, or None for all.
+        keypoints: `(N, k, 3)` float32 x, y and visibility, or None.
     """
 
     image: Pixels
@@ -33,6 +35,7 @@ class Picture(NamedTuple):
     labels: NDArray[np.int64]
     masks: NDArray[np.uint8] | None
     labelled: NDArray[np.bool_] | None = None
+    keypoints: NDArray[np.float32] | None = None
 
 
 def mosaic(pictures: Sequence[Picture], rng: random.Random) -> Picture:
@@ -44,7 +47,7 @@ def mosaic(pictures: Sequence[Picture], rng: random.Random) -> Picture:
     height, width = pictures[0].image.shape[:2]
     x, y = (round(side * rng.uniform(0.3, 0.7)) for side in (width, height))
     quarters = [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
-    canvas, boxes, masks = np.empty_like(pictures[0].image), [], []
+    canvas, boxes, masks, points = np.empty_like(pictures[0].image), [], [], []
     for picture, (x1, y1, x2, y2) in zip(pictures, quarters, strict=True):
         h, w = picture.image.shape[:2]
         scale = max((y2 - y1) / h, (x2 - x1) / w)
@@ -57,10 +60,18 @@ def mosaic(pictures: Sequence[Picture], rng: random.Random) -> Picture:
         if picture.masks is not None:
             masks.append(np.zeros((len(picture.boxes), height, width), np.uint8))
             masks[-1][:, y1:y2, x1:x2] = view.masks(picture.masks)
+        if picture.keypoints is not None:
+            points.append(_shifted(view.keypoints(picture.keypoints), x1, y1))
     labels = np.concatenate([picture.labels for picture in pictures])
     known = [picture.labelled for picture in pictures if picture.labelled is not None]
     everywhere = np.logical_and.reduce(known) if known else None
-    return Picture(canvas, np.concatenate(boxes), labels, np.concatenate(masks) if masks else None, everywhere)
+    together = [np.concatenate(arrays) if arrays else None for arrays in (masks, points)]
+    return Picture(canvas, np.concatenate(boxes), labels, together[0], everywhere, together[1])
+
+
+def _shifted(keypoints: NDArray[np.float32], x: int, y: int) -> NDArray[np.float32]:
+    """Key points `(N, k, 3)` moved by whole pixels; zeros stay zeros."""
+    return keypoints + np.array([x, y, 0], np.float32) * (keypoints[..., 2:] > 0)
 
 
 def _resized(image: Pixels, height: int, width: int) -> Pixels:
@@ -76,7 +87,8 @@ def copy_paste(picture: Picture, other: Picture, rng: random.Random) -> Picture:
     """Some objects of another picture, cut out by their masks and pasted onto this one (Ghiasi et al. 2021, section 3).
 
     The other picture is scaled at random and laid at a random place first. What is covered loses that part of its mask,
-    and its box shrinks to the rest; objects of which nothing is left have empty boxes.
+    and its box shrinks to the rest; objects of which nothing is left have empty boxes. Key points that are covered
+    become hidden ones.
 
     Args:
         picture, other: both with masks.
@@ -101,10 +113,24 @@ def copy_paste(picture: Picture, other: Picture, rng: random.Random) -> Picture:
     image[y : y + h, x : x + w][covered[y : y + h, x : x + w]] = layer[covered[y : y + h, x : x + w]]
     hit = (masks != picture.masks).any(axis=(1, 2))
     boxes[hit] = boxes_around(masks[hit])
+    points = None
+    if picture.keypoints is not None and other.keypoints is not None:
+        given = _shifted(view.keypoints(other.keypoints[chosen]), x, y)
+        points = np.concatenate([_hidden(picture.keypoints, covered), inside(given, height, width)])
     return Picture(
         image,
         np.concatenate([boxes, boxes_around(pasted)]),
         np.concatenate([picture.labels, other.labels[chosen]]),
         np.concatenate([masks, pasted]),
         picture.labelled,
+        points,
     )
+
+
+def _hidden(keypoints: NDArray[np.float32], covered: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Key points `(N, k, 3)`, where those on a pixel that is covered are hidden."""
+    last = np.array(covered.shape[::-1]) - 1
+    columns, rows = np.moveaxis(np.minimum(keypoints[..., :2].astype(np.int64), last), -1, 0)
+    hidden = keypoints.copy()
+    hidden[..., 2] = np.where(covered[rows, columns], np.minimum(keypoints[..., 2], 1), keypoints[..., 2])
+    return hidden

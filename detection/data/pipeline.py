@@ -23,9 +23,12 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # before the import, which otherwi
 import albumentations as A
 import cv2
 import numpy as np
+from albumentations.augmentations.geometric.distortion import BaseDistortion
 from numpy.typing import NDArray
 
+from detection.data.point_moves import bent, marked, unmarked
 from detection.data.records import DataError
+from detection.data.skeletons import inside
 from detection.data.spectral import RGB, PixelFormat, Pixels
 from detection.recipes import describe
 
@@ -34,6 +37,7 @@ Step: TypeAlias = A.BasicTransform | A.BaseCompose
 INDEX, SHARE = 4, 5  # columns of a box behind its corners
 ROUNDING = 1e-4  # of shares, whose boxes are float32
 HAIR = 1e-8  # of a side, see `_inside`
+REFLECTING = (cv2.BORDER_REFLECT, cv2.BORDER_REFLECT_101, cv2.BORDER_WRAP)
 NORMALISERS = (A.Normalize, A.ToFloat, A.FromFloat, A.ToTensorV2, A.ToTensor3D)
 GIVEN = {"image", "bboxes", "masks"}  # what a transform may ask for
 
@@ -73,6 +77,7 @@ def moving(steps: Iterable[Step]) -> list[str]:
 
 
 def _leaves(steps: Iterable[Step]) -> Iterator[A.BasicTransform]:
+    """The transforms, those inside of compositions included."""
     for step in steps:
         if isinstance(step, A.BaseCompose):
             yield from _leaves(step.transforms)
@@ -104,6 +109,18 @@ def check_steps(steps: Sequence[Step]) -> None:
     for step in _compositions(steps):
         if isinstance(step, A.SelectiveChannelTransform) and (names := moving([step])):
             raise ValueError(f"augmentations: {names[0]} would move some channels and not the others; use it directly")
+
+
+def check_key_points(steps: Iterable[Step]) -> None:
+    """Raise a ValueError that names the first transform under which key points would come out wrong."""
+    for transform in (leaf for leaf in _leaves(steps) if moving([leaf])):
+        name = type(transform).__name__
+        if "keypoints" not in transform.available_keys or (
+            getattr(type(transform), "apply_to_keypoints", None) is A.DualTransform.apply_to_keypoints
+        ):
+            raise ValueError(f"augmentations: {name} moves pixels but no key points: write its apply_to_keypoints")
+        if getattr(transform, "border_mode", cv2.BORDER_CONSTANT) in REFLECTING:
+            raise ValueError(f"augmentations: {name} repeats key points at the border: set its border_mode to 0")
 
 
 def _compositions(steps: Iterable[Step]) -> Iterator[A.BaseCompose]:
@@ -181,6 +198,7 @@ class Moved(NamedTuple):
         masks: `(M, h, w)` uint8 0/1, or None when none were given.
         kept: `(M,)` int64, which of the objects given each of them is, ascending.
         shares: `(M,)` float32, how much of each box the geometry has left, 1 for all.
+        keypoints: `(M, k, 3)` float32 in pixels of the result, those outside of it not annotated; None without any.
     """
 
     image: Pixels
@@ -188,10 +206,11 @@ class Moved(NamedTuple):
     masks: NDArray[np.uint8] | None
     kept: NDArray[np.int64]
     shares: NDArray[np.float32]
+    keypoints: NDArray[np.float32] | None = None
 
 
 class Pipeline:
-    """Albumentations transforms in order, on an image with its boxes and masks.
+    """Albumentations transforms in order, on an image with its boxes, masks and key points.
 
     A box that is turned becomes the box around the turned box. An object that has a mask gets the box around what has
     become of its mask instead, as far from it as it was before, where that is smaller.
@@ -199,11 +218,14 @@ class Pipeline:
     Args:
         steps: transforms and compositions of them. They are copied.
         min_visibility: objects of which less than this share of their box is left are dropped.
+        swap: `Skeleton.flip` of the key points; None where there are none, or it is not known.
     """
 
-    def __init__(self, steps: Sequence[Step], min_visibility: float = 0.0) -> None:
+    def __init__(
+        self, steps: Sequence[Step], min_visibility: float = 0.0, swap: NDArray[np.int64] | None = None
+    ) -> None:
         check_steps(steps)
-        self.min_visibility = min_visibility
+        self.min_visibility, self.swap = min_visibility, swap
         self.moves = bool(moving(steps))
         # Boxes go in and out in shares of the sides: from pixels albumentations would make float32 of them.
         boxes = {"format": "albumentations", "clip": True, "filter_invalid_bboxes": True}
@@ -211,7 +233,10 @@ class Pipeline:
         # Interpolated, the 0 and 1 of a mask are rounded: covered is what is covered by half. The nearest pixel, which
         # is the default, is up to two pixels off when masks are enlarged.
         options = {"bbox_params": params, "mask_interpolation": cv2.INTER_LINEAR} if self.moves else {}
-        self._compose = A.Compose(copy.deepcopy(list(steps)), **options)
+        options |= {"keypoint_params": {"format": "xy", "remove_invisible": False}} if self.moves else {}
+        own = copy.deepcopy(list(steps))
+        _bend_points(_leaves(own))
+        self._compose = A.Compose(own, **options)
         if self.moves:
             self._compose.processors["bboxes"].filter = self._cut
 
@@ -222,30 +247,38 @@ class Pipeline:
         masks: NDArray[np.uint8] | None,
         seed: int,
         rng: random.Random,
+        keypoints: NDArray[np.float32] | None = None,
     ) -> Moved:
         """Transform one image; every random choice follows from `seed` and `rng`.
 
         Raises:
-            DataError: a transform does not take this image, or gives one of another type or other channels.
+            DataError: a transform does not take this image, or gives one of another type or other channels, or mirrors
+                key points of which left and right are not known.
         """
         self._compose.set_random_state(np.random.default_rng(seed), rng)
         count = len(boxes)
         if not self.moves:
             image = self._apply(count, image=image)["image"]
-            return Moved(image, boxes, masks, np.arange(count), np.ones(count, np.float32))
+            return Moved(image, boxes, masks, np.arange(count), np.ones(count, np.float32), keypoints)
         sides = np.array(image.shape[1::-1] * 2)
         rows = np.column_stack((_inside(boxes / sides, sides), np.arange(count), np.ones(count)))
         given = {} if masks is None else {"masks": masks}
         if masks is not None and not count:  # most transforms fail on no mask at all
             given = {"masks": np.zeros((1, *image.shape[:2]), np.uint8)}
+        if keypoints is not None:
+            given["keypoints"] = marked(keypoints, *image.shape[:2])
         out = self._apply(count, image=image, bboxes=rows, **given)
         rows = np.asarray(out["bboxes"], np.float64).reshape(-1, 6)
         kept, sides = rows[:, INDEX].astype(np.int64), np.array(out["image"].shape[1::-1] * 2)
         corners = ((rows[:, :4] - HAIR) * sides).clip(0, sides).astype(np.float32)
         moved = Moved(out["image"], corners, None, kept, rows[:, SHARE].astype(np.float32))
-        if masks is None:
+        if masks is not None:
+            moved = _fit_to_masks(moved, boxes[kept], masks[kept], np.asarray(out["masks"])[kept])
+        if keypoints is None:
             return moved
-        return _fit_to_masks(moved, boxes[kept], masks[kept], np.asarray(out["masks"])[kept])
+        places = np.asarray(out["keypoints"], np.float32).reshape(-1, 3)
+        points = unmarked(keypoints, image.shape[:2], places, self.swap)
+        return moved._replace(keypoints=inside(points[moved.kept], *moved.image.shape[:2]))
 
     def _apply(self, count: int, **data: Any) -> dict[str, Any]:
         height, width, channels = data["image"].shape
@@ -278,6 +311,14 @@ class Pipeline:
         whole, left = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (rows, cut))
         cut[:, SHARE] *= left / np.maximum(whole, 1e-12)
         return cut[(left > 0) & (cut[:, SHARE] >= self.min_visibility - ROUNDING)]
+
+
+def _bend_points(transforms: Iterable[Any]) -> None:
+    """Let distortions move key points by their own maps; those of a user's own class that knows better stay."""
+    for transform in transforms:
+        if getattr(type(transform), "apply_to_keypoints", None) is BaseDistortion.apply_to_keypoints:
+            transform.apply_to_keypoints = bent
+            transform.add_targets({"keypoints": "keypoints"})  # so that it looks its method up again
 
 
 def _inside(boxes: NDArray[np.float64], sides: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -45,7 +45,7 @@ def read_split(
     Raises:
         DataError: nothing is found, or a split that the stage needs is not there.
     """
-    index = _read(settings, root, split, known, reader, layout)
+    index = with_key_points(_read(settings, root, split, known, reader, layout), settings)
     labelled = settings.get("labelled")
     return index if labelled is None else label_by_file(index, root / labelled, settings["classes"] is None)
 
@@ -60,6 +60,7 @@ def _read(
 ) -> Index:
     """The records of a split, as its reader gives them."""
     classes, masks = settings["classes"] if known is None else list(known), settings["masks"]
+    keypoints = bool(settings.get("keypoints"))
     name, images = settings[f"{split}_split"], settings[f"{split}_images"]
     if name is None and split == "test":
         name, images = settings["val_split"], settings["val_images"]
@@ -76,17 +77,41 @@ def _read(
     if draws_scenes(settings):
         root, name, images = scenes.location(root), *scenes.SPLITS["train" if split == "train" else "val"]
     if name is not None and settings["format"] == "voc" and ":" in name:
+        if keypoints:
+            raise DataError(f"{root}: VOC's XML has no key points; set data.keypoints to false")
         index, has_ids = _read_folders(root, name, wanted, masks), False
     elif name is not None and settings["format"] != "yolo" and name.endswith(".json"):
-        index = read_coco(root, name, images, wanted, masks)
+        index = read_coco(root, name, images, wanted, masks, keypoints)
     else:
         found = layout() if layout is not None else find(root, settings["format"])
-        index, has_ids = _named(found, name, split).read(wanted, masks), found.format != "voc"
+        index, has_ids = _named(found, name, split).read(wanted, masks, keypoints), found.format != "voc"
     if translate is None:
         return index
     index = relabel(index, translate, left_out)
     # XML has no ids: they are the labels, the same in all splits.
     return index if has_ids else replace(index, category_ids=tuple(range(1, len(index.classes) + 1)))
+
+
+def with_key_points(index: Index, settings: Mapping[str, Any]) -> Index:
+    """What was read, with the user's pairs and sigmas of the key points; without any where none are wanted.
+
+    Raises:
+        DataError: key points are wanted and there are none, or pairs or sigmas don't fit them.
+    """
+    if not settings.get("keypoints"):
+        if index.skeleton is None:
+            return index
+        return replace(index, skeleton=None, records=[replace(record, keypoints=None) for record in index.records])
+    if index.skeleton is None:
+        raise DataError(
+            f"{index.root}: data.keypoints is true, but no class has key points (`keypoints` of a COCO category, "
+            "`kpt_shape` of data.yaml); set it to false"
+        )
+    try:
+        known = index.skeleton.with_settings(settings.get("keypoint_pairs"), settings.get("keypoint_sigmas"))
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    return replace(index, skeleton=known)
 
 
 def draws_scenes(settings: Mapping[str, Any]) -> bool:
@@ -161,6 +186,10 @@ def check_index(index: Any, reader: Any) -> Index:
                 raise DataError(f"{where}: {field} is {found}, not an array of bool ({len(index.classes)},), or None")
         if record.segments is not None and len(record.segments) != len(record.labels):
             raise DataError(f"{where}: {len(record.segments)} segments for {len(record.labels)} objects")
+        points = None if index.skeleton is None else (len(record.labels), len(index.skeleton), 3)
+        found_points = None if record.keypoints is None else record.keypoints.shape
+        if found_points != points:
+            raise DataError(f"{where}: keypoints are {found_points}, not {points}, as the index's skeleton says")
     return index
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detection.batch import Id
+from detection.data.skeletons import Skeleton
 
 Severity = Literal["note", "repairable", "broken"]
 # What the four numbers of a box mean in a file: corners (VOC), corner and size (COCO), centre and size (YOLO).
@@ -41,6 +42,8 @@ class Record:
         partial: `(C,)` bool, the classes of which some objects may not be annotated, or None for none.
         written: `(M, 4)` float32, the boxes as the file has them, before any was clipped or left out; None where they
             are `boxes`. What is wrong with a whole set shows here, see `judging`.
+        keypoints: `(N, k, 3)` float32 x, y in original pixels and visibility (0: not annotated, 1: hidden, 2: visible),
+            zeros where that is 0; None where no key points are read.
         window: of a tile, its x and y in the file's image, and that image's height and width; all above is the tile's.
     """
 
@@ -58,6 +61,7 @@ class Record:
     checked: NDArray[np.bool_] | None = None
     partial: NDArray[np.bool_] | None = None
     written: NDArray[np.float32] | None = None
+    keypoints: NDArray[np.float32] | None = None
     window: tuple[int, int, int, int] | None = None
 
     @classmethod
@@ -68,6 +72,7 @@ class Record:
         size: tuple[int, int],
         boxes: Sequence[Sequence[float]] | NDArray[Any],
         labels: Sequence[int] | NDArray[Any],
+        keypoints: NDArray[Any] | None = None,
     ) -> Record:
         """An image with plain objects: none a crowd or difficult, areas those of the boxes, numbered in their order.
 
@@ -76,6 +81,7 @@ class Record:
             size: `(height, width)` of the image in pixels.
             boxes: `(N, 4)` xyxy in pixels, inside the image.
             labels: `(N,)`, from 1 on.
+            keypoints: `(N, k, 3)`, or None.
         """
         corners = np.array(boxes, np.float32).reshape(-1, 4)
         count = len(corners)
@@ -90,6 +96,7 @@ class Record:
             iscrowd=np.zeros(count, bool),
             difficult=np.zeros(count, bool),
             annotation_ids=np.arange(count),
+            keypoints=None if keypoints is None else np.asarray(keypoints, np.float32),
         )
 
 
@@ -141,6 +148,7 @@ class Index:
         defects: what was repaired, skipped or noted while reading.
         frequencies: LVIS's group of each class, `"r"`, `"c"` or `"f"`, or None where the data names none.
         form: what the file's four numbers of a box mean.
+        skeleton: what is known of the key points, where they are read and there are any.
     """
 
     root: Path
@@ -150,6 +158,7 @@ class Index:
     defects: list[Defect] = field(default_factory=list)
     form: Form = "xyxy"
     frequencies: tuple[str, ...] | None = None
+    skeleton: Skeleton | None = None
 
 
 def relabel(index: Index, classes: Sequence[str], severity: Severity = "note") -> Index:
@@ -175,6 +184,8 @@ def relabel(index: Index, classes: Sequence[str], severity: Severity = "note") -
         filtered: dict[str, Any] = {name: getattr(record, name)[kept] for name in arrays}
         if record.segments is not None:
             filtered["segments"] = [segment for segment, keep in zip(record.segments, kept, strict=True) if keep]
+        if record.keypoints is not None:
+            filtered["keypoints"] = record.keypoints[kept]
         for name in ("checked", "partial"):
             flags = getattr(record, name)
             filtered[name] = None if flags is None else np.append(flags, False)[places]

@@ -52,7 +52,7 @@ class TileView(Tiling):
         Raises:
             DataError: it has key points, of which no rule says what a border leaves.
         """
-        if getattr(record, "keypoints", None) is not None:
+        if record.keypoints is not None:
             raise DataError(f"{record.file_name}: key points can't be cut into tiles: leave data.tile out")
         size = (record.height, record.width)
         windows = self.windows(*size)

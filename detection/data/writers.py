@@ -37,8 +37,16 @@ def write_coco(index: Index, annotations: Path) -> None:
             }
             if record.segments is not None and record.segments[i] is not None:
                 item["segmentation"] = _plain(record.segments[i])
+            if record.keypoints is not None:
+                points = record.keypoints[i]
+                item["keypoints"] = [round(value, 3) for value in points.ravel().tolist()]
+                item["num_keypoints"] = int((points[:, 2] > 0).sum())
             objects.append(item)
-    categories = [{"id": i, "name": name} for i, name in zip(index.category_ids, index.classes, strict=True)]
+    known = index.skeleton
+    points = (
+        {} if known is None else {"keypoints": list(known.names), "skeleton": [[a + 1, b + 1] for a, b in known.edges]}
+    )
+    categories = [{"id": i, "name": name} | points for i, name in zip(index.category_ids, index.classes, strict=True)]
     annotations.write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}))
 
 

@@ -83,7 +83,8 @@ class Study:
         side = min(max(SIDES[0], *self.pixels.shape[:2]), SIDES[1])
         masks = None if chosen.masks is None else list(chosen.masks)
         objects = (chosen.boxes, chosen.labels, chosen.class_names, chosen.scores, masks)
-        return _uri(draw_objects(self.pixels, *objects, side=side))
+        points: dict[str, Any] = {"keypoints": chosen.keypoints, "edges": chosen.edges}
+        return _uri(draw_objects(self.pixels, *objects, side=side, **points))
 
     def boxes(self, where: NDArray[np.int64], prefix: str = "") -> str:
         """The boxes of detections as SVG rectangles `data-box="<prefix><place>"`, small ones above large ones."""

@@ -19,6 +19,7 @@ import numpy as np
 from faster_coco_eval import mask as mask_api
 from numpy.typing import NDArray
 
+from detection.evaluation.oks import extents, similarity
 from detection.evaluation.results import ImageResult, Rle
 
 Floats = NDArray[np.float64]
@@ -47,6 +48,7 @@ class SortedBoxes:
         crowd: `(n,)` of objects; empty for detections.
         masks: one RLE each, where masks are evaluated.
         excused: `(n,)` of detections, those that are not counted if they match nothing; empty for objects.
+        points: `(n, k, 3)`, where key points are evaluated; the areas of detections are then those around them.
     """
 
     image: Ints
@@ -59,6 +61,7 @@ class SortedBoxes:
     crowd: Bools
     masks: list[Rle] | None
     excused: Bools
+    points: Floats | None = None
 
 
 @dataclass(slots=True)
@@ -76,7 +79,9 @@ def xywh(boxes: NDArray[Any]) -> Floats:
     return np.concatenate([wide[:, :2], wide[:, 2:] - wide[:, :2]], axis=1)
 
 
-def sorted_detections(results: Sequence[ImageResult], limit: int, use_masks: bool = False) -> SortedBoxes:
+def sorted_detections(
+    results: Sequence[ImageResult], limit: int, use_masks: bool = False, use_points: bool = False
+) -> SortedBoxes:
     """All detections, the best `limit` of each class and image."""
     image, place = _places([r.labels for r in results])
     label = _join([r.labels for r in results], np.int64)
@@ -88,22 +93,24 @@ def sorted_detections(results: Sequence[ImageResult], limit: int, use_masks: boo
     masks = _pick([r.masks for r in results], order) if use_masks else None
     boxes = _mask_boxes(masks) if masks else xywh(_join([r.boxes for r in results], np.float64).reshape(-1, 4))[order]
     areas = np.asarray(mask_api.area(masks), dtype=np.float64) if masks else boxes[:, 2] * boxes[:, 3]
+    points = _join([r.keypoints for r in results], np.float64)[order] if use_points else None
     excused = _join([np.zeros(len(r.labels), bool) if r.excused is None else r.excused for r in results], np.bool_)
     return SortedBoxes(
         image=image[order],
         label=label[order],
         place=place[order],
         boxes=boxes,
-        areas=areas,
+        areas=areas if points is None else extents(points),
         rank=rank,
         scores=scores[order],
         crowd=np.zeros(0, bool),
         masks=masks,
         excused=excused[order],
+        points=points,
     )
 
 
-def sorted_objects(results: Sequence[ImageResult], use_masks: bool = False) -> SortedBoxes:
+def sorted_objects(results: Sequence[ImageResult], use_masks: bool = False, use_points: bool = False) -> SortedBoxes:
     """All ground-truth objects, crowds included."""
     image, place = _places([r.gt_labels for r in results])
     label = _join([r.gt_labels for r in results], np.int64)
@@ -124,12 +131,16 @@ def sorted_objects(results: Sequence[ImageResult], use_masks: bool = False) -> S
         crowd=crowd,
         masks=masks,
         excused=np.zeros(0, bool),
+        points=_join([r.gt_keypoints for r in results], np.float64)[order] if use_points else None,
     )
 
 
-def find_pairs(dt: SortedBoxes, gt: SortedBoxes, floor: float, by_class: bool = True) -> Pairs:
+def find_pairs(
+    dt: SortedBoxes, gt: SortedBoxes, floor: float, by_class: bool = True, sigmas: Sequence[float] = ()
+) -> Pairs:
     """Pairs in one image (and, with `by_class`, of one class) with IoU >= `floor`; a crowd's IoU is over the detection.
 
+    With `sigmas` OKS takes the place of IoU.
     Indices are places in `dt` and in `gt`. Those of detections ascend; for each detection, those of objects ascend.
     """
     images = 1 + max(dt.image.max(initial=0), gt.image.max(initial=0))
@@ -139,16 +150,29 @@ def find_pairs(dt: SortedBoxes, gt: SortedBoxes, floor: float, by_class: bool = 
     start = np.searchsorted(group_gt[order], group_dt, "left")
     count = np.searchsorted(group_gt[order], group_dt, "right") - start
     has = np.flatnonzero(count)
-    chunks = np.split(has, np.flatnonzero(np.diff(np.cumsum(count[has]) // PAIRS_AT_ONCE)) + 1)
-    found = [_pairs_of(rows, start, count, order, dt, gt, floor) for rows in chunks]
+    at_once = PAIRS_AT_ONCE // max(1, len(sigmas))
+    chunks = np.split(has, np.flatnonzero(np.diff(np.cumsum(count[has]) // at_once)) + 1)
+    found = [_pairs_of(rows, start, count, order, dt, gt, floor, sigmas) for rows in chunks]
     return Pairs(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
-def _pairs_of(rows: Ints, start: Ints, count: Ints, order: Ints, dt: SortedBoxes, gt: SortedBoxes, floor: float) -> Any:
+def _pairs_of(
+    rows: Ints,
+    start: Ints,
+    count: Ints,
+    order: Ints,
+    dt: SortedBoxes,
+    gt: SortedBoxes,
+    floor: float,
+    sigmas: Sequence[float],
+) -> Any:
     offset = np.cumsum(count[rows]) - count[rows]
     d = np.repeat(rows, count[rows])
     g = order[np.arange(len(d)) - np.repeat(offset, count[rows]) + np.repeat(start[rows], count[rows])]
-    iou = box_iou(dt.boxes[d], gt.boxes[g], gt.crowd[g])
+    if sigmas and dt.points is not None and gt.points is not None:
+        iou = similarity(dt.points[d], gt.points[g], gt.boxes[g], gt.areas[g], sigmas)
+    else:
+        iou = box_iou(dt.boxes[d], gt.boxes[g], gt.crowd[g])
     if dt.masks and gt.masks:
         near = np.flatnonzero(iou > 0)
         iou[near] = [_mask_iou(dt.masks[a], gt.masks[b], gt.crowd[b]) for a, b in zip(d[near], g[near], strict=True)]
@@ -255,15 +279,19 @@ def judge(
     limit: int = 100,
     use_masks: bool = False,
     thresholds: Floats = IOU_THRESHOLDS,
+    sigmas: Sequence[float] = (),
 ) -> Iterator[Judged]:
     """Match as the official evaluator does; each class that has objects in turn.
 
-    Detections that match nothing do not count where they lie outside of the area range, or are `excused`.
+    With `sigmas` key points are judged, by OKS; objects without any that is annotated are ignored. Detections that
+    match nothing do not count where they lie outside of the area range, or are `excused`.
     """
-    dt, gt = sorted_detections(results, limit, use_masks), sorted_objects(results, use_masks)
-    pairs = find_pairs(dt, gt, min(thresholds.min(), 1 - 1e-10))
+    dt = sorted_detections(results, limit, use_masks, bool(sigmas))
+    gt = sorted_objects(results, use_masks, bool(sigmas))
+    pairs = find_pairs(dt, gt, min(thresholds.min(), 1 - 1e-10), sigmas=sigmas)
     rows = np.unique(pairs.dt)
-    ignore = gt.crowd | _outside(gt.areas)
+    unjudged = gt.crowd if gt.points is None else gt.crowd | ~(gt.points[..., 2] > 0).any(axis=1)
+    ignore = unjudged | _outside(gt.areas)
     matched = match(pairs, rows, dt.label[rows] * (len(results) + 1) + dt.image[rows], thresholds, ignore, gt.crowd)
     bounds = np.arange(1, num_classes + 2)
     gt_at, dt_at = np.searchsorted(gt.label, bounds), np.searchsorted(dt.label, bounds)
@@ -298,12 +326,13 @@ def evaluate(
     max_detections: Sequence[int] = (1, 10, 100),
     use_masks: bool = False,
     thresholds: Floats = IOU_THRESHOLDS,
+    sigmas: Sequence[float] = (),
 ) -> Curves:
     """Match and accumulate as the official evaluator does; `results` must be in the order of image id."""
     shape = (len(thresholds), num_classes, len(AREAS), len(max_detections))
     precision = np.full((shape[0], len(RECALL_THRESHOLDS), *shape[1:]), -1.0)
     recall, scores = np.full(shape, -1.0), precision.copy()
-    for judged in judge(results, num_classes, max(max_detections), use_masks, thresholds):
+    for judged in judge(results, num_classes, max(max_detections), use_masks, thresholds, sigmas):
         k, counted = judged.label - 1, judged.counted.sum(1)
         for m, limit in enumerate(max_detections):
             kept = np.flatnonzero(judged.rank < limit)

@@ -21,6 +21,7 @@ from detection.data.dataset import to_rle
 from detection.data.federated import NEGATIVE
 from detection.data.listing import Listing, as_id, read_listing
 from detection.data.records import DataError
+from detection.data.skeletons import COCO_SIGMAS, SIGMA
 from detection.evaluation.mean_ap import IouType, MeanAP
 from detection.evaluation.results import ImageResult, Rle
 
@@ -47,20 +48,24 @@ def compare_files(annotations: Path, results: Path, detections_per_img: int = 10
 
     Args:
         annotations: COCO instances file. Its images need not be there.
-        results: a list of `{"image_id", "category_id", "bbox": [x, y, w, h] and / or "segmentation": RLE, "score"}`, or
-            the `predictions.json` of `detection predict`. Masks are compared where the first entry has one. The area
-            of a mask is its own; pycocotools takes that of the box where an entry has one.
+        results: a list of `{"image_id", "category_id", "score"}` with one or several of `"bbox": [x, y, w, h]`,
+            `"segmentation": RLE` and `"keypoints": [x, y, v, ...]`, or the `predictions.json` of `detection predict`.
+            What the first entry has is compared. The area of a mask is its own; pycocotools takes that of the box where
+            an entry has one.
         detections_per_img: how many detections of an image and class count.
-        masks: false compares boxes alone.
+        masks: false leaves masks out.
 
     Raises:
         DataError: naming file and entry: it is no such file, an image is not listed, a number is missing or not finite,
-            or masks are compared and an object has none.
+            masks are compared and an object has none, or key points and there are not 3 numbers for each.
     """
     listing = read_listing(annotations, annotated=True)
     found, kinds = _read_results(results, listing, masks)
     notes: list[str] = []
     truth = _truth(listing, "segm" in kinds, notes)
+    points = _count_points(found, results) if "keypoints" in kinds else 0
+    if points:
+        _give_points(truth, points, annotations)
     labels = {number: label for label, number in enumerate(listing.categories, start=1)}
     unknown = Counter(e["category_id"] for entries in found.values() for e in entries if e["category_id"] not in labels)
     if unknown:
@@ -74,9 +79,18 @@ def compare_files(annotations: Path, results: Path, detections_per_img: int = 10
     if ignored := sum(item.get("ignore") == 1 for items in truth.values() for item in items):
         notes.append(f"{annotations}: {ignored} annotations with ignore 1 count as objects, as in pycocotools")
     metric = MeanAP(list(listing.categories.values()), detections_per_img, kinds)
+    if points and points != len(COCO_SIGMAS):
+        notes.append(f"{results}: OKS with the sigma {SIGMA} for each of the {points} key points")
     images = (
         _image(
-            number, entry, found.get(number, []), truth.get(number, []), labels, kinds, f"{annotations}: image {number}"
+            number,
+            entry,
+            found.get(number, []),
+            truth.get(number, []),
+            labels,
+            kinds,
+            f"{annotations}: image {number}",
+            points,
         )
         for number, entry in listing.images.items()
     )
@@ -97,6 +111,7 @@ def _read_results(path: Path, listing: Listing, masks: bool) -> tuple[Entries, t
         raise DataError(f"{path}: a list of detections is expected; pass a COCO results file")
     first = entries[0] if entries and isinstance(entries[0], dict) else {}
     has: dict[IouType, Any] = {"bbox": first.get("bbox"), "segm": masks and first.get("segmentation")}
+    has["keypoints"] = first.get("keypoints")
     kinds = tuple(kind for kind, value in has.items() if value) or ("bbox",)
     found: Entries = defaultdict(list)
     for position, entry in enumerate(entries):
@@ -122,6 +137,34 @@ def _read_results(path: Path, listing: Listing, masks: bool) -> tuple[Entries, t
             raise DataError(f"{where} has no RLE as segmentation, as others have; export masks of all, or of none")
         found[image].append(entry | {"category_id": category})
     return found, kinds
+
+
+def _count_points(found: Entries, path: Path) -> int:
+    """How many key points each detection has.
+
+    Raises:
+        DataError: not all have as many, in three finite numbers each.
+    """
+    counts = set[int]()
+    for entry in (entry for entries in found.values() for entry in entries):
+        numbers = entry.get("keypoints")
+        if not isinstance(numbers, list) or len(numbers) % 3 or not numbers or not all(map(_is_number, numbers)):
+            raise DataError(f"{path}: keypoints {numbers!r:.60} are not x, y and a third finite number of each point")
+        counts.add(len(numbers) // 3)
+    if len(counts) > 1:
+        raise DataError(
+            f"{path}: detections have {' and '.join(map(str, sorted(counts)))} key points; give all as many"
+        )
+    return counts.pop()
+
+
+def _give_points(objects: Entries, count: int, path: Path) -> None:
+    """Check the key points of the objects; those without any get zeros, which are not annotated."""
+    for item in (item for items in objects.values() for item in items):
+        numbers = item.get("keypoints") or [0] * (3 * count)
+        if not isinstance(numbers, list) or len(numbers) != 3 * count or not all(map(_is_number, numbers)):
+            raise DataError(f"{path}: annotation {item.get('id')} has not {3 * count} finite numbers as keypoints")
+        item["keypoints"] = numbers
 
 
 def _truth(listing: Listing, with_masks: bool, notes: list[str]) -> Entries:
@@ -173,6 +216,7 @@ def _image(
     labels: dict[Id, int],
     kinds: tuple[IouType, ...],
     where: str,
+    points: int,
 ) -> ImageResult:
     """Both sides of one image as the evaluator takes them."""
     found = [detection for detection in found if detection["category_id"] in labels]
@@ -199,14 +243,26 @@ def _image(
         gt_iscrowd=np.array([item.get("iscrowd") == 1 for item in objects], np.bool_),
         gt_difficult=np.zeros(len(objects), np.bool_),
         gt_masks=gt_masks,
+        keypoints=_points(found, points) if points else None,
+        gt_keypoints=_points(objects, points) if points else None,
     )
 
 
+def _points(entries: list[dict[str, Any]], count: int) -> NDArray[np.float64]:
+    return np.array([entry["keypoints"] for entry in entries], np.float64).reshape(-1, count, 3)
+
+
 def _corners(entries: list[dict[str, Any]]) -> NDArray[np.float64]:
-    """`(N, 4)` xyxy of their boxes; zeros where there are masks alone."""
-    boxes = np.array([entry.get("bbox") or (0, 0, 0, 0) for entry in entries], np.float64).reshape(-1, 4)
+    """`(N, 4)` xyxy of their boxes; around the key points where there are those alone, zeros with masks alone."""
+    boxes = np.array([entry.get("bbox") or _around(entry) for entry in entries], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return boxes
+
+
+def _around(entry: dict[str, Any]) -> tuple[float, float, float, float]:
+    numbers = entry.get("keypoints") or [0, 0, 0]
+    xs, ys = numbers[::3], numbers[1::3]
+    return min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)
 
 
 def _mask(segment: Any, height: int, width: int, where: str) -> Rle:

@@ -13,7 +13,9 @@ from detection.evaluation.results import ImageResult
 
 
 def coco_results(
-    results: Sequence[ImageResult], category_ids: Sequence[Id | None], iou_type: Literal["bbox", "segm"] = "bbox"
+    results: Sequence[ImageResult],
+    category_ids: Sequence[Id | None],
+    iou_type: Literal["bbox", "segm", "keypoints"] = "bbox",
 ) -> list[dict[str, Any]]:
     """One entry a detection, image by image, in the detector's order (which decides between equal scores).
 
@@ -24,7 +26,8 @@ def coco_results(
         results: images with their detections.
         category_ids: the file's id of label `i` is `category_ids[i - 1]`, None where it lacks the class.
         iou_type: `"bbox"` gives boxes as x, y, width, height; `"segm"` gives masks alone, because the official
-            evaluator takes an object's area from its box where an entry has one.
+            evaluator takes an object's area from its box where an entry has one. `"keypoints"` gives x, y and a third
+            number of each key point.
     """
     entries = []
     for result in results:
@@ -36,6 +39,10 @@ def coco_results(
             entry: dict[str, Any] = {"image_id": result.image_id, "category_id": category}
             if iou_type == "bbox":
                 entry["bbox"] = box
+            elif iou_type == "keypoints":
+                if result.keypoints is None:
+                    raise ValueError(f"image {result.image_id} ({result.file_name}) has no key points")
+                entry["keypoints"] = result.keypoints[i].ravel().tolist()
             elif result.masks is None:
                 raise ValueError(f"image {result.image_id} ({result.file_name}) has no masks; evaluate with masks")
             else:
@@ -51,7 +58,7 @@ def write_coco_results(
     path: Path,
     results: Sequence[ImageResult],
     category_ids: Sequence[Id | None],
-    iou_type: Literal["bbox", "segm"] = "bbox",
+    iou_type: Literal["bbox", "segm", "keypoints"] = "bbox",
 ) -> int:
     """Write `coco_results` to a file whose folder exists; gives the number of detections written."""
     entries = coco_results(results, category_ids, iou_type)

@@ -93,7 +93,7 @@ def gallery(
     """The HTML of a gallery; it belongs on a page once, with `gallery_looks.STYLE` and `SCRIPT`.
 
     Args:
-        results: all images; masks are outlined where there is one layer.
+        results: all images; masks are outlined, and key points crossed, where there is one layer.
         names: C classes.
         layers: name -> mistakes of each detector, one or two.
         pictures: written into the page, or beside it.
@@ -128,7 +128,8 @@ def block(
         seen = _split(first.image[order], states[order], count)
         for image, found, known in zip(images, own, seen, strict=True):
             image["layers"].append({"boxes": found, "objects": known})
-        if len(layers) == 1 and count <= OUTLINED and count and results[0].gt_masks is not None:
+        has_more = count and (results[0].gt_masks is not None or results[0].gt_keypoints is not None)
+        if len(layers) == 1 and count <= OUTLINED and has_more:
             _outline(images, results, places[in_image], judged, order, in_image)
     if change is not None:
         for image, value in zip(images, change, strict=True):
@@ -193,17 +194,33 @@ def _outline(
     objects: Ints,
     detections: Ints,
 ) -> None:
-    """Add the outlines of masks: SVG paths of each object, and of each detection of some score, else None."""
+    """Add SVG paths of each object, and of each detection of some score, else None.
+
+    They are the outlines of masks; without those, boxes with a cross at each key point.
+    """
     side = side_of(len(images))
     for image in images:
         image["outlines"], image["layers"][0]["outlines"] = [], []
     for i, place in zip(judged.gt.image[objects], judged.gt.place[objects], strict=True):
-        masks = results[i].gt_masks
-        images[i]["outlines"].append(None if masks is None else _path(masks[place], side))
+        of = results[i]
+        path = _crosses(of.gt_boxes[place], None if of.gt_keypoints is None else of.gt_keypoints[place], of.size)
+        images[i]["outlines"].append(path if of.gt_masks is None else _path(of.gt_masks[place], side))
     for i, place, score in zip(judged.dt.image[detections], places, judged.dt.scores[detections], strict=True):
-        masks = results[i].masks
-        drawn = masks is not None and score >= OUTLINE_SCORE
-        images[i]["layers"][0]["outlines"].append(_path(masks[place], side) if drawn and masks else None)
+        of = results[i]
+        path = _crosses(of.boxes[place], None if of.keypoints is None else of.keypoints[place], of.size)
+        path = path if of.masks is None else _path(of.masks[place], side)
+        images[i]["layers"][0]["outlines"].append(path if score >= OUTLINE_SCORE else None)
+
+
+def _crosses(box: NDArray[Any], points: NDArray[Any] | None, size: tuple[int, int]) -> str | None:
+    """A box and a cross at each key point that is annotated, or detected, as the data of an SVG path."""
+    if points is None:
+        return None
+    x1, y1, x2, y2 = (f"{value:.1f}" for value in box.tolist())
+    arm = max(1.0, max(size) / 100)
+    seen = [(x, y) for x, y, v in points.tolist() if v > 0]
+    crosses = [f"M{x - arm:.1f} {y:.1f}h{2 * arm:.1f}M{x:.1f} {y - arm:.1f}v{2 * arm:.1f}" for x, y in seen]
+    return f"M{x1} {y1}H{x2}V{y2}H{x1}Z" + "".join(crosses)
 
 
 def _path(mask: Rle, side: int) -> str:

@@ -18,10 +18,12 @@ from torch import distributed as dist
 from torchmetrics import Metric
 
 from detection.batch import Id, Target
+from detection.data.skeletons import Skeleton, numbered
+from detection.evaluation import oks
 from detection.evaluation.coco_eval import AREA_LIMITS, AREAS, evaluate
 from detection.evaluation.results import ImageResult, image_result
 
-IouType = Literal["bbox", "segm"]
+IouType = Literal["bbox", "segm", "keypoints"]
 FREQUENCIES = {"r": "map_rare", "c": "map_common", "f": "map_frequent"}
 
 
@@ -32,9 +34,12 @@ class MeanAP(Metric):
         class_names: foreground classes; label `i` is `class_names[i - 1]`.
         detections_per_img: how many detections of an image and class count (COCO's largest `maxDets`). The figures
             are at this limit, and the last recall key is named after it: `mar_100`.
-        iou_type: `"bbox"`, `"segm"`, or both, in which case keys start with `bbox_` or `segm_`.
+        iou_type: `"bbox"`, `"segm"`, `"keypoints"`, or several, in which case keys start with `bbox_`, `segm_` or
+            `keypoints_`. Of key points there are COCO's ten figures, at most 20 detections of a class and image, with
+            `mar`, `mar_50` and `mar_75` in the place of limits.
         frequencies: `"r"`, `"c"` or `"f"` for each class, as LVIS has them, for three figures more: `map_rare`,
             `map_common` and `map_frequent`.
+        skeleton: of the key points, whose sigmas OKS takes; None takes the default for as many as there are.
 
     Images that say which classes were looked for are evaluated as LVIS does (Gupta et al. 2019, section 3.3):
     detections of other classes are dropped, those of classes that are not annotated in full are ignored where they
@@ -53,12 +58,13 @@ class MeanAP(Metric):
         detections_per_img: int = 100,
         iou_type: IouType | tuple[IouType, ...] = "bbox",
         frequencies: Sequence[str] | None = None,
+        skeleton: Skeleton | None = None,
     ) -> None:
         if detections_per_img < 1:
             raise ValueError(f"detections_per_img is {detections_per_img}; it must be at least 1")
         super().__init__(sync_on_compute=False)  # `compute` merges by itself: torchmetrics sends tensors alone
         self.class_names = list(class_names)
-        self.frequencies = frequencies
+        self.frequencies, self.skeleton = frequencies, skeleton
         self.iou_type: tuple[IouType, ...] = (iou_type,) if isinstance(iou_type, str) else tuple(iou_type)
         self.max_detection_thresholds = [1, min(10, detections_per_img), detections_per_img]
         self._clear()
@@ -94,7 +100,7 @@ class MeanAP(Metric):
 
         Args:
             detections: for each image `boxes (D, 4)` xyxy in original pixels, `labels (D,)` in `[1, C]`,
-                `scores (D,)`, and for `segm` masks as `encode_masks` takes them.
+                `scores (D,)`, for `segm` masks as `encode_masks` takes them, and `keypoints (D, k, 3)` for key points.
             targets: ground truth of the same images, in the same order.
             results: images that are checked already, e.g. from files.
 
@@ -103,9 +109,10 @@ class MeanAP(Metric):
         """
         if len(detections) != len(targets):
             raise ValueError(f"{len(detections)} detections for {len(targets)} targets; pass one of each an image")
-        masks, limit = "segm" in self.iou_type, self.max_detection_thresholds[-1]
+        masks, points = ("segm" in self.iou_type, "keypoints" in self.iou_type)
+        limit = self.max_detection_thresholds[-1]
         self._add(
-            image_result(detection, target, len(self.class_names), masks, limit)
+            image_result(detection, target, len(self.class_names), masks, limit, points)
             for detection, target in zip(detections, targets, strict=True)
         )
         self._add(results)
@@ -120,6 +127,7 @@ class MeanAP(Metric):
     def compute(self) -> dict[str, float]:
         """The twelve COCO figures: `map, map_50, map_75, map_small|medium|large, mar_1, mar_10, mar_100, mar_small...`.
 
+        Of key points the ten: `map, map_50, map_75, map_medium|large` and `mar, mar_50, mar_75, mar_medium|large`.
         -1 means what it means in COCO: no ground truth (of that size). Every rank must call this; rank 0 evaluates.
 
         Raises:
@@ -164,18 +172,21 @@ class MeanAP(Metric):
         results = self.results
         figures: dict[str, float] = {}
         class_ap: dict[str, dict[str, float]] = {}
-        counts = self.object_counts()
         arrays = self._arrays(results)
         for iou_type in self.iou_type:
             precision, recall = arrays[iou_type]
-            summary = summarize(precision, recall, self.max_detection_thresholds)
+            counts = self.object_counts(iou_type)
+            if iou_type == "keypoints":
+                summary = oks.figures(precision, recall, mean_valid)
+            else:
+                summary = summarize(precision, recall, self.max_detection_thresholds)
             for name, value in summary.items():
                 if value == -1 and counts.get(name.split("_")[-1], counts["all"]):
                     raise RuntimeError(
                         f"{name} is -1 although there is ground truth; the {iou_type} evaluator is wrong"
                     )
             prefix = f"{iou_type}_" if len(self.iou_type) > 1 else ""
-            for group, name in FREQUENCIES.items() if self.frequencies else ():
+            for group, name in FREQUENCIES.items() if self.frequencies and iou_type != "keypoints" else ():
                 own = [k for k, frequency in enumerate(self.frequencies or ()) if frequency == group]
                 summary[name] = mean_valid(precision[:, :, own, 0, -1])
             figures |= {prefix + name: value for name, value in summary.items()}
@@ -186,17 +197,39 @@ class MeanAP(Metric):
         absent = {n: int(c) for n, c in zip(self.class_names, detected[1:], strict=True) if c and n not in known}
         return figures, class_ap, absent
 
-    def object_counts(self) -> dict[str, int]:
-        """Objects of each of COCO's sizes, `all, small, medium, large`, that this process has seen; no crowds."""
-        areas = np.concatenate([r.gt_areas[~r.gt_iscrowd] for r in self.results] or [np.zeros(0, np.float32)])
+    def object_counts(self, iou_type: IouType | None = None) -> dict[str, int]:
+        """Objects of each of COCO's sizes, `all, small, medium, large`, that this process has seen; no crowds.
+
+        For `keypoints` those with a key point that is annotated.
+        """
+        counted = [~r.gt_iscrowd for r in self.results]
+        if iou_type == "keypoints":
+            seen = [(r.gt_keypoints[..., 2] > 0).any(axis=1) for r in self.results if r.gt_keypoints is not None]
+            counted = [own & labelled for own, labelled in zip(counted, seen, strict=True)]
+        areas = np.concatenate(
+            [r.gt_areas[own] for r, own in zip(self.results, counted, strict=True)] or [np.zeros(0, np.float32)]
+        )
         inside = [(areas >= low) & (areas <= high) for low, high in AREA_LIMITS]
         return {name: int(mask.sum()) for name, mask in zip(AREAS, inside, strict=True)}
 
     def _arrays(self, results: Sequence[ImageResult]) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
         """Precision `(T, R, C, A, M)` and recall `(T, C, A, M)` by IoU type, -1 where a class has no ground truth."""
         limits, classes = self.max_detection_thresholds, len(self.class_names)
-        curves = {t: evaluate(results, classes, limits, use_masks=t == "segm") for t in self.iou_type}
+        curves = {
+            t: evaluate(results, classes, [oks.MOST], sigmas=self._sigmas(results))
+            if t == "keypoints"
+            else evaluate(results, classes, limits, use_masks=t == "segm")
+            for t in self.iou_type
+        }
         return {iou_type: (curve.precision, curve.recall) for iou_type, curve in curves.items()}
+
+    def _sigmas(self, results: Sequence[ImageResult]) -> tuple[float, ...]:
+        """One a key point; nothing where no image was seen."""
+        known = self.skeleton
+        points = next((r.gt_keypoints for r in results if r.gt_keypoints is not None), None)
+        if known is None or (points is not None and points.shape[1] != len(known)):
+            known = Skeleton(numbered(0 if points is None else points.shape[1]))
+        return known.oks_sigmas
 
 
 def summarize(precision: NDArray[Any], recall: NDArray[Any], max_detections: Sequence[int]) -> dict[str, float]:

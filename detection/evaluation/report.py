@@ -73,7 +73,7 @@ def write_evaluation(
     leads: Sequence[tuple[str, str]] = (),
     beside: bool = False,
 ) -> dict[str, float]:
-    """Compute, and write `figures.json`, `detections_bbox.json` (and `_segm`), `plots/*.png` and `report.html`.
+    """Compute, and write `figures.json`, `detections_bbox.json` (`_segm`, `_keypoints`), `plots/*.png`, `report.html`.
 
     The pictures are in the report; where it would be larger than 60 MB, in `report_images/`.
 
@@ -183,6 +183,8 @@ def _head(results: Sequence[ImageResult], judged: Analysis, facts: Mapping[str, 
 
 def _images_note(results: Sequence[ImageResult], load_image: LoadImage | None) -> str:
     note = IMAGES_NOTE if load_image else f"The pictures are not at hand: boxes alone. {IMAGES_NOTE}"
+    if results and results[0].gt_masks is None and results[0].gt_keypoints is not None:
+        return f"{note} Crosses are key points, those of detections from a score of {OUTLINE_SCORE} on."
     if not results or results[0].gt_masks is None:
         return note
     if len(results) > OUTLINED:
@@ -235,6 +237,8 @@ def _tiles(figures: Mapping[str, float]) -> str:
             tiles.append(f'<div class="tile{first}">{inside}</div>')
     if "segm_map" in figures:
         tiles.append(f'<div class="tile"><b>{_number(figures["segm_map"])}</b><span>mask AP</span></div>')
+    if "keypoints_map" in figures:
+        tiles.append(f'<div class="tile"><b>{_number(figures["keypoints_map"])}</b><span>OKS AP</span></div>')
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 

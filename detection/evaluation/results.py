@@ -2,6 +2,7 @@
 
 Shape shorthand:
     D: detections of one image     N: ground-truth objects of one image     C: classes without background
+    k: key points of an object
 Boxes are `(x1, y1, x2, y2)` float32 pixels of the original image; labels are in `[1, C]`.
 """
 
@@ -35,6 +36,8 @@ class ImageResult:
         gt_boxes, gt_labels, gt_areas, gt_iscrowd, gt_difficult, gt_masks: the fields of `Target`, `N` each.
         excused: `(D,)` bool, detections of a class of which not all objects are annotated: those that match none are
             not counted. None where there are no such classes.
+        keypoints: `(D, k, 3)` x, y and a third number that is not used; None without key points.
+        gt_keypoints: `(N, k, 3)` x, y and visibility, likewise.
     """
 
     image_id: Id
@@ -51,10 +54,17 @@ class ImageResult:
     gt_difficult: NDArray[np.bool_]
     gt_masks: list[Rle] | None
     excused: NDArray[np.bool_] | None = None
+    keypoints: NDArray[np.floating[Any]] | None = None
+    gt_keypoints: NDArray[np.floating[Any]] | None = None
 
 
 def image_result(
-    detection: Mapping[str, Any], target: Target, num_classes: int, masks: bool = False, limit: int | None = None
+    detection: Mapping[str, Any],
+    target: Target,
+    num_classes: int,
+    masks: bool = False,
+    limit: int | None = None,
+    keypoints: bool = False,
 ) -> ImageResult:
     """Check one image's detections against what an evaluator can take, and bring both sides to the CPU.
 
@@ -66,11 +76,13 @@ def image_result(
         target: the image's ground truth, in the same pixels.
         num_classes: C, without background.
         masks: whether masks are evaluated, and therefore required on both sides.
+        keypoints: whether key points are evaluated; then the detection has `keypoints` `(D, k, 3)`, and the target too.
         limit: of such an image the best detections of all classes together that count, as LVIS has it; None for all.
 
     Raises:
         ValueError: naming the image: lengths that differ, a score or box that is not finite, a box whose right or
-            lower side comes before its left or upper one, a label outside `[1, C]`, or masks that are missing.
+            lower side comes before its left or upper one, a label outside `[1, C]`, or masks or key points that are
+            missing or not as many as annotated.
     """
     where = f"image {target.image_id} ({target.file_name})"
     boxes = _array(detection["boxes"], np.float32).reshape(-1, 4)
@@ -87,12 +99,14 @@ def image_result(
     if masks and ("masks" not in detection or target.masks is None):
         raise ValueError(f"{where}: mask evaluation needs masks in the detections and in the ground truth")
     segments = encode_masks(detection["masks"]) if masks else None
+    points, gt_points = _points(detection, target, where) if keypoints else (None, None)
     if target.checked is not None:
         checked = _flags(target.checked, num_classes, where)
         best = np.sort(np.argsort(-scores, kind="stable")[:limit])
         kept = best[checked[labels[best]]]
         boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
         segments = None if segments is None else [segments[i] for i in kept]
+        points = None if points is None else points[kept]
     return ImageResult(
         image_id=target.image_id,
         file_name=target.file_name,
@@ -108,7 +122,28 @@ def image_result(
         gt_difficult=_array(target.difficult, np.bool_),
         gt_masks=target.masks if masks else None,
         excused=None if target.partial is None else _flags(target.partial, num_classes, where)[labels],
+        keypoints=points,
+        gt_keypoints=gt_points,
     )
+
+
+def _points(
+    detection: Mapping[str, Any], target: Target, where: str
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The key points of both sides: `(D, k, 3)` and `(N, k, 3)`."""
+    if "keypoints" not in detection or target.keypoints is None:
+        raise ValueError(f"{where}: key points are needed in the detections and in the ground truth (data.keypoints)")
+    annotated = _array(target.keypoints, np.float32)
+    found = _array(detection["keypoints"], np.float32)
+    if not len(detection["boxes"]):
+        found = np.zeros((0, *annotated.shape[1:]), np.float32)
+    if found.shape[1] != annotated.shape[1]:
+        raise ValueError(
+            f"{where}: {found.shape[1]} key points are detected, but {annotated.shape[1]} annotated: build the "
+            f"detector with num_keypoints={annotated.shape[1]}"
+        )
+    _refuse(~np.isfinite(found).all((1, 2)), found, where, "a key point is not finite; check the model for NaN")
+    return found, annotated
 
 
 def _flags(classes: Tensor, num_classes: int, where: str) -> NDArray[np.bool_]:

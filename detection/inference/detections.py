@@ -1,7 +1,7 @@
 """What was found in one image, in its own pixels, with class names; and as supervision, COCO or a picture has it.
 
 Shape shorthand:
-    D: detections of the image     H, W: its height and width in pixels
+    D: detections of the image     H, W: its height and width in pixels     k: key points of an object
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from detection.data import rle
 from detection.data.spectral import Pixels
 from detection.visualize import SMALLEST_SIDE, Names, draw_objects
 
+ARRAYS = ("boxes", "labels", "scores", "keypoints", "keypoint_scores", "ids")  # one row a detection, or None
 SHOWN_SIDE = 1000  # pixels of the longer side of the picture that a notebook shows
 
 
@@ -35,6 +36,9 @@ class Detections:
         size: (height, width) of the image.
         masks: the COCO RLE of each object; None of a detector that finds boxes alone.
         pixels: the image `(H, W, C)`, where one alone was looked at: then a notebook shows it with what was found.
+        keypoints: `(D, k, 3)` float32 x, y in pixels and 1, as torchvision gives them; None of a detector without.
+        keypoint_scores: `(D, k)` float32, the logits of the heatmaps at the points.
+        edges: positions of key points that a picture joins by a line.
         ids: `(D,)` int64, of a film: the number of each object from 1 on, -1 without one; else None. See `tracks`.
     """
 
@@ -45,6 +49,9 @@ class Detections:
     size: tuple[int, int]
     masks: tuple[dict[str, Any], ...] | None = None
     pixels: Pixels | None = field(default=None, repr=False, compare=False)
+    keypoints: NDArray[np.float32] | None = None
+    keypoint_scores: NDArray[np.float32] | None = None
+    edges: tuple[tuple[int, int], ...] = ()
     ids: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
@@ -59,9 +66,9 @@ class Detections:
         """Those that a bool or integer array of numpy selects."""
         index = np.flatnonzero(index) if index.dtype == np.bool_ else index
         masks = None if self.masks is None else tuple(self.masks[i] for i in index)
-        ids = None if self.ids is None else self.ids[index]
-        boxes, labels, scores = self.boxes[index], self.labels[index], self.scores[index]
-        return replace(self, boxes=boxes, labels=labels, scores=scores, masks=masks, ids=ids)
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS}
+        chosen = {name: values[index] for name, values in arrays.items() if values is not None}
+        return replace(self, **chosen, masks=masks)
 
     def above(self, score: float) -> Detections:
         """Those that score at least `score`."""
@@ -87,7 +94,7 @@ class Detections:
         labels: Names = "auto",
         line_width: int | None = None,
     ) -> Image.Image:
-        """The image `(H, W, C)` with boxes, names, scores and masks; of a film with ids, and a colour for each.
+        """The image `(H, W, C)` with boxes, names, scores, masks and key points; of a film with a colour for each id.
 
         Args:
             image: of the detections; `pixels` by default. A ValueError where there are none.
@@ -100,7 +107,8 @@ class Detections:
             raise ValueError("these detections don't keep their image: give it, draw(image)")
         masks = None if self.masks is None else list(self.masks)
         objects = (self.boxes, self.labels, self.class_names, self.scores, masks)
-        return draw_objects(image, *objects, side=side, names=labels, line_width=line_width, ids=self.ids)
+        more: dict[str, Any] = {"keypoints": self.keypoints, "edges": self.edges, "ids": self.ids}
+        return draw_objects(image, *objects, side=side, names=labels, line_width=line_width, **more)
 
     def _repr_png_(self) -> bytes | None:
         """What a notebook shows: the image with what was found; None, for the text, where the image is not kept."""
@@ -132,6 +140,8 @@ class Detections:
                 counts = self.masks[i]["counts"]
                 text = counts.decode() if isinstance(counts, bytes) else counts
                 entry["segmentation"] = {"size": list(self.size), "counts": text}
+            if self.keypoints is not None:
+                entry["keypoints"] = self.keypoints[i].ravel().tolist()
             entries.append(entry)
         return entries
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from detection.batch import Batch, Target
 from detection.data.dataset import Sample, collate
 from detection.data.images import from_array, from_pil, read_image
+from detection.data.skeletons import edges_of
 from detection.data.spectral import RGB, PixelFormat, Pixels
 from detection.inference.detections import Detections
 from detection.inference.tiles import Tiles
@@ -55,6 +56,7 @@ class Detector:
         min_size, max_size: see `ImageTransform`; by default the model's own.
         device: `auto` is the first GPU, or the CPU.
         precision: of the network; boxes are always computed in float32. 32 gives the figures of evaluation.
+        edges: positions of key points that pictures join by a line; None takes COCO's where there are 17.
     """
 
     tiles: Tiles | None = None
@@ -68,6 +70,7 @@ class Detector:
         max_size: int | None = None,
         device: str = "auto",
         precision: Precision = "32",
+        edges: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         if model.num_classes != len(class_names) + 1:
             raise ValueError(f"{len(class_names)} class names are given for {model.num_classes - 1} classes")
@@ -82,6 +85,7 @@ class Detector:
         self._divisor, self._resizing = transform.size_divisible, transform.resizing
         self.min_size, self.max_size = min_size or transform.min_size[-1], max_size or transform.max_size
         self.precision, self.form = precision, PixelFormat.of(model)
+        self.edges = edges_of(getattr(model, "num_keypoints", 0)) if edges is None else tuple(edges)
 
     @classmethod
     def from_checkpoint(
@@ -115,7 +119,8 @@ class Detector:
         saved = read_saved(path)
         if saved.class_names is None:
             raise CheckpointError(f"{path}: does not name its classes; write it with save_detector(..., class_names)")
-        detector = cls(model, saved.class_names, saved.category_ids, device=device, precision=precision)
+        options: dict[str, Any] = {"device": device, "precision": precision, "edges": saved.edges}
+        detector = cls(model, saved.class_names, saved.category_ids, **options)
         detector.tiles = Tiles(*saved.tiles) if saved.tiles else None
         return detector
 
@@ -173,6 +178,9 @@ class Detector:
         masks = tuple(detection["masks"]) if "masks" in detection else None
         shape = (int(size[0]), int(size[1]))
         found = Detections(boxes.astype(np.float32), labels, scores.astype(np.float32), self.class_names, shape, masks)
+        if "keypoints" in detection:
+            points, certain = (detection[name].float().cpu().numpy() for name in ("keypoints", "keypoints_scores"))
+            found = replace(found, keypoints=points, keypoint_scores=certain, edges=self.edges)
         return found.take(order)
 
 

@@ -88,7 +88,8 @@ def _iou(box: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
 
 
 def fuse(members: Sequence[Found], how: Fusion, limit: int) -> Found:
-    """What several members found in one image, as one list, best first. A fused box has the mask of its best member.
+    """What several members found in one image, as one list, best first. A fused box has the mask, and the key points,
+    of its best member.
 
     Args:
         members: M, of the same image and the same classes.
@@ -110,6 +111,9 @@ def fuse(members: Sequence[Found], how: Fusion, limit: int) -> Found:
     if first.masks is not None:
         masks = list(chain.from_iterable(m.masks or () for m in members))
         changes["masks"] = type(first.masks)(masks[i] for i in best)
+    if first.keypoints is not None:
+        names = ("keypoints", "keypoint_scores") if isinstance(first, Detections) else ("keypoints",)
+        changes |= {name: np.concatenate([getattr(m, name) for m in members])[best] for name in names}
     if isinstance(first, ImageResult) and first.excused is not None:
         changes["excused"] = np.concatenate([getattr(m, "excused") for m in members])[best]  # noqa: B009
     return replace(first, **changes)

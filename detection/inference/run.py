@@ -285,8 +285,8 @@ def _record(
 
 
 def _write_results(folder: Path, detections: list[dict[str, Any]]) -> None:
-    """COCO results of boxes and of masks, each alone: beside a box, the area of a mask would be that of the box."""
-    for kind, key in (("bbox", "bbox"), ("segm", "segmentation")):
+    """COCO results of boxes, masks and key points, each alone: beside a box, the area of a mask would be the box's."""
+    for kind, key in (("bbox", "bbox"), ("segm", "segmentation"), ("keypoints", "keypoints")):
         if kind == "bbox" or any(key in entry for entry in detections):
             keys = ("image_id", "category_id", key, "score")
             rows = [{name: entry[name] for name in keys} for entry in detections]

@@ -22,6 +22,6 @@ class Tiles(Tiling):
 
     def merge(self, parts: Sequence[Detections], windows: Sequence[Window], size: tuple[int, int]) -> Detections:
         """The detections of an image of `size` (height, width) from those of its windows."""
-        names = ("boxes", "labels", "scores", "masks")
+        names = ("boxes", "labels", "scores", "masks", "keypoints", "keypoint_scores")
         found = [{name: getattr(part, name) for name in names} for part in parts]
         return replace(parts[0], **merge_tiles(found, windows, size, self.iou_thresh), size=size)

@@ -45,6 +45,8 @@ class TestTimeAugmentation(nn.Module):
         fusion: Fusion = "nms",
     ) -> None:
         super().__init__()
+        if hflip and getattr(detector, "has_keypoints", False):
+            raise ValueError("a mirrored view has left key points for right ones: look without it, hflip=False")
         self.detector, self.scales, self.hflip, self.fusion = detector, tuple(scales), hflip, fusion
 
     @property
@@ -58,6 +60,14 @@ class TestTimeAugmentation(nn.Module):
     @property
     def has_masks(self) -> bool:
         return self.detector.has_masks
+
+    @property
+    def has_keypoints(self) -> bool:
+        return bool(getattr(self.detector, "has_keypoints", False))
+
+    @property
+    def num_keypoints(self) -> int:
+        return int(getattr(self.detector, "num_keypoints", 0))
 
     @property
     def mask_grid(self) -> MaskGridPart:

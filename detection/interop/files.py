@@ -253,6 +253,8 @@ def _import(
     else:
         said = True
         model = torchvision.from_torchvision(state, source.name, None, without_epsilon, contiguous)
+    if names is None and (model.num_classes, model.num_keypoints) == (2, 17):
+        names = ["person"]  # COCO's key points
     names, ids = _classes(model.num_classes, names)
     style_from = CONFIG if facts.style else TENSORS if said else DEFAULT
     origins = origins_of(model.recipe or {}, facts, style_from)

@@ -9,7 +9,7 @@ from detection.weights import CheckpointError
 
 Marks = Sequence[tuple[str, str]]  # (pattern that one name has, what it is then); the first that is found counts
 
-KEY_POINTS = "a Keypoint R-CNN, whose key point head has no counterpart here"
+KEY_POINTS = "a Keypoint R-CNN, which can be converted from torchvision's files alone"
 DEFORMABLE = "a detector with deformable convolutions in its backbone, which have no counterpart here"
 ONE_STAGE = "a one-stage detector, and only two-stage detectors can be converted"
 RETINANET = f"a RetinaNet, {ONE_STAGE}"
@@ -62,7 +62,6 @@ TORCHVISION: Marks = (
     (r"^head\.regression_head\.bbox_ctrness\.", FCOS),
     (r"^head\.classification_head\.module_list\.", f"an SSD, {ONE_STAGE}"),
     (r"^head\.(classification|regression)_head\.", RETINANET),
-    (r"^roi_heads\.keypoint_head\.", KEY_POINTS),
     (r"^backbone\.features\.", "a detector on a backbone without a pyramid, such as torchvision's tutorial builds: "
      "build it with faster_rcnn and load the tensors"),
     (r"^(fc|classifier|head)\.(weight|\d\.weight)$", "a classification network: give it as weights_backbone"),

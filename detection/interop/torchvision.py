@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 from torchvision.models import detection as reference
@@ -12,20 +13,19 @@ from detection.interop.builders import box_pool_of, resnet_of, style_of
 from detection.interop.kinds import TORCHVISION, refuse
 from detection.interop.names import count_blocks, load, state_of
 from detection.models import zoo
+from detection.models.family import keypoint_builders
 from detection.models.two_stage import FasterRCNN
 from detection.weights import CheckpointError, fold_epsilon, unfold_epsilon, upgrade_names
 
 # The published files whose frozen normalisation goes without epsilon, by the names that torch.hub gives them.
-WITHOUT_EPSILON = tuple(
-    weights.COCO_V1.url.rpartition("/")[2]
-    for weights in (reference.FasterRCNN_ResNet50_FPN_Weights, reference.MaskRCNN_ResNet50_FPN_Weights)
-)
+WITHOUT_EPSILON = tuple(getattr(reference, name).COCO_V1.url.rpartition("/")[2] for name in zoo.WITHOUT_EPSILON)
+HEATMAPS = "roi_heads.keypoint_predictor.kps_score_lowres.bias"  # has a number for each key point
 MOBILE = "fasterrcnn_mobilenet_v3_large_fpn"
 MOBILE_320 = "fasterrcnn_mobilenet_v3_large_320_fpn"
 
 
 def find_builder(state: Mapping[str, Tensor], file_name: str = "") -> str:
-    """The builder in `zoo` of the detector that these tensors belong to.
+    """The builder, in `zoo` or `keypoint_builders`, of the detector that these tensors belong to.
 
     Args:
         state: under torchvision's names.
@@ -35,9 +35,12 @@ def find_builder(state: Mapping[str, Tensor], file_name: str = "") -> str:
         CheckpointError: there is none.
     """
     refuse(state, "torchvision", TORCHVISION)
-    kind = "maskrcnn" if any(name.startswith("roi_heads.mask_head.") for name in state) else "fasterrcnn"
+    branches = {name: any(key.startswith(f"roi_heads.{name}_head.") for key in state) for name in ("keypoint", "mask")}
+    kind = next((f"{name}rcnn" for name, there in branches.items() if there), "fasterrcnn")
     if "roi_heads.box_predictor.cls_score.weight" not in state or "backbone.fpn.inner_blocks.0.0.weight" not in state:
-        raise CheckpointError("not a Faster or Mask R-CNN of torchvision with a pyramid")
+        raise CheckpointError("not a Faster, Mask or Keypoint R-CNN of torchvision with a pyramid")
+    if all(branches.values()):
+        raise CheckpointError("masks and key points in one detector: torchvision has no builder of it")
     if "backbone.body.0.0.weight" in state:
         return MOBILE_320 if file_name.startswith(MOBILE_320) else MOBILE
     first = "backbone.body.layer1.0."
@@ -45,9 +48,15 @@ def find_builder(state: Mapping[str, Tensor], file_name: str = "") -> str:
     resnet = resnet_of(count_blocks(state, "backbone.body.layer3."), kernel, bottleneck)
     version = "_v2" if "backbone.fpn.inner_blocks.0.1.weight" in state else ""
     name = f"{kind}_{resnet}_fpn{version}"
-    if not hasattr(zoo, name):
-        raise CheckpointError(f"there is no builder {name} for these tensors")
+    _build(name)
     return name
+
+
+def _build(name: str) -> Callable[..., FasterRCNN]:
+    builder: Callable[..., FasterRCNN] | None = getattr(zoo, name, getattr(keypoint_builders, name, None))
+    if builder is None:
+        raise CheckpointError(f"there is no builder {name} for these tensors")
+    return builder
 
 
 def from_torchvision(
@@ -62,7 +71,7 @@ def from_torchvision(
     Args:
         state: under torchvision's names, of any version.
         file_name: as published, which tells what the tensors don't.
-        builder: name in `zoo`; found by default.
+        builder: name as of `find_builder`; found by default.
         without_epsilon: whether the frozen normalisation was trained with epsilon 0; by default only for those
             published files that were.
         contiguous: give COCO's 91 classes the labels 1 to 80.
@@ -71,12 +80,13 @@ def from_torchvision(
         CheckpointError: tensors that are missing, left over or of the wrong shape.
     """
     state = upgrade_names(state)
-    build: Callable[..., FasterRCNN] = getattr(zoo, builder or find_builder(state, file_name))
+    build = _build(builder or find_builder(state, file_name))
     live = any(name.startswith("backbone.body.") and name.endswith("num_batches_tracked") for name in state)
     if contiguous:
         state = rows.to_contiguous(state)
     classes = len(state["roi_heads.box_predictor.cls_score.weight"])
-    model = build(num_classes=classes, norm="batch" if live else "frozen", trainable_backbone_layers=3)
+    options: dict[str, Any] = {"num_keypoints": len(state[HEATMAPS])} if HEATMAPS in state else {}
+    model = build(num_classes=classes, norm="batch" if live else "frozen", trainable_backbone_layers=3, **options)
     if file_name in WITHOUT_EPSILON if without_epsilon is None else without_epsilon:
         state = fold_epsilon(state)
     load(model, state)
@@ -110,9 +120,10 @@ def advice(model: FasterRCNN, state: Mapping[str, Tensor]) -> str:
     """How to load weights of `to_torchvision`, and what torchvision will compute otherwise."""
     builder = find_builder(state, MOBILE_320 if max(model.transform.min_size) <= 320 else "")
     classes = len(state["roi_heads.box_predictor.cls_score.weight"])
-    text = f"Load it into torchvision.models.detection.{builder}(weights=None, num_classes={classes})"
+    counts = f"num_classes={classes}" + (f", num_keypoints={model.num_keypoints}" if model.has_keypoints else "")
+    text = f"Load it into torchvision.models.detection.{builder}(weights=None, {counts})"
     if not hasattr(reference, builder):
-        text = f"Load it into a detector of torchvision's on such a backbone, num_classes={classes}"
+        text = f"Load it into a detector of torchvision's on such a backbone, {counts}"
     if box_pool_of(model).aligned:
         text += "; its RoI Align is not aligned as this detector's is, so expect boxes off by half a cell, or train on"
     return text

@@ -97,8 +97,8 @@ def rcnn_resnet(
         **kwargs: see `fast_rcnn`.
     """
     head = resnet_head(crop_size, backbone_name, weights_backbone, trainable_backbone_layers, norm)
-    classes = num_classes or COCO_CATEGORIES
-    model = rcnn(head, crop_size, classes, box_batch_size_per_image=box_batch_size_per_image, **kwargs)
+    sizes = crop_size, num_classes or COCO_CATEGORIES
+    model = rcnn(head, *sizes, box_batch_size_per_image=box_batch_size_per_image, **kwargs)
     return load_weights(model, weights_backbone)
 
 
@@ -124,15 +124,10 @@ def rcnn_efficientnet_lite0(
             `zoo.fasterrcnn_efficientnet_lite0_fpn`.
         **kwargs: see `fast_rcnn`.
     """
-    model = rcnn(
-        efficientnet_lite0_head(crop_size, weights_backbone, trainable_backbone_layers, norm),
-        crop_size,
-        num_classes or COCO_CATEGORIES,
-        image_mean=image_mean,
-        image_std=image_std,
-        box_batch_size_per_image=box_batch_size_per_image,
-        **kwargs,
-    )
+    head = efficientnet_lite0_head(crop_size, weights_backbone, trainable_backbone_layers, norm)
+    normal: Any = {"image_mean": image_mean, "image_std": image_std}
+    sizes: Any = crop_size, num_classes or COCO_CATEGORIES
+    model = rcnn(head, *sizes, box_batch_size_per_image=box_batch_size_per_image, **normal, **kwargs)
     return load_weights(model, weights_backbone)
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detection.batch import Batch, check_images, check_targets, pad_images, pad_masks, pad_objects
-from detection.boxes import resize_boxes
+from detection.batch import Batch, check_images, check_targets, pad_images, pad_keypoints, pad_masks, pad_objects
+from detection.boxes import resize_boxes, resize_keypoints
 from detection.recipes import recorded
 from detection.resizing import Resizing, resize_tensor
 
@@ -71,16 +71,16 @@ class ImageTransform(nn.Module):
         resized = [self._resize(as_float(image)) for image in images]
         padded, image_sizes = pad_images(resized, self.size_divisible)
         original_sizes = torch.tensor([image.shape[-2:] for image in images])
+        sizes = (image_sizes.to(device), original_sizes.to(device))
         boxes = [image.new_zeros((0, 4)) for image in resized]
         labels = [torch.zeros(0, dtype=torch.int64, device=device) for _ in images]
         if targets is not None:
-            boxes = [
-                resize_boxes(target["boxes"].float(), old.to(device), new.to(device))
-                for target, old, new in zip(targets, original_sizes, image_sizes, strict=True)
-            ]
+            boxes = [resize_boxes(t["boxes"].float(), o, n) for t, n, o in zip(targets, *sizes, strict=True)]
             labels = [target["labels"] for target in targets]
-        sizes = (image_sizes.to(device), original_sizes.to(device))
         batch = Batch(padded, sizes[0], *pad_objects(boxes, labels), original_sizes=sizes[1])
+        if targets is not None and "keypoints" in targets[0]:
+            moved = [resize_keypoints(t["keypoints"], o, n) for t, n, o in zip(targets, *sizes, strict=True)]
+            batch = replace(batch, gt_keypoints=pad_keypoints(moved, batch.gt_valid.shape[1]))
         if targets is None or "masks" not in targets[0]:
             return batch
         masks = [_resize_masks(t["masks"], image) for t, image in zip(targets, resized, strict=True)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from detection.batch import Batch
-from detection.boxes import resize_boxes
+from detection.boxes import resize_detection
 from detection.fitting import attribute_of, check_detections, check_proposals, run, trial
 from detection.mask_grid import MaskGrid, paste_masks
 from detection.measuring import SIDE, check_maps, measure
@@ -63,6 +63,16 @@ class TwoStageDetector(nn.Module):
         return bool(self.roi_heads.has_masks)
 
     @property
+    def has_keypoints(self) -> bool:
+        """Whether it predicts key points too."""
+        return bool(getattr(self.roi_heads, "has_keypoints", False))
+
+    @property
+    def num_keypoints(self) -> int:
+        """Key points of an object; 0 where it predicts none."""
+        return int(self.roi_heads.num_keypoints) if self.has_keypoints else 0
+
+    @property
     def mask_grid(self) -> MaskGridPart:
         """What lays its masks on images."""
         return getattr(self.roi_heads, "mask_grid", None) or MaskGrid()
@@ -76,7 +86,8 @@ class TwoStageDetector(nn.Module):
             images: a `Batch`, or `(3, h, w)` tensors, float in [0, 1] or uint8, of any sizes. With other images than
                 8-bit RGB `(C, h, w)`, and uint16 in the place of uint8, as the transform says.
             targets: in training with a list of images, for each one `boxes` `(N, 4)` xyxy in its pixels and `labels`
-                `(N,)` int64 from 1 on; a `Batch` brings its own.
+                `(N,)` int64 from 1 on, and what the detector learns besides: `masks` `(N, h, w)`, `keypoints`
+                `(N, k, 3)` as x, y and visibility; a `Batch` brings its own.
 
         Raises:
             ValueError: images or targets that can't be right; the message names the image and the box.
@@ -97,7 +108,8 @@ class TwoStageDetector(nn.Module):
 
         Returns:
             Losses by name, scalars; and of each image `boxes` `(D, 4)`, `labels` and `scores` `(D,)`. Masks are still
-            small: `(D, m, m)` probabilities inside each box, which `mask_grid` lays on the image.
+            small: `(D, m, m)` probabilities inside each box, which `mask_grid` lays on the image. Key points are
+            `keypoints` `(D, k, 3)`, x, y and 1.0, and `keypoints_scores` `(D, k)`.
         """
         features = self.extract(batch)
         proposals, losses = self.rpn(features, batch, with_losses)
@@ -107,7 +119,7 @@ class TwoStageDetector(nn.Module):
             return losses, []
         detections: Detections = self.roi_heads.detect(features, proposals, batch.image_sizes)
         for i, detection in enumerate(detections):
-            detection["boxes"] = resize_boxes(detection["boxes"], batch.image_sizes[i], batch.original_sizes[i])
+            resize_detection(detection, batch.image_sizes[i], batch.original_sizes[i])
         return losses, detections
 
     def extract(self, batch: Batch) -> FeatureMaps:

@@ -38,7 +38,7 @@ from detection.recipes import rebuildable, recorded
 from detection.weights import Weights, adapt_classes, find_class_names, find_weights, fit_stem, fold_epsilon, is_given
 
 HALF = (0.5, 0.5, 0.5)  # brings images to [-1, 1], as the packaged weights of EfficientNet-Lite0 want them
-WITHOUT_EPSILON = ("FasterRCNN_ResNet50_FPN_Weights", "MaskRCNN_ResNet50_FPN_Weights")
+WITHOUT_EPSILON = [f"{kind}RCNN_ResNet50_FPN_Weights" for kind in ("Faster", "Mask", "Keypoint")]
 
 
 @recorded
@@ -274,9 +274,8 @@ def fasterrcnn_efficientnet_lite0_fpn(
         image_mean, image_std: bring images to [-1, 1], as the packaged weights want them.
         **kwargs: see `faster_rcnn`.
     """
-    backbone = efficientnet_lite0_fpn(
-        weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers, pyramid
-    )
+    layers: Any = trainable_backbone_layers, pyramid
+    backbone = efficientnet_lite0_fpn(weights_backbone, norm, fpn_norm, fpn_channels, *layers)
     model = faster_rcnn(backbone, num_classes or COCO_CATEGORIES, image_mean=image_mean, image_std=image_std, **kwargs)
     return load_weights(model, weights_backbone)
 
@@ -323,9 +322,8 @@ def cascadercnn_efficientnet_lite0_fpn(
     **kwargs: Any,
 ) -> TwoStageDetector:
     """Cascade R-CNN on EfficientNet-Lite0. Arguments as for `fasterrcnn_efficientnet_lite0_fpn` and `cascade_rcnn`."""
-    backbone = efficientnet_lite0_fpn(
-        weights_backbone, norm, fpn_norm, fpn_channels, trainable_backbone_layers, pyramid
-    )
+    layers: Any = trainable_backbone_layers, pyramid
+    backbone = efficientnet_lite0_fpn(weights_backbone, norm, fpn_norm, fpn_channels, *layers)
     normal: Any = {"image_mean": image_mean, "image_std": image_std}
     model = cascade_rcnn(backbone, num_classes or COCO_CATEGORIES, mask_grid=mask_grid, **normal, **kwargs)
     return load_weights(model, weights_backbone)

@@ -211,8 +211,10 @@ class PredictionPictures(L.Callback):
             of_objects, of_found = judged_colours(shown, len(names))
             truth = (shown.gt_boxes, shown.gt_labels, names, None, shown.gt_masks)
             found = (shown.boxes, shown.labels, names, shown.scores, shown.masks)
-            left = draw_objects(image, *truth, colours=of_objects)
-            pairs.append((left, draw_objects(image, *found, colours=of_found)))
+            edges = skeleton.edges if (skeleton := pl_module.metric.skeleton) is not None else ()
+            left = draw_objects(image, *truth, colours=of_objects, keypoints=shown.gt_keypoints, edges=edges)
+            right = draw_objects(image, *found, colours=of_found, keypoints=shown.keypoints, edges=edges)
+            pairs.append((left, right))
         if pairs:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             titles = ("ground truth", f"predictions with score >= {self.score_thresh}")
@@ -228,9 +230,9 @@ def above(result: ImageResult, score: float) -> ImageResult:
     """The result with those detections alone that score at least `score`."""
     keep = np.flatnonzero(result.scores >= score)
     masks = None if result.masks is None else [result.masks[i] for i in keep]
-    return replace(
-        result, boxes=result.boxes[keep], labels=result.labels[keep], scores=result.scores[keep], masks=masks
-    )
+    points = None if result.keypoints is None else result.keypoints[keep]
+    kept = {name: getattr(result, name)[keep] for name in ("boxes", "labels", "scores")}
+    return replace(result, **kept, masks=masks, keypoints=points)
 
 
 def judged_colours(result: ImageResult, num_classes: int) -> tuple[list[Colour], list[Colour]]:
@@ -288,7 +290,7 @@ class Results(L.Callback):
             self.best = {name: value for name, value in metrics.items() if name.startswith("val/")}
             self.best_step = trainer.global_step
         shown = {"train/loss": "loss", "val/loss": "validation loss", "val/map": "mAP", "val/map_50": "AP50"}
-        shown |= {"val/segm_map": "mask mAP"}
+        shown |= {"val/segm_map": "mask mAP", "val/keypoints_map": "OKS mAP"}
         figures = [f"{title} {metrics[name]:.3f}" for name, title in shown.items() if metrics.get(name, -1.0) != -1]
         if "images/s" in metrics:
             figures.append(f"{metrics['images/s']:.1f} images/s")
@@ -323,6 +325,9 @@ SUMMARY = {
     "segm_map": "mask AP",
     "segm_map_50": "mask AP50",
     "segm_map_75": "mask AP75",
+    "keypoints_map": "OKS AP",
+    "keypoints_map_50": "OKS AP50",
+    "keypoints_map_75": "OKS AP75",
 }
 
 

@@ -26,9 +26,10 @@ def as_batch(given: Any, detector: FasterRCNN, image_ids: Sequence[int], trains:
 
     Args:
         given: a `Batch`, which is returned; or a pair of `(3, h, w)` images, float in [0, 1] or uint8, and of targets
-            with `boxes` `(N, 4)` xyxy, `labels` `(N,)` from 1 on, and, if they like, `masks` `(N, h, w)`, `iscrowd`
-            `(N,)`, `area` `(N,)` in square pixels (else that of masks or boxes), `image_id`, `file_name`, and `checked`
-            `(C,)` bool, the classes that were looked for in the image; or the images alone.
+            with `boxes` `(N, 4)` xyxy, `labels` `(N,)` from 1 on, and, if they like, `masks` `(N, h, w)`, `keypoints`
+            `(N, k, 3)`, `iscrowd` `(N,)`, `area` `(N,)` in square pixels (else that of masks or boxes),
+            `image_id`, `file_name`, and `checked` `(C,)` bool, the classes that were looked for in the image; or the
+            images alone.
         detector: what is to train or detect.
         image_ids: for images whose target has no `image_id`; one an image, or more.
         trains: whether the batch is to train: then nothing of a crowd is learned, not even that it is background,
@@ -44,10 +45,11 @@ def as_batch(given: Any, detector: FasterRCNN, image_ids: Sequence[int], trains:
     if targets is None:
         return detector.transform(images, None, detector.num_classes)
     check_targets(images, targets, detector.num_classes)
-    lacking = [i for i, target in enumerate(targets) if "masks" not in target]
-    if detector.has_masks and lacking:
-        raise ValueError(f"the detector predicts masks, but the target of image {lacking[0]} has none")
-    names = ("boxes", "labels", "masks") if detector.has_masks else ("boxes", "labels")
+    wanted = {"masks": detector.has_masks, "keypoints": getattr(detector, "has_keypoints", False)}
+    for name in (name for name, learned in wanted.items() if learned):
+        if lacking := [i for i, target in enumerate(targets) if name not in target]:
+            raise ValueError(f"the detector predicts {name}, but the target of image {lacking[0]} has none")
+    names = ("boxes", "labels", *(name for name, learned in wanted.items() if learned))
     learned = [{name: target[name][~_crowd(target)] for name in names} for target in targets]
     batch = detector.transform(images, learned, detector.num_classes)
     batch = replace(batch, gt_ignored=_ignored(targets, batch), labelled=_labelled(targets, detector.num_classes - 1))
@@ -108,6 +110,7 @@ def _target(image: Tensor, target: Mapping[str, Any], number: int, with_masks: b
         iscrowd=_crowd(target).cpu(),
         difficult=torch.zeros(len(boxes), dtype=torch.bool),
         masks=encode_masks(masks) if with_masks else None,
+        keypoints=target["keypoints"].float().cpu() if "keypoints" in target else None,
         checked=None if target.get("checked") is None else torch.as_tensor(target["checked"]).bool().cpu(),
     )
 

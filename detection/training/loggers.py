@@ -24,7 +24,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 RUN_FLAGS = ("project", "entity", "group", "tags", "notes", "name")  # what W&B's runs are found and grouped by
-BEST_OF = ("val/map", "val/map_50", "val/map_75", "val/segm_map")  # whose largest value is the run's summary
+# Whose largest value is the run's summary.
+BEST_OF = ("val/map", "val/map_50", "val/map_75", "val/segm_map", "val/keypoints_map")
 WandbMode = Literal["off", "auto", "online", "offline"]
 START_TIMEOUT = 30.0  # seconds that W&B's server has to answer before the run is recorded offline
 END_TIMEOUT = 60.0  # seconds for the rest of the upload after training; what is left stays on disk

@@ -19,9 +19,10 @@ from torchmetrics import Metric
 from detection.batch import Batch, check_batch
 from detection.commit import code_version
 from detection.data import rle
+from detection.data.skeletons import SIGMA
 from detection.data.spectral import PixelFormat
 from detection.drift import present_recipe
-from detection.evaluation.mean_ap import MeanAP
+from detection.evaluation.mean_ap import IouType, MeanAP
 from detection.interop.files import take_sizes
 from detection.mask_grid import MaskGrid
 from detection.models.fast import REPEATABLE, accelerate, exchange
@@ -142,7 +143,7 @@ class DetectionModule(L.LightningModule):
         if layer_decay is not None:
             layer_scales(detector, layer_decay)
         self.freezing = Freezing(detector, freeze or ())
-        self.metric = MeanAP(self.class_names, detections_per_img, ("bbox", "segm") if detector.has_masks else "bbox")
+        self.metric = MeanAP(self.class_names, detections_per_img, kinds_of(detector))
         self.own_metrics = OwnMetrics(metrics or ())
         self.compiled, self.fast = compile, fast
         if grad_checkpointing:
@@ -187,6 +188,7 @@ class DetectionModule(L.LightningModule):
         """Refuse data without the masks, or with other channels than the detector learns; compile what is trained."""
         data = getattr(self.trainer, "datamodule", None)
         settings, self.metric.frequencies = getattr(data, "hparams", {}), getattr(data, "frequencies", None)
+        self.metric.skeleton = getattr(data, "skeleton", None)
         choose_precision(self.trainer)
         if stage == "fit":
             self._describe_detector(settings)
@@ -194,6 +196,8 @@ class DetectionModule(L.LightningModule):
             check_monitors(self.trainer, known_figures(self.class_names, self.metric.iou_type, self.detector.has_masks))
         if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
             raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
+        if stage != "predict":
+            self._check_key_points(settings)
         given = getattr(data, "form", None)
         if (
             given is not None
@@ -211,6 +215,30 @@ class DetectionModule(L.LightningModule):
             exchange(self.detector, REPEATABLE)  # also in place of plain parts, which torchvision refuses to run
         if self.compiled and stage == "fit":
             compile_parts(self.detector)
+
+    def _check_key_points(self, data: Mapping[str, Any]) -> None:
+        """A ValueError where the detector learns key points, and the data has none or other ones."""
+        if "keypoints" not in self.metric.iou_type:
+            return
+        points, skeleton = int(self.detector.num_keypoints), self.metric.skeleton
+        if not data.get("keypoints", True):
+            raise ValueError(
+                "the detector predicts key points but the data is read without: set data.keypoints to true"
+            )
+        if skeleton is None:
+            return
+        if points != len(skeleton):
+            raise ValueError(
+                f"the detector predicts {points} key points, but the data has {len(skeleton)}: build it with "
+                f"num_keypoints={len(skeleton)}"
+            )
+        if skeleton.guesses_sigmas:
+            log.info(
+                "OKS takes the sigma %g for each of the %d key points; data.keypoint_sigmas sets others (Ultralytics "
+                "takes 1 / k)",
+                SIGMA,
+                points,
+            )
 
     def _describe_detector(self, data: Mapping[str, Any]) -> None:
         """Let checkpoints have the detector as it is: with its data's sizes, and with changes since it was built."""
@@ -257,7 +285,9 @@ class DetectionModule(L.LightningModule):
         self._resumed, self._code_before = checkpoint, str(checkpoint.get("code", ""))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep which code has trained it; of a run that went on with other code, each."""
+        """Keep which code has trained it, of a run that went on with other code, each; and what key points mean."""
+        if "keypoints" in self.metric.iou_type and (skeleton := self.metric.skeleton) is not None:
+            checkpoint["skeleton"] = {"names": list(skeleton.names), "edges": [list(edge) for edge in skeleton.edges]}
         known = self._code_before.split(", then ") if self._code_before else []
         checkpoint["code"] = ", then ".join(known if known[-1:] == [self._code] else [*known, self._code])
 
@@ -351,7 +381,7 @@ class DetectionModule(L.LightningModule):
         values = {f"{stage}/{name.removeprefix('bbox_')}": value for name, value in figures.items()}
         # COCO says -1 where there is no object of a size; in a chart that would be a figure.
         self.log_dict({name: value for name, value in values.items() if value >= 0 or name == f"{stage}/map"})
-        for kind, prefix in zip(self.metric.iou_type, ("ap", "segm_ap"), strict=False):
+        for kind, prefix in zip(("bbox", "segm", "keypoints"), ("ap", "segm_ap", "keypoints_ap"), strict=True):
             of_classes = self.metric.per_class(kind)  # type: ignore[arg-type]
             self.log_dict({f"{stage}/{prefix}/{name}": value for name, value in of_classes.items()})
         own = self.own_metrics.compute(self.metric.results)
@@ -437,6 +467,13 @@ def encode_detections(detections: list[dict[str, Any]], batch: Batch, grid: Mask
                 for rows, columns, values in laid
             ]
     return detections
+
+
+def kinds_of(detector: Any) -> tuple[IouType, ...]:
+    """What of a detector is evaluated: boxes, and masks and key points where it finds them."""
+    points = getattr(detector, "has_keypoints", False)  # which a detector of the user's own may lack
+    kinds: dict[IouType, bool] = {"bbox": True, "segm": bool(detector.has_masks), "keypoints": bool(points)}
+    return tuple(kind for kind, wanted in kinds.items() if wanted)
 
 
 def grid_of(detector: Any) -> MaskGridPart:

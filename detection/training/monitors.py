@@ -30,7 +30,7 @@ def known_figures(class_names: Sequence[str], iou_type: Any, masks: bool) -> lis
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there are no images yet, as torchmetrics remarks
         figures = MeanAP(class_names, 100, iou_type).compute()
-    losses = [*LOSSES, *(["loss_mask"] if masks else [])]
+    losses = [*LOSSES, *(["loss_mask"] if masks else []), *(["loss_keypoint"] if "keypoints" in iou_type else [])]
     names = [*(name.removeprefix("bbox_") for name in figures), *losses, *(f"ap/{name}" for name in class_names)]
     names += [f"proposals_ar_{limit}" for limit in (100, 300, 1000)]
     return [*(f"val/{name}" for name in names), *(f"train/{name}" for name in losses), *WATCHED]

@@ -42,7 +42,9 @@ def _pair(one: Batch, class_names: Sequence[str]) -> tuple[Image.Image, Image.Im
     image = false_colour(one.images[0, :, :height, :width].permute(1, 2, 0).contiguous().numpy())
     there = one.gt_valid[0]
     boxes, labels = one.gt_boxes[0][there].numpy(), one.gt_labels[0][there].numpy()
-    return draw_objects(image, boxes[:0], labels[:0], class_names), draw_objects(image, boxes, labels, class_names)
+    points = None if one.gt_keypoints is None else one.gt_keypoints[0][there].numpy()
+    bare = draw_objects(image, boxes[:0], labels[:0], class_names)
+    return bare, draw_objects(image, boxes, labels, class_names, keypoints=points)
 
 
 def _figures(one: Batch, part: Part, i: int, detector: FasterRCNN, class_names: Sequence[str]) -> dict[str, Figure]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from detection.batch import Batch, Target
@@ -38,9 +38,11 @@ from detection.training.callbacks import Results, is_rehearsal
 from detection.training.loaders import image_folder, image_format
 from detection.training.loggers import Tracker
 from detection.training.module import DetectionModule
+from detection.visualize import class_colour, draw_points
 
 Pixels = NDArray[np.uint8]
 PROPOSAL_LIMITS = (100, 300, 1000)
+POINTS_SCORE = 0.5  # of detections whose key points are drawn
 MOST_MASK_CLASSES = 255  # W&B keeps the class of each pixel in a byte
 
 
@@ -225,10 +227,11 @@ class Tracking(L.Callback):
         figures = draw_plots(results, names, analyse(results, len(names)))
         files = {name: self._save(name, figure) for name, figure in figures.items()}
         root, form = image_folder(trainer), image_format(trainer)
+        edges = () if pl_module.metric.skeleton is None else pl_module.metric.skeleton.edges
         step = max(0, trainer.global_step - 1)  # that of the figures of the same validation
 
         def send(tracker: Tracker) -> None:
-            tracker.log_metrics(self._media(files, results, names, root, form), step)
+            tracker.log_metrics(self._media(files, results, names, root, form, edges), step)
 
         for tracker in trackers(trainer):
             tracker.attempt(partial(send, tracker))
@@ -246,6 +249,7 @@ class Tracking(L.Callback):
         names: Sequence[str],
         root: Path | None,
         form: PixelFormat,
+        edges: Sequence[tuple[int, int]],
     ) -> dict[str, Any]:
         import wandb  # takes a second to import; only where it is in use
 
@@ -259,7 +263,8 @@ class Tracking(L.Callback):
         )
         if root is None:  # loaders that are not DetectionDataModule's don't say where their images lie
             return media
-        shown = [overlays(result, names, root, self.score_thresh, form=form) for result in spread(results, self.count)]
+        options: dict[str, Any] = {"form": form, "edges": edges}
+        shown = [overlays(result, names, root, self.score_thresh, **options) for result in spread(results, self.count)]
         media["val/images"] = [wandb.Image(**image, file_type="jpg") for image in same_size(shown)]
         return media
 
@@ -320,6 +325,7 @@ def overlays(
     score_thresh: float = 0.0,
     side: int = 800,
     form: PixelFormat = RGB,
+    edges: Sequence[tuple[int, int]] = (),
 ) -> dict[str, Any]:
     """What `wandb.Image` takes to show an image with layers `ground_truth` and `predictions` of boxes and masks.
 
@@ -330,10 +336,12 @@ def overlays(
         score_thresh: detections below it are left out.
         side: longer side in pixels that larger images are shrunk to; boxes follow.
         form: channels and depth of its file.
+        edges: positions of key points to join by a line.
 
     Returns:
         `data_or_path` `(H, W, 3)` uint8, `caption`, `boxes` and, if there are any, `masks`: the class of each pixel,
-        the best score on top. More than 255 classes do not fit into W&B's masks.
+        the best score on top. More than 255 classes do not fit into W&B's masks. W&B has no key points: those of
+        detections that score .5 or more are drawn into the image.
     """
     image = false_colour(read_image(root / result.file_name, result.size, form=form))
     scale = min(1.0, side / max(result.size))
@@ -342,6 +350,8 @@ def overlays(
         small.thumbnail((side, side), Image.Resampling.BILINEAR)
         image = np.asarray(small)
     keep = np.flatnonzero(result.scores >= score_thresh)
+    if result.keypoints is not None:
+        image = _with_points(image, result, edges)
     shown = [result.masks[i] for i in keep] if result.masks is not None else None
     layers = {
         "ground_truth": (result.gt_boxes, result.gt_labels, None, result.gt_masks),
@@ -360,6 +370,16 @@ def overlays(
             for layer, (_, labels, scores, masks) in layers.items()
         }
     return drawn
+
+
+def _with_points(image: Pixels, result: ImageResult, edges: Sequence[tuple[int, int]]) -> Pixels:
+    """The image, which may be smaller than its file, with the key points of good detections."""
+    picture = Image.fromarray(image)
+    pen, radius = ImageDraw.Draw(picture), max(2.0, max(picture.size) / 160)
+    scale = (picture.width / result.size[1], picture.height / result.size[0], 1.0)
+    for i in np.flatnonzero(result.scores >= POINTS_SCORE) if result.keypoints is not None else ():
+        draw_points(pen, result.keypoints[i] * scale, class_colour(int(result.labels[i])), edges, radius)  # type: ignore[index]
+    return np.asarray(picture)
 
 
 def same_size(images: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:

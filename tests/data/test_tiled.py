@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -156,16 +157,36 @@ def test_images_that_fit_stay_themselves_and_key_points_are_refused():
     own = record([(0, 10, 10, 60, 60)])
     assert TileView(400).record(own) == [own]
 
-    class WithPoints:
-        file_name, keypoints = "a.png", np.zeros((1, 17, 3))
-
+    own.keypoints = np.zeros((1, 17, 3), np.float32)
     with pytest.raises(DataError, match=r"a\.png: key points can't be cut into tiles"):
-        TileView(100).record(WithPoints())  # type: ignore[arg-type]
+        TileView(100).record(own)
 
 
 def tile_store(tmp_path: Path, count: int = 6) -> RecordStore:
     sets = [apart(np.random.default_rng(i), 5, 30) for i in range(count)]
     return RecordStore(TileView(100, 0.2).index(index_of(tmp_path, *sets)).records)
+
+
+def test_whole_images_are_evaluated_with_the_masks_of_their_tiles(tmp_path):
+    index = index_of(tmp_path, [(0, 30, 30, 300, 60), (2, 200, 100, 230, 130)])
+    index.records[0].segments = [[[30.0, 30, 300, 30, 300, 60, 30, 60]], [[200.0, 100, 230, 100, 230, 130]]]
+    view = TileView(100)
+    data = DetectionDataset(index, eval_transform(100, 100), tiles=view)
+    batch = collate([data[0]])
+    whole = data[0].target
+    assert (
+        data[0].masks is None
+        and len(batch) == len(view.windows(HEIGHT, WIDTH))
+        and batch.targets[0].masks == whole.masks
+    )
+    assert len(batch.gt_masks) == len(batch) and (batch.gt_masks.sum((2, 3)) > 0)[batch.gt_valid].all()
+    seen = np.zeros((HEIGHT, WIDTH), bool)
+    for sample, (x, y) in zip(data[0].tiles, data[0].corners, strict=True):
+        for mask, (x1, y1, x2, y2) in zip(sample.masks, sample.windows.round().int().tolist(), strict=True):
+            shown = cv2.resize(mask.numpy(), (x2 - x1, y2 - y1), interpolation=cv2.INTER_AREA) >= 128
+            seen[y + y1 : y + y2, x + x1 : x + x2] |= shown
+    laid = np.any([mask_api.decode(mask) for mask in whole.masks], axis=0)
+    assert (seen == laid).mean() > 0.998  # but for the rounding of the triangle's edge
 
 
 def ranks_of(
@@ -303,8 +324,8 @@ def _blobs(batch: Batch, with_losses: bool) -> tuple[dict[str, torch.Tensor], li
 
 
 def test_settings_that_do_not_go_together_are_refused(tmp_path):
-    for name, value in {"mosaic": 0.5, "copy_paste": 0.5}.items():
-        with pytest.raises(ValueError, match="tiles go with neither proposals, mosaics nor copy_paste"):
+    for name, value in {"mosaic": 0.5, "copy_paste": 0.5, "keypoints": True}.items():
+        with pytest.raises(ValueError, match="tiles go with neither proposals, mosaics, copy_paste nor key points"):
             DetectionDataModule(str(tmp_path), tile=100, **{name: value})
     with pytest.raises(ValueError, match="tiles of 0 pixels"):
         DetectionDataModule(str(tmp_path), tile=0)

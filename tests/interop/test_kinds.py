@@ -288,7 +288,6 @@ REFUSED = [
     ("torchvision", {"head.regression_head.bbox_ctrness.weight"}, "an FCOS"),
     ("torchvision", {"head.classification_head.module_list.0.weight"}, "an SSD"),
     ("torchvision", {"head.classification_head.cls_logits.weight"}, "a RetinaNet, a one-stage detector"),
-    ("torchvision", {"roi_heads.keypoint_head.0.weight"}, "a Keypoint R-CNN"),
     ("torchvision", {"backbone.features.0.weight", "roi_heads.a"}, "a backbone without a pyramid"),
     ("torchvision", {"fc.weight", "conv1.weight"}, "a classification network"),
 ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import detection as reference
 from torchvision.ops import FrozenBatchNorm2d
 
-from detection.interop import CheckpointError, export_detector, import_detector, rows, save_detector
+from detection.interop import CheckpointError, export_detector, import_detector, load_detector, rows, save_detector
 from detection.interop.torchvision import WITHOUT_EPSILON, advice, find_builder, from_torchvision, to_torchvision
 from detection.models import zoo
 from detection.models.backbones import resnet_fpn
@@ -25,6 +25,7 @@ TWINS = [
     "fasterrcnn_mobilenet_v3_large_320_fpn",
     "maskrcnn_resnet50_fpn",
     "maskrcnn_resnet50_fpn_v2",
+    "keypointrcnn_resnet50_fpn",
 ]
 MOBILE = "fasterrcnn_mobilenet_v3_large_fpn"
 
@@ -67,7 +68,7 @@ def test_here_and_back(name: str) -> None:
     published = state if live else old_names(without_counters(state))
     assert live or set(published) != set(state)
     model = from_torchvision(published, f"{name}-0123abcd.pth").eval()
-    assert model.recipe is not None and model.recipe["class_path"].startswith("detection.models.zoo.")
+    assert model.recipe is not None and model.recipe["class_path"].startswith("detection.models.")
     with torch.device("meta"):
         again = rebuild(model.recipe)
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
@@ -77,7 +78,8 @@ def test_here_and_back(name: str) -> None:
         assert (ours[key] - expected[key]).abs().max() < 1e-5 * expected[key].abs().max()
     back, wanted = to_torchvision(model), state if live else without_counters(state)
     assert set(back) == set(wanted) and all(torch.equal(back[key], wanted[key]) for key in wanted)
-    assert f"torchvision.models.detection.{name}(weights=None, num_classes=5)" in advice(model, back)
+    counts = "num_classes=5, num_keypoints=17" if name.startswith("keypoint") else "num_classes=5"
+    assert f"torchvision.models.detection.{name}(weights=None, {counts})" in advice(model, back)
     missing, extra = theirs.load_state_dict(back, strict=False)
     assert not extra and all(key.endswith("num_batches_tracked") for key in missing)
 
@@ -95,6 +97,29 @@ def test_here_and_back_through_files(tmp_path: Path) -> None:
         assert set(back) == set(state) and all(torch.equal(back[key], state[key]) for key in state)
 
 
+@pytest.mark.rehearsal
+@torch.no_grad()
+def test_a_key_point_detector_here_and_back_through_files(tmp_path: Path) -> None:
+    """It finds persons, unless it says otherwise, and torchvision's finds the same from the file written for it."""
+    sizes: dict[str, Any] = {"min_size": 96, "max_size": 128, "box_score_thresh": 0.0}
+    first, second = (
+        reference.keypointrcnn_resnet50_fpn(weights=None, weights_backbone=None, **sizes).eval() for _ in range(2)
+    )
+    torch.save(first.state_dict(), tmp_path / "keypointrcnn.pth")
+    model, saved = import_detector(tmp_path / "keypointrcnn.pth")
+    assert saved.class_names == ["person"] and saved.category_ids == [1]
+    save_detector(tmp_path / "ours.safetensors", model, saved.class_names, saved.category_ids)
+    said = export_detector(tmp_path / "ours.safetensors", tmp_path / "back.pth", "torchvision")
+    assert "keypointrcnn_resnet50_fpn(weights=None, num_classes=2, num_keypoints=17)" in said
+    second.load_state_dict(torch.load(tmp_path / "back.pth"), strict=True)
+    image = torch.rand(3, 90, 120)
+    wanted, found = first([image])[0], second([image])[0]
+    assert len(wanted["boxes"]) > 5 and all(torch.equal(wanted[name], found[name]) for name in wanted)
+    again, model = load_detector(tmp_path / "ours.safetensors"), model.eval()
+    again.transform.min_size = model.transform.min_size = (96,)
+    assert all(torch.equal(value, again([image])[0][name]) for name, value in model([image])[0].items())
+
+
 def test_builders_are_found_by_the_tensors_and_the_name() -> None:
     with torch.device("meta"):
         states = {name: getattr(reference, name)(weights=None, weights_backbone=None).state_dict() for name in TWINS}
@@ -103,7 +128,7 @@ def test_builders_are_found_by_the_tensors_and_the_name() -> None:
     for name in TWINS[:2]:
         assert find_builder(states[name], "model.pth") == name
     state = states[TWINS[0]]
-    with pytest.raises(CheckpointError, match="not a Faster or Mask R-CNN of torchvision"):
+    with pytest.raises(CheckpointError, match="not a Faster, Mask or Keypoint R-CNN of torchvision"):
         find_builder({"some.weight": torch.zeros(2)})
     fewer = {k: v for k, v in state.items() if "layer3.5" not in k}
     with pytest.raises(CheckpointError, match="5 blocks in its third stage"):

@@ -24,7 +24,10 @@ Sample = tuple[list[Tensor], list[dict[str, Tensor]]]
 
 @pytest.fixture(scope="session")
 def real_samples(shared_data: Path) -> Sample:
-    """Photographs of COCO in [0, 1], with their boxes, and categories folded to labels 1 to 10."""
+    """Photographs of COCO in [0, 1], with their boxes, and categories folded to labels 1 to 10.
+
+    Key points are drawn: in and about each box, one in three of each visibility, the first on the corner of its box.
+    """
     folder = shared_data / "tiny_coco"
     content = json.loads((folder / "annotations/instances_val2017.json").read_text())
     ids = {image["file_name"]: image["id"] for image in content["images"]}
@@ -37,7 +40,12 @@ def real_samples(shared_data: Path) -> Sample:
         size = images[-1].shape[-2:]
         masks = [mask_api.decode(to_rle(a["segmentation"], np.zeros(4, np.float32), *size)) for a in objects]
         labels = torch.tensor([a["category_id"] % 10 + 1 for a in objects])
+        share = torch.rand((len(boxes), 17, 2), generator=torch.Generator().manual_seed(len(targets))) * 1.1
+        points = boxes[:, None, :2] + share.clamp(max=1.05) * (boxes[:, 2:] - boxes[:, :2])[:, None]
+        points[:, 0] = boxes[:, 2:]
+        visible = (torch.arange(17) % 3).float().expand(len(boxes), 17)[..., None].flip(1)
         targets.append({"boxes": boxes, "labels": labels, "masks": torch.from_numpy(np.stack(masks))})
+        targets[-1]["keypoints"] = torch.cat((points, visible), dim=-1)
     return images, targets
 
 
@@ -68,6 +76,8 @@ def calibrate(model: nn.Module, images: list[Tensor], targets: list[dict[str, Te
         _spread(model, {predictor.cls_score: 0.7, predictor.bbox_pred: 0.3}, images)
         if model.roi_heads.has_mask():
             _spread(model, {model.roi_heads.mask_predictor.mask_fcn_logits: 1.5}, images)
+        if model.roi_heads.has_keypoint():
+            _spread(model, {model.roi_heads.keypoint_predictor.kps_score_lowres: 3.0}, images)
     for norm in norms:
         norm.momentum = 0.1
 
@@ -86,7 +96,8 @@ def _spread(model: nn.Module, layers: dict[nn.Module, float], images: list[Tenso
     for layer, spread in layers.items():
         outputs = torch.cat(seen[layer], dim=1)
         scale = spread / outputs.std(dim=1)
-        layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.ndim - 1)))
+        outputs_first = layer.weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else layer.weight
+        outputs_first.mul_(scale.view(-1, *[1] * (layer.weight.ndim - 1)))
         layer.bias.copy_((layer.bias - outputs.mean(dim=1)) * scale)
 
 

@@ -2,8 +2,9 @@
 
 A fake tensor of the device `cuda` needs no GPU. Whatever reads a value, or lets two devices meet, is seen as it would
 be seen there. NMS gives as many boxes as there are, which the host has to wait for; so it is replaced, with what is cut
-from its result, and counted apart. The engine of autograd can't run without a driver, so the backward pass is watched
-on fake tensors of the device `meta`, which is no host either.
+from its result, and counted apart. So is the enlarging of heatmaps, each to the size of its box. The engine of autograd
+can't run without a driver, so the backward pass is watched on fake tensors of the device `meta`, which is no host
+either.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from detection.boxes import BoxCoder, grouped_nms, nms_apart
 from detection.losses import CIoULoss, FocalLoss
 from detection.matching import HardExampleSampler
 from detection.models import fast
+from detection.models.family import keypoints
 from detection.models.fast import accelerate
 from detection.models.fast.fast_pooling import GatherPooler
 from detection.models.pooling import RoIPool, RoIPooler
@@ -129,7 +131,7 @@ def move(model: nn.Module, device: str) -> None:
 
 @contextmanager
 def without_nms(model: nn.Module) -> Iterator[None]:
-    """NMS keeps half of the boxes, and of each image five are detections."""
+    """NMS keeps half of the boxes, and of each image five are detections. Heatmaps are not laid on their boxes."""
 
     def keep(boxes: Tensor, *_: Any) -> Tensor:
         return torch.arange(len(boxes) // 2, device=boxes.device)
@@ -138,8 +140,12 @@ def without_nms(model: nn.Module) -> Iterator[None]:
         found = {"boxes": boxes.flatten(1, 2), "labels": usable.flatten(1).long(), "scores": scores.flatten(1)}
         return [{name: rows[i, :5] for name, rows in found.items()} for i in range(len(usable))]
 
+    def locate(heatmaps: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        return boxes[:, None, :3].expand(-1, heatmaps.shape[1], -1), heatmaps.amax(dim=(2, 3))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RoIHeads, "nms_per_class", cut)
+        patch.setattr(keypoints, "locate_keypoints", locate)
         for part in model.modules():
             if hasattr(part, "nms"):
                 patch.setattr(part, "nms", keep)

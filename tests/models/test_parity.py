@@ -28,6 +28,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from detection.anchors import AnchorGenerator, default_anchors
 from detection.boxes import BoxCoder
 from detection.models import zoo
+from detection.models.family.keypoint_builders import keypointrcnn_resnet50_fpn
 from detection.models.fast import accelerate
 from detection.models.two_stage import FasterRCNN
 from detection.recipes import rebuild
@@ -127,6 +128,11 @@ def assert_same_detections(ours: list[dict[str, Tensor]], theirs: list[dict[str,
         if "masks" in b:
             difference = float((a["masks"] - b["masks"][same.float().argmax(dim=1)]).abs().max())
             assert difference <= 1e-4, f"masks of image {image} differ by {difference:.1e}"
+        if "keypoints" in b:
+            partner = same.float().argmax(dim=1)
+            for name, limit in (("keypoints", 1e-3), ("keypoints_scores", 1e-4)):
+                difference = float((a[name] - b[name][partner]).abs().max())
+                assert difference <= limit, f"{name} of image {image} differ by {difference:.1e}"
 
 
 def one_to_one(same: Tensor) -> bool:
@@ -162,6 +168,12 @@ TWINS: dict[str, tuple[Callable[..., nn.Module], Callable[..., FasterRCNN], int,
     "mask_resnet50_v2": (
         partial(reference.maskrcnn_resnet50_fpn_v2, **UNTRAINED),
         zoo.maskrcnn_resnet50_fpn_v2,
+        5,
+        SMALL,
+    ),
+    "keypoint_resnet50": (
+        partial(reference.keypointrcnn_resnet50_fpn, **UNTRAINED),
+        keypointrcnn_resnet50_fpn,
         5,
         SMALL,
     ),

@@ -17,9 +17,10 @@ from torch import nn
 from detection.boxes import grouped_nms, nms_apart
 from detection.fitting import trial
 from detection.models.cascade import CascadeRoIHeads
+from detection.models.family.keypoints import KeypointRoIHeads
 from detection.models.fast.fast_pooling import CanvasPooler, GatherPool, GatherPooler
 from detection.models.fast.folding import fold_for_good, fold_frozen_norms
-from detection.models.fast.on_cpu import ImageByImage, TrimmedCascade, TrimmedRoIHeads
+from detection.models.fast.on_cpu import ImageByImage, TrimmedCascade, TrimmedKeypoints, TrimmedRoIHeads
 from detection.models.fast.packing import pack
 from detection.models.fast.sparse_rpn import SparseRPN
 from detection.models.norms import freeze_norms
@@ -35,6 +36,7 @@ ON_CPU: Forms = {
     RegionProposalNetwork: SparseRPN,
     RoIHeads: TrimmedRoIHeads,
     CascadeRoIHeads: TrimmedCascade,
+    KeypointRoIHeads: TrimmedKeypoints,
 }
 ON_ACCELERATOR: Forms = {RoIPooler: CanvasPooler, RegionProposalNetwork: SparseRPN, grouped_nms: nms_apart}
 # Where PyTorch is to be deterministic: the gradients of RoI Align and RoI Pool as sums in a fixed order.

@@ -1,7 +1,7 @@
 """Forms for CPUs, which can read a number from a tensor at once. An accelerator would have to finish its queue first.
 
 Shape shorthand:
-    B: images     P: proposals an image     M: regions of an image that the mask branch sees
+    B: images     P: proposals an image     M: regions of an image that the branches for masks and key points see
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from detection.batch import Batch
 from detection.models.cascade import CascadeRoIHeads
+from detection.models.family.keypoints import KeypointRoIHeads
 from detection.models.masks import MaskBranch
 from detection.models.roi_heads import RoIHeads
 from detection.models.two_stage import TwoStageDetector
@@ -36,17 +37,31 @@ class _Trimmed(MaskBranch):
         self, features: FeatureMaps, boxes: Tensor, labels: Tensor, matched_idxs: Tensor, batch: Batch
     ) -> Losses:
         """As the plain heads."""
-        count = max(1, int((labels > 0).sum(dim=1).max()))
-        boxes, labels, matched_idxs = (rows[:, :count] for rows in (boxes, labels, matched_idxs))
-        return super().mask_losses(features, boxes, labels, matched_idxs, batch)
+        return super().mask_losses(features, *_foreground(boxes, labels, matched_idxs), batch)
 
 
 class TrimmedRoIHeads(_Trimmed, RoIHeads):
     """`RoIHeads`, see `_Trimmed`."""
 
 
+class TrimmedKeypoints(_Trimmed, KeypointRoIHeads):
+    """`KeypointRoIHeads`, see `_Trimmed`."""
+
+    def keypoint_losses(
+        self, features: FeatureMaps, boxes: Tensor, labels: Tensor, matched_idxs: Tensor, batch: Batch
+    ) -> Losses:
+        """As the plain heads."""
+        return super().keypoint_losses(features, *_foreground(boxes, labels, matched_idxs), batch)
+
+
 class TrimmedCascade(_Trimmed, CascadeRoIHeads):
     """`CascadeRoIHeads`, see `_Trimmed`."""
+
+
+def _foreground(boxes: Tensor, labels: Tensor, matched_idxs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Regions `(B, M, ...)` with their foreground first, cut to the most foreground of an image, and at least one."""
+    count = max(1, int((labels > 0).sum(dim=1).max()))
+    return boxes[:, :count], labels[:, :count], matched_idxs[:, :count]
 
 
 class ImageByImage(TwoStageDetector):
