@@ -102,7 +102,7 @@ def draw_objects(
         draw_points(pen, np.asarray(keypoints)[i] * (scale, scale, 1), colours[i], edges, max(2.0, side / 160))  # type: ignore[index]
     kinds = [class_names[int(label) - 1] for label in labels]
     if ids is not None:
-        kinds = [f"{kind} {own}" if own > 0 else kind for kind, own in zip(kinds, ids, strict=True)]
+        kinds = [f"{kind} #{own}" if own > 0 else kind for kind, own in zip(kinds, ids, strict=True)]
     texts = [kinds[i] + ("" if scores is None else f" {scores[i]:.2f}") for i in order[::-1]]
     tags = Tags(pen, size, texts if names == "auto" else None)
     for i, text in zip(order[::-1], texts if names != "none" else (), strict=False):

@@ -19,11 +19,13 @@ from pycocotools import mask as mask_api
 from detection.batch import Batch
 from detection.data import images, samplers
 from detection.data.augment import eval_transform
+from detection.data.coco import read_coco
 from detection.data.datamodule import DetectionDataModule
 from detection.data.dataset import DetectionDataset, RecordStore, collate, to_rle
 from detection.data.records import DataError, Index, Record
 from detection.data.samplers import TrainBatchSampler
 from detection.data.tiled import TileView, areas, clip, describe_tiles
+from detection.data.voc import read_voc
 from detection.tiling import merge_tiles
 from detection.training.tile_batches import run_in_parts
 from tests.inference.blobs import NAMES, Blobs, scene
@@ -346,3 +348,31 @@ def test_counts_of_tiles_are_told(tmp_path):
     assert f"2 objects are seen {sum(map(len, shown))} times, {parts} of them in part" in told
     assert "an epoch shows 25%" in told and told.endswith("resized to 160 pixels (data.min_size 100 keeps the scale)")
     assert collate([DetectionDataset(tiles, eval_transform(100, 100))[0, 0]]).gt_valid.sum() == len(shown[0])
+
+
+@pytest.mark.parametrize(("name", "size"), [("deepforest", 200), ("nuts", 400)])
+def test_real_objects_are_all_taught_and_their_masks_cut_right(shared_data, name, size):
+    """Aerial pictures with hundreds of trees (XML), and nuts with polygons (COCO)."""
+    if name == "nuts":
+        index = read_coco(shared_data / name, "trainval.json", "images", None, masks=True)
+    else:
+        index = read_voc(shared_data / name, None, None, False, "", "")
+    view = TileView(size, 0.2)
+    assert index.records
+    for whole in index.records:
+        tiles, (height, width) = view.record(whole), (whole.height, whole.width)
+        windows = view.windows(height, width)
+        taught = Counter(int(i) for tile in tiles for i in tile.annotation_ids[~tile.iscrowd])
+        assert set(taught) == set(whole.annotation_ids.tolist()) and max(taught.values()) <= len(windows)
+        laid = [
+            mask_api.decode(to_rle(segment, box, height, width)).astype(np.uint8)
+            for segment, box in zip(whole.segments or [], whole.boxes, strict=False)
+        ]
+        for tile, (x1, y1, x2, y2) in zip(tiles, windows, strict=True):
+            assert (tile.boxes >= 0).all() and (tile.boxes[:, [2, 3]] <= [x2 - x1, y2 - y1]).all()
+            rows = [whole.annotation_ids.tolist().index(i) for i in tile.annotation_ids]
+            clipped = clip(whole.boxes[rows], np.array([[x1, y1, x2, y2]], np.float32))[0] - [x1, y1, x1, y1]
+            inside = (tile.boxes[:, :2] >= clipped[:, :2]) & (tile.boxes[:, 2:] <= clipped[:, 2:])
+            assert inside.all() and (whole.segments is not None or np.array_equal(tile.boxes, clipped))
+            for row, segment in zip(rows, tile.segments or [], strict=False):
+                assert np.array_equal(mask_api.decode(segment), laid[row][y1:y2, x1:x2])
