@@ -18,7 +18,7 @@ from detection.data.spectral import RGB
 from detection.inference import Detector, Tiles, predict
 from detection.inference.run import detect_tiled
 from detection.inference.sources import open_source
-from detection.tiling import shift_mask
+from detection.tiling import merge_tiles, shift_mask
 from detection.weights import read_saved
 from tests.inference.blobs import NAMES, Blobs, scene
 
@@ -130,3 +130,24 @@ def test_a_run_says_its_tiles(tmp_path):
         data = {"tile": tile, "tile_overlap": 0.3}
         torch.save({"state_dict": {"a": torch.zeros(1)}, "datamodule_hyper_parameters": data}, tmp_path / "a.ckpt")
         assert read_saved(tmp_path / "a.ckpt").tiles == wanted
+
+
+def test_key_points_are_those_of_the_view_that_stays():
+    """An object at 70 to 95 is cut by the first tile at 80, and whole in the second; another is in the first alone."""
+    windows = [(0, 0, 80, 80), (60, 0, 140, 80)]
+    boxes = [[[70, 10, 80, 30], [5, 40, 25, 60]], [[10, 10, 35, 30]]]
+    parts = [
+        {
+            "boxes": np.array(own, np.float32),
+            "labels": np.ones(len(own), np.int64),
+            "scores": np.linspace(0.9, 0.8, len(own), dtype=np.float32),
+            "masks": None,
+            "keypoints": np.array([[[box[0] + 1, box[1] + 2, 1]] for box in own], np.float32),
+            "keypoint_scores": np.full((len(own), 1), tile, np.float32),
+        }
+        for tile, own in enumerate(boxes)
+    ]
+    merged = merge_tiles(parts, windows, (80, 140))
+    assert merged["boxes"].tolist() == [[70, 10, 95, 30], [5, 40, 25, 60]]
+    assert merged["keypoints"].tolist() == [[[71, 12, 1]], [[6, 42, 1]]]
+    assert merged["keypoint_scores"].tolist() == [[1], [0]]
