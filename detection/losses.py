@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -28,6 +29,7 @@ from detection.parts import BoxCoderPart
 from detection.recipes import rebuildable, recorded
 
 EPSILON = 1e-7  # torchvision's, in the denominators of overlaps
+NOTHING = 30.0  # below others, a logit has no part in a softmax; below 0, none in a sigmoid
 
 
 @rebuildable
@@ -240,12 +242,47 @@ def merge_unlabelled(logits: Tensor, labels: Tensor, labelled: Tensor | None) ->
     """
     if labelled is None:
         return logits
-    unknown = F.pad(~labelled, (1, 0))[:, None] & (labels == 0)[..., None]
+    unknown = _unknown(labels, labelled)
     background = torch.arange(logits.shape[-1], device=logits.device) == 0
     merged = logits.masked_fill(~(unknown | background), -torch.inf).logsumexp(dim=-1, keepdim=True)
     # Next to nothing, for a softmax as for a sigmoid, and yet finite, which a loss of smoothed labels needs.
-    nothing = merged.detach().clamp(max=0) - 30
+    nothing = merged.detach().clamp(max=0) - NOTHING
     return torch.where(background, merged, torch.where(unknown, nothing, logits))
+
+
+def class_loss_of_rows(
+    class_loss: Callable[..., Tensor], logits: Tensor, labels: Tensor, valid: Tensor, labelled: Tensor | None
+) -> Tensor:
+    """A `ClassificationLoss` of each row, `(R,)`, R = B * S. Rows that are not valid have a loss of no meaning.
+
+    To a loss that reads its logits by `probabilities` of its own, classes that were not looked for are not there in the
+    rows of background; to the others they are background, see `merge_unlabelled`.
+
+    Args:
+        class_loss: see `parts.ClassificationLoss`.
+        logits: `(B, S, K)` of any precision.
+        labels: `(B, S)`, 0 for background.
+        valid: `(B, S)` bool.
+        labelled: `(B, K - 1)` bool, see `Batch`; None for all.
+    """
+    logits = logits.float()
+    if not hasattr(class_loss, "probabilities"):
+        logits = merge_unlabelled(logits, labels, labelled)
+    elif labelled is not None:
+        logits = torch.where(_unknown(labels, labelled), -NOTHING, logits)
+    more = (valid.flatten(),) if getattr(class_loss, "wants_valid", False) else ()
+    return class_loss(logits.flatten(0, 1), labels.flatten(), *more)
+
+
+def class_probabilities(class_loss: Any, logits: Tensor) -> Tensor:
+    """Probabilities `(..., K)` of class logits `(..., K)`: the loss says how its logits are read, else by a softmax."""
+    read: Callable[..., Tensor] | None = getattr(class_loss, "probabilities", None)
+    return logits.float().softmax(dim=-1) if read is None else read(logits.float())
+
+
+def _unknown(labels: Tensor, labelled: Tensor) -> Tensor:
+    """Which logits of which rows are of classes that nobody looked for, in background, `(B, S, K)`."""
+    return F.pad(~labelled, (1, 0))[:, None] & (labels == 0)[..., None]
 
 
 def box_loss_of_foreground(
@@ -278,5 +315,11 @@ def count_over_ranks(rows: Tensor) -> Tensor:
     count = rows.sum().float()
     if not (torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized()):
         return count.clamp(min=1)
-    distributed.all_reduce(count)
-    return count.clamp(min=1) / distributed.get_world_size()
+    return sum_over_ranks(count).clamp(min=1) / distributed.get_world_size()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor of each process, in place; all of them must call it."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(values)
+    return values

@@ -20,6 +20,7 @@ from detection import (
     Detector,
     cascadercnn_efficientnet_lite0_fpn,
     fasterrcnn_efficientnet_lite0_fpn,
+    keypointrcnn_efficientnet_lite0_fpn,
     load_detector,
     maskrcnn_efficientnet_lite0_fpn,
 )
@@ -28,6 +29,7 @@ from detection.batch import Target
 from detection.data import scenes
 from detection.data.augment import resize_into
 from detection.data.images import read_image
+from detection.imbalance import EqualizationLoss
 from detection.inference.exported import kept_facts
 from detection.interop.export import ExportableDetector, _resize_as_opencv
 from detection.interop.exported_files import (
@@ -46,6 +48,7 @@ from detection.interop.openvino import (
 )
 from detection.interop.parity import compare, compare_accuracy
 from detection.interop.tensorrt import objections, to_tensorrt
+from detection.losses import classification_loss
 from detection.mask_grid import MaskGrid, TorchvisionMaskGrid, paste_masks
 from detection.weights import read_saved
 from tests.runs import scene_flags
@@ -308,7 +311,8 @@ def test_accuracy_is_that_of_the_file(exported):
 
 @pytest.mark.slow
 def test_cascade_exports_to_torch(exported, tmp_path):  # behind the other, which silences the log
-    model = decided(cascadercnn_efficientnet_lite0_fpn)
+    """With a loss that reads its logits by itself; the fixture has a softmax."""
+    model = decided(cascadercnn_efficientnet_lite0_fpn, class_loss=EqualizationLoss(), box_score_thresh=0.25)
     path = tmp_path / "detector.pt2"
     to_torch(model, path, kept_facts(model, ["a", "b", "c"], None))
     assert_same(compare(as_predicted(model), torch_runner(path), list(noise())))
@@ -319,6 +323,44 @@ def test_cascade_exports_to_torch(exported, tmp_path):  # behind the other, whic
     assert len(ours) == len(theirs) > 5
     gaps = np.abs(ours.boxes[:, None] - theirs.boxes).max(axis=2)  # of equal scores either may come first
     assert gaps.min(axis=1).max() < 1e-2
+
+
+@pytest.mark.rehearsal
+def test_key_points_are_found_in_the_heatmaps_of_a_file(tmp_path):
+    """Sharp ones, as training makes them: on flat heatmaps a rounding error would move the peak."""
+    pytest.importorskip("onnxscript", reason='needs pip install "detection[export]"')
+    pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
+    logging.disable(logging.DEBUG)  # as for `exported`
+    model = decided(keypointrcnn_efficientnet_lite0_fpn, num_keypoints=5, fpn_channels=32)
+    with torch.no_grad():
+        model.roi_heads.keypoint_predictor.kps_score_lowres.weight.mul_(30)
+    path = tmp_path / "detector.onnx"
+    to_onnx(model, path, kept_facts(model, ["a", "b", "c"], None))
+    logging.disable(logging.NOTSET)
+    parity = compare(as_predicted(model), onnx_runner(path), list(noise()))
+    assert_same(parity)
+    assert parity.keypoint < 1e-2 and "of a key point" in str(parity)
+    (image,) = noise([(90, 130)])
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))[None]
+    given = onnx_runner(path)(planes)
+    assert given["heatmaps"].shape[1:] == (given["boxes"].shape[1], 5, 56, 56) and "keypoints" not in given
+    ours, theirs = as_predicted(model)(image), Detector.from_checkpoint(path)(image)
+    assert theirs.keypoints.shape == (len(theirs), 5, 3) and len(ours) == len(theirs) > 5
+    gaps = np.abs(ours.keypoints[:, None] - theirs.keypoints).max(axis=(2, 3))
+    assert gaps.min(axis=1).max() < 1e-2
+
+
+@pytest.mark.rehearsal
+def test_probabilities_of_a_loss_are_in_the_file(exported, tmp_path):  # behind the other, which silences the log
+    """Class chances times that of an object, traced."""
+    model = decided(fasterrcnn_efficientnet_lite0_fpn, class_loss=EqualizationLoss(), box_score_thresh=0.25)
+    path = tmp_path / "detector.onnx"
+    to_onnx(model, path, kept_facts(model, ["a", "b", "c"], None))
+    assert_same(compare(as_predicted(model), onnx_runner(path), list(noise())))
+    (image,) = noise([(90, 130)])
+    before = as_predicted(model)(image).scores
+    model.roi_heads.class_loss = classification_loss
+    assert np.abs(before[0] - as_predicted(model)(image).scores[0]) > 1e-2  # which a softmax would not have found
 
 
 @pytest.mark.slow

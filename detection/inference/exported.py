@@ -10,9 +10,11 @@ import torch
 
 from detection.batch import Batch
 from detection.data.records import DataError
+from detection.data.skeletons import edges_of
 from detection.data.spectral import PixelFormat, Pixels
 from detection.inference.detections import Detections
 from detection.inference.detector import Detector, most_detections
+from detection.inference.tiles import Tiles
 from detection.interop.exported_files import Run, onnx_runner, read_facts, read_torch_facts, torch_runner
 from detection.interop.openvino import openvino_runner, read_openvino_facts
 from detection.interop.parity import found_by_file
@@ -73,13 +75,15 @@ class ExportedDetector(Detector):
         self.path, self._run = path, runtime.runner(path)
         self.has_masks = facts["mask_grid"] != "none"
         self._grid = GRIDS.get(facts["mask_grid"], GRIDS["MaskGrid"])
-        self._size = facts.get("size")
+        self.num_keypoints, self._size = int(facts.get("num_keypoints", 0)), facts.get("size")
+        self.edges = edges_of(self.num_keypoints)
         self.device, self.precision = torch.device("cpu"), "32"
         self.class_names = tuple(facts["class_names"])
         self.category_ids = tuple(facts.get("category_ids") or range(1, len(self.class_names) + 1))
         self.min_size, self.max_size = facts["sizes"]
         self.form = PixelFormat(*facts["pixels"])
         self._divisor = 1  # one image at a time
+        self.tiles = Tiles(*facts["tiles"]) if facts.get("tiles") else None
 
     def _detect(self, pixels: Sequence[Pixels]) -> list[Detections]:
         return [self._pack(self.found(image), image.shape[:2]) for image in pixels]
@@ -97,19 +101,27 @@ class ExportedDetector(Detector):
         return encode_detections([found_by_file(self._run, image)], batch, self._grid)[0]
 
 
-def kept_facts(model: Any, class_names: Sequence[str] | None, category_ids: Sequence[int] | None) -> Mapping[str, Any]:
+def kept_facts(
+    model: Any,
+    class_names: Sequence[str] | None,
+    category_ids: Sequence[int] | None,
+    tiles: Sequence[float] | None = None,
+) -> Mapping[str, Any]:
     """What a file has to say for `ExportedDetector`, beside its tensors.
 
     Args:
         model: the detector that is exported.
         class_names, category_ids: of the foreground, label 1 first; None where nobody knows.
+        tiles: side and overlap of those that it was trained on, if it was.
     """
     transform = model.transform
     return {
         "class_names": class_names,
         "category_ids": category_ids,
+        "tiles": None if tiles is None else list(tiles),
         "pixels": list(PixelFormat.of(model)),
         "sizes": [transform.min_size[-1], transform.max_size],
         "detections_per_img": most_detections(model),
         "mask_grid": type(model.mask_grid).__name__ if model.has_masks else "none",
+        "num_keypoints": model.num_keypoints,
     }

@@ -48,7 +48,7 @@ def push(ckpt: Path, repo: str, private: bool = True, trust: Iterable[str] = (),
     _check(repo)
     model, saved = load_detector(ckpt, trust), read_saved(ckpt)
     with tempfile.TemporaryDirectory() as folder:
-        save_detector(Path(folder) / DETECTOR, model, saved.class_names, saved.category_ids)
+        save_detector(Path(folder) / DETECTOR, model, saved.class_names, saved.category_ids, tiles=saved.tiles)
         (Path(folder) / CARD).write_text(card(ckpt, model, saved.class_names, repo, license), encoding="utf-8")
         try:
             api = hub.HfApi()
@@ -123,7 +123,9 @@ def card(
         "learning rate": run.get("lr", "unknown"),
         "code": kept.get("code", "unknown"),
     }
-    masks = ", masks" if model.has_masks else ""
+    also = (", masks" if model.has_masks else "") + (
+        f", {model.num_keypoints} key points" if model.has_keypoints else ""
+    )
     trained = f"{Path(str(data['root'])).name}, {data.get('format') or 'format as found'}" if data.get("root") else None
     return (
         "\n".join(
@@ -132,7 +134,7 @@ def card(
                 *(f"{key}: {json.dumps(value)}" for key, value in header.items()),
                 "---",
                 f"# {repo.rpartition('/')[2]}",
-                f"{name}, an object detector of the package `detection`: boxes{masks}, classes and scores.",
+                f"{name}, an object detector of the package `detection`: boxes{also}, classes and scores.",
                 "## Figures",
                 *([f"COCO's, {where}.", ""] if rows else []),
                 *table,

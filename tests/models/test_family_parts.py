@@ -21,6 +21,7 @@ from torchvision.ops import box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detection.boxes import BoxCoder
+from detection.imbalance import SigmoidFocalLoss
 from detection.losses import BalancedL1Loss
 from detection.mask_grid import MaskGrid
 from detection.models.backbones import resnet_fpn
@@ -232,13 +233,16 @@ def test_without_objects_the_iou_loss_is_0_and_every_parameter_has_a_gradient() 
     assert losses["loss_iou"] == 0 and all(p.grad is not None and p.grad.isfinite().all() for p in heads.parameters())
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.8])
-def test_scores_are_the_product_of_both(share: float) -> None:
-    heads = iou_heads(iou_share=share, score_thresh=0.0, nms_thresh=1.0, detections_per_img=10_000).eval()
+@pytest.mark.parametrize(("share", "class_loss"), [(0.0, None), (0.5, None), (0.5, SigmoidFocalLoss()), (0.8, None)])
+def test_scores_are_the_product_of_both(share: float, class_loss: Any) -> None:
+    heads = iou_heads(
+        iou_share=share, class_loss=class_loss, score_thresh=0.0, nms_thresh=1.0, detections_per_img=10_000
+    ).eval()
     nn.init.normal_(heads.iou_score.weight)
     sizes, proposals = torch.tensor([[64, 96]] * 2), make_proposals()
     logits, _, ious = heads.predict_with_iou(make_features(), proposals.boxes)
-    wanted = logits.softmax(-1)[..., 1:] ** (1 - share) * ious.sigmoid()[..., 1:] ** share
+    classes = logits.sigmoid() if class_loss else logits.softmax(-1)
+    wanted = classes[..., 1:] ** (1 - share) * ious.sigmoid()[..., 1:] ** share
     for image, found in enumerate(heads.detect(make_features(), proposals, sizes)):
         expected = wanted[image][proposals.valid[image]].flatten().sort(descending=True).values
         torch.testing.assert_close(found["scores"], expected)

@@ -94,6 +94,6 @@ class IoURoIHeads(RoIHeads):
     def detect(self, features: FeatureMaps, proposals: Proposals, image_sizes: Tensor) -> Detections:
         """As `RoIHeads.detect`, with the scores above."""
         logits, deltas, ious = self.predict_with_iou(features, proposals.boxes)
-        classes = logits.float().softmax(dim=-1)
+        classes = losses.class_probabilities(self.class_loss, logits)
         scores = classes ** (1 - self.iou_share) * ious.float().sigmoid() ** self.iou_share
         return self.add_masks(features, self.postprocess(scores, deltas, proposals, image_sizes))
