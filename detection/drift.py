@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import faster_rcnn, mask_rcnn
+from torchvision.models.detection import faster_rcnn, keypoint_rcnn, mask_rcnn
 
+from detection.models.family.keypoints import KeypointPredictor
 from detection.models.masks import MaskPredictor
 from detection.models.roi_heads import FastRCNNPredictor
 from detection.recipes import RecipeError, describe, packages_of, rebuild
@@ -58,7 +59,11 @@ ARGUMENTS = {
     "roi_heads.keypoint_head": "keypoint_head",
     "roi_heads.keypoint_predictor": "keypoint_predictor",
 }
-ALIKE = {faster_rcnn.FastRCNNPredictor: FastRCNNPredictor, mask_rcnn.MaskRCNNPredictor: MaskPredictor}
+ALIKE = {
+    faster_rcnn.FastRCNNPredictor: FastRCNNPredictor,
+    mask_rcnn.MaskRCNNPredictor: MaskPredictor,
+    keypoint_rcnn.KeypointRCNNPredictor: KeypointPredictor,
+}
 ROUNDED = 1e-2  # what a detector's way through bfloat16 may leave on a constant
 NO_SETTING = ("training", "recipe", "resolved", "unrecorded")
 
@@ -217,6 +222,8 @@ def _follow(recipe: dict[str, Any], path: str, detector: Any) -> None:
         value = getattr(value, name)
     if isinstance(value, nn.Module) and type(value) in ALIKE:
         arguments["num_classes"] = detector.num_classes
+        if getattr(detector, "has_keypoints", False):
+            arguments["num_keypoints"] = detector.num_keypoints
         return
     plain, name = _described(value), ARGUMENTS.get(path, path)
     if plain is not NotImplemented and not isinstance(value, Tensor) and "." not in name:

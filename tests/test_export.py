@@ -20,6 +20,7 @@ from detection import (
     Detector,
     cascadercnn_efficientnet_lite0_fpn,
     fasterrcnn_efficientnet_lite0_fpn,
+    keypointrcnn_efficientnet_lite0_fpn,
     load_detector,
     maskrcnn_efficientnet_lite0_fpn,
 )
@@ -318,6 +319,31 @@ def test_cascade_exports_to_torch(exported, tmp_path):  # behind the other, whic
     ours, theirs = as_predicted(model)(image), Detector.from_checkpoint(path)(image)
     assert len(ours) == len(theirs) > 5
     gaps = np.abs(ours.boxes[:, None] - theirs.boxes).max(axis=2)  # of equal scores either may come first
+    assert gaps.min(axis=1).max() < 1e-2
+
+
+@pytest.mark.rehearsal
+def test_key_points_are_found_in_the_heatmaps_of_a_file(tmp_path):
+    """Sharp ones, as training makes them: on flat heatmaps a rounding error would move the peak."""
+    pytest.importorskip("onnxscript", reason='needs pip install "detection[export]"')
+    pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
+    logging.disable(logging.DEBUG)  # as for `exported`
+    model = decided(keypointrcnn_efficientnet_lite0_fpn, num_keypoints=5, fpn_channels=32)
+    with torch.no_grad():
+        model.roi_heads.keypoint_predictor.kps_score_lowres.weight.mul_(30)
+    path = tmp_path / "detector.onnx"
+    to_onnx(model, path, kept_facts(model, ["a", "b", "c"], None))
+    logging.disable(logging.NOTSET)
+    parity = compare(as_predicted(model), onnx_runner(path), list(noise()))
+    assert_same(parity)
+    assert parity.keypoint < 1e-2 and "of a key point" in str(parity)
+    (image,) = noise([(90, 130)])
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))[None]
+    given = onnx_runner(path)(planes)
+    assert given["heatmaps"].shape[1:] == (given["boxes"].shape[1], 5, 56, 56) and "keypoints" not in given
+    ours, theirs = as_predicted(model)(image), Detector.from_checkpoint(path)(image)
+    assert theirs.keypoints.shape == (len(theirs), 5, 3) and len(ours) == len(theirs) > 5
+    gaps = np.abs(ours.keypoints[:, None] - theirs.keypoints).max(axis=(2, 3))
     assert gaps.min(axis=1).max() < 1e-2
 
 

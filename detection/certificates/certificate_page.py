@@ -129,7 +129,8 @@ def _tiles(content: Mapping[str, Any], rows: Sequence[Row]) -> str:
     ]
     if holds:
         tiles[0] = ("first", "agrees", f"with {content['reference']}")
-    wanted = {"boxes": "pixels, of boxes", "scores": "of scores", "masks": "of masks", "gradients": "of gradients"}
+    wanted = {"boxes": "pixels, of boxes", "scores": "of scores", "masks": "of masks"}
+    wanted |= {"key points": "pixels, of key points", "gradients": "of gradients"}
     for stage, text in wanted.items():
         if stage in by_stage:
             tiles.append(("", shown(by_stage[stage].difference), text))

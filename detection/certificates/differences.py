@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -110,6 +110,14 @@ def _detections(a: Mapping[str, Tensor], b: Mapping[str, Tensor], name: str, sma
         if "masks" in a and "masks" in b:
             mask = (a["masks"][left] - b["masks"][right]).abs().max()
             yield Row("masks", "", float(mask), judged["masks"], name)
+        if "keypoints" in a and "keypoints" in b:
+            point = (a["keypoints"][left] - b["keypoints"][right]).abs().max()
+            note = "where two cells of a heatmap are equally high, rounding decides"
+            yield Row("key points", "pixels", float(point), None, name, note)
+        if "keypoints_scores" in a and "keypoints_scores" in b:
+            heights = a["keypoints_scores"][left], b["keypoints_scores"][right]
+            row = _subtracted("heights of key points", "", *heights, name, 1e-4)
+            yield replace(row, tolerance=None) if small else row
     yield Row("detections without partner", "", float(alone), allowed, name)
 
 

@@ -101,7 +101,8 @@ def measure(job: Job, pictures: Sequence[Picture]) -> Measured:
     if job.made == "take":
         pictures = [_at_its_size(picture, job, model) for picture in pictures]
     rough = job.made == "export" and job.settings.get("precision", "32") != "32" and not job.settings.get("tolerance")
-    found, total = compare(ours, theirs, fit_labels(pictures, model.num_classes, model.has_masks), rough)
+    pictures = fit_labels(pictures, model.num_classes, model.has_masks, model.num_keypoints)
+    found, total = compare(ours, theirs, pictures, rough)
     if job.settings.get("tolerance"):
         found = [replace(row, tolerance=job.settings["tolerance"]) if row.stage == "boxes" else row for row in found]
     return Measured(theirs.name, replaced, [*more, *found], total)

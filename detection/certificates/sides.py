@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import detection as reference
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -29,8 +30,9 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from detection.batch import Batch
 from detection.data.spectral import Pixels
 from detection.interop import detectron2, mmdetection_config
+from detection.interop.export import locate_in_regions
 from detection.interop.python_text import parse
-from detection.interop.torchvision import MOBILE_320, find_builder
+from detection.interop.torchvision import HEATMAPS, MOBILE_320, find_builder
 from detection.matching import BalancedSampler
 from detection.models.two_stage import FasterRCNN
 from detection.weights import CheckpointError, upgrade_names
@@ -51,7 +53,8 @@ class Traced:
     """What a detector computes of one image on the way; empty where a side does not show it.
 
     Attributes:
-        found: `boxes (D, 4)` in pixels of the image, `labels (D,)`, `scores (D,)`; of mask branches `masks (D, m, m)`.
+        found: `boxes (D, 4)` in pixels of the image, `labels (D,)`, `scores (D,)`; of mask branches `masks (D, m, m)`;
+            of key points `keypoints (D, k, 3)` and `keypoints_scores (D, k)`.
         features: `(C, h, w)` of each level.
         anchors: those of a cell of each level, `(k, 4)` around 0.
         objectness, deltas: logits `(k, h, w)` and deltas `(k, 4, h, w)` of each level.
@@ -203,6 +206,8 @@ def _twin(state: Mapping[str, Tensor], file_name: str, like: FasterRCNN | None) 
     small = like is not None and max(like.transform.min_size) <= 320
     name = find_builder(today, MOBILE_320 if small else file_name)
     options: dict[str, Any] = {"num_classes": len(today["roi_heads.box_predictor.cls_score.weight"])}
+    if HEATMAPS in today:
+        options["num_keypoints"] = len(today[HEATMAPS])
     if like is not None:
         known = inspect.signature(reference.FasterRCNN).parameters
         given = (like.recipe or {}).get("init_args", {})
@@ -278,13 +283,15 @@ def detectron2_side(state: Mapping[str, Tensor], model: FasterRCNN, config: Path
         (found,), _ = network.roi_heads(images, maps, proposals)
         height, width = image.shape[:2]
         scale = torch.tensor([width / pixels.shape[2], height / pixels.shape[1]]).repeat(2)
-        masks = {"masks": found.pred_masks[:, 0]} if found.has("pred_masks") else {}
+        more = {"masks": found.pred_masks[:, 0]} if found.has("pred_masks") else {}
+        if found.has("pred_keypoints"):
+            more["keypoints"] = F.pad(found.pred_keypoints[..., :2] * scale[:2], (0, 1), value=1.0)
         return Traced(
             {
                 "boxes": found.pred_boxes.tensor * scale,
                 "labels": found.pred_classes + 1,
                 "scores": found.scores,
-                **masks,
+                **more,
             },
             [level[0] for level in levels],
             list(rpn.anchor_generator.cell_anchors),
@@ -382,7 +389,7 @@ def onnx_side(path: Path) -> Side:
         values = dict(zip([*final, *asked], session.run([*final, *asked], {"images": planes}), strict=True))
         given = {name: torch.from_numpy(value[0]) for name, value in values.items() if name != "counts"}
         count = int(values["counts"][0])
-        found = {name: given[name][:count] for name in final if name != "counts"}
+        found = locate_in_regions({name: given[name][:count] for name in final if name != "counts"})
         if not asked:
             return Traced(found)
         return Traced(

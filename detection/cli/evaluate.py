@@ -252,16 +252,17 @@ def _evaluate_exported(
             f"{file}: an exported file does not say what it was trained on: name data, --annotations or --root"
         )
     detector = ExportedDetector(file)
-    masks = masks and detector.has_masks
-    settings: dict[str, Any] = {"classes": list(detector.class_names), "masks": masks}
+    points, masks = masks and detector.num_keypoints > 0, masks and detector.has_masks
+    settings: dict[str, Any] = {"classes": list(detector.class_names), "masks": masks, "keypoints": points}
     settings |= {"channels": detector.form.channels, "depth": detector.form.depth}
     data = DetectionDataModule(**settings | changes)
     data.predict_split = "val"
     data.prepare_data()
     data.setup("predict")
     dataset: Any = data.predict_dataloader().dataset
-    kinds: tuple[IouType, ...] = ("bbox", "segm") if masks else ("bbox",)
-    metric = MeanAP(list(detector.class_names), detector.detections_per_img, kinds)
+    found: dict[IouType, bool] = {"bbox": True, "segm": masks, "keypoints": points}
+    kinds: tuple[IouType, ...] = tuple(kind for kind, wanted in found.items() if wanted)
+    metric = MeanAP(list(detector.class_names), detector.detections_per_img, kinds, skeleton=data.skeleton)
     for i in range(len(dataset)):
         sample = dataset[i]
         metric.update([detector.found(sample.pixels)], [sample.target])

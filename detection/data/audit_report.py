@@ -164,6 +164,9 @@ def _draw(index: Index, record: Record, form: PixelFormat) -> Image.Image | None
             edge = draw.textbbox((corners[0], corners[1]), name, font)
             draw.rectangle(edge, fill=colour)
             draw.text((corners[0], corners[1]), name, "black", font)
+    seen = np.zeros((0, 2)) if record.keypoints is None else record.keypoints[record.keypoints[..., 2] > 0][:, :2]
+    for x, y in (seen * scale + 2).tolist():
+        draw.ellipse((x - 2, y - 2, x + 2, y + 2), "white", "black")
     caption = f"{record.file_name[-48:]}: {len(record.boxes)}"
     draw.text((3, size[1] + 3), caption, "black", font)
     return cell

@@ -397,7 +397,7 @@ class DetectionDataModule(L.LightningDataModule):
             jitter, square = hp["scale_jitter"], hp["scale_jitter_size"]
             longest = square if jitter and square else hp["max_size"]
             chances = (hp["hflip"], hp["vflip"], hp["photometric"])
-            extra = (self.augmentations, hp["min_visibility"], self.form, self._swap(index))
+            extra: tuple[Any, ...] = (self.augmentations, hp["min_visibility"], self.form, self._swap(index))
             transform = train_transform(sizes, longest, *chances, jitter, *extra)
         else:
             transform = eval_transform(max(sizes), hp["max_size"])

@@ -65,8 +65,8 @@ def mosaic(pictures: Sequence[Picture], rng: random.Random) -> Picture:
     labels = np.concatenate([picture.labels for picture in pictures])
     known = [picture.labelled for picture in pictures if picture.labelled is not None]
     everywhere = np.logical_and.reduce(known) if known else None
-    together = [np.concatenate(arrays) if arrays else None for arrays in (masks, points)]
-    return Picture(canvas, np.concatenate(boxes), labels, together[0], everywhere, together[1])
+    all_masks, all_points = np.concatenate(masks) if masks else None, np.concatenate(points) if points else None
+    return Picture(canvas, np.concatenate(boxes), labels, all_masks, everywhere, all_points)
 
 
 def _shifted(keypoints: NDArray[np.float32], x: int, y: int) -> NDArray[np.float32]:

@@ -262,7 +262,7 @@ class Pipeline:
             return Moved(image, boxes, masks, np.arange(count), np.ones(count, np.float32), keypoints)
         sides = np.array(image.shape[1::-1] * 2)
         rows = np.column_stack((_inside(boxes / sides, sides), np.arange(count), np.ones(count)))
-        given = {} if masks is None else {"masks": masks}
+        given: dict[str, Any] = {} if masks is None else {"masks": masks}
         if masks is not None and not count:  # most transforms fail on no mask at all
             given = {"masks": np.zeros((1, *image.shape[:2]), np.uint8)}
         if keypoints is not None:

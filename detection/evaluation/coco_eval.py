@@ -93,7 +93,7 @@ def sorted_detections(
     masks = _pick([r.masks for r in results], order) if use_masks else None
     boxes = _mask_boxes(masks) if masks else xywh(_join([r.boxes for r in results], np.float64).reshape(-1, 4))[order]
     areas = np.asarray(mask_api.area(masks), dtype=np.float64) if masks else boxes[:, 2] * boxes[:, 3]
-    points = _join([r.keypoints for r in results], np.float64)[order] if use_points else None
+    points = _points([r.keypoints for r in results], order) if use_points else None
     excused = _join([np.zeros(len(r.labels), bool) if r.excused is None else r.excused for r in results], np.bool_)
     return SortedBoxes(
         image=image[order],
@@ -131,7 +131,7 @@ def sorted_objects(results: Sequence[ImageResult], use_masks: bool = False, use_
         crowd=crowd,
         masks=masks,
         excused=np.zeros(0, bool),
-        points=_join([r.gt_keypoints for r in results], np.float64)[order] if use_points else None,
+        points=_points([r.gt_keypoints for r in results], order) if use_points else None,
     )
 
 
@@ -370,6 +370,11 @@ def _places(arrays: list[Ints]) -> tuple[Ints, Ints]:
 
 def _join(arrays: list[NDArray[Any]], dtype: Any) -> NDArray[Any]:
     return np.concatenate(arrays or [np.zeros(0)]).astype(dtype, copy=False)
+
+
+def _points(keypoints: list[NDArray[Any] | None], order: Ints) -> Floats:
+    """`(n, k, 3)` of all images; each has some, as `MeanAP.update` sees to."""
+    return _join([own for own in keypoints if own is not None], np.float64)[order]
 
 
 def _pick(masks: list[list[Rle] | None], order: Ints) -> list[Rle]:

@@ -36,10 +36,10 @@ def similarity(
         areas: `(P,)` of the objects.
         sigmas: k.
     """
-    seen = points[..., 2] > 0
+    seen = np.asarray(points[..., 2] > 0)
     low, high = boxes[:, None, :2] - boxes[:, None, 2:], boxes[:, None, :2] + 2 * boxes[:, None, 2:]
     outside = np.maximum(low - found[..., :2], 0) + np.maximum(found[..., :2] - high, 0)
-    none = ~seen.any(axis=1)
+    none = np.asarray(~seen.any(axis=1))
     apart = np.where(none[:, None, None], outside, found[..., :2] - points[..., :2])
     variances = np.square(2 * np.asarray(sigmas, np.float64))
     error = np.square(apart).sum(axis=2) / variances / (areas[:, None] + np.spacing(1)) / 2

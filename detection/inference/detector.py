@@ -85,7 +85,7 @@ class Detector:
         self._divisor, self._resizing = transform.size_divisible, transform.resizing
         self.min_size, self.max_size = min_size or transform.min_size[-1], max_size or transform.max_size
         self.precision, self.form = precision, PixelFormat.of(model)
-        self.edges = edges_of(getattr(model, "num_keypoints", 0)) if edges is None else tuple(edges)
+        self.edges = edges_of(getattr(model, "num_keypoints", 0)) if edges is None else tuple((a, b) for a, b in edges)
 
     @classmethod
     def from_checkpoint(

@@ -10,6 +10,7 @@ import torch
 
 from detection.batch import Batch
 from detection.data.records import DataError
+from detection.data.skeletons import edges_of
 from detection.data.spectral import PixelFormat, Pixels
 from detection.inference.detections import Detections
 from detection.inference.detector import Detector, most_detections
@@ -74,7 +75,8 @@ class ExportedDetector(Detector):
         self.path, self._run = path, runtime.runner(path)
         self.has_masks = facts["mask_grid"] != "none"
         self._grid = GRIDS.get(facts["mask_grid"], GRIDS["MaskGrid"])
-        self._size = facts.get("size")
+        self.num_keypoints, self._size = int(facts.get("num_keypoints", 0)), facts.get("size")
+        self.edges = edges_of(self.num_keypoints)
         self.device, self.precision = torch.device("cpu"), "32"
         self.class_names = tuple(facts["class_names"])
         self.category_ids = tuple(facts.get("category_ids") or range(1, len(self.class_names) + 1))
@@ -121,4 +123,5 @@ def kept_facts(
         "sizes": [transform.min_size[-1], transform.max_size],
         "detections_per_img": most_detections(model),
         "mask_grid": type(model.mask_grid).__name__ if model.has_masks else "none",
+        "num_keypoints": model.num_keypoints,
     }

@@ -27,7 +27,8 @@ from detection.losses import SmoothL1Loss
 from detection.mask_grid import MaskGrid
 from detection.models.backbones import Backbone, ResNetName, resnet_c4, resnet_dc5, resnet_fpn
 from detection.models.c4 import Res5Head, Res5Maps, res5_head
-from detection.models.compose import cascade_rcnn, channels_last, faster_rcnn, mask_rcnn, precomputed
+from detection.models.compose import cascade_rcnn, channels_last, faster_rcnn, mask_branch, precomputed
+from detection.models.family.keypoint_builders import keypoint_rcnn
 from detection.models.masks import MaskHead, MaskPredictor
 from detection.models.norms import Norm
 from detection.models.pooling import RoIPooler
@@ -56,6 +57,7 @@ class Layout:
         agnostic: whether a detector with one stage has one box for all classes, as a cascade has.
         precomputed: proposals come with the data (Fast R-CNN).
         stage_masks: each stage of a cascade has a mask branch.
+        keypoints: of each object; 0 without a key point branch.
     """
 
     resnet: ResNetName
@@ -72,6 +74,7 @@ class Layout:
     agnostic: bool = False
     precomputed: bool = False
     stage_masks: bool = False
+    keypoints: int = 0
 
 
 def resnet_of(blocks: int, kernel: Tensor | None = None, bottleneck: bool = True) -> ResNetName:
@@ -118,11 +121,14 @@ def build(layout: Layout, style: Style, told: Told = Told(), **options: Any) -> 
     name, count = layout.resnet, layout.num_classes
     depth = int("".join(re.findall(r"\d+", name)[:1]))
     found = {"num_classes": count, "mask": layout.mask, "stages": layout.stages, "depth": depth}
+    found["keypoints"] = layout.keypoints
     told.check(found | {"agnostic": layout.agnostic})
     settings = options | usual(count) | told.arguments | told.asked | style.image_mean | _heads(layout)
     rules = semantics_of(settings.get("semantics", "torchvision")).rules
     if layout.stage_masks and rules != "mmdetection":
         raise CheckpointError(f"each stage has a mask branch, which only MMDetection's rules train, not {rules}'s")
+    if layout.keypoints and (layout.features, layout.stages) != ("fpn", 1):
+        raise CheckpointError("a Keypoint R-CNN can be converted with one stage and a pyramid only")
     norm = told.norm or layout.norm
     if (norm == "group") != (layout.norm == "group"):
         raise CheckpointError(f"the config says {norm} normalisation, but the tensors are of {layout.norm}")
@@ -158,6 +164,8 @@ def _heads(layout: Layout) -> dict[str, Any]:
         parts["mask_head"] = partial(MaskHead, norm=layout.mask_norm)
     if layout.stage_masks:
         parts["stage_masks"] = True
+    if layout.keypoints:
+        parts["num_keypoints"] = layout.keypoints
     if layout.agnostic:
         parts["box_predictor"] = partial(FastRCNNPredictor, class_agnostic=True)
     if layout.precomputed:
@@ -192,10 +200,13 @@ def aligned_rcnn(
     box_loss: Callable[..., Any] | None = None,
     mask_head: nn.Module | Factory | None = None,
     mask_grid: Any = None,
+    num_keypoints: int = 0,
+    keypoint_roi_pool: nn.Module | None = None,
+    min_size: int | Sequence[int] = 800,
     semantics: Library | Semantics = "torchvision",
     **kwargs: Any,
 ) -> FasterRCNN:
-    """Faster or Mask R-CNN as Detectron2 and MMDetection train it.
+    """Faster, Mask or Keypoint R-CNN as Detectron2 and MMDetection train it.
 
     Args:
         backbone: e.g. `resnet_fpn(norm="frozen", stride_in_1x1=True)`.
@@ -203,14 +214,17 @@ def aligned_rcnn(
         masks: with a mask branch.
         box_head: default: two layers of 1024. A `Res5Head` serves the masks, too.
         box_output_size: side of the pooled features.
-        box_roi_pool, mask_roi_pool: default: aligned RoI Align with as many samples as a bin has cells.
+        box_roi_pool, mask_roi_pool, keypoint_roi_pool: default: aligned RoI Align with as many samples as a bin has
+            cells.
         rpn_anchor_generator: default: that of `faster_rcnn`, not rounded.
         rpn_post_nms_top_n_train: proposals of an image in training.
         rpn_box_loss, box_loss: default: plain L1.
         mask_head: default: four convolutions, or the stage of a `Res5Head`.
         mask_grid: see `faster_rcnn`; the default, `MaskGrid`, is that of both libraries.
+        num_keypoints: of each object; 0 for none, and then `keypoint_roi_pool` has no effect.
+        min_size: see `ImageTransform`.
         semantics: whose rules of training, see `Semantics`.
-        **kwargs: see `faster_rcnn`.
+        **kwargs: see `faster_rcnn`, and `keypoint_rcnn`.
     """
     rules = semantics_of(semantics)
     arguments: dict[str, Any] = rules.parts(kwargs, masks) | {
@@ -220,12 +234,15 @@ def aligned_rcnn(
         "box_head": box_head,
         "rpn_box_loss": rpn_box_loss or SmoothL1Loss(0.0),
         "box_loss": box_loss or SmoothL1Loss(0.0),
+        "min_size": min_size,
     }
-    if not masks:
-        return rules.apply(faster_rcnn(backbone, num_classes, **arguments))
-    mask_head = Res5Maps(box_head) if isinstance(box_head, Res5Head) else mask_head
-    pool = mask_roi_pool or _pooler(14)
-    return rules.apply(mask_rcnn(backbone, num_classes, pool, mask_head, mask_grid=mask_grid, **arguments))
+    if masks:
+        mask_head = Res5Maps(box_head) if isinstance(box_head, Res5Head) else mask_head
+        arguments |= mask_branch(mask_roi_pool or _pooler(14), mask_head, None, mask_grid)
+    if num_keypoints:
+        pool = keypoint_roi_pool or _pooler(14)
+        return rules.apply(keypoint_rcnn(backbone, num_classes, num_keypoints, keypoint_roi_pool=pool, **arguments))
+    return rules.apply(faster_rcnn(backbone, num_classes, **arguments))
 
 
 @recorded

@@ -1,4 +1,4 @@
-"""Detectron2's checkpoints: Faster, Mask and Cascade R-CNN on ResNets."""
+"""Detectron2's checkpoints: Faster, Mask, Keypoint and Cascade R-CNN on ResNets."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ RULES: Rules = (
     *((rf"^roi_heads\.mask_head\.{i}\.0\.", f"roi_heads.mask_head.mask_fcn{i + 1}.") for i in range(4)),
     (r"^roi_heads\.mask_predictor\.conv5_mask\.", "roi_heads.mask_head.deconv."),
     (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "roi_heads.mask_head.predictor."),
+    *((rf"^roi_heads\.keypoint_head\.{2 * i}\.", f"roi_heads.keypoint_head.conv_fcn{i + 1}.") for i in range(8)),
+    (r"^roi_heads\.keypoint_predictor\.kps_score_lowres\.", "roi_heads.keypoint_head.score_lowres."),
 )
 WITHOUT_FPN: Rules = (*RULES, (r"^backbone\.bottom_up\.", "backbone."))
 DROPPED = (r"^pixel_(mean|std)$", r"anchor_generator\.cell_anchors", r"num_batches_tracked$")
@@ -108,6 +110,7 @@ def read_layout(state: Mapping[str, Tensor]) -> Layout:
         norm_of(state, f"{box}conv1.norm."),
         not stages and boxes == 4 and count > 2,
         not any(name.startswith("proposal_generator.") for name in state),
+        keypoints=len(state.get("roi_heads.keypoint_head.score_lowres.bias", ())),
     )
 
 

@@ -74,13 +74,17 @@ DEFAULTS: dict[str, Any] = {
     "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 14,
     "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": 0,
     "MODEL.ROI_MASK_HEAD.POOLER_TYPE": "ROIAlignV2",
+    "MODEL.KEYPOINT_ON": False,
+    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": 17,
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_RESOLUTION": 14,
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_SAMPLING_RATIO": 0,
+    "MODEL.ROI_KEYPOINT_HEAD.POOLER_TYPE": "ROIAlignV2",
     "TEST.DETECTIONS_PER_IMAGE": 100,
 }
 # Keys with the values that can be built; another one is refused.
 BUILT: dict[str, tuple[Any, ...]] = {
     "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
     "MODEL.BACKBONE.NAME": ("build_resnet_backbone", "build_resnet_fpn_backbone"),
-    "MODEL.KEYPOINT_ON": (False,),
     "MODEL.LOAD_PROPOSALS": (False, True),
     "MODEL.FPN.FUSE_TYPE": ("sum",),
     "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN", "PrecomputedProposals"),
@@ -101,6 +105,9 @@ BUILT: dict[str, tuple[Any, ...]] = {
     "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": (False,),
     "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": (False,),
     "MODEL.ROI_MASK_HEAD.NAME": ("MaskRCNNConvUpsampleHead",),
+    "MODEL.ROI_KEYPOINT_HEAD.NAME": ("KRCNNConvDeconvUpsampleHead",),
+    "MODEL.ROI_KEYPOINT_HEAD.LOSS_WEIGHT": (1,),
+    "MODEL.ROI_KEYPOINT_HEAD.NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS": (True,),
     "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False, False, False, False],),
     "MODEL.RESNETS.NORM": ("FrozenBN", "BN", "SyncBN", "nnSyncBN", "naiveSyncBN", "GN"),
     "INPUT.FORMAT": ("BGR", "RGB"),
@@ -116,7 +123,8 @@ SHOWN = (
         "MODEL.ANCHOR_GENERATOR.ANGLES",
         "MODEL.RETINANET",
     ),
-    *("MODEL.SEM_SEG_HEAD", "MODEL.PANOPTIC_FPN", "MODEL.ROI_KEYPOINT_HEAD", "MODEL.ROI_HEADS.IN_FEATURES"),
+    *("MODEL.SEM_SEG_HEAD", "MODEL.PANOPTIC_FPN", "MODEL.ROI_HEADS.IN_FEATURES"),
+    *("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE"),
     *("MODEL.ROI_BOX_HEAD.NUM_FC", "MODEL.ROI_BOX_HEAD.FC_DIM", "MODEL.ROI_BOX_HEAD.NUM_CONV"),
     *("MODEL.ROI_BOX_HEAD.CONV_DIM", "MODEL.ROI_BOX_HEAD.NORM", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG"),
     *("MODEL.ROI_BOX_HEAD.FED_LOSS_FREQ_WEIGHT_POWER", "MODEL.ROI_BOX_HEAD.FED_LOSS_NUM_CLASSES"),
@@ -199,6 +207,8 @@ def read_told(path: Path) -> Told:
         arguments["mask_roi_pool"] = _pooler("MODEL.ROI_MASK_HEAD", get)
     elif get("MODEL.MASK_ON"):
         arguments["mask_roi_pool"] = _pooler("MODEL.ROI_BOX_HEAD", get)
+    if get("MODEL.KEYPOINT_ON"):
+        arguments["keypoint_roi_pool"] = _pooler("MODEL.ROI_KEYPOINT_HEAD", get)
     bgr = get("INPUT.FORMAT") == "BGR"
     mean, std = (list(get(f"MODEL.PIXEL_{part}"))[:: -1 if bgr else 1] for part in ("MEAN", "STD"))
     return Told(
@@ -206,6 +216,7 @@ def read_told(path: Path) -> Told:
         {
             "num_classes": get("MODEL.ROI_HEADS.NUM_CLASSES") + 1,
             "mask": bool(get("MODEL.MASK_ON")),
+            "keypoints": get("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS") if get("MODEL.KEYPOINT_ON") else 0,
             "stages": len(get("MODEL.ROI_BOX_CASCADE_HEAD.IOUS")) if kind == "CascadeROIHeads" else 1,
             "depth": get("MODEL.RESNETS.DEPTH"),
         },

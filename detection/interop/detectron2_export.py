@@ -114,6 +114,10 @@ def config_of(model: FasterRCNN, pixels: Mapping[str, Tensor], layout: Layout, w
             "NUM_CONV": layers,
             "NORM": NORMS.get(layout.mask_norm or "", ""),
         }
+    if model.has_keypoints:
+        channels = [layer.out_channels for layer in heads.keypoint_head if hasattr(layer, "out_channels")]
+        shape = {"NUM_KEYPOINTS": model.num_keypoints, "CONV_DIMS": channels}
+        config |= {"KEYPOINT_ON": True, "ROI_KEYPOINT_HEAD": _pooler(heads.keypoint_roi_pool) | shape}
     size = model.transform
     return {
         "MODEL": config,

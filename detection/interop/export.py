@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from detection.anchors import AnchorGenerator
 from detection.batch import Batch
 from detection.boxes import grouped_nms, resize_boxes
+from detection.models.family.keypoints import KeypointRoIHeads, locate_keypoints
 from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPool, RoIPooler, align, finest, level_indices
 from detection.models.precomputed import PrecomputedProposals
@@ -35,7 +36,8 @@ from detection.models.two_stage import FasterRCNN
 from detection.parts import FeatureMaps
 from detection.resizing import averaged
 
-OUTPUTS = ("boxes", "labels", "scores", "counts", "masks")
+OUTPUTS = ("boxes", "labels", "scores", "counts")
+HEATMAPS = ("heatmaps", "regions")  # of key points
 ONE = 2048  # a weight of 1 in OpenCV's fixed point
 
 
@@ -72,7 +74,9 @@ class ExportableDetector(nn.Module):
     Resizing (to the sizes of the model, pixel by pixel as `Detector` does it), padding and normalisation are inside.
     The results are `boxes (B, D, 4)` float32 xyxy, `labels (B, D)` int64 from 1 on, `scores (B, D)` float32, best
     first, `counts (B,)` int64: how many of the D are detections, and with a mask branch `masks (B, D, m, m)`:
-    probabilities inside the box.
+    probabilities inside the box. Of key points come out `heatmaps (B, D, k, m, m)`, logits inside the box, and `regions
+    (B, D, 4)`, the boxes in pixels of the resized image: each heatmap is to be enlarged to the size of its own region,
+    which a graph of fixed sizes can't do, see `locate_in_regions`.
 
     Args:
         model: stays as it is; the copy here is on the CPU, in float32.
@@ -100,12 +104,13 @@ class ExportableDetector(nn.Module):
             RoIPooler: {"pool": _pool},
             RoIHeads: {"nms_per_class": _nms_per_class, "predict": _predict},
             MaskBranch: {"add_masks": _add_masks},
+            KeypointRoIHeads: {"add_keypoints": _add_heatmaps},
         }
 
     @property
     def outputs(self) -> list[str]:
         """The names of what comes out."""
-        return list(OUTPUTS if self.model.has_masks else OUTPUTS[:-1])
+        return outputs_of(self.model)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         padded, size, original = self._resize(images)
@@ -282,6 +287,35 @@ def _add_masks(self: Any, features: FeatureMaps, detections: list[dict[str, Tens
     if self.has_masks:
         found["masks"] = self.mask_probabilities(features, found["boxes"], found["labels"])
     return detections
+
+
+def _add_heatmaps(
+    self: KeypointRoIHeads, features: FeatureMaps, detections: list[dict[str, Tensor]]
+) -> list[dict[str, Tensor]]:
+    (found,) = detections
+    return [found | {"heatmaps": self.heatmaps(features, found["boxes"]), "regions": found["boxes"]}]
+
+
+def outputs_of(model: FasterRCNN) -> list[str]:
+    """The names of what a graph of the detector gives, in their order."""
+    return [*OUTPUTS, *(("masks",) if model.has_masks else ()), *(HEATMAPS if model.has_keypoints else ())]
+
+
+def locate_in_regions(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a graph has found in one image, with `keypoints` `(D, k, 3)` and their scores in the place of its heatmaps.
+
+    Args:
+        found: `boxes (D, 4)` in pixels of the image and, if there are key points, `heatmaps (D, k, m, m)` and
+            `regions (D, 4)`.
+    """
+    if "heatmaps" not in found:
+        return found
+    points, scores = locate_keypoints(found["heatmaps"], found["regions"])
+    low, box = found["regions"][:, None, :2], found["boxes"][:, None]
+    share = (points[..., :2] - low) / (found["regions"][:, None, 2:] - low)
+    points[..., :2] = box[..., :2] + share * (box[..., 2:] - box[..., :2])
+    kept = {name: values for name, values in found.items() if name not in HEATMAPS}
+    return kept | {"keypoints": points, "keypoints_scores": scores}
 
 
 def _pad_by_constants(network: nn.Module) -> None:

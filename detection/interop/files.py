@@ -72,22 +72,30 @@ def load_detector(path: str | Path, trust: Iterable[str] = ()) -> FasterRCNN:
     return model.eval()
 
 
-def detector_for_classes(path: str | Path, class_names: Sequence[str] | None = None) -> FasterRCNN:
+def detector_for_classes(
+    path: str | Path, class_names: Sequence[str] | None = None, num_keypoints: int | None = None
+) -> FasterRCNN:
     """A detector to train further on other classes; those of the same name keep what was learned of them.
 
     Args:
         path: as for `load_detector`; packages other than this one are trusted with `detection.recipes.trusting`, on
             the command line with `--trust`.
         class_names: of the foreground, label 1 first; None for those of the file. On the command line, the data's.
+        num_keypoints: of each object, likewise; where there are others than in the file, the last layer of their branch
+            starts afresh.
 
     Raises:
-        CheckpointError: also where the file does not name its classes.
+        CheckpointError: also where the file does not name its classes, or its detector finds no key points.
     """
     saved = _read_own(Path(path))
     if saved.recipe is None or saved.class_names is None:
         raise CheckpointError(f"{path}: does not name its classes; write it with save_detector(..., class_names)")
     class_names = saved.class_names if class_names is None else class_names
     arguments = {**saved.recipe["init_args"], "num_classes": len(class_names) + 1}
+    if num_keypoints is not None:
+        if arguments.get("num_keypoints", 0) == 0:
+            raise CheckpointError(f"{path}: its detector finds no key points: begin with one that does")
+        arguments["num_keypoints"] = num_keypoints
     model = _rebuild(Path(path), {**saved.recipe, "init_args": arguments})
     old_names = saved.class_names
     _named(Path(path), lambda: load(model, adapt_classes(saved.tensors, model.state_dict(), old_names, class_names)))

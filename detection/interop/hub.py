@@ -123,7 +123,9 @@ def card(
         "learning rate": run.get("lr", "unknown"),
         "code": kept.get("code", "unknown"),
     }
-    masks = ", masks" if model.has_masks else ""
+    also = (", masks" if model.has_masks else "") + (
+        f", {model.num_keypoints} key points" if model.has_keypoints else ""
+    )
     trained = f"{Path(str(data['root'])).name}, {data.get('format') or 'format as found'}" if data.get("root") else None
     return (
         "\n".join(
@@ -132,7 +134,7 @@ def card(
                 *(f"{key}: {json.dumps(value)}" for key, value in header.items()),
                 "---",
                 f"# {repo.rpartition('/')[2]}",
-                f"{name}, an object detector of the package `detection`: boxes{masks}, classes and scores.",
+                f"{name}, an object detector of the package `detection`: boxes{also}, classes and scores.",
                 "## Figures",
                 *([f"COCO's, {where}.", ""] if rows else []),
                 *table,

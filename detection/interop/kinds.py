@@ -9,7 +9,7 @@ from detection.weights import CheckpointError
 
 Marks = Sequence[tuple[str, str]]  # (pattern that one name has, what it is then); the first that is found counts
 
-KEY_POINTS = "a Keypoint R-CNN, which can be converted from torchvision's files alone"
+KEY_POINTS = "a Keypoint R-CNN, which can be converted from torchvision's and Detectron2's files alone"
 DEFORMABLE = "a detector with deformable convolutions in its backbone, which have no counterpart here"
 ONE_STAGE = "a one-stage detector, and only two-stage detectors can be converted"
 RETINANET = f"a RetinaNet, {ONE_STAGE}"
@@ -18,7 +18,6 @@ FCOS = f"an FCOS, {ONE_STAGE}"
 DETECTRON2: Marks = (
     (r"^head\.ctrness\.", FCOS),
     (r"^head\.(cls|bbox)_subnet\.", RETINANET),
-    (r"^roi_heads\.keypoint_head\.", KEY_POINTS),
     (r"^roi_heads\.(mask_point_head|mask_coarse_head|mask_head\.(point|coarse)_head)\.",
      "a PointRend, whose mask head has no counterpart here"),
     (r"^roi_heads\.mask_iou_head\.", "a Mask Scoring R-CNN, whose head for the masks' quality has no counterpart here"),

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from detection.data.spectral import Pixels
-from detection.interop.export import OUTPUTS
+from detection.interop.export import outputs_of
 from detection.interop.exported_files import Run, to_onnx
 from detection.models.two_stage import FasterRCNN
 
@@ -74,7 +74,7 @@ def to_openvino(
         graph = openvino.Core().read_model(Path(folder) / "detector.onnx")
         if precision == "int8":
             graph = _quantise(graph, calibration)
-        for port, name in zip(graph.outputs, OUTPUTS, strict=False):
+        for port, name in zip(graph.outputs, outputs_of(model), strict=True):
             port.get_tensor().set_names({name})  # an output may have a name of the trace beside its own
         for name, value in facts.items():
             graph.set_rt_info(json.dumps(value), [FACTS, name])

@@ -16,6 +16,7 @@ from torch import Tensor
 from detection.batch import Target
 from detection.data.spectral import Pixels
 from detection.evaluation.mean_ap import IouType, MeanAP
+from detection.interop.export import locate_in_regions
 from detection.interop.exported_files import Run
 from detection.training.module import encode_detections, grid_of
 
@@ -35,6 +36,7 @@ class Parity:
         box: largest difference of a coordinate, in pixels.
         score: largest difference of a score.
         mask: largest difference of a probability in a mask; 0 without masks.
+        keypoint: largest difference of a key point's coordinate, in pixels; None without key points.
     """
 
     images: int
@@ -43,15 +45,17 @@ class Parity:
     box: float
     score: float
     mask: float
+    keypoint: float | None = None
 
     def __str__(self) -> str:
         differences = f"{self.box:.2g} pixels, {self.score:.2g} of a score, {self.mask:.2g} in a mask"
+        differences += "" if self.keypoint is None else f", {self.keypoint:.2g} pixels of a key point"
         alone = f"{self.unmatched} in one of the two alone, the largest differences of the others {differences}"
         return f"{self.detections} detections on {self.images} image{'s' * (self.images != 1)}, {alone}"
 
     def as_dict(self) -> dict[str, float]:
         """For a file."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def compare(detector: Detector, run: Run, images: Sequence[Pixels]) -> Parity:
@@ -65,7 +69,7 @@ def compare(detector: Detector, run: Run, images: Sequence[Pixels]) -> Parity:
         images: to compare on.
     """
     total = unmatched = 0
-    worst = dict.fromkeys(("box", "score", "mask"), 0.0)
+    worst = dict.fromkeys(("box", "score", "mask", *(("keypoint",) if detector.model.has_keypoints else ())), 0.0)
     for image in images:
         ours, theirs = (
             {name: value.numpy() for name, value in found.items()}
@@ -83,6 +87,8 @@ def compare(detector: Detector, run: Run, images: Sequence[Pixels]) -> Parity:
             differences = {"box": gaps[j], "score": abs(float(theirs["scores"][j] - ours["scores"][i]))}
             if "masks" in ours:
                 differences["mask"] = float(np.abs(theirs["masks"][j] - ours["masks"][i]).max())
+            if "keypoints" in ours:
+                differences["keypoint"] = float(np.abs(theirs["keypoints"][j] - ours["keypoints"][i]).max())
             worst = {name: max(worst[name], differences.get(name, 0.0)) for name in worst}
         unmatched += len(free)
     return Parity(len(images), total, unmatched, **worst)
@@ -143,4 +149,4 @@ def found_by_file(run: Run, image: Pixels) -> Found:
     planes = np.ascontiguousarray(image.transpose(2, 0, 1))
     given = {name: values[0] for name, values in run(planes[None]).items()}
     count = int(given.pop("counts"))
-    return {name: torch.from_numpy(np.array(values[:count])) for name, values in given.items()}
+    return locate_in_regions({name: torch.from_numpy(np.array(values[:count])) for name, values in given.items()})

@@ -89,6 +89,7 @@ FACTS = (  # arguments that no tensor shows
         "rpn_anchor_generator",
         "box_roi_pool",
         "mask_roi_pool",
+        "keypoint_roi_pool",
         "rpn_box_coder",
     ),
     *("bbox_reg_weights", "cascade_bbox_reg_weights", "cascade_iou_thresh", "box_score_thresh", "box_nms_thresh"),

@@ -97,8 +97,8 @@ def rcnn_resnet(
         **kwargs: see `fast_rcnn`.
     """
     head = resnet_head(crop_size, backbone_name, weights_backbone, trainable_backbone_layers, norm)
-    sizes = crop_size, num_classes or COCO_CATEGORIES
-    model = rcnn(head, *sizes, box_batch_size_per_image=box_batch_size_per_image, **kwargs)
+    classes = num_classes or COCO_CATEGORIES
+    model = rcnn(head, crop_size, classes, box_batch_size_per_image=box_batch_size_per_image, **kwargs)
     return load_weights(model, weights_backbone)
 
 
@@ -125,10 +125,9 @@ def rcnn_efficientnet_lite0(
         **kwargs: see `fast_rcnn`.
     """
     head = efficientnet_lite0_head(crop_size, weights_backbone, trainable_backbone_layers, norm)
-    normal: Any = {"image_mean": image_mean, "image_std": image_std}
-    sizes: Any = crop_size, num_classes or COCO_CATEGORIES
-    model = rcnn(head, *sizes, box_batch_size_per_image=box_batch_size_per_image, **normal, **kwargs)
-    return load_weights(model, weights_backbone)
+    options: Any = {"image_mean": image_mean, "image_std": image_std, **kwargs}
+    options["box_batch_size_per_image"] = box_batch_size_per_image
+    return load_weights(rcnn(head, crop_size, num_classes or COCO_CATEGORIES, **options), weights_backbone)
 
 
 @recorded

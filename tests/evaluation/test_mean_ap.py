@@ -251,6 +251,23 @@ def test_an_aggregate_of_minus_one_with_ground_truth_is_an_error(monkeypatch):
         metric.compute()
 
 
+def with_corners(detections, targets):
+    """The same with two key points each, the corners of their boxes; some of the annotated ones are not seen."""
+    found = [d | {"keypoints": torch.cat([d["boxes"].view(-1, 2, 2), torch.ones(len(d["boxes"]), 2, 1)], 2)}
+             for d in detections]  # fmt: skip
+    seen = [(t.areas[:, None] + torch.arange(2)).long() % 3 for t in targets]
+    points = [torch.cat([t.boxes.view(-1, 2, 2), v[..., None]], 2) for t, v in zip(targets, seen, strict=True)]
+    return found, [dataclasses.replace(t, keypoints=p) for t, p in zip(targets, points, strict=True)]
+
+
+def corner_figures(images, detections, targets):
+    metric = MeanAP(["a", "b", "c"], iou_type=("bbox", "keypoints"))
+    found, truth = with_corners(detections, targets)
+    for i in images:
+        metric.update([found[i]], [truth[i]])
+    return [metric.compute(), metric.per_class("keypoints")]
+
+
 def distributed_worker(rank, folder):
     """Two ranks: uneven shards with a padded image, an empty shard, nothing anywhere, and an error on rank 0."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -261,6 +278,7 @@ def distributed_worker(rank, folder):
         for i in shards[rank]:
             metric.update([detections[i]], [targets[i]])
         answers.append([metric.compute(), metric.per_class(), metric.absent_detections()])
+    answers.append(corner_figures([*range(rank, 21, 2), 0], detections, targets))
     metric = MeanAP(["a", "b", "c"])
     clash = dataclasses.replace(targets[0], file_name=f"rank{rank}.jpg")
     metric.update([detections[0]], [clash])
@@ -283,7 +301,9 @@ def test_two_processes_equal_one_bit_for_bit(tmp_path):
     assert 0 < alone[0]["map"] < 1
     assert first[:3] == [alone] * 3
     assert first[3][0]["map"] == -1.0
-    assert "is both rank0.jpg and rank1.jpg" in first[4]
+    corners = json.loads(json.dumps(corner_figures(range(21), *random_images(21))))
+    assert first[4] == corners and 0 < corners[0]["keypoints_map"] < 1
+    assert "is both rank0.jpg and rank1.jpg" in first[5]
 
 
 def test_ignored_objects_are_what_crowds_are_to_pycocotools(pycoco, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -322,3 +323,26 @@ def test_an_exported_config_says_what_the_detector_is(features: str, theirs: Any
             assert again.recipe["init_args"][name] == value, name  # type: ignore[index]
     for ours, read in zip(model.rpn.anchor_generator._cells, again.rpn.anchor_generator._cells, strict=True):
         torch.testing.assert_close(read, ours)
+
+
+def test_a_config_of_key_points_is_followed_and_held_against_the_tensors(tmp_path: Path) -> None:
+    head: dict[str, Any] = {"NUM_KEYPOINTS": 5, "POOLER_TYPE": "ROIAlign", "POOLER_SAMPLING_RATIO": 2}
+    model = {"KEYPOINT_ON": True, "ROI_HEADS": {"NAME": "StandardROIHeads", "NUM_CLASSES": 1}}
+    model |= {"BACKBONE": {"NAME": "build_resnet_fpn_backbone"}, "ROI_KEYPOINT_HEAD": head}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"MODEL": model}))
+    told = detectron2_config.read_told(path)
+    pool = told.arguments["keypoint_roi_pool"]
+    assert (pool.output_size, pool.sampling_ratio, pool.aligned) == (14, 2, False)
+    layout = Layout("resnet50", "fpn", 2, 1, False, keypoints=5)
+    with torch.device("meta"):
+        built = build(layout, STYLES["caffe"], told)
+        assert built.num_keypoints == 5 and not built.roi_heads.keypoint_roi_pool.aligned
+        with pytest.raises(CheckpointError, match="the config says keypoints 5, but the tensors are of 17"):
+            build(replace(layout, keypoints=17), STYLES["caffe"], told)
+        with pytest.raises(CheckpointError, match="Keypoint R-CNN can be converted with one stage and a pyramid only"):
+            build(replace(layout, features="c4"), STYLES["caffe"])
+    head["NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS"] = False
+    path.write_text(yaml.safe_dump({"MODEL": model}))
+    with pytest.raises(CheckpointError, match="NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS False can't be built: True can"):
+        detectron2_config.read_told(path)

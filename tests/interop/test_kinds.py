@@ -37,6 +37,7 @@ LAYOUTS = {
     "SyncBN": Layout("resnet50", "fpn", 4, 1, True, "batch", "batch", "batch", 4, 1, "batch"),
     "class-agnostic": Layout("resnet50", "fpn", 4, 1, False, agnostic=True),
     "Fast R-CNN": Layout("resnet50", "fpn", 4, 1, False, precomputed=True),
+    "Keypoint R-CNN": Layout("resnet50", "fpn", 2, 1, False, keypoints=17),
     "Cascade with convolutions": Layout("resnet50", "fpn", 4, 3, False, "group", "group", None, 4, 1, "group"),
 }
 
@@ -251,7 +252,6 @@ REFUSED = [
     # marks, what distinguishes the file, what is said
     ("detectron2", {"head.cls_subnet.0.weight", "head.bbox_subnet.0.weight"}, "a RetinaNet, a one-stage detector"),
     ("detectron2", {"head.cls_subnet.0.weight", "head.ctrness.weight"}, "an FCOS"),
-    ("detectron2", R50 | {"roi_heads.keypoint_head.conv_fcn1.weight"}, "a Keypoint R-CNN"),
     ("detectron2", R50 | {"roi_heads.mask_head.point_head.fc1.weight"}, "a PointRend"),
     ("detectron2", R50 | {"roi_heads.mask_point_head.fc1.weight"}, "a PointRend"),
     ("detectron2", R50 | {"roi_heads.mask_iou_head.fc1.weight"}, "a Mask Scoring R-CNN"),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from detection.anchors import default_anchors
 from detection.batch import Batch
 from detection.fitting import PartError
+from detection.interop import CheckpointError, detector_for_classes, load_detector, save_detector
 from detection.mask_grid import TorchvisionMaskGrid
 from detection.models.backbones import resnet_fpn
 from detection.models.compose import mask_branch
@@ -42,6 +44,7 @@ from detection.models.family.keypoints import (
 )
 from detection.models.masks import MaskHead
 from detection.models.two_stage import TwoStageDetector
+from detection.models.zoo import fasterrcnn_efficientnet_lite0_fpn, load_weights
 from detection.parts import FeatureMaps
 from detection.recipes import rebuild
 from tests.models.fast.test_accelerated import COMMON, RPN, make, make_batch
@@ -152,7 +155,7 @@ def test_the_loss_and_its_gradient_equal_torchvision() -> None:
     rows = [[t[i][part[i]] for i in range(2)] for t in (boxes, index)]
     assert batch.gt_keypoints is not None
     wanted = roi_heads.keypointrcnn_loss(logits, rows[0], list(batch.gt_keypoints), rows[1])
-    assert float(loss) > 1
+    assert loss.item() > 1
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
     gradients = torch.autograd.grad(wanted, list(heads.keypoint_head.parameters()))
     for a, b in zip(wanted_gradients, gradients, strict=True):
@@ -208,6 +211,7 @@ def test_twins_agree(twins: tuple[TwoStageDetector, nn.Module], real_samples: Sa
         assert_same(trace(form(ours), real_samples), expected)
 
 
+@pytest.mark.rehearsal
 def test_twins_have_the_same_gradients(twins: tuple[TwoStageDetector, nn.Module], real_samples: Sample) -> None:
     found = []
     for model in twins:
@@ -232,13 +236,11 @@ def test_builders_have_the_keys_and_the_arguments_of_torchvision() -> None:
     assert (ours.has_keypoints, ours.num_keypoints, ours.has_masks) == (True, 17, False)
 
 
-def test_another_number_of_key_points_starts_its_last_layer_afresh(tmp_path: Any) -> None:
+def test_another_number_of_key_points_starts_its_last_layer_afresh(tmp_path: Path) -> None:
     torch.manual_seed(0)
     small = partial(keypoint_rcnn, keypoint_head=partial(KeypointHead, layers=(8,)), min_size=64, max_size=96)
     old, file = small(resnet_fpn("resnet18", out_channels=16), 2, 17), tmp_path / "weights.pth"
     torch.save(old.state_dict(), file)
-    from detection.models.zoo import load_weights
-
     new = small(resnet_fpn("resnet18", out_channels=16), 2, 5)
     fresh = deepcopy(new.state_dict())
     load_weights(new, None, file)
@@ -256,6 +258,34 @@ def test_a_detector_is_built_again_from_its_recipe() -> None:
         a, b = model.eval()(image)[0], again.eval()(image)[0]
     assert a["keypoints"].shape == (len(a["boxes"]), 5, 3) and len(a["boxes"]) > 10
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_predictor_exchanged_as_for_torchvision_is_kept_in_files(tmp_path: Path) -> None:
+    model = keypointrcnn_efficientnet_lite0_fpn(**LITTLE)
+    model.roi_heads.keypoint_predictor = KeypointRCNNPredictor(16, 7)
+    assert model.num_keypoints == 7
+    save_detector(tmp_path / "detector.safetensors", model, ["person"])
+    again = load_detector(tmp_path / "detector.safetensors")
+    assert again.num_keypoints == 7 and type(again.roi_heads.keypoint_predictor) is KeypointPredictor
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_a_file_trains_on_with_other_classes_and_key_points(tmp_path: Path) -> None:
+    old = keypointrcnn_efficientnet_lite0_fpn(**LITTLE)  # of 17, which its recipe calls None
+    save_detector(tmp_path / "detector.safetensors", old, ["person"])
+    new = detector_for_classes(tmp_path / "detector.safetensors", ["horse", "person"], num_keypoints=7)
+    assert (new.num_classes, new.num_keypoints) == (3, 7)
+    for name, value in old.state_dict().items():
+        if "kps_score_lowres" not in name and "box_predictor" not in name:
+            assert torch.equal(new.state_dict()[name], value), name
+    rows = [model.roi_heads.box_predictor.cls_score.weight for model in (old, new)]
+    assert torch.equal(rows[0][1], rows[1][2])
+    save_detector(
+        tmp_path / "boxes.safetensors", fasterrcnn_efficientnet_lite0_fpn(num_classes=2, **LITTLE), ["person"]
+    )
+    with pytest.raises(CheckpointError, match="finds no key points"):
+        detector_for_classes(tmp_path / "boxes.safetensors", num_keypoints=7)
 
 
 def test_masks_and_key_points_go_together() -> None:

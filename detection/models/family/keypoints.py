@@ -168,7 +168,7 @@ class KeypointRoIHeads(RoIHeads):
         **kwargs: Any,
     ) -> None:
         super().__init__(in_channels, num_classes, **kwargs)
-        self.num_keypoints = num_keypoints
+        self._num_keypoints = num_keypoints
         self.keypoint_roi_pool = keypoint_roi_pool or RoIPooler(14)
         size = attribute_of("keypoint_roi_pool", self.keypoint_roi_pool, "output_size")
         self.keypoint_head = finish("keypoint_head", keypoint_head or KeypointHead, in_channels)
@@ -181,6 +181,11 @@ class KeypointRoIHeads(RoIHeads):
     def has_keypoints(self) -> bool:
         """Whether detections get key points: they do."""
         return True
+
+    @property
+    def num_keypoints(self) -> int:
+        """k, as the predictor says it in `out_channels`, which torchvision's has too; else as given."""
+        return int(getattr(self.keypoint_predictor, "out_channels", self._num_keypoints))
 
     def heatmaps(self, features: FeatureMaps, boxes: Tensor) -> Tensor:
         """The logits of each region's key points: boxes `(B, M, 4)` -> `(B, M, k, m, m)` float32."""
@@ -231,7 +236,10 @@ class KeypointRoIHeads(RoIHeads):
 
         Each key point is x, y and 1.0, as torchvision has it. Its score is the height of its heatmap, a logit.
         """
-        detections = super().detect(features, proposals, image_sizes)
+        return self.add_keypoints(features, super().detect(features, proposals, image_sizes))
+
+    def add_keypoints(self, features: FeatureMaps, detections: Detections) -> Detections:
+        """Detections, whose boxes are in pixels of the batch, with their key points, see `detect`."""
         boxes, _, _ = pad_objects(*([d[name] for d in detections] for name in ("boxes", "labels")))
         counts = [len(d["boxes"]) for d in detections]
         maps = torch.cat([rows[:n] for rows, n in zip(self.heatmaps(features, boxes), counts, strict=True)])
