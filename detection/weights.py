@@ -90,9 +90,10 @@ def find_weights(weights: Weights, names: type[WeightsEnum] | None = None) -> di
 def find_class_names(weights: Weights, names: type[WeightsEnum] | None = None) -> list[str] | None:
     """Names of the foreground classes that weights were trained for, label 1 first; None if they don't say.
 
-    Arguments and errors as for `find_weights`. torchvision's COCO names have `N/A` in the gaps of the category ids.
+    Arguments and errors as for `find_weights`. torchvision's COCO names have `N/A` in the gaps of the category ids. A
+    file that torchvision publishes says nothing, but is known by its name, which has a checksum in it.
     """
-    named = _named(weights, names)
+    named = _named(weights, names) or _published(weights, names)
     if named is not None:
         categories: list[str] | None = named.meta.get("categories")
         return categories[1:] if categories and categories[0] in BACKGROUND else None
@@ -108,6 +109,11 @@ def _named(weights: Weights, names: type[WeightsEnum] | None) -> WeightsEnum | N
     if isinstance(weights, str) and names is not None and weights in (*names.__members__, "DEFAULT"):
         return names[weights]
     return weights if isinstance(weights, WeightsEnum) else None
+
+
+def _published(weights: Weights, names: type[WeightsEnum] | None) -> WeightsEnum | None:
+    members = names.__members__.values() if names is not None and isinstance(weights, str | Path) else ()
+    return next((named for named in members if Path(str(weights)).name == Path(named.url).name), None)
 
 
 def _locate(weights: Weights, names: type[WeightsEnum] | None) -> Path:
@@ -383,4 +389,4 @@ def class_rows(name: str) -> int:
     """How many rows each class has in the tensor of this name; 0 where there are none by class."""
     if not name.startswith("roi_heads.") or not name.endswith((".weight", ".bias")):
         return 0
-    return {"cls_score": 1, "bbox_pred": 4, "mask_fcn_logits": 1}.get(name.split(".")[-2], 0)
+    return {"cls_score": 1, "bbox_pred": 4, "mask_fcn_logits": 1, "iou_score": 1}.get(name.split(".")[-2], 0)

@@ -117,11 +117,12 @@ class CountingSampler:
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler, self.max_positive = sampler, sampler.max_positive
+        self.wants_overlaps = getattr(sampler, "wants_overlaps", False)
         self.foreground: Tensor | None = None
 
-    def __call__(self, labels: Tensor, hardness: Hardness) -> tuple[Tensor, Tensor]:
+    def __call__(self, labels: Tensor, *more: Hardness) -> tuple[Tensor, Tensor]:
         """As the sampler itself."""
-        indices, valid = self.sampler(labels, hardness)
+        indices, valid = self.sampler(labels, *more)
         drawn = (labels.gather(-1, indices) > 0) & valid
         self.foreground = drawn.sum(dim=-1).float().mean()
         return indices, valid
