@@ -18,12 +18,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from detection.imbalance import EqualizationLoss, FederatedLoss, SeesawLoss, SigmoidFocalLoss, sums_of
+from detection.interop.detectron2 import to_detectron2
+from detection.interop.torchvision import to_torchvision
 from detection.losses import class_loss_of_rows
 from detection.models.compose import cascade_rcnn, faster_rcnn
 from detection.models.family.tail_predictor import TailPredictor
 from detection.models.roi_heads import FastRCNNPredictor, TwoFCHead
+from detection.models.zoo import fasterrcnn_resnet_fpn
 from detection.recipes import rebuild
 from detection.training.module import DetectionModule
+from detection.weights import CheckpointError
 from tests import tail_steps
 from tests.tail_steps import LOSSES, ROWS, K, as_one_of_two, run, step
 from tests.test_hard_and_weighted import Maps, batch
@@ -361,6 +365,21 @@ def test_predictor_of_long_tails() -> None:
     assert predictor.state_dict().keys() == FastRCNNPredictor(16, 5).state_dict().keys()
     plain = TailPredictor(16, 5)
     torch.testing.assert_close(plain(features)[0], F.linear(features, plain.cls_score.weight, plain.cls_score.bias))
+
+
+@pytest.mark.parametrize(
+    ("parts", "named"),
+    [({"class_loss": SigmoidFocalLoss()}, "SigmoidFocalLoss has scores of its own"),
+     ({"box_predictor": partial(TailPredictor, temperature=20.0)}, "cls_score is CosineLinear, which")],
+)  # fmt: skip
+@pytest.mark.parametrize("write", [to_torchvision, to_detectron2])
+def test_other_libraries_do_not_get_what_they_would_read_otherwise(
+    write: Any, parts: dict[str, Any], named: str
+) -> None:
+    with torch.device("meta"):
+        model = fasterrcnn_resnet_fpn(backbone_name="resnet50", num_classes=3, **parts)
+    with pytest.raises(CheckpointError, match=f"{named}.*detect something else"):
+        write(model)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from detection.interop import rows
 from detection.interop.builders import Layout, build, norm_of, resnet_of, style_of
 from detection.interop.detectron2_export import config_of, is_rounded, spread_anchors
 from detection.interop.kinds import DETECTRON2, refuse
-from detection.interop.names import Rules, collect, count_blocks, drop, load, rename, state_of
+from detection.interop.names import Rules, check_scores, collect, count_blocks, drop, load, rename, state_of
 from detection.interop.rows import Style
 from detection.interop.told import Told
 from detection.models.precomputed import PrecomputedProposals
@@ -214,6 +214,7 @@ def to_detectron2(model: FasterRCNN) -> dict[str, Tensor]:
     """
     if model.transform.channels != 3:
         raise CheckpointError(f"the detector takes {model.transform.channels} channels, but Detectron2 reads RGB")
+    check_scores(model, "Detectron2")
     if any(".mask_predictor." in name and ".stages." in name for name in model.state_dict()):
         raise CheckpointError("each stage has a mask branch, but Detectron2's cascades have one for all stages")
     state = rows.without_counters(state_of(model))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from detection.fitting import name_of
 from detection.weights import CheckpointError
 
 Rules = Sequence[tuple[str, str]]  # (pattern, replacement), applied one after the other
@@ -67,6 +68,26 @@ def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if state[name].shape != slot.shape:
             raise CheckpointError(f"{name} is {tuple(state[name].shape)} where {tuple(slot.shape)} is wanted")
     model.load_state_dict(dict(state))
+
+
+def check_scores(model: nn.Module, library: str) -> None:
+    """Refuse a detector whose weights another library would take, and read its scores otherwise.
+
+    Raises:
+        CheckpointError: its class loss has `probabilities` of its own, or its `cls_score` is no plain linear layer.
+    """
+    for name, part in model.named_modules():
+        loss = getattr(part, "class_loss", None)
+        if hasattr(loss, "probabilities"):
+            raise CheckpointError(
+                f"{name_of(loss)} has scores of its own, where {library} takes a softmax: the weights would load there "
+                "and detect something else"
+            )
+        if name.endswith("box_predictor.cls_score") and type(part) is not nn.Linear:
+            raise CheckpointError(
+                f"{name} is {name_of(part)}, which {library} does not have: the weights would load there and detect "
+                "something else"
+            )
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

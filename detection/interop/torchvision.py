@@ -11,7 +11,7 @@ from torchvision.models import detection as reference
 from detection.interop import rows
 from detection.interop.builders import box_pool_of, resnet_of, style_of
 from detection.interop.kinds import TORCHVISION, refuse
-from detection.interop.names import count_blocks, load, state_of
+from detection.interop.names import check_scores, count_blocks, load, state_of
 from detection.models import zoo
 from detection.models.family import keypoint_builders
 from detection.models.two_stage import FasterRCNN
@@ -104,6 +104,7 @@ def to_torchvision(model: FasterRCNN, without_epsilon: bool = False, category_id
     Raises:
         CheckpointError: torchvision can't have such a detector.
     """
+    check_scores(model, "torchvision")
     state = state_of(model)
     find_builder(state)
     if style_of(model).stride_in_1x1:
