@@ -163,7 +163,8 @@ def check_training(stage: str, part: Any, class_loss: Callable[..., Any], logits
     expect(name, part.matcher, "assignments", matched, (1, 2))
     name, hardness = f"{stage}sampler", boxes.new_zeros((1, 2))
     attribute_of(name, part.sampler, "max_positive")
-    given = run(name, part.sampler, "__call__", torch.ones_like(matched), lambda: hardness)
+    more = [lambda: hardness] * (2 if getattr(part.sampler, "wants_overlaps", False) else 1)
+    given = run(name, part.sampler, "__call__", torch.ones_like(matched), *more)
     indices, valid = given if isinstance(given, tuple | list) and len(given) == 2 else (given, None)
     expect(name, part.sampler, "indices", indices, (1, "S"))
     expect(name, part.sampler, "which of them are valid", valid, (1, indices.shape[1]))
@@ -174,6 +175,9 @@ def check_training(stage: str, part: Any, class_loss: Callable[..., Any], logits
         expect(name, part.box_coder, f"by {method}", coded, (2, 4))
     name = "rpn_objectness_loss" if stage else "class_loss"
     expect(name, class_loss, "losses", run(name, class_loss, "__call__", logits, labels), (2,))
+    if hasattr(class_loss, "probabilities"):
+        read = run(name, class_loss, "probabilities", logits[None])
+        expect(name, class_loss, "probabilities", read, (1, *logits.shape))
     name = f"{stage}box_loss"
     losses = run(name, part.box_loss, "__call__", torch.zeros_like(boxes), boxes, boxes, part.box_coder)
     expect(name, part.box_loss, "losses", losses, (2,))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -28,6 +29,7 @@ from detection.parts import BoxCoderPart
 from detection.recipes import rebuildable, recorded
 
 EPSILON = 1e-7  # torchvision's, in the denominators of overlaps
+NOTHING = 30.0  # below others, a logit has no part in a softmax; below 0, none in a sigmoid
 
 
 @rebuildable
@@ -118,6 +120,35 @@ class SmoothL1Loss:
         """Deltas `(R, 4)` of boxes `(R, 4)`, against ground truth `(R, 4)` -> `(R,)`."""
         wanted = box_coder.encode(gt_boxes, boxes)
         return F.smooth_l1_loss(deltas, wanted, beta=self.beta, reduction="none").sum(dim=1)
+
+
+@recorded
+class BalancedL1Loss:
+    """L1 whose small errors weigh more than in smooth L1, summed over the four (Libra R-CNN, Pang et al. 2019).
+
+    Equation 10, whose slope is equation 9: alpha * ln(b |x| + 1) below 1 and gamma from there on. b follows from
+    equation 11, alpha * ln(b + 1) = gamma, so that the slope has no jump, and C is what lets the loss have none.
+
+    Args:
+        alpha: the smaller, the larger are the slopes of small errors (0.5 in the paper).
+        gamma: slope of errors of 1 and more, which bounds the gradient (1.5 in the paper).
+
+    Raises:
+        ValueError: one of them is not above 0.
+    """
+
+    def __init__(self, alpha: float = 0.5, gamma: float = 1.5) -> None:
+        if alpha <= 0 or gamma <= 0:
+            raise ValueError(f"alpha is {alpha} and gamma {gamma}: both must be above 0")
+        self.alpha, self.gamma = alpha, gamma
+
+    def __call__(self, deltas: Tensor, boxes: Tensor, gt_boxes: Tensor, box_coder: BoxCoderPart) -> Tensor:
+        """As `SmoothL1Loss`."""
+        error = (deltas - box_coder.encode(gt_boxes, boxes)).abs()
+        b = math.expm1(self.gamma / self.alpha)
+        inner = error.clamp(max=1)  # or the logarithm of what is not taken could be infinite
+        small = self.alpha / b * (b * inner + 1) * torch.log1p(b * inner) - self.alpha * inner
+        return torch.where(error < 1, small, self.gamma * error + self.gamma / b - self.alpha).sum(dim=1)
 
 
 class OverlapLoss:
@@ -211,12 +242,47 @@ def merge_unlabelled(logits: Tensor, labels: Tensor, labelled: Tensor | None) ->
     """
     if labelled is None:
         return logits
-    unknown = F.pad(~labelled, (1, 0))[:, None] & (labels == 0)[..., None]
+    unknown = _unknown(labels, labelled)
     background = torch.arange(logits.shape[-1], device=logits.device) == 0
     merged = logits.masked_fill(~(unknown | background), -torch.inf).logsumexp(dim=-1, keepdim=True)
     # Next to nothing, for a softmax as for a sigmoid, and yet finite, which a loss of smoothed labels needs.
-    nothing = merged.detach().clamp(max=0) - 30
+    nothing = merged.detach().clamp(max=0) - NOTHING
     return torch.where(background, merged, torch.where(unknown, nothing, logits))
+
+
+def class_loss_of_rows(
+    class_loss: Callable[..., Tensor], logits: Tensor, labels: Tensor, valid: Tensor, labelled: Tensor | None
+) -> Tensor:
+    """A `ClassificationLoss` of each row, `(R,)`, R = B * S. Rows that are not valid have a loss of no meaning.
+
+    To a loss that reads its logits by `probabilities` of its own, classes that were not looked for are not there in the
+    rows of background; to the others they are background, see `merge_unlabelled`.
+
+    Args:
+        class_loss: see `parts.ClassificationLoss`.
+        logits: `(B, S, K)` of any precision.
+        labels: `(B, S)`, 0 for background.
+        valid: `(B, S)` bool.
+        labelled: `(B, K - 1)` bool, see `Batch`; None for all.
+    """
+    logits = logits.float()
+    if not hasattr(class_loss, "probabilities"):
+        logits = merge_unlabelled(logits, labels, labelled)
+    elif labelled is not None:
+        logits = torch.where(_unknown(labels, labelled), -NOTHING, logits)
+    more = (valid.flatten(),) if getattr(class_loss, "wants_valid", False) else ()
+    return class_loss(logits.flatten(0, 1), labels.flatten(), *more)
+
+
+def class_probabilities(class_loss: Any, logits: Tensor) -> Tensor:
+    """Probabilities `(..., K)` of class logits `(..., K)`: the loss says how its logits are read, else by a softmax."""
+    read: Callable[..., Tensor] | None = getattr(class_loss, "probabilities", None)
+    return logits.float().softmax(dim=-1) if read is None else read(logits.float())
+
+
+def _unknown(labels: Tensor, labelled: Tensor) -> Tensor:
+    """Which logits of which rows are of classes that nobody looked for, in background, `(B, S, K)`."""
+    return F.pad(~labelled, (1, 0))[:, None] & (labels == 0)[..., None]
 
 
 def box_loss_of_foreground(
@@ -249,5 +315,11 @@ def count_over_ranks(rows: Tensor) -> Tensor:
     count = rows.sum().float()
     if not (torch.is_grad_enabled() and distributed.is_available() and distributed.is_initialized()):
         return count.clamp(min=1)
-    distributed.all_reduce(count)
-    return count.clamp(min=1) / distributed.get_world_size()
+    return sum_over_ranks(count).clamp(min=1) / distributed.get_world_size()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of a tensor of each process, in place; all of them must call it."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(values)
+    return values

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from detection.batch import Batch
 from detection.boxes import pairwise_iou
-from detection.parts import Hardness
+from detection.parts import Hardness, Sampler
 from detection.recipes import recorded
 
 BELOW_LOW_THRESHOLD = -1
@@ -75,10 +76,9 @@ class Matcher:
         def overlap(block: Tensor) -> Tensor:
             return pairwise_iou(gt_boxes, block).sub_(padding)
 
-        size = max(1, MAX_IOU_ELEMENTS // max(1, gt_valid.numel()))
-        if boxes.shape[-2] <= size:
+        blocks = _blocks(gt_valid, boxes)
+        if len(blocks) == 1:
             return self.assign(overlap(boxes))
-        blocks = boxes.split(size, dim=-2)
         # The best IoU of a ground truth is known only after all blocks, so low-quality matches take a second pass.
         peak = torch.stack([overlap(block).amax(dim=-1) for block in blocks]).amax(dim=0)
         assigned = []
@@ -100,6 +100,24 @@ class Matcher:
             foreground = foreground | forced
         unmatched = torch.where(best_iou < self.bg_iou_thresh, BELOW_LOW_THRESHOLD, BETWEEN_THRESHOLDS)
         return torch.where(foreground, best_gt, unmatched)
+
+
+def _blocks(gt_valid: Tensor, boxes: Tensor) -> tuple[Tensor, ...]:
+    """The boxes `(..., A, 4)` in parts whose IoU with the ground truth is no larger than `MAX_IOU_ELEMENTS`."""
+    return boxes.split(max(1, MAX_IOU_ELEMENTS // max(1, gt_valid.numel())), dim=-2)
+
+
+def best_overlaps(gt_boxes: Tensor, gt_valid: Tensor, boxes: Tensor) -> Tensor:
+    """The highest IoU of each box with the ground truth of its image, `(B, A)`, 0 where there is none.
+
+    Args:
+        gt_boxes, gt_valid, boxes: as for `Matcher`.
+    """
+    if gt_boxes.shape[1] == 0:
+        return boxes.new_zeros((len(gt_boxes), boxes.shape[-2]))
+    exists = gt_valid[..., None]
+    found = [torch.where(exists, pairwise_iou(gt_boxes, b), 0.0).amax(dim=-2) for b in _blocks(gt_valid, boxes)]
+    return torch.cat(found, dim=-1)
 
 
 def spare_ignored(matched_idxs: Tensor, boxes: Tensor, ignored: Tensor | None) -> Tensor:
@@ -181,3 +199,58 @@ class HardExampleSampler:
         foreground = (labels.gather(-1, indices) > 0) & valid
         order = (2 * foreground.int() + valid.int()).argsort(dim=-1, descending=True, stable=True)
         return indices.gather(-1, order), valid.gather(-1, order)
+
+
+@recorded
+class IoUBalancedSampler:
+    """Draws background evenly over its overlap with objects (Libra R-CNN, Pang et al. 2019, section 3.1).
+
+    Most background touches no object, most mistakes are made beside one. IoU from 0 to `max_iou` is divided into bins
+    of one width, and each gives as many rows, drawn at random. Where a bin has too few, the others give more in turn.
+    Foreground is drawn as by `BalancedSampler`.
+
+    Args:
+        batch_size_per_image, positive_fraction: as `BalancedSampler` has them.
+        num_bins: 3 in the paper.
+        max_iou: where the last bin ends: the IoU from which boxes are no background, 0.5 in the heads. What overlaps
+            more, with an object that it was not assigned to, is in the last bin.
+    """
+
+    wants_overlaps = True
+
+    def __init__(
+        self, batch_size_per_image: int = 512, positive_fraction: float = 0.25, num_bins: int = 3, max_iou: float = 0.5
+    ) -> None:
+        self.batch_size_per_image, self.positive_fraction = batch_size_per_image, positive_fraction
+        self.num_bins, self.max_iou = num_bins, max_iou
+        self.max_positive = int(batch_size_per_image * positive_fraction)
+
+    def __call__(self, labels: Tensor, hardness: Hardness, overlaps: Hardness) -> tuple[Tensor, Tensor]:
+        """As `BalancedSampler`; `overlaps()` is the highest IoU of each row with an object, `(B, A)`."""
+        foreground, background = labels > 0, labels == 0
+        key = torch.rand(labels.shape, device=labels.device)
+        quota = min(self.max_positive, labels.shape[-1])
+        order = torch.where(foreground, key, -1.0).topk(quota, dim=-1).indices
+        chosen = torch.zeros_like(foreground).scatter_(-1, order, True) & foreground
+        bins = (overlaps() * (self.num_bins / self.max_iou)).long().clamp(max=self.num_bins - 1)
+        bins = torch.where(background, bins, self.num_bins)
+        # The place of each row among those of its bin, at random: 0, 1, 2, ... The first of all bins are drawn first.
+        place = (bins + key).argsort(dim=-1).argsort(dim=-1)
+        before = torch.stack([(bins < i).sum(dim=-1) for i in range(self.num_bins + 1)], dim=-1)
+        turn = place - before.gather(-1, bins)
+        rank = torch.where(chosen, 1.0, torch.where(background, -(turn + torch.rand_like(key)), -torch.inf))
+        value, indices = rank.topk(min(self.batch_size_per_image, labels.shape[-1]), dim=-1)
+        return indices, value > -torch.inf
+
+
+def draw(sampler: Sampler, labels: Tensor, hardness: Hardness, boxes: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What a sampler draws, see `parts.Sampler`; one that `wants_overlaps` is given these too.
+
+    Args:
+        sampler, labels, hardness: see there.
+        boxes: the anchors or proposals, `(A, 4)` or `(B, A, 4)`.
+        batch: for its ground truth.
+    """
+    if getattr(sampler, "wants_overlaps", False):
+        return sampler(labels, hardness, lambda: best_overlaps(batch.gt_boxes, batch.gt_valid, boxes))  # type: ignore[call-arg]
+    return sampler(labels, hardness)

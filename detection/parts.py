@@ -116,7 +116,8 @@ class Sampler(Protocol):
         """Labels `(B, A)`: above 0 foreground, 0 background, below 0 never drawn -> indices `(B, S)`, valid `(B, S)`.
 
         `hardness()` gives the present loss of each row, `(B, A)`, without a gradient. In the heads a call costs a pass
-        of the box head over all proposals.
+        of the box head over all proposals. A sampler with an attribute `wants_overlaps = True` is called with a third
+        argument: `overlaps()` gives the highest IoU of each row with an object, `(B, A)`.
         """
         ...
 
@@ -145,6 +146,12 @@ class ClassificationLoss(Protocol):
     """A loss of each sampled region. The heads divide their sum by the number of sampled regions of the batch.
 
     Classes that were not looked for are part of the background in the logits, see `losses.merge_unlabelled`.
+
+    Logits are read by a softmax over K, unless the loss has a method `probabilities` that reads them otherwise: float32
+    `(..., K)` -> probabilities `(..., K)`. Detections have those of columns 1 to K - 1. In rows of background, classes
+    that were not looked for then have logits of next to nothing, and the background keeps its own. A loss with an
+    attribute `wants_valid = True` is called with a third argument, `(R,)` bool, False for rows that are padding.
+    A loss may be a module; each stage of a cascade has a copy.
     """
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:

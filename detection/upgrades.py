@@ -52,5 +52,7 @@ def upgrade(path: str, arguments: dict[str, Any], written: bool = False) -> tupl
 
 
 def _has_masks(path: str, arguments: dict[str, Any]) -> bool:
+    if path.startswith(f"{PACKAGE}.models.family."):  # younger than the choice of a grid
+        return False
     builder = path.rpartition(".")[2].startswith(("mask_rcnn", "maskrcnn_"))
     return bool(builder or arguments.get("masks") or arguments.get("mask_predictor"))

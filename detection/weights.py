@@ -55,6 +55,7 @@ class Saved:
         sizes: `min_size` and `max_size` of the data that a run was trained on.
         origins: of a converted file, where each fact is from: `tensors`, `config` or `default`.
         edges: positions of key points that pictures join by a line, where a run's data says so.
+        tiles: side in pixels and overlap of the tiles that a run was trained on, if it was.
     """
 
     tensors: dict[str, Tensor]
@@ -64,6 +65,7 @@ class Saved:
     sizes: tuple[Any, int] | None = None
     origins: dict[str, str] | None = None
     edges: list[tuple[int, int]] | None = None
+    tiles: tuple[int, float] | None = None
 
 
 def is_given(weights: Weights) -> bool:
@@ -88,9 +90,10 @@ def find_weights(weights: Weights, names: type[WeightsEnum] | None = None) -> di
 def find_class_names(weights: Weights, names: type[WeightsEnum] | None = None) -> list[str] | None:
     """Names of the foreground classes that weights were trained for, label 1 first; None if they don't say.
 
-    Arguments and errors as for `find_weights`. torchvision's COCO names have `N/A` in the gaps of the category ids.
+    Arguments and errors as for `find_weights`. torchvision's COCO names have `N/A` in the gaps of the category ids. A
+    file that torchvision publishes says nothing, but is known by its name, which has a checksum in it.
     """
-    named = _named(weights, names)
+    named = _named(weights, names) or _published(weights, names)
     if named is not None:
         categories: list[str] | None = named.meta.get("categories")
         return categories[1:] if categories and categories[0] in BACKGROUND else None
@@ -106,6 +109,11 @@ def _named(weights: Weights, names: type[WeightsEnum] | None) -> WeightsEnum | N
     if isinstance(weights, str) and names is not None and weights in (*names.__members__, "DEFAULT"):
         return names[weights]
     return weights if isinstance(weights, WeightsEnum) else None
+
+
+def _published(weights: Weights, names: type[WeightsEnum] | None) -> WeightsEnum | None:
+    members = names.__members__.values() if names is not None and isinstance(weights, str | Path) else ()
+    return next((named for named in members if Path(str(weights)).name == Path(named.url).name), None)
 
 
 def _locate(weights: Weights, names: type[WeightsEnum] | None) -> Path:
@@ -136,7 +144,7 @@ def read_saved(path: Path) -> Saved:
     """
     if path.suffix == ".safetensors":
         tensors, facts = read_safetensors(path)
-        names = ("recipe", "class_names", "category_ids", "origins")
+        names = ("recipe", "class_names", "category_ids", "origins", "tiles")
         return Saved(upgrade_names(tensors), **{name: facts.get(name) for name in names})
     content = read_torch(path)
     settings = content.get("hyper_parameters", {})
@@ -144,7 +152,8 @@ def read_saved(path: Path) -> Saved:
     own = {name.removeprefix("detector."): value for name, value in tensors.items() if name.startswith("detector.")}
     data = content.get("datamodule_hyper_parameters") or {}
     sizes = (data["min_size"], data["max_size"]) if {"min_size", "max_size"} <= data.keys() else None
-    known: dict[str, Any] = {"sizes": sizes, "edges": (content.get("skeleton") or {}).get("edges")}
+    tiles = (data["tile"], data["tile_overlap"]) if data.get("tile") else None
+    known: dict[str, Any] = {"sizes": sizes, "edges": (content.get("skeleton") or {}).get("edges"), "tiles": tiles}
     return Saved(upgrade_names(own or tensors), settings.get("detector"), settings.get("class_names"), **known)
 
 
@@ -380,4 +389,4 @@ def class_rows(name: str) -> int:
     """How many rows each class has in the tensor of this name; 0 where there are none by class."""
     if not name.startswith("roi_heads.") or not name.endswith((".weight", ".bias")):
         return 0
-    return {"cls_score": 1, "bbox_pred": 4, "mask_fcn_logits": 1}.get(name.split(".")[-2], 0)
+    return {"cls_score": 1, "bbox_pred": 4, "mask_fcn_logits": 1, "iou_score": 1}.get(name.split(".")[-2], 0)

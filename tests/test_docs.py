@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import jsonargparse
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -180,7 +181,7 @@ LOSSES = section(DOCS / "settings.md", "Losses and sampling")
 
 def test_losses_that_are_shown_are_found() -> None:
     shown = "".join(block.text for block in LOSSES)
-    for name in ("FocalLoss", "ClassWeights", "HardExampleSampler", "rpn_box_loss", "SmoothL1Loss"):
+    for name in ("FocalLoss", "ClassWeights", "HardExampleSampler", "rpn_box_loss", "SmoothL1Loss", "BalancedL1Loss"):
         assert name in shown
     assert all(len(block.text.splitlines()) < 10 for block in LOSSES)
 
@@ -209,6 +210,33 @@ def test_loss_or_sampler_trains(block: Block, beside: Path, capsys: pytest.Captu
         if "loss" in name and row[name]
     ]
     assert len(losses) >= 10 and all(math.isfinite(loss) for loss in losses)
+
+
+FAMILY = section(DOCS / "settings.md", "Other necks and heads")
+
+
+def part_of(block: Block) -> str:
+    """The module and the class of the family's part that a block shows."""
+    return block.text.partition("family.")[2].split()[0].rstrip("}")
+
+
+@pytest.mark.rehearsal
+@pytest.mark.parametrize("block", FAMILY, ids=[part_of(b) for b in FAMILY])
+def test_neck_or_head_trains(block: Block, beside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(FAMILY) == 5 and len(block.text.splitlines()) < 10
+    (beside / "block.yaml").write_text(block.text)
+    data = scene_flags(scenes.draw(beside, train=4, val=2))
+    flags = ["--model.detector.weights_backbone", "null", "--trainer.max_steps", "2", "--data.num_workers", "0"]
+    flags += ["--trainer.num_sanity_val_steps", "0", "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1"]
+    flags += ["--data.min_size", "64", "--data.max_size", "96", "--data.batch_size", "2", "--wandb", "off"]
+    assert main(["--config", "block.yaml", *data, *flags, "--output", "runs"]) == 0, capsys.readouterr().err
+    run = next((beside / "runs").glob("*/*"))
+    losses = {name: float(row[name]) for row in rows(run) for name in row if "loss" in name and row[name]}
+    assert ("train/loss_iou" in losses) == ("iou_branch" in block.text)
+    assert len(losses) >= 5 and all(math.isfinite(loss) for loss in losses.values())
+    kept = str(torch.load(run / "last.ckpt", weights_only=True)["hyper_parameters"]["detector"])
+    assert part_of(block) in kept
+    assert detection.Detector.from_checkpoint(run / "last.ckpt").class_names
 
 
 def assert_contained(part: Any, whole: Any, where: str = "") -> None:

@@ -29,6 +29,7 @@ from detection.batch import Target
 from detection.data import scenes
 from detection.data.augment import resize_into
 from detection.data.images import read_image
+from detection.imbalance import EqualizationLoss
 from detection.inference.exported import kept_facts
 from detection.interop.export import ExportableDetector, _resize_as_opencv
 from detection.interop.exported_files import (
@@ -47,6 +48,7 @@ from detection.interop.openvino import (
 )
 from detection.interop.parity import compare, compare_accuracy
 from detection.interop.tensorrt import objections, to_tensorrt
+from detection.losses import classification_loss
 from detection.mask_grid import MaskGrid, TorchvisionMaskGrid, paste_masks
 from detection.weights import read_saved
 from tests.runs import scene_flags
@@ -309,7 +311,8 @@ def test_accuracy_is_that_of_the_file(exported):
 
 @pytest.mark.slow
 def test_cascade_exports_to_torch(exported, tmp_path):  # behind the other, which silences the log
-    model = decided(cascadercnn_efficientnet_lite0_fpn)
+    """With a loss that reads its logits by itself; the fixture has a softmax."""
+    model = decided(cascadercnn_efficientnet_lite0_fpn, class_loss=EqualizationLoss(), box_score_thresh=0.25)
     path = tmp_path / "detector.pt2"
     to_torch(model, path, kept_facts(model, ["a", "b", "c"], None))
     assert_same(compare(as_predicted(model), torch_runner(path), list(noise())))
@@ -345,6 +348,19 @@ def test_key_points_are_found_in_the_heatmaps_of_a_file(tmp_path):
     assert theirs.keypoints.shape == (len(theirs), 5, 3) and len(ours) == len(theirs) > 5
     gaps = np.abs(ours.keypoints[:, None] - theirs.keypoints).max(axis=(2, 3))
     assert gaps.min(axis=1).max() < 1e-2
+
+
+@pytest.mark.rehearsal
+def test_probabilities_of_a_loss_are_in_the_file(exported, tmp_path):  # behind the other, which silences the log
+    """Class chances times that of an object, traced."""
+    model = decided(fasterrcnn_efficientnet_lite0_fpn, class_loss=EqualizationLoss(), box_score_thresh=0.25)
+    path = tmp_path / "detector.onnx"
+    to_onnx(model, path, kept_facts(model, ["a", "b", "c"], None))
+    assert_same(compare(as_predicted(model), onnx_runner(path), list(noise())))
+    (image,) = noise([(90, 130)])
+    before = as_predicted(model)(image).scores
+    model.roi_heads.class_loss = classification_loss
+    assert np.abs(before[0] - as_predicted(model)(image).scores[0]) > 1e-2  # which a softmax would not have found
 
 
 @pytest.mark.slow

@@ -14,13 +14,20 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from torchvision.models import WeightsEnum
+from torchvision.models.detection import (
+    FasterRCNN_MobileNet_V3_Large_320_FPN_Weights,
+    FasterRCNN_ResNet50_FPN_V2_Weights,
+)
 
 from detection import Detector, fasterrcnn_resnet_fpn
 from detection.anchors import AnchorGenerator, default_anchors
 from detection.batch import Batch
+from detection.cli.by_size import by_size
 from detection.cli.check import main as check_data
 from detection.cli.configuration import strides_of
 from detection.cli.fit import FitCLI
+from detection.cli.fit import main as fit
 from detection.data import scenes
 from detection.data.anchor_fit import Boxes, Grid, generator_for, recall
 from detection.data.coco import read_coco
@@ -29,6 +36,7 @@ from detection.data.records import DataError
 from detection.data.splitting import Split
 from detection.data.voc import read_voc
 from detection.data.writers import write_voc
+from detection.models import zoo
 from detection.training.module import DetectionModule
 from tests.runs import TINY
 
@@ -277,3 +285,127 @@ def test_grids_of_generators() -> None:
         Grid.of(wide, (4,), 100, 200)
     with pytest.raises(DataError, match="the same ratios on each level"):
         Grid.of(AnchorGenerator([[8], [16]], [[1.0], [2.0]]), (4, 8), 100, 200)
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (1, (8000, 0.005, 0.5)),
+        (61, (132, 0.005, 0.5)),  # 8,052 images seen
+        (292, (28, 0.005, 0.5)),
+        (667, (12, 0.005, 0.0)),  # as often as in the "1x", so without changes of colour
+        (1_000, (12, 0.01, 0.0)),
+        (9_999, (12, 0.01, 0.0)),
+        (118_287, (12, 0.02, 0.0)),  # COCO
+        (1_000_000, (1, 0.02, 0.0)),
+        (5_000_000, (1, 0.02, 0.0)),
+    ],
+)
+def test_length_rate_and_augmentation_by_size(images: int, expected: tuple[int, float, float]) -> None:
+    rule = by_size(images)
+    assert (rule.max_epochs, rule.lr, rule.photometric) == expected
+
+
+def test_the_table_of_the_rule_is_the_rule() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "settings.md").read_text()
+    table = text.partition("### By the number of images")[2].partition("###")[0].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) > 5
+    for images, epochs, lr, photometric in rows[1:]:
+        rule = by_size(int(images.replace(",", "")))
+        assert [f"{rule.max_epochs}", f"{rule.lr:g}", f"{rule.photometric:g}"] == [epochs, lr, photometric], images
+
+
+@pytest.fixture
+def finetune(folder: Path, tmp_path: Path) -> list[str]:
+    """The packaged configuration, made small, on a folder of 12 images to train on."""
+    small = [
+        "--data.min_size",
+        "64",
+        "--data.max_size",
+        "96",
+        "--data.num_workers",
+        "0",
+        "--trainer.accelerator",
+        "cpu",
+    ]
+    return ["--config", "finetune", "--data.root", str(folder), "--output", str(tmp_path / "runs"), *small]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("builder", "published"),
+    [
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", FasterRCNN_MobileNet_V3_Large_320_FPN_Weights.COCO_V1),
+        pytest.param(
+            "fasterrcnn_resnet50_fpn_v2", FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1, marks=pytest.mark.rehearsal
+        ),
+    ],
+)
+def test_fine_tuning_begins_with_a_file_and_follows_the_size(
+    builder: str,
+    published: WeightsEnum,
+    folder: Path,
+    finetune: list[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A file of the name that torchvision gives it brings the rows of the classes of the same name."""
+    for path in (folder / "Annotations").iterdir():
+        path.write_text(path.read_text().replace("<name>tile<", "<name>Car<"))  # the one that COCO knows
+    torch.manual_seed(1)
+    state = getattr(zoo, builder)(num_classes=91).state_dict()
+    file = tmp_path / Path(published.url).name
+    torch.save(state, file)
+    short = ["--trainer.limit_val_batches", "1", "--trainer.max_steps", "2", "--trainer.log_every_n_steps", "1"]
+    with caplog.at_level(logging.INFO):
+        cli = FitCLI([*finetune, "--model.detector", builder, "--model.detector.weights", str(file), *short])
+    images = len(cli.datamodule.read("train").records)
+    assert f"by_size: from {images} training images follows model.lr 0.005, data.photometric 0.5;" in caplog.text
+    assert "; given: the end of the run" in caplog.text
+    own = {name: value.clone() for name, value in cli.model.detector.state_dict().items()}
+    same = [name for name in own if name.startswith(("backbone.", "rpn.")) and not name.endswith("tracked")]
+    assert len(same) > 50 and all(torch.equal(own[name], state[name]) for name in same)
+    rows, old = (of["roi_heads.box_predictor.cls_score.weight"] for of in (own, state))
+    names = cli.datamodule.class_names
+    car, known = names.index("Car") + 1, published.meta["categories"].index("car")
+    assert torch.equal(rows[0], old[0]) and torch.equal(rows[car], old[known])
+    assert not any((old == row).all(dim=1).any() for i, row in enumerate(rows) if i not in (0, car))
+    cli.fit()
+    assert cli.trainer.global_step == 2
+    assert not torch.equal(
+        cli.model.detector.state_dict()["rpn.head.cls_logits.weight"], own["rpn.head.cls_logits.weight"]
+    )
+    checkpoint = torch.load(cli.folder / "last.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["lr"] == 0.005
+    assert checkpoint["datamodule_hyper_parameters"]["photometric"] == 0.5
+    written = yaml.safe_load((cli.folder / "config.yaml").read_text())
+    assert written["by_size"] is True and written["model"]["lr"] == 0.02  # as it was written, for another set of data
+    assert list(Detector.from_checkpoint(cli.folder / "last.ckpt").class_names) == names
+
+
+@pytest.mark.slow
+def test_what_is_given_stays_and_the_length_follows(finetune: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    smaller = ["--model.detector", "fasterrcnn_mobilenet_v3_large_320_fpn", "--model.lr", "0.003"]
+    with caplog.at_level(logging.INFO):
+        cli = FitCLI([*finetune, *smaller, "--model.detector.weights", "null"])
+    assert (
+        "from 12 training images follows trainer.max_epochs 667, data.photometric 0.5; given: model.lr" in caplog.text
+    )
+    assert cli.trainer.max_epochs == 667 and cli.model.lr == 0.003
+    off = FitCLI(
+        [*finetune, *smaller, "--model.detector.weights", "null", "--by_size", "false", "--trainer.max_epochs", "3"]
+    )
+    assert (off.trainer.max_epochs, off.datamodule.hparams["photometric"]) == (3, 0.0)
+
+
+def test_without_the_file_one_sentence_says_where_it_was_looked_for(
+    finetune: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    assert fit(finetune) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    name = Path(FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1.url).name
+    assert str(tmp_path / "cache" / "hub" / "checkpoints" / name) in said
+    for way in ("detection convert download --weights FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1", "or give its path"):
+        assert way in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,11 +13,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torchvision.models.detection._utils import Matcher as ReferenceMatcher
+from torchvision.ops import box_iou
 
 from detection import matching
 from detection.anchors import default_anchors
 from detection.boxes import pairwise_iou
-from detection.matching import BalancedSampler, Matcher
+from detection.matching import BalancedSampler, IoUBalancedSampler, Matcher, best_overlaps
+from detection.models.compose import faster_rcnn
+from detection.training.tracking import CountingSampler
+from tests.test_hard_and_weighted import Maps, batch
 
 QUALITY = torch.tensor([[0.15, 0.45, 0.2, 0.6], [0.3, 0.65, 0.05, 0.1], [0.05, 0.4, 0.25, 0.4]])
 
@@ -219,3 +224,78 @@ def test_sampler_draws_each_with_the_same_chance() -> None:
         # Chi-square over the bins, scaled for drawing without replacement, has mean n - 1 and deviation sqrt(2n).
         chi = ((part - expected) ** 2 / (expected * 0.75)).sum()
         assert abs(chi - (len(part) - 1)) < 5 * (2 * len(part)) ** 0.5
+
+
+def test_best_overlaps_are_torchvisions_in_one_block_and_in_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    gt, valid, anchors = scene(3)
+    wanted = torch.zeros(3, len(anchors))
+    for i in range(3):
+        if valid[i].any():
+            wanted[i] = box_iou(gt[i][valid[i]], anchors).amax(dim=0)
+    assert (wanted > 0.3).any() and not valid.all()
+    torch.testing.assert_close(best_overlaps(gt, valid, anchors), wanted)
+    monkeypatch.setattr(matching, "MAX_IOU_ELEMENTS", 18 * 100)
+    torch.testing.assert_close(best_overlaps(gt, valid, anchors.expand(3, -1, -1)), wanted)
+    assert best_overlaps(gt[:, :0], valid[:, :0], anchors).eq(0).all()
+
+
+THIRDS = np.array([0, 1 / 6, 1 / 3, 0.5])
+
+
+def test_background_comes_evenly_from_all_overlaps() -> None:
+    """Thirds where there is enough; else what there is of two bins, and the rest of the third; then all of one bin."""
+    torch.manual_seed(0)
+    iou = torch.rand(3, 1000) * 0.15
+    iou[0, :200], iou[0, 200:300] = 0.17 + torch.rand(200) * 0.15, 0.34 + torch.rand(100) * 0.15
+    iou[1, :2], iou[1, 2:6] = 0.2, 0.4
+    labels = torch.zeros((3, 1000), dtype=torch.int64)
+    labels[0, 990:], labels[1, 990:994], labels[:, 900:950] = 1, 2, -1
+    iou[labels > 0] = 0.8
+    indices, valid = IoUBalancedSampler(68, 0.25)(labels, lambda: pytest.fail("it asks for no loss"), lambda: iou)
+    assert valid.all() and indices.shape == (3, 68)
+    drawn, kinds = iou.gather(1, indices), labels.gather(1, indices)
+    for row, objects, bins in ((0, 10, [19, 19, 20]), (1, 4, [2, 4, 58]), (2, 0, [0, 0, 68])):
+        assert len(indices[row].unique()) == 68
+        assert (kinds[row, :objects] > 0).all() and (kinds[row, objects:] == 0).all()
+        assert sorted(np.histogram(drawn[row, objects:], THIRDS)[0].tolist()) == bins
+
+
+def test_each_row_of_background_is_drawn_as_often_as_the_paper_says() -> None:
+    """Section 3.1: N / K * 1 / M_k for a row of a bin that has M_k of them; with N = 30, K = 3 that is 10 / M_k."""
+    torch.manual_seed(0)
+    sizes, tries = (60, 30, 12), 400
+    iou = torch.tensor([0.05] * sizes[0] + [0.25] * sizes[1] + [0.45] * sizes[2]).expand(tries, -1)
+    indices, _ = IoUBalancedSampler(30)(torch.zeros_like(iou).long(), lambda: iou, lambda: iou)
+    times = torch.zeros_like(iou).scatter_(1, indices, 1.0).mean(dim=0)
+    wanted = torch.cat([torch.full((n,), 10 / n) for n in sizes])
+    assert (times - wanted).abs().max() < 4.5 * 0.5 / tries**0.5
+
+
+def test_too_few_rows_are_marked_and_what_overlaps_more_is_background_too() -> None:
+    labels = torch.tensor([[-1, 0, 1, 0, -1]])
+    iou = torch.tensor([[0.9, 0.7, 0.8, 0.0, 0.0]])
+    indices, valid = IoUBalancedSampler(4, 0.5)(labels, lambda: iou, lambda: iou)
+    assert (
+        indices[0, 0] == 2 and sorted(indices[0, 1:3].tolist()) == [1, 3] and valid.tolist() == [[True] * 3 + [False]]
+    )
+
+
+def test_both_stages_tell_a_sampler_what_it_asks_for() -> None:
+    """Overlaps of anchors, and of proposals and the ground truth behind them; also where what is drawn is counted."""
+    seen = []
+
+    class Sampler(IoUBalancedSampler):
+        def __call__(self, labels: Tensor, hardness: Any, overlaps: Any) -> tuple[Tensor, Tensor]:
+            seen.append((labels, overlaps()))
+            return super().__call__(labels, hardness, overlaps)
+
+    torch.manual_seed(0)
+    model = faster_rcnn(Maps(), 3, rpn_sampler=Sampler(), box_sampler=Sampler(64)).train()
+    for part in (model.rpn, model.roi_heads):
+        part.sampler = CountingSampler(part.sampler)
+    seen.clear()
+    model.run(batch(), with_losses=True, with_detections=False)
+    for (labels, overlaps), limit in zip(seen, (0.7, 0.5), strict=True):
+        assert overlaps.shape == labels.shape and (labels > 0).any()
+        assert (overlaps[labels == 0] < limit).all() and overlaps.max() <= 1
+    assert (seen[1][1][:, -2:][batch().gt_valid] > 0.999).all()

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
+from detection.cli.by_size import follow_size
 from detection.cli.configuration import complete, fit_anchors_to_data, fit_detector_to_data, keep_mask_grid, plain
 from detection.cli.fit_help import DEFAULTS, FROM_DATA, description
 from detection.cli.folder import SaveConfig, never_validates, remove, remove_empty, say_changes, write_readme
@@ -127,6 +128,12 @@ class FitCLI(LightningCLI):
             help="Begin with the weights of a run, a .ckpt, .safetensors or .pth, but a new optimiser and schedule.",
         )
         parser.add_argument(
+            "--by_size",
+            type=bool,
+            default=False,
+            help="Length, rate and colours follow from the number of training images, where they have their defaults.",
+        )
+        parser.add_argument(
             "--save_every", type=float, default=10.0, help="Minutes between saves of last.ckpt within an epoch."
         )
         parser.add_argument(
@@ -184,6 +191,8 @@ class FitCLI(LightningCLI):
         self.datamodule = DetectionDataModule(**self._make_parts(config.pop("data")))
         going_on = kept(self.checkpoint) if self.checkpoint else Kept()
         self.datamodule.load_state_dict(going_on.data)
+        if config.by_size:
+            follow_size(config, self.datamodule)
         fit_detector_to_data(config.model.detector, self.datamodule)
         fit_anchors_to_data(config.model.detector, self.datamodule, going_on.detector, self.trust)
         keep_mask_grid(config.model.detector, going_on.detector)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from detection.batch import Batch
 from detection.boxes import clip_boxes, is_large_enough
 from detection.fitting import PartError, name_of
+from detection.losses import class_probabilities
 from detection.models.masks import MaskBranch
 from detection.models.roi_heads import RoIHeads, RoISample
 from detection.parts import Detections, FeatureMaps, Losses, Proposals
@@ -114,8 +115,8 @@ class CascadeRoIHeads(MaskBranch):
             proposals = replace(proposals, boxes=self._refine(stage, proposals.boxes, deltas, image_sizes))
         logits, deltas = last.predict(features, proposals.boxes)
         stacked = torch.stack([*every, logits.float()])
-        mean_first = self.mean_of_logits
-        scores = stacked.mean(dim=0).softmax(dim=-1) if mean_first else stacked.softmax(dim=-1).mean(dim=0)
+        stacked = stacked.mean(dim=0, keepdim=True) if self.mean_of_logits else stacked
+        scores = class_probabilities(last.class_loss, stacked).mean(dim=0)
         return self.add_masks(features, last.postprocess(scores, deltas, proposals, image_sizes))
 
     def mask_probabilities(self, features: FeatureMaps, boxes: Tensor, labels: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ A part is an object, or a factory that is called with what only the builder know
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -273,7 +274,8 @@ def cascade_rcnn(
     kept: dict[str, Any] = {name: getattr(first, name) for name in same}
     common = layout_of(backbone)[1], num_classes, first.box_roi_pool, head, predictor
     stages = [
-        RoIHeads(*common, matcher=Matcher(iou, iou), box_coder=BoxCoder(weights), **kept)
+        # Of a loss each has its own: it may count what it has seen.
+        RoIHeads(*common, matcher=Matcher(iou, iou), box_coder=BoxCoder(weights), **deepcopy(kept))
         for iou, weights in zip(cascade_iou_thresh, cascade_bbox_reg_weights, strict=True)
     ]
     branch = first.mask_roi_pool, first.mask_head, first.mask_predictor, first.mask_loss

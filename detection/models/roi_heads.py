@@ -31,7 +31,7 @@ from detection.fitting import (
     run,
     width_of,
 )
-from detection.matching import BalancedSampler, Matcher, spare_ignored
+from detection.matching import BalancedSampler, Matcher, draw, spare_ignored
 from detection.models.masks import MaskBranch, MaskHead
 from detection.models.pooling import RoIPooler
 from detection.parts import Detections, Factory, Factory2, FeatureMaps, Losses, Proposals
@@ -204,13 +204,11 @@ class RoIHeads(MaskBranch):
         exists = torch.cat((proposals.valid, batch.gt_valid), dim=1)
         labels, matched_idxs = self.match(boxes, batch)
         every = RoISample(boxes, labels.clamp(min=0), matched_idxs.clamp(min=0), exists)
-        sampled, valid = self.sampler(torch.where(exists, labels, -1), lambda: self._hardness(features, every, batch))
-        return RoISample(
-            boxes=boxes.gather(1, sampled[..., None].expand(-1, -1, 4)),
-            labels=torch.where(valid, labels.gather(1, sampled), 0),
-            matched_idxs=matched_idxs.gather(1, sampled).clamp(min=0),
-            valid=valid,
-        )
+        labels = torch.where(exists, labels, -1)
+        sampled, valid = draw(self.sampler, labels, lambda: self._hardness(features, every, batch), boxes, batch)
+        labels = torch.where(valid, labels.gather(1, sampled), 0)
+        boxes = boxes.gather(1, sampled[..., None].expand(-1, -1, 4))
+        return RoISample(boxes, labels, every.matched_idxs.gather(1, sampled), valid)
 
     @torch.no_grad()
     def match(self, boxes: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -260,7 +258,7 @@ class RoIHeads(MaskBranch):
         self, logits: Tensor, deltas: Tensor, sample: RoISample, batch: Batch
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Class losses, box losses (0 for background) and which regions are foreground, each `(R,)`, R = B * S."""
-        labels, foreground = sample.labels.flatten(), ((sample.labels > 0) & sample.valid).flatten()
+        foreground = ((sample.labels > 0) & sample.valid).flatten()
         gt_boxes = batch.gt_boxes.gather(1, sample.matched_idxs[..., None].expand(-1, -1, 4)).flatten(0, 1)
         # Only the deltas of the true class have a loss.
         column = sample.labels if deltas.shape[2] > 1 else torch.zeros_like(sample.labels)
@@ -268,8 +266,7 @@ class RoIHeads(MaskBranch):
         boxes = losses.box_loss_of_foreground(
             self.box_loss, own, sample.boxes.flatten(0, 1), gt_boxes, foreground, self.box_coder
         )
-        logits = losses.merge_unlabelled(logits.float(), sample.labels, batch.labelled)
-        classes = self.class_loss(logits.flatten(0, 1), labels)
+        classes = losses.class_loss_of_rows(self.class_loss, logits, sample.labels, sample.valid, batch.labelled)
         return classes, torch.where(foreground, boxes, 0.0), foreground
 
     def detect(self, features: FeatureMaps, proposals: Proposals, image_sizes: Tensor) -> Detections:
@@ -278,8 +275,8 @@ class RoIHeads(MaskBranch):
         With a mask branch also `masks` `(D, m, m)`: probabilities inside the box, which `mask_grid` lays on the image.
         """
         logits, deltas = self.predict(features, proposals.boxes)
-        detections = self.postprocess(logits.float().softmax(dim=-1), deltas, proposals, image_sizes)
-        return self.add_masks(features, detections)
+        scores = losses.class_probabilities(self.class_loss, logits)
+        return self.add_masks(features, self.postprocess(scores, deltas, proposals, image_sizes))
 
     def postprocess(self, scores: Tensor, deltas: Tensor, proposals: Proposals, image_sizes: Tensor) -> Detections:
         """Detections from class probabilities `(B, P, K)` and deltas `(B, P, K or 1, 4)` of the proposals."""

@@ -21,7 +21,7 @@ from detection.anchors import Anchors, chosen_anchors
 from detection.batch import Batch
 from detection.boxes import BoxCoder, clip_boxes, grouped_nms, is_large_enough
 from detection.fitting import PartError, check_training, expect, finish, name_of, run
-from detection.matching import BalancedSampler, Matcher, spare_ignored
+from detection.matching import BalancedSampler, Matcher, draw, spare_ignored
 from detection.parts import Factory2, FeatureMaps, Losses, Proposals
 from detection.recipes import recorded
 
@@ -221,7 +221,7 @@ class RegionProposalNetwork(nn.Module):
         labels = labels if usable is None else torch.where(usable, labels, -1)
         if batch.labelled is not None:
             labels = self.spare_unlabelled(labels, objectness, batch.labelled)
-        sampled, valid = self.sampler(labels, lambda: self._hardness(objectness, labels))  # (B, S)
+        sampled, valid = draw(self.sampler, labels, lambda: self._hardness(objectness, labels), boxes, batch)  # (B, S)
         logits, deltas = self.take(features, objectness, deltas, sampled)
         matched = matched_idxs.gather(1, sampled)
         foreground = ((matched >= 0) & valid).flatten()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -75,6 +76,7 @@ def timm_fpn(
     out_indices: Sequence[int] | None = None,
     pyramid: AnyPyramid | None = None,
     window_size: int | None = None,
+    drop_path_rate: float | None = None,
 ) -> Backbone:
     """A network of timm with a pyramid, at any image size.
 
@@ -93,11 +95,13 @@ def timm_fpn(
         out_indices: which of timm's maps; None takes those with strides of 4 and more, or the last of a plain network.
         pyramid: another pyramid in place of ours; see `Backbone`.
         window_size: of a ViT. Attention stays within windows of so many cells (14 in ViTDet), but for 4 blocks.
+        drop_path_rate: share of images in training for which a block is left out, rising to this at the last block
+            (Huang et al. 2016); None is timm's default of the network, 0.1 for Swin and 0 for ViT.
 
     Raises:
         ValueError: the network can't be a backbone, or has no place for one of the arguments; the message says why.
     """
-    network: Any = _create(name)
+    network: Any = _create(name, {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate})
     body = TimmTrunk(network)
     strides, channels = _find_size(name, body)
     plain = len(strides) > 1 and len(set(strides)) == 1
@@ -147,16 +151,15 @@ def efficientnet_lite0_fpn(
     name, packaged = "tf_efficientnet_lite0", weights == "IMAGENET1K"
     if not packaged:
         return timm_fpn(name, weights, trainable_layers, norm, fpn_norm, out_channels, pyramid=pyramid)
-    norm = norm or "frozen"
-    trainable_layers = 3 if trainable_layers is None else trainable_layers
+    norm, trainable_layers = norm or "frozen", 3 if trainable_layers is None else trainable_layers
     backbone = timm_fpn(name, None, trainable_layers, norm, fpn_norm, out_channels, pyramid=pyramid)
     load_packaged_lite0(backbone.body.network)  # type: ignore[arg-type]
     backbone.resolved = {"norm": norm, "trainable_layers": trainable_layers}
     return backbone
 
 
-def _create(name: str) -> nn.Module:
-    """A network of timm without weights, for images of any size if it can take them.
+def _create(name: str, options: dict[str, float]) -> nn.Module:
+    """A network of timm without weights, for images of any size if it can take them; it must take the options.
 
     Raises:
         ValueError: the name is that of a hub (`hf-hub:`) or a folder, which timm would fetch or open.
@@ -164,11 +167,9 @@ def _create(name: str) -> nn.Module:
     if ":" in name:
         raise ValueError(f"{name} is no network of timm's own: others would be fetched, and nothing is unasked")
     for arguments in ANY_SIZE:
-        try:
-            return timm.create_model(name, pretrained=False, **arguments)
-        except TypeError:  # it has no such argument
-            continue
-    return timm.create_model(name, pretrained=False)
+        with suppress(TypeError):  # it has no such argument
+            return timm.create_model(name, pretrained=False, **arguments, **options)
+    return timm.create_model(name, pretrained=False, **options)
 
 
 def _find_size(name: str, body: TimmTrunk) -> tuple[tuple[int, ...], list[int]]:

@@ -340,6 +340,7 @@ def fasterrcnn_timm_fpn(
     fpn_channels: int = 256,
     pyramid: AnyPyramid | None = None,
     window_size: int | None = None,
+    drop_path_rate: float | None = None,
     trainable_backbone_layers: int | None = None,
     **kwargs: Any,
 ) -> TwoStageDetector:
@@ -349,15 +350,14 @@ def fasterrcnn_timm_fpn(
         backbone_name: timm's name, e.g. `"convnext_tiny"`, `"swin_tiny_patch4_window7_224"`, `"vit_small_patch16_224"`.
         num_classes: classes with background; default 91.
         weights_backbone: a file of timm's weights, or None.
-        norm, fpn_norm, fpn_channels, pyramid, window_size: see `timm_backbones.timm_fpn`.
+        norm, fpn_norm, fpn_channels, pyramid, window_size, drop_path_rate: see `timm_backbones.timm_fpn`.
         trainable_backbone_layers: see `timm_backbones.timm_fpn`.
         **kwargs: see `faster_rcnn`.
     """
-    layers, parts = trainable_backbone_layers, (pyramid, window_size)
+    layers, parts = trainable_backbone_layers, (pyramid, window_size, drop_path_rate)
     backbone = timm_fpn(backbone_name, weights_backbone, layers, norm, fpn_norm, fpn_channels, None, *parts)
     model = load_weights(faster_rcnn(backbone, num_classes or COCO_CATEGORIES, **kwargs), weights_backbone)
-    if backbone.resolved:
-        model.resolved["trainable_backbone_layers"] = backbone.resolved["trainable_layers"]
+    model.resolved |= {"trainable_backbone_layers": backbone.resolved["trainable_layers"]} if backbone.resolved else {}
     return model
 
 

@@ -23,6 +23,7 @@ from detection.data.skeletons import SIGMA
 from detection.data.spectral import PixelFormat
 from detection.drift import present_recipe
 from detection.evaluation.mean_ap import IouType, MeanAP
+from detection.imbalance import sums_of, take_sums
 from detection.interop.files import take_sizes
 from detection.mask_grid import MaskGrid
 from detection.models.fast import REPEATABLE, accelerate, exchange
@@ -49,6 +50,7 @@ from detection.training.optimisation import (
 )
 from detection.training.own_metrics import OwnMetrics
 from detection.training.precision import choose_precision
+from detection.training.tile_batches import run_in_parts
 from detection.weights import NO_RECIPE, CheckpointError, check_sums, readable
 
 log = logging.getLogger(__name__)
@@ -274,9 +276,12 @@ class DetectionModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Of a run that goes on: refuse settings that it can't take, say the others; see `detection.training.changes`.
 
+        Losses of long tails go on with their sums of each class.
+
         Raises:
             SettingsError: with the way to start afresh.
         """
+        take_sums(self.detector, checkpoint.get("class_sums", {}))
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         data = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})
@@ -284,11 +289,16 @@ class DetectionModule(L.LightningModule):
         self._resumed, self._code_before = checkpoint, str(checkpoint.get("code", ""))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep which code has trained it, of a run that went on with other code, each; and what key points mean."""
+        """Keep which code has trained it, of a run that went on with other code, each; what key points mean; and sums.
+
+        These are what a loss counts of each class, see `detection.imbalance`.
+        """
         if "keypoints" in self.metric.iou_type and (skeleton := self.metric.skeleton) is not None:
             checkpoint["skeleton"] = {"names": list(skeleton.names), "edges": [list(edge) for edge in skeleton.edges]}
         known = self._code_before.split(", then ") if self._code_before else []
         checkpoint["code"] = ", then ".join(known if known[-1:] == [self._code] else [*known, self._code])
+        if sums := sums_of(self.detector):
+            checkpoint["class_sums"] = sums
 
     def _run_name(self) -> str:
         return str(Path(self.trainer.ckpt_path or "").parent)
@@ -342,15 +352,17 @@ class DetectionModule(L.LightningModule):
 
         Masks are COCO RLE, which is a thousandth of the size of torchvision's.
         """
-        found = self.detector.run(batch, with_losses=False, with_detections=True)[1]
-        return encode_detections(found, batch, grid_of(self.detector))
+        return run_in_parts(self._run, batch, with_losses=False)[1]
+
+    def _run(self, batch: Batch, with_losses: bool) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        losses, found = self.detector.run(batch, with_losses=with_losses, with_detections=True)
+        return losses, encode_detections(found, batch, grid_of(self.detector))
 
     def _evaluate(self, batch: Batch, stage: str) -> list[dict[str, Any]]:
-        losses, found = self.detector.run(batch, with_losses=True, with_detections=True)
+        losses, detections = run_in_parts(self._run, batch, with_losses=True)
         losses["loss"] = torch.stack(list(losses.values())).sum()
         logged = {f"{stage}/{name}": value for name, value in losses.items()}
         self.log_dict(logged, batch_size=len(batch), on_epoch=True, sync_dist=True)
-        detections = encode_detections(found, batch, grid_of(self.detector))
         self.metric.update(detections, batch.targets)
         return detections
 

@@ -180,7 +180,8 @@ def _overhear(owner: Any, name: str, hear: Callable[[tuple[Any, ...], Any], None
         hear(args, given)
         return given
 
-    vars(heard).update(getattr(part, "__dict__", {}))  # what else is asked of it
+    asked = {"wants_overlaps": getattr(part, "wants_overlaps", False)}
+    vars(heard).update(asked | getattr(part, "__dict__", {}))  # what else is asked of it
     own = name in vars(owner)
     setattr(owner, name, heard)
     return lambda: setattr(owner, name, part) if own else delattr(owner, name)

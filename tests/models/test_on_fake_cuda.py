@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_iter
 from detection.anchors import AnchorGenerator
 from detection.batch import Batch
 from detection.boxes import BoxCoder, grouped_nms, nms_apart
+from detection.imbalance import EqualizationLoss, FederatedLoss, SeesawLoss, SigmoidFocalLoss
 from detection.losses import CIoULoss, FocalLoss
-from detection.matching import HardExampleSampler
+from detection.matching import HardExampleSampler, IoUBalancedSampler
 from detection.models import fast
 from detection.models.family import keypoints
 from detection.models.fast import accelerate
@@ -244,7 +245,29 @@ def test_other_parts_wait_for_nothing_either() -> None:
     assert observe(model, True)[1].waits == {}
     model = make("Faster R-CNN")
     model.roi_heads.box_roi_pool = RoIPooler(sampling_ratio=0)
+    model.rpn.sampler, model.roi_heads.sampler = IoUBalancedSampler(32, max_iou=0.3), IoUBalancedSampler(32)
+    model.roi_heads.class_loss = EqualizationLoss()
     assert observe(accelerate(model, "cuda"), True)[1].waits == {}
+
+
+@pytest.mark.parametrize("part", [SeesawLoss, EqualizationLoss, lambda: FederatedLoss(2, [1, 2, 3]), SigmoidFocalLoss])
+def test_losses_of_long_tails_wait_for_nothing(part: Callable[[], Any]) -> None:
+    """But for their sums and settings, which are brought along once."""
+    loss = part()
+    if isinstance(loss, nn.Module):
+        loss(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        if isinstance(loss, nn.Module):
+            move(loss, "cuda")
+        for step in range(2):
+            logits = torch.empty((64, 4), device="cuda", requires_grad=True)
+            labels, valid = (torch.empty(64, dtype=kind, device="cuda") for kind in (torch.int64, torch.bool))
+            with Host("cuda") as host:
+                extra = (valid,) if getattr(loss, "wants_valid", False) else ()
+                assert loss(logits, labels, *extra).device.type == "cuda"
+                assert loss.probabilities(logits).device.type == "cuda"
+            assert host.launched > 5 and not host.reads and not host.mixed
+            assert sum(host.uploads.values()) <= (1 - step)
 
 
 class Spoilt(RoIPooler):
