@@ -84,6 +84,8 @@ class Batch:
             objects are annotated. Background may be an object of the others.
         objects_given, objects_dropped: how many objects went into the augmentation, and how many did not come out.
         unreadable: the error of each image that could not be read; another image has taken its place.
+        tile_corners: `(B, 2)` int64 x, y, or None. Where they are given, `images` are the tiles of a single image, for
+            evaluation: each begins at this pixel of it, `original_sizes` are those of the tiles, `targets` is its own.
     """
 
     images: Tensor
@@ -103,6 +105,7 @@ class Batch:
     objects_given: int = 0
     objects_dropped: int = 0
     unreadable: tuple[str, ...] = ()
+    tile_corners: Tensor | None = None
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -111,9 +114,9 @@ class Batch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: convert(v) for name, v in values.items() if isinstance(v, Tensor)})
 
-    def split(self) -> list[Batch]:
-        """Each image as a batch of its own, on the same memory and with the same padding."""
-        rows = [slice(i, i + 1) for i in range(len(self))]
+    def split(self, count: int = 1) -> list[Batch]:
+        """Each image, or so many, as a batch of its own, on the same memory and with the same padding."""
+        rows = [slice(i, i + count) for i in range(0, len(self), count)]
         return [replace(self._map(lambda t, row=row: t[row]), targets=self.targets[row]) for row in rows]
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
@@ -219,7 +222,8 @@ def check_batch(batch: Batch, num_classes: int) -> None:
         found = (wrong & batch.gt_valid).nonzero().tolist()
         if found:
             image, box = found[0]
-            name = batch.targets[image].file_name if batch.targets else f"image {image}"
+            named = batch.targets if batch.tile_corners is None else batch.targets * len(batch)
+            name = named[image].file_name if named else f"image {image}"
             values = [round(value, 2) for value in boxes[image, box].tolist()]
             raise ValueError(f"{name}: object {box} {problem}: box {values}, label {int(labels[image, box])}")
 

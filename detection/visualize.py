@@ -21,6 +21,7 @@ PALETTE = (  # for the first classes; neighbours differ most
     (66, 117, 245), (255, 179, 38), (222, 60, 205), (77, 214, 92), (240, 68, 56), (46, 217, 230),
     (146, 88, 222), (214, 232, 60), (255, 145, 178), (22, 148, 130), (196, 124, 62), (150, 172, 200),
 )  # fmt: skip
+UNTRACKED = (150, 150, 150)  # what has no id yet
 SMALLEST_SIDE = 320  # pixels of the longer side, below which names would hide the picture
 SMALLEST_TEXT = 9  # pixels, to which names shrink where they would cover too much
 COVERED = 0.1  # of the picture, which names cover at most
@@ -55,6 +56,7 @@ def draw_objects(
     colours: Sequence[Colour] | None = None,
     keypoints: NDArray[Any] | None = None,
     edges: Sequence[tuple[int, int]] = (),
+    ids: NDArray[Any] | None = None,
 ) -> Image.Image:
     """The image with its objects, scaled so that its longer side is `side` pixels; text grows with that, not with it.
 
@@ -69,10 +71,13 @@ def draw_objects(
         names: `auto` shrinks the names where they would cover more than a tenth of the picture, and then leaves those
             of the lowest scores out; `all` writes each, `none` no name.
         line_width: of the boxes, in pixels of the result; None takes a 300th of its longer side.
-        colours: RGB of each object; None takes those of the classes.
+        colours: RGB of each object; None takes those of the classes, or of the ids.
         keypoints: `(N, k, 3)` x, y in pixels of `image` and visibility; those at 0 are not drawn.
         edges: positions of key points to join by a line, where both are drawn.
+        ids: `(N,)` of the objects of a film, from 1 on, written behind the names; -1 of those without, which are grey.
     """
+    if ids is not None and colours is None:
+        colours = [class_colour(int(own)) if own > 0 else UNTRACKED for own in ids]
     colours = colours if colours is not None else [class_colour(int(label)) for label in labels]
     image = false_colour(image)
     side = side or max(SMALLEST_SIDE, *image.shape[:2])
@@ -95,7 +100,10 @@ def draw_objects(
         pen.rectangle(corners, outline=colours[i], width=line_width or max(1, round(side / 300)))
     for i in order if keypoints is not None else ():
         draw_points(pen, np.asarray(keypoints)[i] * (scale, scale, 1), colours[i], edges, max(2.0, side / 160))  # type: ignore[index]
-    texts = [class_names[int(labels[i]) - 1] + ("" if scores is None else f" {scores[i]:.2f}") for i in order[::-1]]
+    kinds = [class_names[int(label) - 1] for label in labels]
+    if ids is not None:
+        kinds = [f"{kind} #{own}" if own > 0 else kind for kind, own in zip(kinds, ids, strict=True)]
+    texts = [kinds[i] + ("" if scores is None else f" {scores[i]:.2f}") for i in order[::-1]]
     tags = Tags(pen, size, texts if names == "auto" else None)
     for i, text in zip(order[::-1], texts if names != "none" else (), strict=False):
         tags.write(places[i], text, colours[i])  # above all boxes; the best choose their places first

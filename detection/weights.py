@@ -55,6 +55,7 @@ class Saved:
         sizes: `min_size` and `max_size` of the data that a run was trained on.
         origins: of a converted file, where each fact is from: `tensors`, `config` or `default`.
         edges: positions of key points that pictures join by a line, where a run's data says so.
+        tiles: side in pixels and overlap of the tiles that a run was trained on, if it was.
     """
 
     tensors: dict[str, Tensor]
@@ -64,6 +65,7 @@ class Saved:
     sizes: tuple[Any, int] | None = None
     origins: dict[str, str] | None = None
     edges: list[tuple[int, int]] | None = None
+    tiles: tuple[int, float] | None = None
 
 
 def is_given(weights: Weights) -> bool:
@@ -142,7 +144,7 @@ def read_saved(path: Path) -> Saved:
     """
     if path.suffix == ".safetensors":
         tensors, facts = read_safetensors(path)
-        names = ("recipe", "class_names", "category_ids", "origins")
+        names = ("recipe", "class_names", "category_ids", "origins", "tiles")
         return Saved(upgrade_names(tensors), **{name: facts.get(name) for name in names})
     content = read_torch(path)
     settings = content.get("hyper_parameters", {})
@@ -150,7 +152,8 @@ def read_saved(path: Path) -> Saved:
     own = {name.removeprefix("detector."): value for name, value in tensors.items() if name.startswith("detector.")}
     data = content.get("datamodule_hyper_parameters") or {}
     sizes = (data["min_size"], data["max_size"]) if {"min_size", "max_size"} <= data.keys() else None
-    known: dict[str, Any] = {"sizes": sizes, "edges": (content.get("skeleton") or {}).get("edges")}
+    tiles = (data["tile"], data["tile_overlap"]) if data.get("tile") else None
+    known: dict[str, Any] = {"sizes": sizes, "edges": (content.get("skeleton") or {}).get("edges"), "tiles": tiles}
     return Saved(upgrade_names(own or tensors), settings.get("detector"), settings.get("class_names"), **known)
 
 

@@ -11,7 +11,7 @@ from timm.layers import DropPath
 
 from detection.cli.fit import FitCLI
 from detection.data import scenes
-from tests.runs import scene_flags
+from tests.runs import rehearsed, scene_flags
 
 FLAGS: dict[str, list[str]] = {
     "coco_fasterrcnn_vitdet_b": ["--model.detector.weights_backbone", "null", "--data.scale_jitter_size", "64"],
@@ -35,7 +35,7 @@ def first_step(name: str, folder: Path, *flags: str) -> FitCLI:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["small", pytest.param("published", marks=pytest.mark.rehearsal)])
-@pytest.mark.parametrize("name", FLAGS)
+@pytest.mark.parametrize("name", rehearsed(FLAGS, "coco_fasterrcnn_vitdet_b"))
 def test_it_builds_and_takes_a_step(name: str, size: str, tmp_path: Path) -> None:
     cli = first_step(name, tmp_path, *(SMALLER[name] if size == "small" else []))
     losses = cli.model.step_losses

@@ -57,10 +57,11 @@ def main(flags: Sequence[str]) -> int:
     if not args.config and not args.root:
         parser.error("name the data: --root, or --config")
     try:
-        shown, form = own_sizes(), PixelFormat(args.channels, args.depth)
+        shown, form, options = own_sizes(), PixelFormat(args.channels, args.depth), {}
         if args.config and not args.root:
             data = data_of(args.config)
             splits, shown, form = splits_of(data), sizes_of(data), data.form
+            options = {"as_tiles": data.as_tiles}
         elif args.annotations or args.images:
             splits = splits_named(args.root, args.format, args.annotations, args.images, args.split)
         else:
@@ -73,10 +74,12 @@ def main(flags: Sequence[str]) -> int:
             splits = splits_in(layout, args.split)
         sides = (args.min_size or shown[0], args.max_size or shown[1])
         grid = grid_of(args.config, sides, args.anchor_sizes, args.anchor_ratios, args.strides)
-        audits = [audit(name, read, grid, form) for name, read in splits.items()]
+        audits = [audit(name, read, grid, form, **options) for name, read in splits.items()]
         look_across(audits)
         for found in audits:
             print_audit(found, Console())
+            if found.tiles and found.name == "train":
+                print(f"{found.name}: {found.tiles}")
         if args.json:
             write_json(audits, args.json)
         if args.sheet:

@@ -242,7 +242,7 @@ def fit_anchors_to_data(
     found = (kept.get("init_args") or {}).get("rpn_anchor_generator")
     if found is None:
         strides = strides_of(plain(detector, trust), trust)
-        found = generator_for(data.read("train"), strides, *sizes_of(data)).recipe
+        found = generator_for(data.as_tiles(data.read("train"))[0], strides, *sizes_of(data)).recipe
     detector.init_args["rpn_anchor_generator"] = found
 
 

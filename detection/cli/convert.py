@@ -58,7 +58,7 @@ def bring(
     model, saved = import_detector(
         source, style, contiguous, without_epsilon, trust, bgr, stride_in_1x1, config, semantics
     )
-    save_detector(output, model, saved.class_names, saved.category_ids, saved.origins)
+    save_detector(output, model, saved.class_names, saved.category_ids, saved.origins, saved.tiles)
     print(f"{output}: {model.num_classes - 1} classes, {sum(p.numel() for p in model.parameters()):,} parameters")
     if saved.origins:
         print(report(saved.origins))

@@ -85,7 +85,7 @@ def export(
     model, saved = load_detector(ckpt, trust), read_saved(ckpt)
     form = PixelFormat.of(model)
     given = (pixels for _, pixels in _images(calibration, form)) if calibration else training_images(ckpt, trust, root)
-    facts = kept_facts(model, saved.class_names, saved.category_ids)
+    facts = kept_facts(model, saved.class_names, saved.category_ids, saved.tiles)
     written = _write(model, output, target, facts, precision, size, given, compiled)
     files = [output, output.with_suffix(".bin")] if target == "openvino" else [output]
     weight = sum(path.stat().st_size for path in files)

@@ -45,6 +45,7 @@ class Audit:
         contents: the image files by a digest of their bytes, to find them again in other splits.
         form: channels and depth that the images must have.
         channels: `image_mean` and `image_std` of the images, where they are no 8-bit RGB.
+        tiles: what there is to say of the tiles that are trained on, where they are.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Audit:
     contents: dict[str, str] = field(default_factory=dict)
     form: PixelFormat = RGB
     channels: dict[str, list[float]] = field(default_factory=dict)
+    tiles: str = ""
 
     @property
     def code(self) -> int:
@@ -79,6 +81,7 @@ class Audit:
             "statistics": self.statistics,
             "anchors": self.anchors,
             "channels": self.channels,
+            "tiles": self.tiles,
             "defects": [asdict(defect) for defect in self.defects],
         }
 
@@ -116,7 +119,13 @@ def splits_named(
     return {split or "all XML files": partial(voc.read_voc, root, split, None, masks, annotations, images)}
 
 
-def audit(name: str, read: Callable[[], Index], grid: Grid | None = None, form: PixelFormat = RGB) -> Audit:
+def audit(
+    name: str,
+    read: Callable[[], Index],
+    grid: Grid | None = None,
+    form: PixelFormat = RGB,
+    as_tiles: Callable[[Index], tuple[Index, str]] = lambda index: (index, ""),
+) -> Audit:
     """Read a split and look at every image of it.
 
     Args:
@@ -124,6 +133,7 @@ def audit(name: str, read: Callable[[], Index], grid: Grid | None = None, form: 
         read: returns its index or raises DataError, which becomes the audit's verdict.
         grid: the anchors that training would use.
         form: channels and depth that the images must have.
+        as_tiles: gives the index as it is trained on, and what there is to say of that; anchors are judged on it.
     """
     try:
         index = read()
@@ -136,7 +146,8 @@ def audit(name: str, read: Callable[[], Index], grid: Grid | None = None, form: 
     defects, contents = _look_at_images(index, measured)
     judged = judge(index, _stage_of(name))
     defects = [*judged, *index.defects, *defects, *_look_at_objects(index), *_look_at_the_set(index)]
-    found = Audit(name, index, defects, statistics(index), _fit(index, grid), contents, form)
+    trained, told = as_tiles(index)
+    found = Audit(name, index, defects, statistics(index), _fit(trained, grid), contents, form, tiles=told)
     if measured.count:
         found.channels = dict(zip(("image_mean", "image_std"), measured.mean_and_std(), strict=True))
     return found

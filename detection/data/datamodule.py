@@ -32,6 +32,7 @@ from detection.data.samplers import TrainBatchSampler, rank_and_world
 from detection.data.skeletons import Skeleton
 from detection.data.spectral import PixelFormat
 from detection.data.splitting import Split, check_division, keep, kept, split_of
+from detection.data.tiled import TileView, describe_tiles
 from detection.data.train_loader import TrainLoader
 from detection.data.tree import role_of
 from detection.data.workers import check_shared_memory, init_worker
@@ -94,8 +95,15 @@ class DetectionDataModule(L.LightningDataModule):
         depth: bits of a channel. 16 are kept as they are, and all files must have them.
         timeout: seconds after which loaders' processes that bring no batch are an error; 0 waits for ever.
         reader: reads a split in the place of `format`: a callable of your own, see `docs/settings.md`.
+        tile: side in pixels of the tiles of which training images consist, for large images; evaluation then looks at
+            the whole images in such tiles. None takes images whole. See `detection.data.tiled`.
+        tile_overlap: of neighbouring tiles, at least, as a share of their side.
+        tile_visibility: of an object that no tile shows whole, the share of what the best tile shows that another must
+            show to teach it.
+        empty_tiles: share of the tiles without objects that an epoch shows, drawn anew in each.
 
     Attributes:
+        tiles: what these four say, or None.
         predict_split: the split that `trainer.predict` goes through; `"test"` unless it is set.
     """
 
@@ -142,6 +150,10 @@ class DetectionDataModule(L.LightningDataModule):
         keypoints: bool = False,
         keypoint_pairs: list[tuple[int | str, int | str]] | None = None,
         keypoint_sigmas: list[float] | None = None,
+        tile: int | None = None,
+        tile_overlap: float = 0.2,
+        tile_visibility: float = 0.3,
+        empty_tiles: float = 1.0,
     ) -> None:
         super().__init__()
         if root is None and (format not in (None, "scenes") or reader is not None):
@@ -154,6 +166,7 @@ class DetectionDataModule(L.LightningDataModule):
             raise ValueError(f"batch_size {batch_size}, min_size {min_size} and max_size {max_size} must be positive")
         chances = {"hflip": hflip, "vflip": vflip, "photometric": photometric, "mosaic": mosaic}
         chances |= {"copy_paste": copy_paste, "min_visibility": min_visibility, "repeat_threshold": repeat_threshold}
+        chances |= {"tile_visibility": tile_visibility, "empty_tiles": empty_tiles}
         for name, chance in chances.items():
             if not 0 <= chance <= 1:
                 raise ValueError(f"data.{name} is {chance}: it must be from 0 to 1")
@@ -167,6 +180,11 @@ class DetectionDataModule(L.LightningDataModule):
         if proposals and (mosaic or masks or keypoints):
             raise ValueError(
                 "proposals go with neither mosaics nor masks nor key points: leave `mosaic`, `masks`, `keypoints` out"
+            )
+        self.tiles = None if tile is None else TileView(tile, tile_overlap, tile_visibility)
+        if tile is not None and (proposals or mosaic or copy_paste or keypoints):
+            raise ValueError(
+                "tiles go with neither proposals, mosaics, copy_paste nor key points: leave these, or data.tile, out"
             )
         check_division(val_fraction, fold, val_split)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # where Lightning keeps its own
@@ -290,6 +308,14 @@ class DetectionDataModule(L.LightningDataModule):
         index, made = self._train_list(), self.made_split()
         return index if made is None else made.apply(index)[split != "train"]
 
+    def as_tiles(self, index: Index) -> tuple[Index, str]:
+        """Training records as they are trained on, and what there is to say: their tiles, where `tile` is set."""
+        if self.tiles is None:
+            return index, ""
+        tiles, sizes = self.tiles.index(index), self.hparams["min_size"]
+        shown = self.hparams["empty_tiles"], sizes if isinstance(sizes, int) else max(sizes)
+        return tiles, describe_tiles(self.tiles, index, tiles, *shown)
+
     def _read(self, split: Stage) -> Index:
         known = None if split == "train" else self._known  # of training, all that `classes` names must be there
         return read_split(self.hparams, self._root(), split, known, self.reader, self.layout)
@@ -376,9 +402,13 @@ class DetectionDataModule(L.LightningDataModule):
         else:
             transform = eval_transform(max(sizes), hp["max_size"])
         rank_zero_info(describe(index, split))
+        if split == "train" and self.tiles is not None:
+            index, told = self.as_tiles(index)
+            rank_zero_info(f"train: {told}")
         check_shared_memory(hp, max(sizes))
         proposals, names = self._prepare_proposals(index, split), ("mosaic", "copy_paste", "max_unreadable")
         training = {name: hp[name] for name in names if split == "train" and not self._overfits}
+        training |= {} if split == "train" else {"tiles": self.tiles}
         return DetectionDataset(index, transform, hp["with_difficult"], proposals=proposals, form=self.form, **training)
 
     def _swap(self, index: Index) -> NDArray[np.int64] | None:
@@ -410,7 +440,7 @@ class DetectionDataModule(L.LightningDataModule):
     def _train_batches(self) -> TrainBatchSampler:
         hp, store = self.hparams, self._datasets["train"].store
         options = (hp["batch_size"], hp["seed"], hp["group_by_aspect"], hp["repeat_threshold"])
-        return TrainBatchSampler(store, *options, same_every_epoch=self._overfits)
+        return TrainBatchSampler(store, *options, self._overfits, hp["empty_tiles"] if self.tiles else 1.0)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         if self._overfits:  # Lightning takes as many batches of it as of the training loader
@@ -426,14 +456,14 @@ class DetectionDataModule(L.LightningDataModule):
     def _eval_loader(self, split: Stage) -> DataLoader[Sample]:
         """Every image of the split, in order. Of W ranks, rank r has images r, r + W, ...; up to W - 1 images are
         repeated so that all ranks run equally many steps (a rank less would hang in DDP's buffer broadcast), and the
-        metric counts an image once.
+        metric counts an image once. An image in tiles is a batch of its own.
         """
         dataset = self._datasets[split]
         rank, world = rank_and_world()
         sampler: Any = range(len(dataset))
         if world > 1:
             sampler = DistributedSampler(dataset, world, rank, shuffle=False)
-        count = 1 if self._divisor == 1 else self.hparams["batch_size"]
+        count = 1 if self._divisor == 1 or self.tiles else self.hparams["batch_size"]
         batches = BatchSampler(sampler, count, drop_last=False)
         return DataLoader(dataset, batch_sampler=batches, **self._loading())
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,12 +24,15 @@ from detection.batch import Batch, Target, pad_keypoints, pad_masks, pad_objects
 from detection.data import shared
 from detection.data.augment import Augmented
 from detection.data.federated import labelled
-from detection.data.images import read_image
+from detection.data.images import RecentImages, read_image
 from detection.data.mixing import IGNORED, Picture, copy_paste, mosaic
 from detection.data.proposals import ProposalCache
 from detection.data.records import DataError, Index, Record
 from detection.data.spectral import RGB, PixelFormat, Pixels
 from detection.resizing import Resizing, resize_into
+
+if TYPE_CHECKING:
+    from detection.data.tiled import TileView
 
 ImageTransform = Callable[..., Augmented]
 
@@ -62,6 +66,8 @@ class RecordStore:
         boxes, labels, areas, iscrowd, difficult, annotation_ids: `(M, ...)`, as in `Record`.
         keypoints: `(M, k, 3)`, or None where they are not read.
         checked, partial: `(R, bytes)` uint8, the classes of each image as bits, or None where no record says any.
+        windows: `(R, 4)` int64 as in `Record`, or None where no record is a tile.
+        files: `(R,)` int64, which file each record is of, counted through, or None likewise.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
@@ -83,6 +89,11 @@ class RecordStore:
         )
         self.checked = self._packed([r.checked for r in records], True)
         self.partial = self._packed([r.partial for r in records], False)
+        self.windows = self.files = None
+        if any(r.window is not None for r in records):
+            self.windows = torch.tensor([r.window or (0, 0, r.height, r.width) for r in records], dtype=torch.int64)
+            numbers: dict[str, int] = {}
+            self.files = torch.tensor([numbers.setdefault(r.file_name, len(numbers)) for r in records])
         self._names = _Strings(r.file_name.encode() for r in records)
         self._image_ids = _Strings(json.dumps(r.image_id).encode() for r in records)  # of any size, or text
         self._segments = None
@@ -122,6 +133,7 @@ class RecordStore:
             segments=segments,
             checked=self._flags(self.checked, i),
             partial=self._flags(self.partial, i),
+            window=None if self.windows is None else tuple(self.windows[i].tolist()),
             keypoints=None if self.keypoints is None else self.keypoints[start:end].numpy(),
         )
 
@@ -188,6 +200,8 @@ class Sample(NamedTuple):
         unreadable: the errors of images in whose place others were drawn.
         resizing: how `pixels` are resized, see `detection.resizing`.
         keypoints: `(N, k, 3)` float32 in the pixels of the resized image and visibility, when read with key points.
+        tiles: the image as tiles, where it is to be evaluated in them.
+        corners: `(x, y)` of each in the image.
     """
 
     pixels: Pixels
@@ -204,6 +218,8 @@ class Sample(NamedTuple):
     unreadable: tuple[str, ...] = ()
     resizing: Resizing = "torchvision"
     keypoints: Tensor | None = None
+    tiles: tuple[Sample, ...] = ()
+    corners: tuple[tuple[int, int], ...] = ()
 
     @property
     def image(self) -> Tensor:
@@ -227,6 +243,8 @@ class DetectionDataset(Dataset[Sample]):
         max_unreadable: how many images that can't be read are replaced by others in one sample before it is an error.
             The seed draws the others. 0, the default, is for evaluation, whose figures would silently change.
         form: channels and depth of the images.
+        tiles: in which whole images are to be looked at: samples then have them, for evaluation. To train on tiles,
+            give `TileView.index(...)` as the index.
 
     A key is an index, or `(index, seed)` as the batch samplers of this package give it: then every random choice
     follows from the seed, in whatever worker it is made. A plain index draws its seed from torch's generator, which a
@@ -243,6 +261,7 @@ class DetectionDataset(Dataset[Sample]):
         copy_paste: float = 0.0,
         max_unreadable: int = 0,
         form: PixelFormat = RGB,
+        tiles: TileView | None = None,
     ) -> None:
         if copy_paste and all(segment is None for record in index.records for segment in record.segments or ()):
             raise DataError(f"{index.root}: copy_paste needs masks, but no object has one; read them or leave it out")
@@ -262,7 +281,9 @@ class DetectionDataset(Dataset[Sample]):
         self.copy_paste = copy_paste
         self.max_unreadable = max_unreadable
         self.form = form
+        self.tiles = tiles
         self.store = RecordStore(index.records)
+        self._recent = RecentImages()
 
     def __len__(self) -> int:
         return len(self.store)
@@ -282,6 +303,17 @@ class DetectionDataset(Dataset[Sample]):
             picture = mosaic([picture, *others], rng)
         if self.copy_paste and rng.random() < self.copy_paste:
             picture = copy_paste(picture, self._load(rng.randrange(len(self)), rng, unreadable)[1], rng)
+        sample = self._sample(record, picture, seed, unreadable)
+        if self.tiles is None:
+            return sample
+        parts = self.tiles.record(record)
+        corners = [(0, 0) if part.window is None else part.window[:2] for part in parts]
+        cut = [picture.image[y : y + p.height, x : x + p.width] for p, (x, y) in zip(parts, corners, strict=True)]
+        shown = [self._sample(p, self._picture(p, c), seed) for p, c in zip(parts, cut, strict=True)]
+        return sample._replace(tiles=tuple(shown), corners=tuple(corners))
+
+    def _sample(self, record: Record, picture: Picture, seed: int, unreadable: Sequence[str] = ()) -> Sample:
+        """A picture transformed."""
         boxes = picture.boxes
         if self.proposals is not None:  # behind the objects, so that they move with the image as those do
             boxes = np.concatenate((boxes, self.proposals.read(record)))
@@ -314,19 +346,32 @@ class DetectionDataset(Dataset[Sample]):
         while True:
             record = self.store[i]
             try:
-                image = read_image(self.root / record.file_name, (record.height, record.width), form=self.form)
+                image = self._read(record)
                 break
             except DataError as error:
                 if len(unreadable) >= self.max_unreadable:
                     raise
                 unreadable.append(str(error))
                 i = rng.randrange(len(self))
+        return record, self._picture(record, image, with_masks=self.tiles is None)  # large images have large masks
+
+    def _read(self, record: Record) -> Pixels:
+        """The image of a record; of a tile a copy of its window."""
+        path = self.root / record.file_name
+        if record.window is None:
+            return read_image(path, (record.height, record.width), form=self.form)
+        x, y, *size = record.window
+        whole = self._recent(path, (size[0], size[1]), self.form)
+        return whole[y : y + record.height, x : x + record.width].copy()
+
+    def _picture(self, record: Record, image: Pixels, with_masks: bool = True) -> Picture:
+        """An image with its objects to train on."""
         kept = np.ones_like(record.difficult) if self.with_difficult else record.iscrowd | ~record.difficult
-        masks = None if record.segments is None else _decode(record, kept)
+        masks = None if record.segments is None or not with_masks else _decode(record, kept)
         labels = np.where(record.iscrowd, IGNORED, record.labels)[kept]
         known = None if record.checked is None and record.partial is None else labelled(record)
         points = None if record.keypoints is None else record.keypoints[kept]
-        return record, Picture(image, record.boxes[kept], labels, masks, known, points)
+        return Picture(image, record.boxes[kept], labels, masks, known, points)
 
 
 def _decode(record: Record, chosen: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -337,7 +382,14 @@ def _decode(record: Record, chosen: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 
 def collate(samples: Sequence[Sample], divisor: int = 32) -> Batch:
-    """Samples to a `Batch`, images padded to a multiple of `divisor`; in a worker straight into shared memory."""
+    """Samples to a `Batch`, images padded to a multiple of `divisor`; in a worker straight into shared memory.
+
+    A sample that has tiles is a batch of its own, of these tiles.
+    """
+    if samples[0].tiles:
+        (whole,) = samples
+        corners = torch.tensor(whole.corners, dtype=torch.int64)
+        return replace(collate(whole.tiles, divisor), targets=(whole.target,), tile_corners=corners)
     sizes = [sample.size for sample in samples]
     height, width = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
     pixels = samples[0].pixels

@@ -61,6 +61,7 @@ OPTIONAL = {
 }
 HEIF = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
 LARGEST = 178_956_970  # pixels, beyond which Pillow speaks of a decompression bomb: half a gigabyte of RGB
+KEPT_PIXELS = 2 * LARGEST  # of images whose tiles are trained on, in each process: a gigabyte of RGB
 BAND = 2**24  # pixels of a picture that are copied at once
 ORIENTATION, TAIL = 0x0112, 2**14  # tag of EXIF; bytes at the end of a PNG among which a late block is looked for
 # A damaged header may promise 170 million pixels, half a minute of decoding. Deflate packs up to 8256 pixels a byte.
@@ -129,6 +130,26 @@ def read_image(
     if pixels.shape[:2] != stored:
         raise DataError(f"{path}: decodes to {pixels.shape[:2]} but its header says {stored}; save the image again")
     return pixels if size is not None and size != shown else _upright(pixels, header.orientation)
+
+
+class RecentImages:
+    """Reads images, and keeps the last ones decoded, as many as have `KEPT_PIXELS` together, and at least one."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Path, Pixels] = {}
+
+    def __call__(self, path: Path, size: tuple[int, int], form: PixelFormat) -> Pixels:
+        """As `read_image`; not to be written to."""
+        pixels = self._kept.pop(path, None)
+        if pixels is None:
+            pixels = read_image(path, size, form=form)
+        self._kept[path] = pixels  # the last of them
+        while len(self._kept) > 1 and sum(own.shape[0] * own.shape[1] for own in self._kept.values()) > KEPT_PIXELS:
+            del self._kept[next(iter(self._kept))]
+        return pixels
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": {}}  # each process keeps its own
 
 
 def picture(path: Path) -> NDArray[np.uint8]:

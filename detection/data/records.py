@@ -44,6 +44,7 @@ class Record:
             are `boxes`. What is wrong with a whole set shows here, see `judging`.
         keypoints: `(N, k, 3)` float32 x, y in original pixels and visibility (0: not annotated, 1: hidden, 2: visible),
             zeros where that is 0; None where no key points are read.
+        window: of a tile, its x and y in the file's image, and that image's height and width; all above is the tile's.
     """
 
     image_id: Id
@@ -61,6 +62,7 @@ class Record:
     partial: NDArray[np.bool_] | None = None
     written: NDArray[np.float32] | None = None
     keypoints: NDArray[np.float32] | None = None
+    window: tuple[int, int, int, int] | None = None
 
     @classmethod
     def of(

@@ -32,8 +32,30 @@ def encode_window(window: NDArray[Any], corner: tuple[int, int], size: tuple[int
     """
     columns = np.pad((window != 0).T.astype(np.int8), ((0, 0), (1, 1)))  # (w, h + 2): a run is in one column
     x, y = np.nonzero(np.diff(columns, axis=1))  # starts and ends of runs in turn, down each column
-    edges = (x + corner[0]) * size[0] + y + corner[1]
-    joint = np.flatnonzero(np.diff(edges) == 0)  # a run that ends where the next column's begins goes on
+    return _of_edges((x + corner[0]) * size[0] + y + corner[1], size)
+
+
+def crop(rle: dict[str, Any], window: tuple[int, int, int, int]) -> dict[str, Any]:
+    """What a window `(x1, y1, x2, y2)` in whole pixels shows of a mask, without laying it out; errors as `check`."""
+    rows = int(rle["size"][0])
+    x1, y1, x2, y2 = window
+    ends = np.cumsum(check(rle, tuple(rle["size"])), dtype=np.int64)
+    count = len(ends) // 2
+    first, last = ends[0::2][:count].clip(x1 * rows, x2 * rows), ends[1::2].clip(x1 * rows, x2 * rows) - 1
+    first, last = first[first <= last], last[first <= last]  # pixels of each run in the window's columns
+    spans = last // rows - first // rows + 1
+    run = np.repeat(np.arange(len(first)), spans)
+    column = first[run] // rows + np.arange(len(run)) - np.repeat(np.cumsum(spans) - spans, spans)
+    top = np.maximum(first[run] - column * rows, y1)  # of the run in this column
+    bottom = np.minimum(last[run] - column * rows + 1, y2)
+    shown = top < bottom
+    edges = (np.stack([top, bottom]) - y1 + (column - x1) * (y2 - y1))[:, shown]
+    return _of_edges(edges.ravel(order="F"), (y2 - y1, x2 - x1))
+
+
+def _of_edges(edges: NDArray[np.int64], size: tuple[int, int]) -> dict[str, Any]:
+    """The RLE of runs that start and end at these pixels in turn; one may begin where the one before it ends."""
+    joint = np.flatnonzero(np.diff(edges) == 0)
     edges = np.delete(edges, np.concatenate([joint, joint + 1]))
     counts = np.diff(edges, prepend=0, append=size[0] * size[1]).tolist()
     return {"size": list(size), "counts": compress(counts if counts[-1] else counts[:-1])}

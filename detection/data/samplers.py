@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from detection.data.dataset import RecordStore
+from detection.data.images import KEPT_PIXELS
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -37,6 +38,12 @@ def repeat_factors(store: RecordStore, threshold: float) -> Tensor:
     return torch.ones(count, dtype=torch.float64).scatter_reduce(0, pairs[0], by_class[pairs[1]], "amax")
 
 
+def has_objects(store: RecordStore) -> Tensor:
+    """`(R,)` bool, whether there is anything to train on but background; ignore regions are not."""
+    images = torch.repeat_interleave(torch.arange(len(store)), store.object_ends.diff())
+    return torch.bincount(images[~store.iscrowd], minlength=len(store)) > 0
+
+
 class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of `(index, seed)` for training, where `seed` decides the augmentation of that draw.
 
@@ -55,6 +62,11 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         repeat_threshold: see `repeat_factors`; 0 shows every image once an epoch. Fractional factors are rounded by
             chance anew in each epoch, the length of the epoch stays the same.
         same_every_epoch: have the order and augmentation of the first epoch in all, to overfit a few batches.
+        empty_share: of the images without objects that an epoch shows, drawn anew in each.
+
+    Tiles of the same files come near each other, so that a worker decodes a file once and not for each tile: the files
+    are put in random order and taken together, as many as a worker keeps (`RecentImages`); among the tiles of these the
+    order is random.
     """
 
     def __init__(
@@ -65,6 +77,7 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         group_by_aspect: bool = True,
         repeat_threshold: float = 0.0,
         same_every_epoch: bool = False,
+        empty_share: float = 1.0,
     ) -> None:
         if not len(store):
             raise ValueError("the training split holds no image")
@@ -78,7 +91,10 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         factors = torch.ones(len(store), dtype=torch.float64)
         if repeat_threshold:
             factors = repeat_factors(store, repeat_threshold)
+        if empty_share < 1:
+            factors[~has_objects(store)] *= empty_share
         self._factors = factors
+        self._files, self._pixels = store.files, None if store.windows is None else store.windows[:, 2:].prod(dim=1)
         self._draws = int(factors.sum().ceil())
 
     @property
@@ -114,7 +130,8 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         full = [p[: len(p) - len(p) % self.batch_size] for p in positions]
         rest = torch.cat([p[len(f) :] for p, f in zip(positions, full, strict=True)])
         batches = torch.cat([*full, rest]).view(-1, self.batch_size)
-        batches = batches[torch.randperm(len(batches), generator=generator)]
+        shuffled = torch.randperm(len(batches), generator=generator)
+        batches = batches[shuffled if self._files is None else batches.amin(dim=1).argsort()]
         return [list(zip(order[b].tolist(), seeds[b].tolist(), strict=True)) for b in batches]
 
     def _order(self, generator: torch.Generator) -> Tensor:
@@ -125,7 +142,18 @@ class TrainBatchSampler(Sampler[list[tuple[int, int]]]):
         # systematic sampling: an image gets a copy for every whole number that its stretch of the sum passes
         ticks = (upto + torch.rand((), generator=generator, dtype=torch.float64)).floor().long()
         draws = order.repeat_interleave(ticks.diff(prepend=ticks.new_zeros(1)))
-        return draws[torch.randperm(len(draws), generator=generator)]
+        draws = draws[torch.randperm(len(draws), generator=generator)]
+        return draws if self._files is None else self._file_by_file(draws, generator)
+
+    def _file_by_file(self, draws: Tensor, generator: torch.Generator) -> Tensor:
+        """The draws `(D,)` in their order, but for those of other files, which come in groups that a worker keeps."""
+        assert self._files is not None and self._pixels is not None
+        order = torch.randperm(int(self._files.max()) + 1, generator=generator)
+        pixels = torch.zeros_like(order).scatter(0, self._files, self._pixels)
+        groups = torch.empty_like(order)
+        before = pixels[order].cumsum(0) - pixels[order]
+        groups[order] = before // (KEPT_PIXELS // 2)  # the last of a group may reach over it, by as much at most
+        return draws[groups[self._files[draws]].argsort(stable=True)]
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "start_batch": self.start_batch}

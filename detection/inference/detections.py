@@ -20,7 +20,7 @@ from detection.data import rle
 from detection.data.spectral import Pixels
 from detection.visualize import SMALLEST_SIDE, Names, draw_objects
 
-ARRAYS = ("boxes", "labels", "scores", "keypoints", "keypoint_scores")  # one row a detection, or None
+ARRAYS = ("boxes", "labels", "scores", "keypoints", "keypoint_scores", "ids")  # one row a detection, or None
 SHOWN_SIDE = 1000  # pixels of the longer side of the picture that a notebook shows
 
 
@@ -39,6 +39,7 @@ class Detections:
         keypoints: `(D, k, 3)` float32 x, y in pixels and 1, as torchvision gives them; None of a detector without.
         keypoint_scores: `(D, k)` float32, the logits of the heatmaps at the points.
         edges: positions of key points that a picture joins by a line.
+        ids: `(D,)` int64, of a film: the number of each object from 1 on, -1 without one; else None. See `tracks`.
     """
 
     boxes: NDArray[np.float32]
@@ -51,6 +52,7 @@ class Detections:
     keypoints: NDArray[np.float32] | None = None
     keypoint_scores: NDArray[np.float32] | None = None
     edges: tuple[tuple[int, int], ...] = ()
+    ids: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -92,7 +94,7 @@ class Detections:
         labels: Names = "auto",
         line_width: int | None = None,
     ) -> Image.Image:
-        """The image `(H, W, C)` with boxes, names, scores, masks and key points.
+        """The image `(H, W, C)` with boxes, names, scores, masks and key points; of a film with a colour for each id.
 
         Args:
             image: of the detections; `pixels` by default. A ValueError where there are none.
@@ -105,8 +107,8 @@ class Detections:
             raise ValueError("these detections don't keep their image: give it, draw(image)")
         masks = None if self.masks is None else list(self.masks)
         objects = (self.boxes, self.labels, self.class_names, self.scores, masks)
-        points: dict[str, Any] = {"keypoints": self.keypoints, "edges": self.edges}
-        return draw_objects(image, *objects, side=side, names=labels, line_width=line_width, **points)
+        more: dict[str, Any] = {"keypoints": self.keypoints, "edges": self.edges, "ids": self.ids}
+        return draw_objects(image, *objects, side=side, names=labels, line_width=line_width, **more)
 
     def _repr_png_(self) -> bytes | None:
         """What a notebook shows: the image with what was found; None, for the text, where the image is not kept."""
@@ -132,6 +134,8 @@ class Detections:
                 continue
             entry: dict[str, Any] = {"image_id": image_id, "category_id": category}
             entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(self.scores[i])}
+            if self.ids is not None and self.ids[i] >= 0:
+                entry["track_id"] = int(self.ids[i])
             if self.masks is not None:
                 counts = self.masks[i]["counts"]
                 text = counts.decode() if isinstance(counts, bytes) else counts
@@ -156,6 +160,7 @@ class Detections:
             mask=self.bitmaps() if self.masks is not None and len(self) else None,
             confidence=self.scores,
             class_id=self.labels - 1,
+            tracker_id=self.ids,
             data={"class_name": np.array(self.names, dtype=str)},
         )
 

@@ -26,6 +26,7 @@ from detection.data.images import from_array, from_pil, read_image
 from detection.data.skeletons import edges_of
 from detection.data.spectral import RGB, PixelFormat, Pixels
 from detection.inference.detections import Detections
+from detection.inference.tiles import Tiles
 from detection.inference.tta import TestTimeAugmentation
 from detection.interop import CheckpointError, load_detector
 from detection.models.two_stage import FasterRCNN
@@ -46,6 +47,7 @@ class Detector:
         form: channels and depth that images must have, those of training.
         has_masks: whether detections get masks.
         detections_per_img: the most of an image.
+        tiles: that it was trained on, and that `predict` of files looks at large images in; None of whole images.
 
     Args:
         model: the detector, of which this uses a copy (`FasterRCNN.for_inference`), or its test-time augmentation.
@@ -56,6 +58,8 @@ class Detector:
         precision: of the network; boxes are always computed in float32. 32 gives the figures of evaluation.
         edges: positions of key points that pictures join by a line; None takes COCO's where there are 17.
     """
+
+    tiles: Tiles | None = None
 
     def __init__(
         self,
@@ -116,7 +120,9 @@ class Detector:
         if saved.class_names is None:
             raise CheckpointError(f"{path}: does not name its classes; write it with save_detector(..., class_names)")
         options: dict[str, Any] = {"device": device, "precision": precision, "edges": saved.edges}
-        return cls(model, saved.class_names, saved.category_ids, **options)
+        detector = cls(model, saved.class_names, saved.category_ids, **options)
+        detector.tiles = Tiles(*saved.tiles) if saved.tiles else None
+        return detector
 
     def __call__(self, image: ImageLike) -> Detections:
         """Detections of one image, which keep it, so that a notebook shows it with them.

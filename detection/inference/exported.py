@@ -14,6 +14,7 @@ from detection.data.skeletons import edges_of
 from detection.data.spectral import PixelFormat, Pixels
 from detection.inference.detections import Detections
 from detection.inference.detector import Detector, most_detections
+from detection.inference.tiles import Tiles
 from detection.interop.exported_files import Run, onnx_runner, read_facts, read_torch_facts, torch_runner
 from detection.interop.openvino import openvino_runner, read_openvino_facts
 from detection.interop.parity import found_by_file
@@ -82,6 +83,7 @@ class ExportedDetector(Detector):
         self.min_size, self.max_size = facts["sizes"]
         self.form = PixelFormat(*facts["pixels"])
         self._divisor = 1  # one image at a time
+        self.tiles = Tiles(*facts["tiles"]) if facts.get("tiles") else None
 
     def _detect(self, pixels: Sequence[Pixels]) -> list[Detections]:
         return [self._pack(self.found(image), image.shape[:2]) for image in pixels]
@@ -99,17 +101,24 @@ class ExportedDetector(Detector):
         return encode_detections([found_by_file(self._run, image)], batch, self._grid)[0]
 
 
-def kept_facts(model: Any, class_names: Sequence[str] | None, category_ids: Sequence[int] | None) -> Mapping[str, Any]:
+def kept_facts(
+    model: Any,
+    class_names: Sequence[str] | None,
+    category_ids: Sequence[int] | None,
+    tiles: Sequence[float] | None = None,
+) -> Mapping[str, Any]:
     """What a file has to say for `ExportedDetector`, beside its tensors.
 
     Args:
         model: the detector that is exported.
         class_names, category_ids: of the foreground, label 1 first; None where nobody knows.
+        tiles: side and overlap of those that it was trained on, if it was.
     """
     transform = model.transform
     return {
         "class_names": class_names,
         "category_ids": category_ids,
+        "tiles": None if tiles is None else list(tiles),
         "pixels": list(PixelFormat.of(model)),
         "sizes": [transform.min_size[-1], transform.max_size],
         "detections_per_img": most_detections(model),

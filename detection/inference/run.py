@@ -23,6 +23,7 @@ from detection.inference.ensemble import Ensemble
 from detection.inference.films import Film
 from detection.inference.sources import ANNOTATED, RESULTS, Images, Listed, Pixels, Video
 from detection.inference.tiles import Tiles
+from detection.inference.tracks import Tracks
 from detection.visualize import Names
 
 DRAWN = 8000  # pixels of the longer side of the picture of an image beyond LARGEST
@@ -64,6 +65,7 @@ def predict(
     labels: Names = "auto",
     line_width: int | None = None,
     shared: bool = False,
+    tracks: Tracks | None = None,
 ) -> Summary:
     """Detect in all of a source; Ctrl-C ends it early, with whole files.
 
@@ -86,15 +88,18 @@ def predict(
         labels, line_width: of the pictures, as `Detections.draw` takes them.
         shared: whether every process of `torch.distributed` calls this, to look at a share of the image files. Each
             writes its pictures; the first writes the results, which are those of one process, and gives their summary.
+        tracks: new ones, to give objects ids over the frames of a video, or over images in the order of their names.
 
     Raises:
         ValueError: frames are to be shared, or the processes see different numbers of files.
     """
+    if shared and tracks is not None:
+        raise ValueError("objects are followed from frame to frame, so that all frames stay on one device")
     folder.mkdir(parents=True, exist_ok=True)
     writer = _writer(folder, source) if pictures else None
     part = _share(source, batch_size, limit) if shared else source
     files, seen, notes, stopped = (
-        _Files(folder, detector, source, not shared or dist.get_rank() == 0),
+        _Files(folder, detector, source, not shared or dist.get_rank() == 0, tracks is not None),
         list[_Found](),
         list[str](),
         list[str](),
@@ -104,7 +109,7 @@ def predict(
         count = 0
         try:
             for name, pixels, found in _detect(detector, islice(part, limit), batch_size, tiles, notes):
-                found = found.above(score_thresh)
+                found = (found if tracks is None else tracks(found)).above(score_thresh)
                 found = found.of(classes) if classes is not None else found
                 if shared:
                     seen.append((name, found))
@@ -164,10 +169,13 @@ class _Files:
         detector: whose classes are counted.
         source: of the images.
         writes: false leaves the files to another process.
+        with_ids: whether the table has a column for the ids of a film.
     """
 
-    def __init__(self, folder: Path, detector: Detector | Ensemble, source: Images | Video, writes: bool) -> None:
-        self.summary, self.writes = Summary(folder), writes
+    def __init__(
+        self, folder: Path, detector: Detector | Ensemble, source: Images | Video, writes: bool, with_ids: bool
+    ) -> None:
+        self.summary, self.writes, self._columns = Summary(folder), writes, (*COLUMNS, *["id"] * with_ids)
         self.source = source if isinstance(source, Listed) else None
         listing, names = (self.source.listing if self.source else None), detector.class_names
         self.category_ids = listing.category_ids(names) if listing else list(detector.category_ids)
@@ -180,7 +188,7 @@ class _Files:
         if self.writes:
             self.file = (self.summary.folder / RESULTS[1]).open("w", newline="")
             self.table = csv.writer(self.file)
-            self.table.writerow(COLUMNS)
+            self.table.writerow(self._columns)
 
     def add(self, name: str, found: Detections) -> None:
         """Write an image, and count what is in it."""
@@ -286,8 +294,9 @@ def _write_results(folder: Path, detections: list[dict[str, Any]]) -> None:
 
 
 def _rows(name: str, found: Detections) -> Iterator[list[Any]]:
-    for kind, score, box in zip(found.names, found.scores, found.boxes, strict=True):
-        yield [name, kind, f"{score:.4f}", *(f"{value:.2f}" for value in box)]
+    ids = [[]] * len(found) if found.ids is None else [[own if own > 0 else ""] for own in found.ids.tolist()]
+    for kind, score, box, own in zip(found.names, found.scores, found.boxes, ids, strict=True):
+        yield [name, kind, f"{score:.4f}", *(f"{value:.2f}" for value in box), *own]
 
 
 class _Pictures:

@@ -49,7 +49,7 @@ def file_of(ckpt: Path, runtime: Runtime, precision: str = "32", trust: Iterable
     model, saved = load_detector(ckpt, trust), read_saved(ckpt)
     if saved.class_names is None:
         raise CheckpointError(f"{ckpt}: does not name its classes; write it with save_detector(..., class_names)")
-    facts = {**kept_facts(model, saved.class_names, saved.category_ids), "made_of": made_of}
+    facts = {**kept_facts(model, saved.class_names, saved.category_ids, saved.tiles), "made_of": made_of}
     with tempfile.TemporaryDirectory(dir=ckpt.parent) as folder:  # so that no half of a file is ever found
         new = Path(folder) / path.name
         if runtime == "openvino":

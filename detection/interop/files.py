@@ -142,6 +142,7 @@ def save_detector(
     class_names: Sequence[str] | None = None,
     category_ids: Sequence[int] | None = None,
     origins: Mapping[str, str] | None = None,
+    tiles: Sequence[float] | None = None,
 ) -> None:
     """Write a detector as `.safetensors`: its tensors, how to build it, and what its labels mean.
 
@@ -151,6 +152,7 @@ def save_detector(
         class_names: of the foreground, label 1 first.
         category_ids: of the data set, likewise.
         origins: of a converted detector, see `Saved`.
+        tiles: that it was trained on, likewise.
 
     Raises:
         CheckpointError: the model has parts, or was changed in a way, that no recipe describes; or another number of
@@ -169,13 +171,15 @@ def save_detector(
         recipe = present_recipe(model)
     except RecipeError as error:
         raise CheckpointError(str(error)) from error
-    facts = {
+    facts: dict[str, Any] = {
         "recipe": recipe,
         "class_names": list(class_names) if class_names is not None else None,
         "category_ids": list(category_ids) if category_ids is not None else None,
     }
     if origins is not None:
         facts["origins"] = dict(origins)
+    if tiles is not None:
+        facts["tiles"] = list(tiles)
     tensors = state_of(model)
     metadata = {"format": "pt", FACTS: json.dumps(facts)}
     _write(Path(path), lambda part: save_file(tensors, part, metadata))

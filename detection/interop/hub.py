@@ -48,7 +48,7 @@ def push(ckpt: Path, repo: str, private: bool = True, trust: Iterable[str] = (),
     _check(repo)
     model, saved = load_detector(ckpt, trust), read_saved(ckpt)
     with tempfile.TemporaryDirectory() as folder:
-        save_detector(Path(folder) / DETECTOR, model, saved.class_names, saved.category_ids)
+        save_detector(Path(folder) / DETECTOR, model, saved.class_names, saved.category_ids, tiles=saved.tiles)
         (Path(folder) / CARD).write_text(card(ckpt, model, saved.class_names, repo, license), encoding="utf-8")
         try:
             api = hub.HfApi()

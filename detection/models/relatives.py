@@ -125,9 +125,10 @@ def rcnn_efficientnet_lite0(
         **kwargs: see `fast_rcnn`.
     """
     head = efficientnet_lite0_head(crop_size, weights_backbone, trainable_backbone_layers, norm)
-    options: Any = {"image_mean": image_mean, "image_std": image_std, **kwargs}
-    options["box_batch_size_per_image"] = box_batch_size_per_image
-    return load_weights(rcnn(head, crop_size, num_classes or COCO_CATEGORIES, **options), weights_backbone)
+    normal: Any = {"image_mean": image_mean, "image_std": image_std}
+    classes = num_classes or COCO_CATEGORIES
+    model = rcnn(head, crop_size, classes, box_batch_size_per_image=box_batch_size_per_image, **normal, **kwargs)
+    return load_weights(model, weights_backbone)
 
 
 @recorded

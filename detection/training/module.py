@@ -50,6 +50,7 @@ from detection.training.optimisation import (
 )
 from detection.training.own_metrics import OwnMetrics
 from detection.training.precision import choose_precision
+from detection.training.tile_batches import run_in_parts
 from detection.weights import NO_RECIPE, CheckpointError, check_sums, readable
 
 log = logging.getLogger(__name__)
@@ -351,15 +352,17 @@ class DetectionModule(L.LightningModule):
 
         Masks are COCO RLE, which is a thousandth of the size of torchvision's.
         """
-        found = self.detector.run(batch, with_losses=False, with_detections=True)[1]
-        return encode_detections(found, batch, grid_of(self.detector))
+        return run_in_parts(self._run, batch, with_losses=False)[1]
+
+    def _run(self, batch: Batch, with_losses: bool) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        losses, found = self.detector.run(batch, with_losses=with_losses, with_detections=True)
+        return losses, encode_detections(found, batch, grid_of(self.detector))
 
     def _evaluate(self, batch: Batch, stage: str) -> list[dict[str, Any]]:
-        losses, found = self.detector.run(batch, with_losses=True, with_detections=True)
+        losses, detections = run_in_parts(self._run, batch, with_losses=True)
         losses["loss"] = torch.stack(list(losses.values())).sum()
         logged = {f"{stage}/{name}": value for name, value in losses.items()}
         self.log_dict(logged, batch_size=len(batch), on_epoch=True, sync_dist=True)
-        detections = encode_detections(found, batch, grid_of(self.detector))
         self.metric.update(detections, batch.targets)
         return detections
 

@@ -50,7 +50,8 @@ class ProposalRecall(L.Callback):
     """At each validation `val/proposals_ar_100`, `_300` and `_1000`: how much of the ground truth proposals reach.
 
     COCO's average recall over IoU .50 to .95 with classes ignored, in original pixels, of that many best proposals an
-    image, whatever made them. Of several processes, the images that pad their last batches count twice.
+    image, whatever made them. Of several processes, the images that pad their last batches count twice. Images that are
+    evaluated in tiles have no such figures.
     """
 
     def __init__(self) -> None:
@@ -72,6 +73,8 @@ class ProposalRecall(L.Callback):
     ) -> None:
         if self._proposals is not None:
             given, self._proposals = self._proposals, None
+            if batch.tile_corners is not None:
+                return
             boxes = resize_boxes(given.boxes, batch.image_sizes, batch.original_sizes)
             boxes, scores, valid = (values.float().cpu() for values in (boxes, given.scores, given.valid))
             rows = zip(boxes, scores, valid.bool(), batch.targets, strict=True)

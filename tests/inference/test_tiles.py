@@ -6,17 +6,21 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as mask_api
 
+from detection import save_detector
+from detection.cli.predict import predict_in
 from detection.data import rle
 from detection.data.records import DataError
 from detection.data.spectral import RGB
 from detection.inference import Detector, Tiles, predict
 from detection.inference.run import detect_tiled
 from detection.inference.sources import open_source
-from detection.inference.tiles import shift_mask
-from tests.inference.blobs import Blobs, scene
+from detection.tiling import merge_tiles, shift_mask
+from detection.weights import read_saved
+from tests.inference.blobs import NAMES, Blobs, scene
 
 
 def test_huge_pictures_are_looked_at_in_tiles(photos, tmp_path, monkeypatch):
@@ -92,3 +96,58 @@ def test_mask_of_a_window_moves():
         moved = shift_mask(rle.encode(mask), corner, size)
         np.testing.assert_array_equal(mask_api.decode(moved), laid)
         assert moved["counts"] == rle.encode(laid)["counts"]
+
+
+def test_predict_looks_at_the_tiles_of_the_training(model, photos, tmp_path, monkeypatch, capsys):
+    seen = list[Tiles | None]()
+    monkeypatch.setattr("detection.cli.predict.predict", lambda *args, **_: seen.append(args[6]) or Done())
+
+    class Done:
+        images, counts, left_out, notes, problems = 1, {}, {}, (), ()
+
+    whole, tiled, other = (tmp_path / f"{name}.safetensors" for name in ("whole", "tiled", "other"))
+    save_detector(whole, model, NAMES)
+    save_detector(tiled, model, NAMES, tiles=(40, 0.25))
+    save_detector(other, model, NAMES, tiles=(50, 0.25))
+    source = str(photos)
+    predict_in(whole, source, tmp_path / "o")
+    assert "looked at in" not in capsys.readouterr().out
+    predict_in(tiled, source, tmp_path / "o")
+    assert "looked at in tiles of 40 pixels, overlap 0.25, as it was trained (--tile sets it" in capsys.readouterr().out
+    predict_in(tiled, source, tmp_path / "o", tile=0)
+    predict_in(tiled, source, tmp_path / "o", tile=64)
+    predict_in(whole, source, tmp_path / "o", tile=64)
+    predict_in(tiled, source, tmp_path / "o", overlap=0.5)
+    assert seen == [None, Tiles(40, 0.25), None, Tiles(64, 0.25), Tiles(64, 0.2), Tiles(40, 0.5)]
+    with pytest.raises(DataError, match="were trained on different tiles: give --tile, 0 for whole images"):
+        predict_in([tiled, other], source, tmp_path / "o", fuse="wbf")
+    with pytest.raises(DataError, match="--overlap is that of tiles"):
+        predict_in(whole, source, tmp_path / "o", overlap=0.5)
+
+
+def test_a_run_says_its_tiles(tmp_path):
+    for tile, wanted in {None: None, 640: (640, 0.3)}.items():
+        data = {"tile": tile, "tile_overlap": 0.3}
+        torch.save({"state_dict": {"a": torch.zeros(1)}, "datamodule_hyper_parameters": data}, tmp_path / "a.ckpt")
+        assert read_saved(tmp_path / "a.ckpt").tiles == wanted
+
+
+def test_key_points_are_those_of_the_view_that_stays():
+    """An object at 70 to 95 is cut by the first tile at 80, and whole in the second; another is in the first alone."""
+    windows = [(0, 0, 80, 80), (60, 0, 140, 80)]
+    boxes = [[[70, 10, 80, 30], [5, 40, 25, 60]], [[10, 10, 35, 30]]]
+    parts = [
+        {
+            "boxes": np.array(own, np.float32),
+            "labels": np.ones(len(own), np.int64),
+            "scores": np.linspace(0.9, 0.8, len(own), dtype=np.float32),
+            "masks": None,
+            "keypoints": np.array([[[box[0] + 1, box[1] + 2, 1]] for box in own], np.float32),
+            "keypoint_scores": np.full((len(own), 1), tile, np.float32),
+        }
+        for tile, own in enumerate(boxes)
+    ]
+    merged = merge_tiles(parts, windows, (80, 140))
+    assert merged["boxes"].tolist() == [[70, 10, 95, 30], [5, 40, 25, 60]]
+    assert merged["keypoints"].tolist() == [[[71, 12, 1]], [[6, 42, 1]]]
+    assert merged["keypoint_scores"].tolist() == [[1], [0]]

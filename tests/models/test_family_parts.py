@@ -21,6 +21,7 @@ from torchvision.ops import box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from detection.boxes import BoxCoder
+from detection.imbalance import SigmoidFocalLoss
 from detection.losses import BalancedL1Loss
 from detection.mask_grid import MaskGrid
 from detection.models.backbones import resnet_fpn
@@ -232,13 +233,16 @@ def test_without_objects_the_iou_loss_is_0_and_every_parameter_has_a_gradient() 
     assert losses["loss_iou"] == 0 and all(p.grad is not None and p.grad.isfinite().all() for p in heads.parameters())
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.8])
-def test_scores_are_the_product_of_both(share: float) -> None:
-    heads = iou_heads(iou_share=share, score_thresh=0.0, nms_thresh=1.0, detections_per_img=10_000).eval()
+@pytest.mark.parametrize(("share", "class_loss"), [(0.0, None), (0.5, None), (0.5, SigmoidFocalLoss()), (0.8, None)])
+def test_scores_are_the_product_of_both(share: float, class_loss: Any) -> None:
+    heads = iou_heads(
+        iou_share=share, class_loss=class_loss, score_thresh=0.0, nms_thresh=1.0, detections_per_img=10_000
+    ).eval()
     nn.init.normal_(heads.iou_score.weight)
     sizes, proposals = torch.tensor([[64, 96]] * 2), make_proposals()
     logits, _, ious = heads.predict_with_iou(make_features(), proposals.boxes)
-    wanted = logits.softmax(-1)[..., 1:] ** (1 - share) * ious.sigmoid()[..., 1:] ** share
+    classes = logits.sigmoid() if class_loss else logits.softmax(-1)
+    wanted = classes[..., 1:] ** (1 - share) * ious.sigmoid()[..., 1:] ** share
     for image, found in enumerate(heads.detect(make_features(), proposals, sizes)):
         expected = wanted[image][proposals.valid[image]].flatten().sort(descending=True).values
         torch.testing.assert_close(found["scores"], expected)
@@ -293,15 +297,15 @@ def make(name: str) -> TwoStageDetector:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-@pytest.mark.parametrize("form", [FORMS[0], FORMS[1]])
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("form", rehearsed(FORMS[:2], "quick"))
+@pytest.mark.parametrize("name", rehearsed(DETECTORS, "PAFPN", "double head", "IoU branch"))
 def test_an_accelerator_waits_for_nothing(name: str, form: str, training: bool) -> None:
     model = make(name) if form == "plain" else accelerate(make(name), "cuda")
     first, second = observe(model, training)
     assert second.waits == {} and not first.reads and not first.mixed and set(first.uploads) <= {"_to_copy"}
 
 
-@pytest.mark.parametrize("name", rehearsed(DETECTORS, "double head", "IoU branch"))
+@pytest.mark.parametrize("name", rehearsed(DETECTORS, "IoU branch"))
 def test_quick_forms_detect_and_learn_as_the_plain_ones(name: str) -> None:
     model, batch = make(name).eval(), make_batch(0)
     with torch.no_grad():
@@ -312,7 +316,7 @@ def test_quick_forms_detect_and_learn_as_the_plain_ones(name: str) -> None:
     torch.testing.assert_close(found, learn(make(name).double(), 2), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", rehearsed(DETECTORS, "P6 and P7", "double head", "IoU branch"))
 def test_it_learns_in_bfloat16_and_its_recipe_makes_it_again(name: str) -> None:
     model = make(name)
     with torch.autocast("cpu", torch.bfloat16):

@@ -24,12 +24,14 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detection.anchors import default_anchors
 from detection.batch import Batch
+from detection.cli.configuration import defaults
 from detection.fitting import PartError
 from detection.interop import CheckpointError, detector_for_classes, load_detector, save_detector
 from detection.mask_grid import TorchvisionMaskGrid
 from detection.models.backbones import resnet_fpn
 from detection.models.compose import mask_branch
 from detection.models.family.keypoint_builders import (
+    MIN_SIZES,
     keypoint_rcnn,
     keypointrcnn_efficientnet_lite0_fpn,
     keypointrcnn_resnet50_fpn,
@@ -234,6 +236,14 @@ def test_builders_have_the_keys_and_the_arguments_of_torchvision() -> None:
     assert shapes[0] == shapes[1]
     assert ours.transform.min_size == theirs.transform.min_size and ours.num_classes == 2
     assert (ours.has_keypoints, ours.num_keypoints, ours.has_masks) == (True, 17, False)
+
+
+@pytest.mark.parametrize("name", ["keypointrcnn_resnet50_fpn", "keypointrcnn_efficientnet_lite0_fpn"])
+def test_the_command_line_finds_the_arguments_of_a_builder(name: str) -> None:
+    known = defaults(f"detection.{name}")
+    assert tuple(known["min_size"]) == MIN_SIZES
+    wanted = {"keypoint_roi_pool", "keypoint_head", "keypoint_predictor", "keypoint_loss", "num_keypoints"}
+    assert wanted | {"box_score_thresh", "rpn_nms_thresh", "mask_head", "resizing"} <= set(known.keys())
 
 
 def test_another_number_of_key_points_starts_its_last_layer_afresh(tmp_path: Path) -> None:

@@ -89,7 +89,8 @@ def keypointrcnn_resnet50_fpn(
     """
     norm = "frozen" if norm is None and is_given(weights) else norm
     backbone = resnet_fpn("resnet50", weights_backbone, trainable_backbone_layers, norm, pyramid=pyramid)
-    model = keypoint_rcnn(backbone, *_counts(num_classes, class_names, num_keypoints), min_size, **kwargs)
+    classes, points = _counts(num_classes, class_names, num_keypoints)
+    model = keypoint_rcnn(backbone, classes, points, min_size, **kwargs)
     return load_weights(model, weights_backbone, weights, "KeypointRCNN_ResNet50_FPN_Weights", class_names)
 
 
@@ -124,8 +125,9 @@ def keypointrcnn_efficientnet_lite0_fpn(
     layers = trainable_backbone_layers, pyramid
     backbone = efficientnet_lite0_fpn(weights_backbone, norm, fpn_norm, fpn_channels, *layers)
     head = keypoint_head or partial(KeypointHead, layers=[fpn_channels] * 4)
-    options: dict[str, Any] = {"image_mean": image_mean, "image_std": image_std, "keypoint_head": head} | kwargs
-    model = keypoint_rcnn(backbone, *_counts(num_classes, None, num_keypoints), min_size, **options)
+    normal: Any = {"image_mean": image_mean, "image_std": image_std}
+    classes, points = _counts(num_classes, None, num_keypoints)
+    model = keypoint_rcnn(backbone, classes, points, min_size, keypoint_head=head, **normal, **kwargs)
     return load_weights(model, weights_backbone)
 
 
