@@ -31,7 +31,7 @@ from detection.models.backbones import resnet_fpn
 from detection.models.masks import MaskHead, MaskPredictor
 from detection.models.pooling import RoIPooler
 from detection.recipes import EVERYTHING, rebuild
-from detection.training.module import encode_detections, grid_of
+from detection.training.encoding import encode_detections, grid_of
 
 SIZE = (24, 31)
 TORCHVISION = {"class_path": "detection.mask_grid.TorchvisionMaskGrid", "init_args": {}}

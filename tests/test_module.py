@@ -19,7 +19,8 @@ from detection.models.fast.fast_pooling import GatherPooler
 from detection.models.fast.sparse_rpn import SparseRPN
 from detection.models.rcnn import whole_image
 from detection.models.roi_heads import TwoFCHead
-from detection.training.module import DetectionModule, checkpoint_activations, compile_parts
+from detection.training.compiling import checkpoint_activations, compile_parts
+from detection.training.module import DetectionModule
 
 Values = dict[str, Tensor]
 

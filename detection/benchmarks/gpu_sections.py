@@ -34,7 +34,7 @@ from detection.benchmarks.stages import time_stages
 from detection.errors import RunError
 from detection.models.fast import accelerate, forms_for
 from detection.parts import Proposals
-from detection.training.module import compile_parts
+from detection.training.compiling import compile_parts
 
 HALF: Precision = "bfloat16"
 EVERYTHING = 10**6  # every anchor and every proposal trains, so that chance has no part

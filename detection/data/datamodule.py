@@ -22,6 +22,7 @@ from detection.data import scenes
 from detection.data.augment import Transform, eval_transform, train_transform
 from detection.data.channels import check_format
 from detection.data.checks import choose_classes
+from detection.data.data_settings import check_settings
 from detection.data.dataset import DetectionDataset, Sample, collate
 from detection.data.finding import Layout, Stage, find
 from detection.data.pipeline import Step, check_key_points, check_steps, moving, recipe_of
@@ -155,37 +156,9 @@ class DetectionDataModule(L.LightningDataModule):
         tile_visibility: float = 0.3,
         empty_tiles: float = 1.0,
     ) -> None:
+        check_settings(locals())
         super().__init__()
-        if root is None and (format not in (None, "scenes") or reader is not None):
-            kind = f"format '{format}'" if reader is None else "a reader"
-            raise ValueError(f"{kind} needs root, the folder of the data set")
-        if reader is not None and format not in (None, "scenes"):
-            raise ValueError(f"data.reader reads in place of data.format: leave format '{format}' out")
-        sizes = [min_size] if isinstance(min_size, int) else min_size
-        if batch_size < 1 or max_size < 1 or not sizes or min(sizes) < 1:
-            raise ValueError(f"batch_size {batch_size}, min_size {min_size} and max_size {max_size} must be positive")
-        chances = {"hflip": hflip, "vflip": vflip, "photometric": photometric, "mosaic": mosaic}
-        chances |= {"copy_paste": copy_paste, "min_visibility": min_visibility, "repeat_threshold": repeat_threshold}
-        chances |= {"tile_visibility": tile_visibility, "empty_tiles": empty_tiles}
-        for name, chance in chances.items():
-            if not 0 <= chance <= 1:
-                raise ValueError(f"data.{name} is {chance}: it must be from 0 to 1")
-        for name, count in {"num_workers": num_workers, "max_unreadable": max_unreadable, "timeout": timeout}.items():
-            if count < 0:
-                raise ValueError(f"data.{name} is {count}: it must be 0 or more")
-        if scale_jitter is not None and not 0 < scale_jitter[0] <= scale_jitter[1]:
-            raise ValueError(f"data.scale_jitter is {scale_jitter}: give two factors above 0, the smaller first")
-        if size_divisible is not None and (size_divisible < 32 or size_divisible % 32):
-            raise ValueError(f"size_divisible {size_divisible} must be a multiple of 32, the coarsest stride")
-        if proposals and (mosaic or masks or keypoints):
-            raise ValueError(
-                "proposals go with neither mosaics nor masks nor key points: leave `mosaic`, `masks`, `keypoints` out"
-            )
         self.tiles = None if tile is None else TileView(tile, tile_overlap, tile_visibility)
-        if tile is not None and (proposals or mosaic or copy_paste or keypoints):
-            raise ValueError(
-                "tiles go with neither proposals, mosaics, copy_paste nor key points: leave these, or data.tile, out"
-            )
         check_division(val_fraction, fold, val_split)
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # where Lightning keeps its own
         # Plain values, as a checkpoint and the command line have them, stand in for the part itself.

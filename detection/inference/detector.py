@@ -31,7 +31,7 @@ from detection.inference.tta import TestTimeAugmentation
 from detection.interop import CheckpointError, load_detector
 from detection.models.two_stage import FasterRCNN
 from detection.resizing import resized_size
-from detection.training.module import encode_detections, grid_of
+from detection.training.encoding import encode_detections, grid_of
 from detection.weights import read_saved
 
 ImageLike: TypeAlias = str | Path | Image.Image | Pixels | Tensor

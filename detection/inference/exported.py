@@ -19,7 +19,7 @@ from detection.interop.exported_files import Run, onnx_runner, read_facts, read_
 from detection.interop.openvino import openvino_runner, read_openvino_facts
 from detection.interop.parity import found_by_file
 from detection.mask_grid import MaskGrid, TorchvisionMaskGrid
-from detection.training.module import encode_detections
+from detection.training.encoding import encode_detections
 from detection.weights import CheckpointError
 
 GRIDS = {type(grid).__name__: grid for grid in (MaskGrid(), TorchvisionMaskGrid())}

@@ -18,7 +18,7 @@ from detection.data.spectral import Pixels
 from detection.evaluation.mean_ap import IouType, MeanAP
 from detection.interop.export import locate_in_regions
 from detection.interop.exported_files import Run
-from detection.training.module import encode_detections, grid_of
+from detection.training.encoding import encode_detections, grid_of
 
 if TYPE_CHECKING:
     from detection.inference.detector import Detector

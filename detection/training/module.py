@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import lightning as L
 import torch
-from timm.layers import Conv2dSame
 from torch import Tensor
 from torch.optim import SGD
 from torchmetrics import Metric
 
 from detection.batch import Batch, check_batch
 from detection.commit import code_version
-from detection.data import rle
 from detection.data.skeletons import SIGMA
 from detection.data.spectral import PixelFormat
 from detection.drift import present_recipe
-from detection.evaluation.mean_ap import IouType, MeanAP
+from detection.evaluation.mean_ap import MeanAP
 from detection.imbalance import sums_of, take_sums
 from detection.interop.files import take_sizes
-from detection.mask_grid import MaskGrid
 from detection.models.fast import REPEATABLE, accelerate, exchange
 from detection.models.transform import ImageTransform
 from detection.models.two_stage import FasterRCNN
-from detection.parts import MaskGridPart
 from detection.recipes import RecipeError, describe, rebuild, trusting
 from detection.training.changes import check_changes, check_groups, steps_by_time, take_rates, total_steps
 from detection.training.checkpoints import announce_parts
+from detection.training.compiling import checkpoint_activations, compile_parts
+from detection.training.encoding import encode_detections, grid_of, kinds_of
 from detection.training.freezing import Freeze, Freezing, share_anew
 from detection.training.loaders import as_batch, images_per_step
 from detection.training.monitors import check_monitors, known_figures
@@ -424,67 +422,3 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
         del plain[name]
         log.info("checkpoints can't keep model.%s, so give it to load_from_checkpoint again", name)
     return plain
-
-
-def checkpoint_activations(detector: FasterRCNN) -> None:
-    """Let the backbone's body compute its activations again in the backward pass; a ValueError if it can't."""
-    try:
-        detector.backbone.body.set_grad_checkpointing()  # type: ignore[operator]
-    except (AttributeError, AssertionError) as error:  # timm's networks that can't have an assertion
-        kind = type(getattr(detector.backbone.body, "network", detector.backbone.body)).__name__
-        raise ValueError(
-            f"the backbone's {kind} can't compute its activations again: leave model.grad_checkpointing out, and lower "
-            "data.batch_size if memory is short"
-        ) from error
-
-
-def compile_parts(detector: FasterRCNN, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile, in place and without new names in the `state_dict`, what does the same arithmetic on every image.
-
-    Backbone with pyramid, the RPN's convolutions, and box and mask heads. What picks boxes (matching, sampling, NMS)
-    stays as it is. One graph serves batches of all sizes, but for backbones with TensorFlow's padding (EfficientNet),
-    which follows from the size: they have a graph for each size, and beyond eight run as they are.
-
-    Args:
-        detector: whose parts are compiled.
-        backend: of `torch.compile`.
-    """
-    by_size = any(isinstance(m, Conv2dSame) or getattr(m, "pads_same", False) for m in detector.backbone.modules())
-    detector.backbone.compile(backend=backend, dynamic=not by_size)
-    for name, part in detector.named_modules():
-        if name == "rpn.head":
-            part.compile(backend=backend, dynamic=True)
-        elif name.endswith(("box_head", "box_predictor", "mask_head", "mask_predictor")):
-            part.compile(backend=backend)
-
-
-def encode_detections(detections: list[dict[str, Any]], batch: Batch, grid: MaskGridPart) -> list[dict[str, Any]]:
-    """What `FasterRCNN.run` found, with its small masks as COCO RLE of the images: no mask is ever as large as one.
-
-    Args:
-        detections: in original pixels.
-        batch: that they were found in.
-        grid: of the detector, see `grid_of`.
-    """
-    for detection, (height, width) in zip(detections, batch.original_sizes.tolist(), strict=True):
-        if "masks" in detection:
-            # To the host while they are small and in one copy: each window alone would wait for the device.
-            masks, boxes = (detection[name].float().cpu() for name in ("masks", "boxes"))
-            laid = grid.windows(masks, boxes, (height, width))
-            detection["masks"] = [
-                rle.encode_window(grid.inside(values).numpy(), (columns.start, rows.start), (height, width))
-                for rows, columns, values in laid
-            ]
-    return detections
-
-
-def kinds_of(detector: Any) -> tuple[IouType, ...]:
-    """What of a detector is evaluated: boxes, and masks and key points where it finds them."""
-    points = getattr(detector, "has_keypoints", False)  # which a detector of the user's own may lack
-    kinds: dict[IouType, bool] = {"bbox": True, "segm": bool(detector.has_masks), "keypoints": bool(points)}
-    return tuple(kind for kind, wanted in kinds.items() if wanted)
-
-
-def grid_of(detector: Any) -> MaskGridPart:
-    """What lays a detector's masks on images; `MaskGrid` where it does not say."""
-    return getattr(detector, "mask_grid", None) or MaskGrid()

@@ -18,7 +18,7 @@ from detection.data.augment import eval_transform
 from detection.data.coco import read_coco
 from detection.data.dataset import DetectionDataset, collate
 from detection.inference import Detections, Detector
-from detection.training.module import encode_detections, grid_of
+from detection.training.encoding import encode_detections, grid_of
 from detection.weights import CheckpointError
 from tests.inference.blobs import NAMES, Blobs, scene
 

@@ -16,7 +16,7 @@ from detection.anchors import AnchorGenerator
 from detection.models.compose import faster_rcnn
 from detection.models.fast import accelerate
 from detection.models.two_stage import TwoStageDetector
-from detection.training.module import compile_parts
+from detection.training.compiling import compile_parts
 from tests.models.fast.test_accelerated import COMMON, RPN, assert_same_detections, make_batch
 
 needs_a_compiler = pytest.mark.skipif(
