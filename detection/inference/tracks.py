@@ -77,9 +77,10 @@ class Tracks:
 
         ids = np.full(len(found), -1, np.int64)
         for label in sorted({*found.labels.tolist(), *self._trackers}):  # of the others, too: their time goes on
-            tracker = self._trackers.setdefault(label, self._make())
+            if label not in self._trackers:
+                self._trackers[label] = self._make()
             rows = np.flatnonzero((found.labels == label) & (found.scores >= LOWEST))
-            seen = tracker.update(
+            seen = self._trackers[label].update(
                 supervision.Detections(
                     xyxy=found.boxes[rows].astype(np.float64).reshape(-1, 4),
                     confidence=found.scores[rows].astype(np.float64),
