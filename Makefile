@@ -29,7 +29,7 @@ test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not rehearsal' $(ARGS)
 
 rehearsal: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m rehearsal $(ARGS)
+	GPU_TESTS_ON_CPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m rehearsal $(ARGS)
 
 settings: $(VENV)/.installed-dev
 	RANDOM_SETTINGS=300 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_settings_at_random.py $(ARGS)

@@ -65,7 +65,7 @@ def _exceed_memory(pair: Pair, setting: Setting) -> None:
 
 
 def tests(setting: Setting) -> Iterator[Row]:
-    """The tests marked `gpu`, one row each as they end.
+    """The tests marked `gpu`, one row each as they end; in the rehearsal without the long ones.
 
     Raises:
         RunError: one failed, or not one passed.
@@ -77,7 +77,8 @@ def tests(setting: Setting) -> Iterator[Row]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, sys.path)])}
     if setting.sizes.rehearsal:
         environment[ON_CPU] = "1"
-    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    marks = "gpu and not rehearsal" if setting.sizes.rehearsal else "gpu"
+    command = [sys.executable, "-m", "pytest", "-v", "-m", marks, "-p", "no:cacheprovider", "-p", "no:xdist"]
     run = subprocess.Popen([*command, str(setting.tests)], cwd=root, env=environment, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     passed, failed, began, last = 0, 0, time.monotonic(), ""

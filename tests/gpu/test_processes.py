@@ -18,7 +18,7 @@ from detection.data import scenes
 from tests.runs import ROOT, TINY, differences, rows, scene_flags, state
 from tests.test_distributed import Losses, make_batch, make_module, part_of
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.rehearsal]  # the CPU has its own of both, in every run of the tests
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 

@@ -72,7 +72,7 @@ def test_detectron2s_config_is_read_with_its_base(own: Path) -> None:
     assert (pool.output_size, pool.sampling_ratio, pool.aligned) == (7, 2, False)
     assert told.arguments["box_loss"].beta == 0.5 and told.arguments["rpn_box_loss"].beta == 0
     assert told.style == Style(False, True, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
-    assert told.shape == {"num_classes": 4, "mask": False, "stages": 1, "depth": 101}
+    assert told.shape == {"num_classes": 4, "mask": False, "keypoints": 0, "stages": 1, "depth": 101}
     assert told.norm == "frozen"  # Detectron2's default
     for written, norm in {"GN": "group", "SyncBN": "batch", "BN": "batch"}.items():
         own.write_text(OWN.replace("DEPTH: 101", f"DEPTH: 101, NORM: {written}"))

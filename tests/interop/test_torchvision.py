@@ -175,7 +175,11 @@ def test_the_epsilon_of_published_files(tmp_path: Path) -> None:
         assert difference(from_torchvision(state, "mine.pth")) > 1e-5
     back = to_torchvision(from_torchvision(state, WITHOUT_EPSILON[0]), without_epsilon=True)
     torch.testing.assert_close(back, state, rtol=2e-6, atol=0)
-    assert WITHOUT_EPSILON == ("fasterrcnn_resnet50_fpn_coco-258fb6c6.pth", "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth")
+    assert WITHOUT_EPSILON == (
+        "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
+        "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth",
+        "keypointrcnn_resnet50_fpn_coco-fc266e95.pth",
+    )
 
 
 def test_cocos_gaps() -> None:
