@@ -116,7 +116,9 @@ def tasks(judged: Judged, found: Sequence[Suspect]) -> list[dict[str, Any]]:
         better: list[Region] = list(now)
         for one in own:
             remark = f"{KINDS[one.kind][0]} {one.score:.2f}"
-            region = Region(one.proposed or one.annotated, one.score, remark)  # type: ignore[arg-type]
+            shown = one.proposed or one.annotated
+            assert shown is not None  # a missing object is proposed, any other annotated
+            region = Region(shown, one.score, remark)
             if one.annotation is None:
                 better.append(region)
             else:
