@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import lightning as L
@@ -21,21 +20,20 @@ from detection.batch import Id
 from detection.data import scenes
 from detection.data.augment import Transform, eval_transform, train_transform
 from detection.data.channels import check_format
-from detection.data.checks import choose_classes
 from detection.data.data_settings import check_settings
 from detection.data.dataset import DetectionDataset, Sample, collate
-from detection.data.finding import Layout, Stage, find
+from detection.data.finding import Stage
 from detection.data.pipeline import Step, check_key_points, check_steps, moving, recipe_of
 from detection.data.proposals import ProposalCache, ProposalSource
-from detection.data.reading import check_split, describe, draws_scenes, read_split, recipe_of_reader, splits_of
+from detection.data.reading import check_split, describe, recipe_of_reader, splits_of
 from detection.data.records import DataError, Index
 from detection.data.samplers import TrainBatchSampler, rank_and_world
 from detection.data.skeletons import Skeleton
+from detection.data.source import Source
 from detection.data.spectral import PixelFormat
-from detection.data.splitting import Split, check_division, keep, kept, split_of
+from detection.data.splitting import Split, check_division
 from detection.data.tiled import TileView, describe_tiles
 from detection.data.train_loader import TrainLoader
-from detection.data.tree import role_of
 from detection.data.workers import check_shared_memory, init_worker
 from detection.parts import Reader
 from detection.recipes import RecipeError, rebuild, trusting
@@ -105,6 +103,7 @@ class DetectionDataModule(L.LightningDataModule):
 
     Attributes:
         tiles: what these four say, or None.
+        source: where the records come from.
         predict_split: the split that `trainer.predict` goes through; `"test"` unless it is set.
     """
 
@@ -177,14 +176,10 @@ class DetectionDataModule(L.LightningDataModule):
         reader = recipe_of_reader(self.reader)
         self.save_hyperparameters()
         self.form = PixelFormat(channels, depth)
-        check_format(self.form, self.augmentations, photometric, self.proposals, self._draws_scenes)
+        self.source = Source(self.hparams, self.reader)
+        check_format(self.form, self.augmentations, photometric, self.proposals, self.source.draws_scenes)
         self.predict_split: Stage = "test"
         self._datasets: dict[Stage, DetectionDataset] = {}
-        self._train_index: Index | None = None
-        self._split: Split | None = None
-        self._known: tuple[str, ...] | None = None
-        self._divided: bool | None = None
-        self._layout: Layout | None = None
         self._points: tuple[str, ...] = ()  # names of the key points, once a split is read
 
     @classmethod
@@ -210,12 +205,12 @@ class DetectionDataModule(L.LightningDataModule):
     @property
     def class_names(self) -> list[str]:
         """Foreground classes in the order of their labels; unless `classes` names them, the training split is read."""
-        return list(self._classes())
+        return list(self.source.classes())
 
     @property
     def category_ids(self) -> list[Id | None]:
         """The training file's id of each class. Another split's may differ, see `DetectionDataset.category_ids`."""
-        return list((self._datasets.get("train") or self._train_list()).category_ids)
+        return list((self._datasets.get("train") or self.source.train_list()).category_ids)
 
     @property
     def frequencies(self) -> tuple[str, ...] | None:
@@ -227,22 +222,12 @@ class DetectionDataModule(L.LightningDataModule):
         """What is known of the key points, or None where no split that was set up has them."""
         return next((data.skeleton for data in self._datasets.values() if data.skeleton), None)
 
-    def _classes(self) -> tuple[str, ...]:
-        if self._known is None:
-            if self._draws_scenes:
-                self._known = scenes.CLASSES
-            elif (classes := self.hparams["classes"]) is not None:  # what evaluates needs no training split
-                self._known = choose_classes(classes, classes, "data")
-            else:
-                self._known = self._train_list().classes
-        return self._known
-
     def prepare_data(self) -> None:
         """Draw the embedded scenes and compute proposals, whichever do not lie in their cache; make the split."""
-        if self._draws_scenes:
+        if self.source.draws_scenes:
             if self.hparams["root"] is not None:
-                scenes.check_folder(self._root())
-            scenes.draw(self._root())
+                scenes.check_folder(self.source.root)
+            scenes.draw(self.source.root)
         self.made_split()
         if self.proposals is not None and self.trainer is not None:
             # Here, while other ranks wait without a time limit; without a trainer `setup` does it.
@@ -259,27 +244,20 @@ class DetectionDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and check the splits that the stage needs; raises `DataError` before anything trains."""
-        if self._divides and self.trainer is not None and self.trainer.world_size > 1:  # the first process has made it
-            self._split = self.trainer.strategy.broadcast(self._split)
+        if self.source.divides and self.trainer is not None and self.trainer.world_size > 1:
+            self.source.made = self.trainer.strategy.broadcast(self.source.made)  # the first process has made it
         for split in self._needed(stage):
             if split not in self._datasets:
                 self._datasets[split] = self._dataset(split)
-        self._train_index = None
-
-    @property
-    def _draws_scenes(self) -> bool:
-        return self.reader is None and draws_scenes(self.hparams)
-
-    def _root(self) -> Path:
-        root = self.hparams["root"]
-        return scenes.default_folder() if root is None else Path(root).expanduser()
+        self.source.forget()
 
     def read(self, split: Stage) -> Index:
         """The records of a split; labels point into the classes of the training split, once that is read."""
-        if split != "train" and (self._has(split) if split == "test" else not self._divides):
-            return self._read(split)
-        index, made = self._train_list(), self.made_split()
-        return index if made is None else made.apply(index)[split != "train"]
+        return self.source.read(split)
+
+    def made_split(self) -> Split | None:
+        """Which images train and which validate, where that was not given but made; at first it takes its time."""
+        return self.source.made_split()
 
     def as_tiles(self, index: Index) -> tuple[Index, str]:
         """Training records as they are trained on, and what there is to say: their tiles, where `tile` is set."""
@@ -289,71 +267,18 @@ class DetectionDataModule(L.LightningDataModule):
         shown = self.hparams["empty_tiles"], sizes if isinstance(sizes, int) else max(sizes)
         return tiles, describe_tiles(self.tiles, index, tiles, *shown)
 
-    def _read(self, split: Stage) -> Index:
-        known = None if split == "train" else self._known  # of training, all that `classes` names must be there
-        return read_split(self.hparams, self._root(), split, known, self.reader, self.layout)
-
-    def layout(self) -> Layout:
-        """The data set below the root, found and said at the first call; raises `DataError` where there is none."""
-        if self._layout is None:
-            self._layout = find(self._root(), self.hparams["format"])
-            rank_zero_info(f"{self._root()}: {self._layout}")
-            for other in self._layout.others:
-                rank_zero_info(f"  also there, not read: {other}; data.format or another root chooses it")
-        return self._layout
-
-    def _train_list(self) -> Index:
-        """The training split before images are set aside; kept until `setup` is done."""
-        if self._train_index is None:
-            self._train_index = self._read("train")
-        return self._train_index
-
-    def _has(self, split: Stage) -> bool:
-        """Whether the data set has images for validation, or for the test, that are not among those to train on."""
-        hp, train = self.hparams, self.hparams["train_split"] or ""
-        if split == "test" and hp["test_split"] is not None:
-            return True
-        if hp["fold"] is not None and split == "val":
-            return False
-        if hp["val_split"] is not None or self._draws_scenes or self.reader is not None:
-            return True
-        if ":" in train:  # of several folders, each with its lists
-            return False
-        found = self.layout().stage(split)
-        trains = role_of(train) in ("trainval", "val") and found is not None and role_of(found.name) == "val"
-        return found is not None and not trains
-
-    @property
-    def _divides(self) -> bool:
-        """Whether images of the training split are set aside; what a checkpoint says of it stays."""
-        if self._divided is None:
-            self._divided = not self._has("val")
-        return self._divided
-
-    def made_split(self) -> Split | None:
-        """Which images train and which validate, where that was not given but made; at first it takes its time."""
-        if self._divides and self._split is None:
-            index = self._train_list()
-            check_split(index, "train")
-            self._split = split_of(index, self.hparams)
-        return self._split
-
     def state_dict(self) -> dict[str, Any]:
         """The split that was made, or that none was, which a resumed run and an evaluation have to know."""
-        return {} if self._divided is None else keep(self._split, self.hparams)
+        return self.source.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the split of a checkpoint, whatever images have come since."""
-        if not state_dict:
-            return
-        before, self._split = self._split, kept(state_dict, self.hparams)
-        self._divided = self._split is not None
-        if before != self._split:
+        if self.source.load_state_dict(state_dict):
             self._datasets = {split: self._dataset(split) for split in self._datasets}
 
     def _dataset(self, split: Stage) -> DetectionDataset:
         hp = self.hparams
-        self._classes()  # whose order is that of all splits
+        self.source.classes()  # whose order is that of all splits
         index = self.read(split)
         check_split(index, split, hp["with_difficult"])
         if (points := index.skeleton) is not None:
