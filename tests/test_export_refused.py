@@ -17,7 +17,7 @@ from detection import (
 )
 from detection.__main__ import main as command
 from detection.interop.export import ExportError, check_exportable
-from detection.interop.exported_files import to_onnx
+from detection.interop.exported_files import to_onnx, torch_runner, write_torch_facts
 from detection.interop.openvino import to_openvino
 from detection.weights import CheckpointError
 
@@ -30,6 +30,14 @@ def test_files_that_do_not_say_enough_are_refused(tmp_path):
         archive.writestr("d/version", "3")
     with pytest.raises(CheckpointError, match="does not say its class_names: write it with `detection export`"):
         Detector.from_checkpoint(tmp_path / "d.pt2")
+
+
+def test_machine_code_of_an_earlier_version_is_not_run(tmp_path):
+    with zipfile.ZipFile(tmp_path / "d.pt2", "w") as archive:
+        archive.writestr("d/version", "3")
+    write_torch_facts(tmp_path / "d.pt2", {"compiled": True, "outputs": ["boxes"]})
+    with pytest.raises(ValueError, match=r"d\.pt2: is machine code of an earlier version, .*: export it again"):
+        torch_runner(tmp_path / "d.pt2")
 
 
 def test_without_openvino_the_install_is_named(monkeypatch, tmp_path):

@@ -54,7 +54,7 @@ class Job:
         file: that was made.
         source: what of.
         settings: of an import the flags in `FLAGS` and `config`; of a take `to`, `category_ids`, `without_epsilon`; of
-            an export `target`, `precision`, `compiled`, `size`, `tolerance`. Paths begin at the file's folder.
+            an export `target`, `precision`, `size`, `tolerance`. Paths begin at the file's folder.
         trust: packages whose parts the source may use.
     """
 

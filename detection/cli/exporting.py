@@ -50,7 +50,6 @@ def export(
     split: Literal["val", "test"] | None = None,
     root: Path | None = None,
     calibration: str | None = None,
-    compiled: bool = False,
     tolerance: float | None = None,
     ap_tolerance: float = 0.01,
     trust: list[str] = [],  # noqa: B006
@@ -71,7 +70,6 @@ def export(
         split: val or test of the run's data: compare the AP of the file and of the model on it.
         root: folder of the run's data, if it has moved.
         calibration: folder or pattern of images for int8; training images of the run's data by default.
-        compiled: write a .pt2 file of machine code for this machine's CPU, by AOTInductor.
         tolerance: largest difference of a coordinate, in pixels, that passes the check; 0.01 by default. What bf16 and
             int8 change is stated, and an error only where this is given.
         ap_tolerance: largest loss of AP on `split` that passes.
@@ -86,7 +84,7 @@ def export(
     form = PixelFormat.of(model)
     given = (pixels for _, pixels in _images(calibration, form)) if calibration else training_images(ckpt, trust, root)
     facts = kept_facts(model, saved.class_names, saved.category_ids, saved.tiles)
-    written = _write(model, output, target, facts, precision, size, given, compiled)
+    written = _write(model, output, target, facts, precision, size, given)
     files = [output, output.with_suffix(".bin")] if target == "openvino" else [output]
     weight = sum(path.stat().st_size for path in files)
     unchecked = ", not checked (see --images and --split)" if images is split is None else ""
@@ -103,7 +101,7 @@ def export(
         print(f"on {accuracy.images} images of {split}: {accuracy}")
         written.keep({"accuracy": {"split": split} | accuracy.as_dict()})
     if certificate:
-        settings: dict[str, Any] = {"target": target, "precision": precision, "compiled": compiled, "size": size}
+        settings: dict[str, Any] = {"target": target, "precision": precision, "size": size}
         settings |= {"tolerance": tolerance, "ap_tolerance": ap_tolerance}
         certify(Job("export", output, ckpt, settings, trust), images, known=of_split(accuracy, split))
     if accuracy is not None and accuracy.lost > ap_tolerance:
@@ -142,13 +140,12 @@ def _write(
     precision: Precision,
     size: list[int] | None,
     calibration: Iterable[Pixels],
-    compiled: bool,
 ) -> _Written:
     if target == "openvino":
         to_openvino(model, output, facts, precision, calibration)
         return _Written(openvino_runner(output), partial(write_openvino_facts, output))
     if target == "torch":
-        to_torch(model, output, facts, compiled)
+        to_torch(model, output, facts)
         return _Written(torch_runner(output), partial(write_torch_facts, output))
     if size is not None:
         to_tensorrt(model, output, {**facts, "size": size}, (size[0], size[1]))

@@ -103,12 +103,11 @@ def need_onnxscript() -> None:
         raise ImportError('ONNX needs more packages: pip install "detection[export]"') from error
 
 
-def to_torch(model: FasterRCNN, path: Path, facts: Mapping[str, Any], compiled: bool = False) -> None:
-    """Write the detector as a `.pt2` file: of `torch.export`, or `compiled` to machine code by AOTInductor.
+def to_torch(model: FasterRCNN, path: Path, facts: Mapping[str, Any]) -> None:
+    """Write the detector as a `.pt2` file of `torch.export`.
 
     Args:
         model, path, facts: as for `to_onnx`.
-        compiled: for the CPU of this machine.
 
     Raises:
         ExportError: see `check_exportable`.
@@ -123,11 +122,8 @@ def to_torch(model: FasterRCNN, path: Path, facts: Mapping[str, Any], compiled: 
         program = program.run_decompositions(
             {ours.grouped_nms.default: _nms_apart, ours.divide.default: lambda numbers, divisor: numbers // divisor}
         )
-        if compiled:
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-        else:
-            torch.export.save(program, path)
-    write_torch_facts(path, {**facts, "compiled": compiled, "outputs": names})
+        torch.export.save(program, path)
+    write_torch_facts(path, {**facts, "outputs": names})
 
 
 def _nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
@@ -173,8 +169,9 @@ def read_torch_facts(path: Path) -> dict[str, Any]:
 def torch_runner(path: Path, threads: int | None = None) -> Run:
     """The same for a `.pt2` file; its threads are PyTorch's."""
     facts = read_torch_facts(path)
-    names, compiled = facts["outputs"], facts["compiled"]
-    module = torch._inductor.aoti_load_package(str(path)) if compiled else torch.export.load(path).module()
+    if facts.get("compiled"):  # by AOTInductor, which earlier versions could ask for
+        raise ValueError(f"{path}: is machine code of an earlier version, which found other boxes: export it again")
+    names, module = facts["outputs"], torch.export.load(path).module()
     return lambda images: {
         name: value.numpy() for name, value in zip(names, module(torch.from_numpy(images)), strict=True)
     }
