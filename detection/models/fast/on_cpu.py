@@ -17,6 +17,8 @@ from detection.models.roi_heads import RoIHeads
 from detection.models.two_stage import TwoStageDetector
 from detection.parts import Detections, FeatureMaps, Losses, Proposals
 
+SMALL = 300_000  # bytes of a channel of an image
+
 
 class _Trimmed(MaskBranch):
     """RoI heads that leave out padding.
@@ -65,13 +67,16 @@ def _foreground(boxes: Tensor, labels: Tensor, matched_idxs: Tensor) -> tuple[Te
 
 
 class ImageByImage(TwoStageDetector):
-    """Detects in one image at a time.
+    """Detects in one image at a time, where a batch's maps no longer fit into the cache.
 
-    On a CPU a batch saves no time by itself, and the maps of several images no longer fit into the cache.
+    On a CPU a batch saves no time by itself. Two images of 800 pixels at once take 10 to 20 % longer than one after the
+    other, and eight of 320 pixels in float32 18 %; but two of 320 in bfloat16 4 % less with R50-FPN, and 13 % with an
+    EfficientNet-Lite0.
     """
 
     def run(self, batch: Batch, with_losses: bool, with_detections: bool) -> tuple[Losses, Detections]:
         """As the plain detector."""
-        if with_losses or not with_detections or len(batch) == 1:
+        size = 2 if torch.is_autocast_enabled("cpu") else 4
+        if with_losses or not with_detections or len(batch) == 1 or batch.images[0, 0].numel() * size < SMALL:
             return super().run(batch, with_losses, with_detections)
         return {}, [super(ImageByImage, self).run(image, False, True)[1][0] for image in batch.split()]

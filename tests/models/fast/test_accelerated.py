@@ -19,7 +19,7 @@ from detection.models.backbones import resnet_fpn
 from detection.models.compose import cascade_rcnn, fast_rcnn, faster_rcnn, mask_rcnn
 from detection.models.family.keypoint_builders import keypoint_rcnn
 from detection.models.family.keypoints import KeypointHead
-from detection.models.fast import accelerate
+from detection.models.fast import accelerate, on_cpu
 from detection.models.fast.fast_pooling import CanvasPooler, GatherPool, GatherPooler
 from detection.models.fast.folding import FoldedConv2d, FoldedNorm
 from detection.models.fast.on_cpu import TrimmedCascade, TrimmedRoIHeads
@@ -262,8 +262,10 @@ def assert_same_detections(wanted: Any, found: Any) -> None:
             torch.testing.assert_close(b["keypoints"], a["keypoints"], rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("small", [on_cpu.SMALL, 0], ids=["in a batch", "one by one"])
 @pytest.mark.parametrize("name", DETECTORS)
-def test_detections_are_those_of_the_plain_detector(name: str) -> None:
+def test_detections_are_those_of_the_plain_detector(name: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_cpu, "SMALL", small)
     model, batch = make(name).eval(), make_batch(0)
     types = [type(m) for m in model.modules()]
     with torch.no_grad():
@@ -279,12 +281,12 @@ def kinds(model: nn.Module) -> set[type[nn.Module]]:
 
 def test_forms_are_chosen_by_device_and_take_the_place_of_plain_parts_alone() -> None:
     plain = kinds(make("Faster R-CNN"))
-    on_cpu, on_accelerator = (kinds(accelerate(make("Faster R-CNN"), device)) for device in DEVICES)
+    on_the_cpu, on_accelerator = (kinds(accelerate(make("Faster R-CNN"), device)) for device in DEVICES)
     assert {RoIPooler, RoIHeads, RegionProposalNetwork} <= plain
     assert not {GatherPooler, CanvasPooler, TrimmedRoIHeads, SparseRPN, FoldedConv2d, FoldedNorm} & plain
-    assert {GatherPooler, TrimmedRoIHeads, SparseRPN, FoldedConv2d, FoldedNorm} <= on_cpu
+    assert {GatherPooler, TrimmedRoIHeads, SparseRPN, FoldedConv2d, FoldedNorm} <= on_the_cpu
     assert {CanvasPooler, RoIHeads, SparseRPN, FoldedConv2d, FoldedNorm} <= on_accelerator
-    assert not {RoIPooler, CanvasPooler, RoIHeads} & on_cpu
+    assert not {RoIPooler, CanvasPooler, RoIHeads} & on_the_cpu
     assert not {RoIPooler, GatherPooler, TrimmedRoIHeads} & on_accelerator
 
     class Own(RoIPooler):
@@ -300,13 +302,17 @@ def test_a_part_that_several_hold_stays_one() -> None:
     assert len({id(stage.box_roi_pool) for stage in heads.stages}) == 1
 
 
-def test_images_go_one_by_one_on_a_cpu_and_not_where_losses_are_wanted() -> None:
+def test_large_images_go_one_by_one_on_a_cpu_and_not_where_losses_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     ready, sizes = make("Faster R-CNN").for_inference(), list[int]()
     ready.backbone.register_forward_hook(lambda _, images, maps: sizes.append(len(images[0])))
+    batch = make_batch(0)
+    monkeypatch.setattr(on_cpu, "SMALL", 4 * batch.images[0, 0].numel())
     with torch.no_grad():
-        ready(make_batch(0))
-        ready.run(make_batch(0), with_losses=True, with_detections=True)
-    assert sizes == [1, 1, 2]
+        ready(batch)
+        ready.run(batch, with_losses=True, with_detections=True)
+        with torch.autocast("cpu", torch.bfloat16):  # in which they are half as large
+            ready(batch)
+    assert sizes == [1, 1, 2, 2]
 
 
 def test_regions_that_are_padding_are_left_out_on_a_cpu() -> None:
