@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from detection.benchmarks.table import report
 
@@ -43,12 +43,13 @@ def profile(mode: Literal["train", "infer"] = "train", network: Literal["resnet5
     report(measure_stages(mode, network, size, batch_size, bf16, rounds, device), json)
 
 
-def forms(network: Literal["resnet50", "efficientnet_lite0"] = "resnet50", size: int = 320, batch_size: int = 2,
-          bf16: bool = False, rounds: int = 7, device: str = "cpu", json: Path | None = None) -> None:  # fmt: skip
-    """Time of a training step without each quick form; see `detection.benchmarks.speed`."""
+def forms(mode: Literal["train", "infer"] = "train", network: Literal["resnet50", "efficientnet_lite0"] = "resnet50",
+          size: int = 320, batch_size: int = 2, bf16: bool = False, rounds: int = 7, device: str = "cpu",
+          json: Path | None = None) -> None:  # fmt: skip
+    """Time of a training step, or of inference, without each quick form; see `detection.benchmarks.speed`."""
     from detection.benchmarks.speed import measure_forms
 
-    report(measure_forms(network, size, batch_size, bf16, rounds, device), json)
+    report(measure_forms(mode, network, size, batch_size, bf16, rounds, device), json)
 
 
 def flat(network: Literal["resnet50", "efficientnet_lite0"] = "efficientnet_lite0", size: int = 320,
@@ -105,13 +106,24 @@ def scale(shape: Literal["coco", "objects365"] = "coco", sizes: list[int] = [5_0
 
 
 def accuracy(root: Path, config: Path = CONFIGS / "bccd.yaml", seeds: list[int] = [0, 1, 2],  # noqa: B006
-             contenders: list[str] = [], output: Path | None = None, json: Path | None = None) -> None:  # noqa: B006  # fmt: skip
-    """AP after the same training as torchvision's detector; see `detection.benchmarks.accuracy`."""
-    from detection.benchmarks.accuracy import measure_accuracy, summarise
+             contenders: list[str] = [], output: Path | None = None, data: dict[str, Any] = {},  # noqa: B006
+             images: int | None = None, every: int | None = None, json: Path | None = None) -> None:  # fmt: skip
+    """AP after the same training as torchvision's detector; see `detection.benchmarks.accuracy`.
 
-    rows = measure_accuracy(config, root, seeds, contenders, output)
+    Args:
+        root, config, seeds, contenders, output: see `detection.benchmarks.accuracy.measure_accuracy`.
+        data: settings of the data that differ from the configuration's.
+        images: that each contender sees.
+        every: images after which AP is measured on the way, for the time to torchvision's AP.
+        json: file of the rows.
+    """
+    from detection.benchmarks.accuracy import measure_accuracy, summarise, times_to_ap
+
+    rows = measure_accuracy(config, root, seeds, contenders, output, data, images, every)
     report(rows, json)
     report(summarise(rows), None)
+    if every and (table := times_to_ap(rows)):
+        report(table, None)
 
 
 def family(ckpts: list[Path], root: Path | None = None, images: int = 10, rounds: int = 3,

@@ -10,6 +10,7 @@ from functools import partial
 from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,9 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from detection.batch import Batch, pad_objects
 from detection.benchmarks.peers import TorchvisionDetector
-from detection.models import zoo
+from detection.models import fast, zoo
 from detection.models.backbones import efficientnet_lite0_fpn
 from detection.models.compose import COCO_CATEGORIES
-from detection.models.fast import accelerate, forms_for
 from detection.models.two_stage import TwoStageDetector
 
 Network = Literal["resnet50", "efficientnet_lite0"]
@@ -83,16 +83,19 @@ def measure_flatness(network: Network, size: int, batch_size: int, rounds: int, 
 
 
 def measure_forms(
-    network: Network, size: int, batch_size: int, bf16: bool, rounds: int, device: str
+    mode: Mode, network: Network, size: int, batch_size: int, bf16: bool, rounds: int, device: str
 ) -> list[dict[str, Any]]:
-    """Milliseconds of a training step with all quick forms of a device, and with each of them left out in turn.
+    """Milliseconds with all quick forms of a device, and with each of them left out in turn.
 
-    A form whose absence costs less than 3 % is one to remove from `detection.models.fast`. Arguments as for
-    `measure_speed`.
+    `ratio` is the median, over the rounds, of the time without a form over the time with all. A form whose absence
+    costs less than 3 % is one to remove from `detection.models.fast`. Arguments as for `measure_speed`.
     """
-    steps = contenders("train", network, size, batch_size, bf16, device, one_left_out=True)
-    times = {name: 1000 * median(values) for name, values in _take_turns(steps, rounds, device).items()}
-    return [{"forms": name, "train_ms": ms, "ratio": ms / times["ours"]} for name, ms in times.items()]
+    times = _take_turns(contenders(mode, network, size, batch_size, bf16, device, one_left_out=True), rounds, device)
+    rows = []
+    for name, values in times.items():
+        ratio = median(value / ours for value, ours in zip(values, times["ours"], strict=True))
+        rows.append({"forms": name, "ms": 1000 * median(values), "ratio": ratio})
+    return rows
 
 
 def contenders(
@@ -113,7 +116,7 @@ def contenders(
         objects: ground truth boxes an image.
         classes: with background.
         plain: ours in its plain form too.
-        one_left_out: in training ours without each of its quick forms, too.
+        one_left_out: ours without each of its quick forms, too.
     """
     torch.manual_seed(0)
     theirs, ours = build(network, size, classes)
@@ -131,21 +134,40 @@ def contenders(
             losses, detections = model.run(batch, with_losses=mode == "train", with_detections=mode == "infer")
         return losses if mode == "train" else detections
 
-    forms = {"plain": deepcopy(ours)} if plain else {}
+    forms = {"ours": _quick(ours, mode, device)}
+    if plain:
+        forms["plain"] = deepcopy(ours)
+    if one_left_out:
+        forms |= _one_left_out(ours, mode, device)
     if mode == "train":
-        chosen, parts = forms_for(device), {type(part) for part in ours.modules()} | {ours.rpn.nms}
-        for left_out, quick in chosen.items() if one_left_out else ():
-            if left_out not in parts:
-                continue
-            others = {part: form for part, form in chosen.items() if part is not left_out}
-            forms[f"without {quick.__name__}"] = accelerate(deepcopy(ours), device, others)
-        forms = {"ours": accelerate(ours, device), **forms}
         steps = {name: _step(form, partial(run, form), fused=True) for name, form in forms.items()}
         return {"torchvision": _step(theirs, lambda: theirs(floats, targets), fused=False), **steps}
-    forms = {"ours": ours.for_inference(), **forms}
     runs: dict[str, Callable[[], Any]] = {name: partial(run, form.eval()) for name, form in forms.items()}
     runs = {"torchvision": partial(theirs.eval(), floats), **runs}
     return {name: torch.inference_mode()(detect) for name, detect in runs.items()}
+
+
+def _quick(ours: TwoStageDetector, mode: Mode, device: str) -> TwoStageDetector:
+    return ours.for_inference() if mode == "infer" else fast.accelerate(deepcopy(ours), device)
+
+
+def _one_left_out(ours: TwoStageDetector, mode: Mode, device: str) -> dict[str, TwoStageDetector]:
+    """Ours with all quick forms of the device but one, by that one's name."""
+    made, chosen = {}, fast.forms_for(device)
+    parts = {type(part) for part in ours.modules()} | {ours.rpn.nms}
+    for plain, quick in chosen.items():
+        if plain in parts:
+            others = {part: form for part, form in chosen.items() if part is not plain}
+            with patch.object(fast, "forms_for", return_value=others):
+                made[quick.__name__] = _quick(ours, mode, device)
+    with patch.object(fast, "_fold"):
+        made["folding"] = _quick(ours, mode, device)
+    if mode == "infer" and device == "cpu":
+        with patch.object(fast, "pack"):
+            made["packing"] = _quick(ours, mode, device)
+        with patch.object(fast, "ImageByImage", TwoStageDetector):
+            made["ImageByImage"] = _quick(ours, mode, device)
+    return {f"without {name}": form for name, form in made.items()}
 
 
 def build(network: Network, size: int, classes: int) -> tuple[nn.Module, TwoStageDetector]:

@@ -14,11 +14,16 @@ from rich.table import Table
 
 
 def report(rows: list[dict[str, Any]], path: Path | None) -> None:
-    """Print rows as a table under a line that says what they were measured on; write them as JSON."""
+    """Print rows as a table under a line that says what they were measured on; write them as JSON.
+
+    A list, such as a curve's points, is left to the JSON.
+    """
     machine = f"torch {torch.__version__}, torchvision {torchvision.__version__}, {torch.get_num_threads()} threads"
-    table = Table(*rows[0], title=f"{machine}, Python {platform.python_version()}, {platform.machine()}")
+    columns = [name for name, value in rows[0].items() if not isinstance(value, list)]
+    table = Table(*columns, title=f"{machine}, Python {platform.python_version()}, {platform.machine()}")
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        values = [row[name] for name in columns]
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values))
     Console(width=160).print(table)
     if path is not None:
         path.write_text(dumps({"machine": machine, "rows": rows}, indent=2))

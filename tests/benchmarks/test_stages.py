@@ -10,8 +10,13 @@ import time
 import pytest
 import torch
 
-from detection.benchmarks.speed import contenders, measure_forms
+from detection.benchmarks.speed import Mode, _one_left_out, build, contenders, measure_forms
 from detection.benchmarks.stages import Stopwatch, measure_stages
+from detection.models.fast.fast_pooling import GatherPooler
+from detection.models.fast.folding import FoldedConv2d
+from detection.models.fast.on_cpu import ImageByImage, TrimmedRoIHeads
+from detection.models.fast.packing import PackedConv2d
+from detection.models.fast.sparse_rpn import SparseRPN
 
 STAGES = """
 import torch
@@ -78,9 +83,20 @@ def test_few_classes_and_many_boxes_can_be_timed() -> None:
 
 
 @pytest.mark.rehearsal
-def test_each_quick_form_is_left_out_once() -> None:
-    rows = measure_forms("efficientnet_lite0", 64, 1, False, 1, "cpu")
-    assert [row["forms"] for row in rows] == [
-        "torchvision", "ours", "without GatherPooler", "without SparseRPN", "without TrimmedRoIHeads",
-    ]  # fmt: skip
-    assert all(row["train_ms"] > 0 for row in rows)
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_each_quick_form_is_left_out_once(mode: Mode) -> None:
+    rows = measure_forms(mode, "efficientnet_lite0", 64, 2, False, 1, "cpu")
+    forms = ["GatherPooler", "SparseRPN", "TrimmedRoIHeads", "folding"]
+    forms += ["packing", "ImageByImage"] if mode == "infer" else []
+    assert [row["forms"] for row in rows] == ["torchvision", "ours", *(f"without {name}" for name in forms)]
+    assert all(row["ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_a_detector_lacks_the_form_that_is_left_out_and_no_other(mode: Mode) -> None:
+    kinds = {"GatherPooler": GatherPooler, "SparseRPN": SparseRPN, "TrimmedRoIHeads": TrimmedRoIHeads}
+    kinds |= {"packing": PackedConv2d, "ImageByImage": ImageByImage} if mode == "infer" else {"folding": FoldedConv2d}
+    made = _one_left_out(build("efficientnet_lite0", 64, 3)[1], mode, "cpu")
+    for left_out, kind in kinds.items():
+        has = {name for name, form in made.items() if kind in {type(part) for part in form.modules()}}
+        assert made.keys() - has == {f"without {left_out}"}
