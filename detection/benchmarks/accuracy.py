@@ -127,16 +127,17 @@ def _train(
     module = DetectionModule(detector, data.class_names, **model_args)  # type: ignore[arg-type]
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     clock = _Clock()
+    evaluating: dict[str, Any] = {"limit_val_batches": 0}
+    if every:
+        evaluating = {"val_check_interval": max(every // batch_size, 1), "check_val_every_n_epoch": None}
     trainer = L.Trainer(
         max_steps=seen // batch_size,
         gradient_clip_val=None if name == "torchvision" else trainer_args.get("gradient_clip_val"),
         enable_checkpointing=False,
         num_sanity_val_steps=0,
-        limit_val_batches=1.0 if every else 0,
-        check_val_every_n_epoch=None,
-        val_check_interval=max(every // batch_size, 1) if every else 1.0,
         callbacks=[clock],
         **quiet,
+        **evaluating,
     )
     trainer.fit(module, datamodule=data)
     if output is not None and name == OURS:
