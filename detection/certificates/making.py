@@ -32,7 +32,8 @@ from detection.certificates.sides import (
 from detection.data.spectral import PixelFormat, Pixels
 from detection.interop import detectron2, mmdetection, rows
 from detection.interop.exported_files import Run
-from detection.interop.files import import_detector, load_detector, read_foreign
+from detection.interop.files import import_detector, load_detector
+from detection.interop.foreign import read_foreign
 from detection.interop.names import rename
 from detection.interop.parity import compare_accuracy, found_by_file, found_by_model
 from detection.interop.torchvision import WITHOUT_EPSILON

@@ -8,7 +8,6 @@ categories. Labels `1..C` are in ascending order of category id, the order of pu
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +21,19 @@ from detection.data import rle
 from detection.data.checks import Objects, checked_size, choose_classes, finish_index, short
 from detection.data.coco_keypoints import read_points, skeleton_of
 from detection.data.coco_layout import PictureFinder
+from detection.data.coco_values import (
+    area_of,
+    box_of,
+    extent,
+    float_of,
+    integer_of,
+    is_near,
+    is_polygon,
+    key_of,
+    no_id,
+    spelling_of,
+    text_as_number,
+)
 from detection.data.federated import frequencies, image_name, mark
 from detection.data.judging import one_record_per_picture
 from detection.data.records import DataError, Defect, Index, Record
@@ -78,7 +90,7 @@ def read_file(
     labels, index = reader.categories(content["categories"], classes)
 
     def label_of(category: Any) -> int | None:
-        key = _key(category)
+        key = key_of(category)
         return None if key is None else labels.get(key)
 
     entries = {label_of(item.get("id")): item for item in content["categories"] if isinstance(item, dict)}
@@ -134,14 +146,14 @@ class _Reader:
         names: dict[Id, str] = {}
         spelled: dict[Id, Id] = {}
         for position, item in enumerate(items):
-            key = _key(item.get("id")) if isinstance(item, dict) else None
+            key = key_of(item.get("id")) if isinstance(item, dict) else None
             name = item.get("name") if isinstance(item, dict) else None
             where = f"category {position if key is None else key}"
             if key is None:
-                problem = _no_id(item)
+                problem = no_id(item)
                 self.report(where, problem, "the category is left out; give it a whole number")
                 continue
-            spelled[key] = _spelled(item["id"])
+            spelled[key] = spelling_of(item["id"])
             if not isinstance(name, str) or not name.strip():
                 self.report(where, "it has no name", f"it is called 'class {key}'; name it")
                 name = f"class {key}"
@@ -169,7 +181,7 @@ class _Reader:
         """The annotations of each image, each with its position in the file."""
         by_image: dict[Id, list[tuple[int, dict[str, Any]]]] = {}
         for position, item in enumerate(items):
-            key = _key(item.get("image_id")) if isinstance(item, dict) else None
+            key = key_of(item.get("image_id")) if isinstance(item, dict) else None
             if key is None:
                 self.report(f"annotation at {position}", "it has no image_id", "it is left out; add image_id")
                 continue
@@ -186,13 +198,13 @@ class _Reader:
     ) -> Record | None:
         """The record of one entry of `images`, or None where it can't be used."""
         item = item if isinstance(item, dict) else {}
-        key, name = _key(item.get("id")), image_name(item)
+        key, name = key_of(item.get("id")), image_name(item)
         where = f"image at {position}" if key is None else f"image {key}"
         if key is not None and name is not None and known.get(key) == name:
             self.report(where, f"'{name}' is listed twice", "it is read once; delete the copy")
             return None
         if key is None or key in known:
-            problem = _no_id(item) if key is None else f"the id is used twice, now for {str(name)[:80]!r}"
+            problem = no_id(item) if key is None else f"the id is used twice, now for {str(name)[:80]!r}"
             self.report(where, problem, "this image is left out; give it an id of its own", "broken")
             return None
         known[key] = str(name)
@@ -200,7 +212,7 @@ class _Reader:
             self.report(where, "it has no file_name", "the image and its annotations are left out; add it", "broken")
             return None
         name, path = self.picture(str(name), where)
-        width, height = _integer(item.get("width")), _integer(item.get("height"))
+        width, height = integer_of(item.get("width")), integer_of(item.get("height"))
         stated = (height, width) if width and height and width > 0 and height > 0 else None
         usable = True
         try:
@@ -216,7 +228,7 @@ class _Reader:
                 self.annotation(objects, number, annotation, labels)
         if not usable:
             return None
-        return objects.finish(_spelled(item["id"]), name, self.masks, len(self.skeleton or ()))
+        return objects.finish(spelling_of(item["id"]), name, self.masks, len(self.skeleton or ()))
 
     def picture(self, written: str, where: str) -> tuple[str, Path]:
         """The file of an image, relative to the root and whole, which may be missing; no name leads out of the root."""
@@ -242,7 +254,7 @@ class _Reader:
 
     def annotation(self, objects: Objects, position: int, item: dict[str, Any], labels: dict[Id, int]) -> None:
         """Add one annotation to the objects of its image."""
-        key, category = _key(item.get("id")), _key(item.get("category_id"))
+        key, category = key_of(item.get("id")), key_of(item.get("category_id"))
         what = f"annotation at {position}" if key is None else f"annotation {key}"
         if key is not None:
             self.ids[key] += 1
@@ -254,7 +266,7 @@ class _Reader:
         if not labels[category]:
             return None
         segment = None
-        bbox, area = _box(item.get("bbox")), _number(_plain(item.get("area")))
+        bbox, area = box_of(item.get("bbox")), float_of(text_as_number(item.get("area")))
         if self.masks or bbox is None or area is None:
             segment = self.segment(objects, what, item.get("segmentation"))
         if bbox is None:
@@ -262,9 +274,9 @@ class _Reader:
             if segment is None:
                 return objects.report(what, problem, "the object is left out; add its bbox")
             objects.report(what, problem, "the box of its segmentation is used; add its bbox")
-            bbox = _extent(segment, objects.height)
+            bbox = extent(segment, objects.height)
         if area is None or not 0 < np.float32(area) < np.inf:  # as it is kept: 1e-46 would become 0
-            area = _area(segment) if segment is not None else None
+            area = area_of(segment) if segment is not None else None
             if item.get("area") is not None:
                 objects.report(what, "area is not a positive number", "it is computed anew; correct it")
         for name in ("iscrowd", "ignore"):
@@ -291,8 +303,8 @@ class _Reader:
                 problem = "RLE has no foreground"
         elif isinstance(value, list) and value:
             sides = (objects.width, objects.height)
-            good = [polygon for polygon in value if _is_polygon(polygon)]
-            near = [polygon for polygon in good if _is_near(polygon, *sides)]
+            good = [polygon for polygon in value if is_polygon(polygon)]
+            near = [polygon for polygon in good if is_near(polygon, *sides)]
             if len(near) < len(good):
                 fix = "they are left out; redraw them" if len(good) - len(near) > 1 else "it is left out; redraw it"
                 objects.report(what, f"{len(good) - len(near)} of its polygons lie far outside the image", fix)
@@ -342,99 +354,3 @@ def load_file(path: Path, lists: Sequence[str] = ("images", "annotations", "cate
 def _is_name(item: dict[str, Any]) -> bool:
     name = image_name(item)
     return isinstance(name, str) and bool(name.strip("/. "))
-
-
-def _key(value: Any) -> Id | None:
-    """An id as a whole number where it is one in any spelling, else as a string; None where it is no id."""
-    number = _whole(value)
-    if number is not None:
-        return number
-    return value.strip() if isinstance(value, str) and value.strip() else None
-
-
-def _spelled(value: Any) -> Id:
-    """An id as those who compare with the file must spell it; to Python and pycocotools, 7.0 is 7."""
-    return value if isinstance(value, str) else int(value)
-
-
-def _no_id(item: Any) -> str:
-    """What is wrong with the id of an entry that has none that `_key` takes."""
-    value = item.get("id") if isinstance(item, dict) else None
-    return "it has no id" if value is None else f"its id is {str(value)[:40]!r}, neither a whole number nor text"
-
-
-def _whole(value: Any) -> int | None:
-    """A number of any size without a fraction, in any spelling, or None."""
-    if isinstance(value, str) and len(value) < 40 and value.strip().removeprefix("-").isdecimal():
-        value = int(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return value if type(value) is int else None
-
-
-def _integer(value: Any) -> int | None:
-    """A whole number that an array can hold, or None."""
-    number = _whole(value)
-    return number if number is not None and abs(number) < 2**63 else None
-
-
-def _number(value: Any) -> float | None:
-    """A finite float, or None."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e15:
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def _plain(value: Any) -> Any:
-    """The number of a text that is one, else the value as it is."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def _box(value: Any) -> list[float] | None:
-    """`[x, y, w, h]` as `[x1, y1, x2, y2]`, or None where it is not four finite numbers."""
-    if not isinstance(value, list) or len(value) != 4:
-        return None
-    numbers = [_number(_plain(v)) for v in value]
-    if any(n is None for n in numbers):
-        return None
-    x, y, width, height = (float(n) for n in numbers if n is not None)
-    return [x, y, x + width, y + height]
-
-
-def _is_polygon(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) >= 6
-        and len(value) % 2 == 0
-        and all(_number(v) is not None for v in value)
-    )
-
-
-def _is_near(polygon: list[float], width: int, height: int) -> bool:
-    """Whether all points lie within an image's size around the image; a coordinate of 1e12 takes minutes to fill."""
-    xs, ys = polygon[::2], polygon[1::2]
-    return -width <= min(xs) and max(xs) <= 2 * width and -height <= min(ys) and max(ys) <= 2 * height
-
-
-def _extent(segment: Any, height: int) -> list[float]:
-    """The box `[x1, y1, x2, y2]` around a segmentation."""
-    if isinstance(segment, dict):
-        return list(rle.box(rle.decompress(segment["counts"]), height))
-    xs, ys = [x for p in segment for x in p[::2]], [y for p in segment for y in p[1::2]]
-    return [min(xs), min(ys), max(xs), max(ys)]
-
-
-def _area(segment: Any) -> float | None:
-    """Pixels of an RLE, or the sum of the polygons' areas (shoelace formula); None where it is zero."""
-    if isinstance(segment, dict):
-        return float(sum(rle.decompress(segment["counts"])[1::2]))
-    total = 0.0
-    for p in segment:
-        xs, ys = p[::2], p[1::2]
-        total += abs(
-            sum(x * y2 - x2 * y for x, y, x2, y2 in zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1], strict=True))
-        )
-    return total / 2 or None

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from detection.data.dataset import RecordStore
 from detection.data.images import KEPT_PIXELS
+from detection.data.store import RecordStore
 
 
 def rank_and_world() -> tuple[int, int]:

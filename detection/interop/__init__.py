@@ -3,11 +3,11 @@
 from detection.interop.files import (
     detector_for_classes,
     export_detector,
-    fetch_weights,
     import_detector,
     load_detector,
     save_detector,
 )
+from detection.interop.foreign import fetch_weights
 from detection.weights import CheckpointError, adapt_classes
 
 __all__ = [

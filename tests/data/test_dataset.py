@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from detection.batch import Batch, Target
 from detection.data.augment import eval_transform, train_transform
 from detection.data.datamodule import init_worker
-from detection.data.dataset import DetectionDataset, RecordStore, collate, make_target, to_rle
+from detection.data.dataset import DetectionDataset, collate, make_target, to_rle
 from detection.data.records import DataError, Index, Record
+from detection.data.store import RecordStore
 
 
 def record(number: int, count: int, size: tuple[int, int] = (60, 80), segments: bool = False) -> Record:

@@ -16,10 +16,11 @@ from PIL import Image
 from detection.data.augment import eval_transform, train_transform
 from detection.data.coco import read_coco
 from detection.data.datamodule import DetectionDataModule
-from detection.data.dataset import DetectionDataset, RecordStore, collate, make_target
+from detection.data.dataset import DetectionDataset, collate, make_target
 from detection.data.federated import label_by_file
 from detection.data.reading import check_index, describe
 from detection.data.records import DataError, Index, relabel
+from detection.data.store import RecordStore
 
 CLASSES = ("ant", "bee", "cow", "dog")
 

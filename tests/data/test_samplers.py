@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detection.data import samplers
-from detection.data.dataset import RecordStore
 from detection.data.records import Record
 from detection.data.samplers import TrainBatchSampler, repeat_factors
+from detection.data.store import RecordStore
 
 Batches = list[list[tuple[int, int]]]
 

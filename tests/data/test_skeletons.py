@@ -17,11 +17,12 @@ from detection.batch import pad_keypoints
 from detection.data import audit as auditing
 from detection.data.coco import read_coco
 from detection.data.datamodule import DetectionDataModule
-from detection.data.dataset import RecordStore, make_target
+from detection.data.dataset import make_target
 from detection.data.figures import NAMES, SKELETON, draw_figures
 from detection.data.finding import find
 from detection.data.records import DataError, Index, relabel
 from detection.data.skeletons import COCO_NAMES, Skeleton, pairs_by_name
+from detection.data.store import RecordStore
 from detection.data.yolo import read_yolo
 
 WIDTH, HEIGHT = 64, 48

@@ -21,9 +21,10 @@ from detection.data import images, samplers
 from detection.data.augment import eval_transform
 from detection.data.coco import read_coco
 from detection.data.datamodule import DetectionDataModule
-from detection.data.dataset import DetectionDataset, RecordStore, collate, to_rle
+from detection.data.dataset import DetectionDataset, collate, to_rle
 from detection.data.records import DataError, Index, Record
 from detection.data.samplers import TrainBatchSampler
+from detection.data.store import RecordStore
 from detection.data.tiled import TileView, areas, clip, describe_tiles
 from detection.data.voc import read_voc
 from detection.tiling import merge_tiles

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from detection.batch import Id
 from detection.data.coco import read_coco
 from detection.data.datamodule import DetectionDataModule
-from detection.data.dataset import RecordStore, make_target
+from detection.data.dataset import make_target
 from detection.data.records import Index
+from detection.data.store import RecordStore
 from detection.data.writers import write_coco
 from detection.evaluation.coco_results import coco_results, write_coco_results
 from detection.evaluation.mean_ap import MeanAP

@@ -21,7 +21,8 @@ from pycocotools import mask as mask_api
 from detection import fasterrcnn_efficientnet_lite0_fpn
 from detection.data.coco import read_coco
 from detection.data.datamodule import DetectionDataModule
-from detection.data.dataset import RecordStore, make_target
+from detection.data.dataset import make_target
+from detection.data.store import RecordStore
 from detection.evaluation.analysis import BACKGROUND, IGNORED, analyse
 from detection.evaluation.coco_files import compare_files
 from detection.evaluation.mean_ap import MeanAP

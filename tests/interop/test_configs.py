@@ -18,7 +18,7 @@ from detection.interop import detectron2_config, load_detector, mmdetection_conf
 from detection.interop.builders import Layout, build
 from detection.interop.detectron2 import from_detectron2
 from detection.interop.detectron2_export import NEVER, spread_anchors
-from detection.interop.files import read_foreign
+from detection.interop.foreign import read_foreign
 from detection.interop.rows import STYLES, Style
 from detection.interop.semantics import AskedRows
 from detection.interop.told import CONFIG, DEFAULT, LVIS, TENSORS, Told, origins_of, report, usual

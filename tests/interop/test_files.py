@@ -37,6 +37,7 @@ from detection.interop.detectron2 import (
     settings_of,
     to_detectron2,
 )
+from detection.interop.foreign import read_foreign
 from detection.interop.rows import STYLES
 from detection.models import zoo
 from detection.models.two_stage import FasterRCNN
@@ -194,7 +195,7 @@ def test_files_for_detectron2(style: str, tmp_path: Path, monkeypatch: pytest.Mo
     ):
         assert set(read) == set(expected) and all(torch.equal(read[name], expected[name]) for name in expected)
     for suffix in (".pkl", ".pth", ".safetensors"):  # or it would be taken for the zoo's, of other strides and colours
-        told = choose_style(files.read_foreign(tmp_path / f"back{suffix}")[0])
+        told = choose_style(read_foreign(tmp_path / f"back{suffix}")[0])
         assert (told.bgr, told.stride_in_1x1) == (style == "caffe", style == "caffe")
     for name in ("back.onnx", "back"):
         with pytest.raises(CheckpointError, match=r"write \.pth or \.safetensors, or \.pkl"):
