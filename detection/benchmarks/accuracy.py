@@ -30,7 +30,7 @@ FIGURES = ("map", "map_50", "map_75")
 BASELINE_DATA = {"batch_size": 8, "min_size": 240, "max_size": 400, "vflip": 0.0, "photometric": 0.0}
 BASELINE_MODEL = {"lr": 0.04, "weight_decay": 1e-4, "schedule": CosineSchedule(warmup_steps=50)}  # and SGD
 BASELINE_IMAGES = 1600
-OURS, PEERS = "ours", ("torchvision", "torchvision, our settings")
+OURS, BF16, PEERS = "ours", "ours, bf16", ("torchvision", "torchvision, our settings")
 
 
 def measure_accuracy(
@@ -49,7 +49,8 @@ def measure_accuracy(
         config: our configuration of the data set, e.g. `detection/configs/bccd.yaml`.
         root: folder of the data set.
         seeds: of initial weights, order and augmentation.
-        contenders: some of `ours`, `torchvision` and `torchvision, our settings`; all by default.
+        contenders: some of `torchvision`, `torchvision, our settings`, `ours` and `ours, bf16` (which trains under
+            autocast); the first three by default.
         output: folder that keeps ours as `ours_<seed>.ckpt`, for `detection benchmark family`.
         data: settings of the data that differ from the configuration's.
         images: that each sees; None are those of the configuration, and 1,600 for the baseline.
@@ -77,21 +78,20 @@ def measure_accuracy(
 def times_to_ap(rows: Sequence[Row]) -> list[Row]:
     """Our time to the AP that torchvision's detector ends with, over the time of its whole training.
 
-    One row for each of its two trainings and each seed; `ratio` is infinite where ours does not get there. Both times
-    are the processor's, without evaluation. Ours is that of the first evaluation with the AP, so it is up to `every`
-    images too long.
+    One row for each of its two trainings, each of ours and each seed; `ratio` is infinite where ours does not get
+    there. Both times are the processor's, without evaluation. Ours is that of the first evaluation with the AP, so it
+    is up to `every` images too long.
 
     Args:
         rows: of `measure_accuracy` with `every`.
     """
-    ours = {row["seed"]: row["way"] for row in rows if row["detector"] == OURS}
     table = []
-    for row in rows:
-        if row["detector"] == OURS or row["seed"] not in ours:
-            continue
-        took = next((seconds for seconds, ap in ours[row["seed"]] if ap >= row["map"]), float("inf"))
-        figures = {"map": row["map"], "train_cpu_s": row["train_cpu_s"], "ours_cpu_s": took}
-        table.append({"peer": row["detector"], "seed": row["seed"], **figures, "ratio": took / row["train_cpu_s"]})
+    for ours in (row for row in rows if row["detector"] in (OURS, BF16)):
+        for peer in (row for row in rows if row["detector"] in PEERS and row["seed"] == ours["seed"]):
+            took = next((seconds for seconds, ap in ours["way"] if ap >= peer["map"]), float("inf"))
+            figures = {"map": peer["map"], "train_cpu_s": peer["train_cpu_s"], "ours_cpu_s": took}
+            names = {"ours": ours["detector"], "peer": peer["detector"], "seed": peer["seed"]}
+            table.append(names | figures | {"ratio": took / peer["train_cpu_s"]})
     return table
 
 
@@ -135,13 +135,14 @@ def _train(
         gradient_clip_val=None if name == "torchvision" else trainer_args.get("gradient_clip_val"),
         enable_checkpointing=False,
         num_sanity_val_steps=0,
+        precision="bf16-mixed" if name == BF16 else None,
         callbacks=[clock],
         **quiet,
         **evaluating,
     )
     trainer.fit(module, datamodule=data)
-    if output is not None and name == OURS:
-        trainer.save_checkpoint(output / f"{name}_{seed}.ckpt")
+    if output is not None and name not in PEERS:
+        trainer.save_checkpoint(output / f"{name.replace(', ', '_')}_{seed}.ckpt")
     figures = L.Trainer(**quiet).test(module, datamodule=data, verbose=False)[0]
     times = {"train_s": clock.seconds, "train_cpu_s": clock.cpu_seconds}
     row = {"images": seen} | times | {f: figures[f"test/{f}"] for f in FIGURES}
@@ -181,7 +182,7 @@ def _detector(spec: Mapping[str, Any], name: str, num_classes: int, data: Mappin
     sizes = {"num_classes": num_classes, "min_size": data["min_size"], "max_size": data["max_size"]}
     recipe = {"class_path": spec["class_path"], "init_args": {**spec["init_args"], **sizes}}
     ours = rebuild(recipe, trust=(EVERYTHING,))
-    if name == OURS:
+    if name not in PEERS:
         return ours
     if name == "torchvision":
         plain = efficientnet_lite0_fpn(norm="batch", trainable_layers=4)

@@ -18,21 +18,27 @@ def _run(name: str, ap: float, seconds: float, way: list[tuple[float, float]]) -
 
 def test_time_to_ap_is_that_of_the_first_evaluation_with_it():
     ours = _run("ours", 0.5, 80.0, [(20.0, 0.1), (40.0, 0.35), (60.0, 0.3), (80.0, 0.5)])
-    found = times_to_ap([_run("torchvision", 0.3, 100.0, []), ours, _run("torchvision, our settings", 0.6, 90.0, [])])
-    assert [row["ratio"] for row in found] == [0.4, math.inf]
-    assert [row["peer"] for row in found] == ["torchvision", "torchvision, our settings"]
+    peers = [_run("torchvision", 0.3, 100.0, []), _run("torchvision, our settings", 0.6, 90.0, [])]
+    found = times_to_ap([*peers, ours, _run("ours, bf16", 0.6, 45.0, [(45.0, 0.6)])])
+    assert [(row["ours"], row["peer"], row["ratio"]) for row in found] == [
+        ("ours", "torchvision", 0.4),
+        ("ours", "torchvision, our settings", math.inf),
+        ("ours, bf16", "torchvision", 0.45),
+        ("ours, bf16", "torchvision, our settings", 0.5),
+    ]
     assert times_to_ap([_run("torchvision", 0.3, 100.0, [])]) == []
 
 
 @pytest.mark.rehearsal
 @pytest.mark.parametrize("every", [None, 4])
 def test_contenders_train_and_are_tested(tmp_path: Path, every: int | None) -> None:
+    contenders = ["torchvision", "torchvision, our settings", "ours", *(["ours, bf16"] if every else [])]
     write_voc(tmp_path / "data", Style())
     found = {"train_split": None, "val_split": None, "min_size": 64, "max_size": 96}
     rows = measure_accuracy(
-        CONFIGS / "bccd.yaml", tmp_path / "data", [0], output=tmp_path, data=found, images=8, every=every
+        CONFIGS / "bccd.yaml", tmp_path / "data", [0], contenders, output=tmp_path, data=found, images=8, every=every
     )
-    assert [row["detector"] for row in rows] == ["torchvision", "torchvision, our settings", "ours"]
+    assert [row["detector"] for row in rows] == contenders
     for row in rows:
         assert row["images"] == 8
         assert row["train_cpu_s"] > 0
@@ -41,6 +47,6 @@ def test_contenders_train_and_are_tested(tmp_path: Path, every: int | None) -> N
         assert seconds == sorted(seconds)
         assert not seconds or 0 < seconds[-1] <= row["train_cpu_s"]
     assert (tmp_path / "ours_0.ckpt").is_file()
-    assert len(summarise(rows)) == 3
+    assert len(summarise(rows)) == len(contenders)
     if every:
-        assert len(times_to_ap(rows)) == 2
+        assert len(times_to_ap(rows)) == 4
