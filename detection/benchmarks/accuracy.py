@@ -79,8 +79,8 @@ def times_to_ap(rows: Sequence[Row]) -> list[Row]:
     """Our time to the AP that torchvision's detector ends with, over the time of its whole training.
 
     One row for each of its two trainings, each of ours and each seed; `ratio` is infinite where ours does not get
-    there. Both times are the processor's, without evaluation. Ours is that of the first evaluation with the AP, so it
-    is up to `every` images too long.
+    there. Both times are the processor's, without evaluation. Ours is that of the first evaluation with the AP: up to
+    `every` images too long, and flattered where AP goes up and down, as it has several chances, torchvision's one.
 
     Args:
         rows: of `measure_accuracy` with `every`.
@@ -147,7 +147,7 @@ def _train(
         trainer.save_checkpoint(output / f"{name.replace(', ', '_')}_{seed}.ckpt")
     figures = L.Trainer(**quiet).test(module, datamodule=data, verbose=False)[0]
     times = {"train_s": clock.seconds, "train_cpu_s": clock.cpu_seconds}
-    row = {"images": seen} | times | {f: figures[f"test/{f}"] for f in FIGURES}
+    row = {"images": trainer.global_step * batch_size} | times | {f: figures[f"test/{f}"] for f in FIGURES}
     return row | ({"way": clock.way} if every else {})
 
 

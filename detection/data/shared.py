@@ -48,7 +48,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor:
 
 def _new(size: int) -> Tensor:
     storage = torch.UntypedStorage._new_shared(size)
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))  # type: ignore[call-overload]
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 def buffer_of(images: Tensor) -> Tensor | None:

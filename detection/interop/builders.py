@@ -92,11 +92,12 @@ def resnet_of(blocks: int, kernel: Tensor | None = None, bottleneck: bool = True
     name = f"resnet{depth}"
     if kernel is not None and bottleneck and (len(kernel) != kernel.shape[1] or len(kernel) != 64):
         name = f"resnext{depth}_{len(kernel) // kernel.shape[1]}x{kernel.shape[1]}d"
-    known = get_args(ResNetName)
-    if name not in known:
+    known: tuple[ResNetName, ...] = get_args(ResNetName)
+    found = next((other for other in known if other == name), None)
+    if found is None:
         what = f"is {name}" if depth else f"has {blocks} blocks in its third stage"
         raise CheckpointError(f"the backbone {what}, where {', '.join(known)} can be converted")
-    return name  # type: ignore[return-value]
+    return found
 
 
 def norm_of(state: Mapping[str, Tensor], prefix: str) -> Norm | None:
