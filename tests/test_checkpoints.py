@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -174,6 +175,42 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path, caplog: pytest.LogCapture
     assert "last.ckpt could not be saved (File too large)" in message and "\n" not in message
     save(path, 30)
     assert [progress(tmp_path / name)[1] for name in ("last.ckpt", "previous.ckpt")] == [30, 10]
+
+
+@pytest.mark.parametrize("moment", ["before the first renaming", "between the two"])
+def test_killed_between_renamings_leaves_a_last_checkpoint(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault: a process killed while a checkpoint takes the place of the one before | injected: an end at a renaming |
+    promise: `last.ckpt` is there and whole, and the next one is saved as ever."""
+    path = save(save(tmp_path / "last.ckpt", 10), 20)
+    replace, left = Path.replace, iter([True, False] if moment == "between the two" else [False])
+
+    def renames_or_dies(self: Path, target: Path) -> Path:
+        if next(left):
+            return replace(self, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", renames_or_dies)
+        with pytest.raises(KeyboardInterrupt):
+            save(path, 30)
+    assert progress(path)[1] == 20
+    save(path, 40)
+    assert [progress(tmp_path / name)[1] for name in ("last.ckpt", "previous.ckpt")] == [40, 20]
+    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "previous.ckpt"]
+
+
+def test_without_hard_links_the_one_before_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "last.ckpt", 10)
+
+    def refuses(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuses)
+    save(path, 20)
+    assert [progress(tmp_path / name)[1] for name in ("last.ckpt", "previous.ckpt")] == [20, 10]
+    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "previous.ckpt"]
 
 
 def test_moved_run_still_knows_its_best(tmp_path: Path) -> None:

@@ -240,9 +240,9 @@ def announce_parts(detector: Any, settings: Mapping[str, Any]) -> None:
 class WholeFiles(TorchCheckpointIO):
     """Writes a checkpoint beside the old one, to the disk, and only then in its place: a file is whole or not there.
 
-    The `last.ckpt` before the newest stays as `previous.ckpt`; `best.ckpt` is without `OF_TRAINING`. Where the disk is
-    full the old files stay too, the log has one line, and training goes on: to stop would lose more. Checkpoints are
-    read without running code from them.
+    The `last.ckpt` before the newest stays as `previous.ckpt`, and there is no moment without a `last.ckpt`;
+    `best.ckpt` is without `OF_TRAINING`. Where the disk is full the old files stay too, the log has one line, and
+    training goes on: to stop would lose more. Checkpoints are read without running code from them.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -258,7 +258,7 @@ class WholeFiles(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             if path.name == LAST and path.exists():
-                path.replace(path.with_name(PREVIOUS))
+                _keep_as(path.with_name(PREVIOUS), path)
             partial_file.replace(path)
             _sync_folder(path.parent)
         except (OSError, RuntimeError) as error:
@@ -272,6 +272,23 @@ class WholeFiles(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
         """The content of a checkpoint; plain values and tensors only, whatever `weights_only` says."""
         return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _keep_as(kept: Path, path: Path) -> None:
+    """Give a file a second name as well, in place of the file that had it.
+
+    The first name stays, so that a process killed before it is written anew leaves a file there. Where the file system
+    knows one name a file, it is renamed.
+    """
+    second = kept.with_suffix(".link")
+    try:
+        second.unlink(missing_ok=True)
+        os.link(path, second)
+    except OSError:
+        path.replace(kept)
+        return
+    second.replace(kept)
+    second.unlink(missing_ok=True)  # renaming does nothing where both names are already of one file
 
 
 def _sync_folder(folder: Path) -> None:
