@@ -267,17 +267,16 @@ def test_each_part_alone_trains_and_comes_out_of_the_checkpoint(part: str, my_pa
 
 @pytest.mark.rehearsal
 def test_own_proposer_goes_to_onnx(my_parts: Path, tmp_path: Path) -> None:
-    export = pytest.importorskip("detection.interop.export")
     pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
+    from detection.interop.exported_files import onnx_runner, to_onnx
+    from detection.interop.parity import compare
+
     module, _ = build(LATTICE["init_args"], {}, {})
-    export.to_onnx(module.detector, tmp_path / "lattice.onnx", {})
+    to_onnx(module.detector, tmp_path / "lattice.onnx", {})
     generator = np.random.default_rng(0)
     images = [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((60, 80), (90, 70), (64, 96))]
-    parity = export.compare(
-        Detector(module.detector, module.class_names, device="cpu"),
-        export.onnx_runner(tmp_path / "lattice.onnx"),
-        images,
-    )
+    own = Detector(module.detector, module.class_names, device="cpu")
+    parity = compare(own, onnx_runner(tmp_path / "lattice.onnx"), images)
     assert parity.detections > 0 and parity.unmatched == 0 and parity.box < 1e-2 and parity.score < 1e-4
 
 
