@@ -23,9 +23,10 @@ from detection.batch import Target
 from detection.benchmarks.evaluation import PLAIN, draw_detections, thresholds
 from detection.benchmarks.speed import Network, contenders
 from detection.evaluation.mean_ap import MeanAP
-from detection.evaluation.results import encode_masks
+from detection.evaluation.results import Rle, encode_masks
 
 SIDE = 640  # of the drawn images, in pixels
+ENCODED = "MeanAP, RLE"
 
 
 def measure_training(network: Network, size: int, batch_size: int, bf16: bool, steps: int = 3) -> list[dict[str, Any]]:
@@ -46,16 +47,17 @@ def measure_training(network: Network, size: int, batch_size: int, bf16: bool, s
 def measure_masks(
     images: int, detections: int = 100, classes: int = 80, evaluators: tuple[str, ...] = ()
 ) -> list[dict[str, Any]]:
-    """Peak memory of evaluating masks of the size of COCO val: dense masks in, figures out.
+    """Peak memory of evaluating masks of the size of COCO val: masks in, figures out.
 
     Args:
         images, detections, classes: images, detections an image, classes.
-        evaluators: `MeanAP`, or torchmetrics with a backend; the last one is what the others are compared with.
+        evaluators: `MeanAP, RLE`, which is given masks as our detectors and data sets have them; `MeanAP`, given dense
+            ones; or torchmetrics with a backend, which takes no others. All are compared with the last one.
 
     Returns:
         A row an evaluator, as `measure_training`, with its mask AP.
     """
-    evaluators = evaluators or ("MeanAP", PLAIN + "faster_coco_eval", PLAIN + "pycocotools")
+    evaluators = evaluators or (ENCODED, "MeanAP", PLAIN + "faster_coco_eval", PLAIN + "pycocotools")
     return _rows(_evaluate, list(evaluators), (images, detections, classes), evaluators[-1])
 
 
@@ -111,25 +113,39 @@ def _evaluate(evaluator: str, images: int, detections: int, classes: int) -> dic
     if plain:
         backend: Any = evaluator.removeprefix(PLAIN)
         metric = MeanAveragePrecision(iou_type="segm", backend=backend, **thresholds())
+    masks: Any = _encoded if evaluator == ENCODED else _dense
     for target, detection in zip(targets, found, strict=True):
-        detection = detection | {"masks": _ellipses(detection["boxes"])}
-        metric.update([detection], [_with_masks(target, plain)])
+        detection = detection | {"masks": masks(detection["boxes"])}
+        metric.update([detection], [_with_masks(target, plain, masks)])
     figures = metric.compute()
     return _peaks(before) | {"mask AP": float(figures["map"])}
 
 
-def _with_masks(target: Target, plain: bool) -> Any:
-    masks = _ellipses(target.boxes)
+def _with_masks(target: Target, plain: bool, masks: Callable[[Tensor], Any]) -> Any:
     if not plain:
-        return replace(target, masks=encode_masks(masks))
+        return replace(target, masks=encode_masks(masks(target.boxes)))
     crowd = target.iscrowd.to(torch.int64)
-    return {"masks": masks, "labels": target.labels, "area": target.areas, "iscrowd": crowd}
+    return {"masks": masks(target.boxes), "labels": target.labels, "area": target.areas, "iscrowd": crowd}
 
 
-def _ellipses(boxes: Tensor) -> Tensor:
+def _dense(boxes: Tensor) -> Tensor:
     """`(D, SIDE, SIDE)` bool: the ellipse in each box."""
     masks: NDArray[np.uint8] = np.zeros((len(boxes), SIDE, SIDE), np.uint8)
-    for mask, (x1, y1, x2, y2) in zip(masks, boxes.tolist(), strict=True):
-        middle, axes = ((x1 + x2) / 2, (y1 + y2) / 2), (x2 - x1, y2 - y1)
-        cv2.ellipse(mask, (middle, axes, 0), 1, -1)
-    return torch.from_numpy(masks).bool()
+    for mask, box in zip(masks, boxes.tolist(), strict=True):
+        _draw(mask, box)
+    return torch.from_numpy(masks.view(np.bool_))
+
+
+def _encoded(boxes: Tensor) -> list[Rle]:
+    """The same, each encoded before the next is drawn."""
+    found = []
+    for box in boxes.tolist():
+        mask: NDArray[np.uint8] = np.zeros((1, SIDE, SIDE), np.uint8)
+        _draw(mask[0], box)
+        found += encode_masks(mask)
+    return found
+
+
+def _draw(mask: NDArray[np.uint8], box: tuple[float, float, float, float]) -> None:
+    x1, y1, x2, y2 = box
+    cv2.ellipse(mask, (((x1 + x2) / 2, (y1 + y2) / 2), (x2 - x1, y2 - y1), 0), 1, -1)

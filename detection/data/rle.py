@@ -7,11 +7,58 @@ of 5 bits, low group first, bit 6 set while more follow, plus 48 to be printable
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class Packed(Sequence[dict[str, Any]]):
+    """The masks of one image, with their compressed strings in one: apart, they take three times the memory.
+
+    Args:
+        masks: RLEs in any form.
+        size: `(H, W)` of the image, and of each.
+
+    Raises:
+        ValueError: a clause that says which mask has another size.
+    """
+
+    __slots__ = ("_counts", "_ends", "size")
+
+    def __init__(self, masks: Iterable[dict[str, Any]], size: tuple[int, int]) -> None:
+        strings = list[bytes]()
+        for i, mask in enumerate(masks):
+            if tuple(mask["size"]) != size:
+                height, width = mask["size"]
+                raise ValueError(f"mask {i} has {height} rows of {width} pixels, but its image {size[0]} of {size[1]}")
+            strings.append(_string(mask["counts"]))
+        self.size = size
+        self._counts = b"".join(strings)
+        self._ends = np.fromiter(accumulate(map(len, strings), initial=0), np.int64, len(strings) + 1)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start, end = self._ends[:-1][index], self._ends[1:][index]
+        return {"size": list(self.size), "counts": self._counts[start:end]}
+
+
+def _string(counts: str | bytes | Sequence[int]) -> bytes:
+    if isinstance(counts, str | bytes):
+        return counts if isinstance(counts, bytes) else counts.encode("ascii")
+    return compress(counts)
 
 
 def encode(mask: NDArray[Any]) -> dict[str, Any]:

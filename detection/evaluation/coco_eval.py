@@ -46,7 +46,7 @@ class SortedBoxes:
         rank: `(n,)` for detections, position among those of the same class and image.
         scores: `(n,)` of detections; empty for objects.
         crowd: `(n,)` of objects; empty for detections.
-        masks: one RLE each, where masks are evaluated.
+        masks: by image those of its own arrays, as `place` counts; where masks are evaluated.
         excused: `(n,)` of detections, those that are not counted if they match nothing; empty for objects.
         points: `(n, k, 3)`, where key points are evaluated; the areas of detections are then those around them.
     """
@@ -59,7 +59,7 @@ class SortedBoxes:
     rank: Ints
     scores: Floats
     crowd: Bools
-    masks: list[Rle] | None
+    masks: list[Sequence[Rle]] | None
     excused: Bools
     points: Floats | None = None
 
@@ -90,9 +90,10 @@ def sorted_detections(
     first = np.flatnonzero(np.diff(label[order], prepend=-1) | np.diff(image[order], prepend=-1))
     rank = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
     order, rank = order[rank < limit], rank[rank < limit]
-    masks = _pick([r.masks for r in results], order) if use_masks else None
-    boxes = _mask_boxes(masks) if masks else xywh(_join([r.boxes for r in results], np.float64).reshape(-1, 4))[order]
-    areas = np.asarray(mask_api.area(masks), dtype=np.float64) if masks else boxes[:, 2] * boxes[:, 3]
+    masks = [r.masks or () for r in results] if use_masks else None
+    flat = _join([r.boxes for r in results], np.float64).reshape(-1, 4)
+    boxes = (xywh(flat) if masks is None else _boxes(masks))[order]
+    areas = boxes[:, 2] * boxes[:, 3] if masks is None else _areas(masks)[order]
     points = _points([r.keypoints for r in results], order) if use_points else None
     excused = _join([np.zeros(len(r.labels), bool) if r.excused is None else r.excused for r in results], np.bool_)
     return SortedBoxes(
@@ -115,9 +116,9 @@ def sorted_objects(results: Sequence[ImageResult], use_masks: bool = False, use_
     image, place = _places([r.gt_labels for r in results])
     label = _join([r.gt_labels for r in results], np.int64)
     order = np.lexsort((image, label))
-    masks = _pick([r.gt_masks for r in results], order) if use_masks else None
+    masks = [r.gt_masks or () for r in results] if use_masks else None
     flat = _join([r.gt_boxes for r in results], np.float64).reshape(-1, 4)
-    boxes = _mask_boxes(masks) if masks else xywh(flat)[order]
+    boxes = (xywh(flat) if masks is None else _boxes(masks))[order]
     areas = _join([r.gt_areas for r in results], np.float64)[order]
     crowd = _join([r.gt_iscrowd for r in results], np.bool_)[order]
     return SortedBoxes(
@@ -173,9 +174,9 @@ def _pairs_of(
         iou = similarity(dt.points[d], gt.points[g], gt.boxes[g], gt.areas[g], sigmas)
     else:
         iou = box_iou(dt.boxes[d], gt.boxes[g], gt.crowd[g])
-    if dt.masks and gt.masks:
+    if dt.masks is not None and gt.masks is not None:
         near = np.flatnonzero(iou > 0)
-        iou[near] = [_mask_iou(dt.masks[a], gt.masks[b], gt.crowd[b]) for a, b in zip(d[near], g[near], strict=True)]
+        iou[near] = [_mask_iou(_mask(dt, a), _mask(gt, b), gt.crowd[b]) for a, b in zip(d[near], g[near], strict=True)]
     keep = iou >= floor
     return d[keep], g[keep], iou[keep]
 
@@ -377,13 +378,19 @@ def _points(keypoints: list[NDArray[Any] | None], order: Ints) -> Floats:
     return _join([own for own in keypoints if own is not None], np.float64)[order]
 
 
-def _pick(masks: list[list[Rle] | None], order: Ints) -> list[Rle]:
-    flat = [mask for image in masks for mask in image or ()]
-    return [flat[i] for i in order]
+def _boxes(masks: list[Sequence[Rle]]) -> Floats:
+    """`(n, 4)` around each; image by image, as all would be unpacked together."""
+    around = [np.asarray(mask_api.toBbox(list(own))).reshape(-1, 4) for own in masks if own]
+    return _join(around, np.float64).reshape(-1, 4)
 
 
-def _mask_boxes(masks: list[Rle]) -> Floats:
-    return np.asarray(mask_api.toBbox(masks), dtype=np.float64).reshape(-1, 4)
+def _areas(masks: list[Sequence[Rle]]) -> Floats:
+    return _join([np.asarray(mask_api.area(list(own))) for own in masks if own], np.float64)
+
+
+def _mask(of: SortedBoxes, i: int) -> Rle:
+    assert of.masks is not None
+    return of.masks[of.image[i]][of.place[i]]
 
 
 def _mask_iou(dt: Rle, gt: Rle, crowd: bool) -> float:

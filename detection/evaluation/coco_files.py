@@ -21,6 +21,7 @@ from detection.data.dataset import to_rle
 from detection.data.federated import NEGATIVE
 from detection.data.listing import Listing, as_id, read_listing
 from detection.data.records import DataError
+from detection.data.rle import Packed
 from detection.data.skeletons import COCO_SIGMAS, SIGMA
 from detection.evaluation.mean_ap import IouType, MeanAP
 from detection.evaluation.results import ImageResult, Rle
@@ -227,8 +228,10 @@ def _image(
     boxes = _corners(found)
     masks = gt_masks = None
     if "segm" in kinds:
-        masks = [_mask(detection["segmentation"], height, width, where) for detection in found]
-        gt_masks = [_mask(item["segmentation"], height, width, where) for item in objects]
+        masks, gt_masks = (
+            Packed((_mask(entry["segmentation"], height, width, where) for entry in side), (height, width))
+            for side in (found, objects)
+        )
     return ImageResult(
         image_id=number,
         file_name=str(entry.get("file_name", number)),

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from detection.batch import Id, Target
+from detection.data import rle
 
 Rle = dict[str, Any]
 
@@ -32,7 +33,7 @@ class ImageResult:
             None is of a class that was not looked for.
         labels: `(D,)` int64 in `[1, C]`.
         scores: `(D,)` float32.
-        masks: one COCO RLE a detection, or None without masks.
+        masks: one COCO RLE a detection, or None without masks; `rle.Packed` takes the least memory.
         gt_boxes, gt_labels, gt_areas, gt_iscrowd, gt_difficult, gt_masks: the fields of `Target`, `N` each.
         excused: `(D,)` bool, detections of a class of which not all objects are annotated: those that match none are
             not counted. None where there are no such classes.
@@ -46,13 +47,13 @@ class ImageResult:
     boxes: NDArray[np.floating[Any]]
     labels: NDArray[np.int64]
     scores: NDArray[np.floating[Any]]
-    masks: list[Rle] | None
+    masks: Sequence[Rle] | None
     gt_boxes: NDArray[np.floating[Any]]
     gt_labels: NDArray[np.int64]
     gt_areas: NDArray[np.floating[Any]]
     gt_iscrowd: NDArray[np.bool_]
     gt_difficult: NDArray[np.bool_]
-    gt_masks: list[Rle] | None
+    gt_masks: Sequence[Rle] | None
     excused: NDArray[np.bool_] | None = None
     keypoints: NDArray[np.floating[Any]] | None = None
     gt_keypoints: NDArray[np.floating[Any]] | None = None
@@ -81,8 +82,8 @@ def image_result(
 
     Raises:
         ValueError: naming the image: lengths that differ, a score or box that is not finite, a box whose right or
-            lower side comes before its left or upper one, a label outside `[1, C]`, or masks or key points that are
-            missing or not as many as annotated.
+            lower side comes before its left or upper one, a label outside `[1, C]`, masks or key points that are
+            missing or not as many as they should be, or masks of another size than the image's.
     """
     where = f"image {target.image_id} ({target.file_name})"
     boxes = _array(detection["boxes"], np.float32).reshape(-1, 4)
@@ -98,14 +99,17 @@ def image_result(
         _refuse((values < 1) | (values > num_classes), values, where, f"{side} label is outside [1, {num_classes}]")
     if masks and ("masks" not in detection or target.masks is None):
         raise ValueError(f"{where}: mask evaluation needs masks in the detections and in the ground truth")
-    segments = encode_masks(detection["masks"]) if masks else None
+    segments = gt_segments = None
+    if masks:
+        segments = _packed(encode_masks(detection["masks"]), len(boxes), target.size, f"{where}, detected")
+        gt_segments = _packed(target.masks or (), len(gt_labels), target.size, f"{where}, annotated")
     points, gt_points = _points(detection, target, where) if keypoints else (None, None)
     if target.checked is not None:
         checked = _flags(target.checked, num_classes, where)
         best = np.sort(np.argsort(-scores, kind="stable")[:limit])
         kept = best[checked[labels[best]]]
         boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
-        segments = None if segments is None else [segments[i] for i in kept]
+        segments = None if segments is None else rle.Packed((segments[i] for i in kept), target.size)
         points = None if points is None else points[kept]
     return ImageResult(
         image_id=target.image_id,
@@ -120,7 +124,7 @@ def image_result(
         gt_areas=_array(target.areas, np.float32),
         gt_iscrowd=_array(target.iscrowd, np.bool_),
         gt_difficult=_array(target.difficult, np.bool_),
-        gt_masks=target.masks if masks else None,
+        gt_masks=gt_segments,
         excused=None if target.partial is None else _flags(target.partial, num_classes, where)[labels],
         keypoints=points,
         gt_keypoints=gt_points,
@@ -164,9 +168,21 @@ def encode_masks(masks: Any) -> list[Rle]:
     """COCO RLE of each mask: `(D, H, W)` or `(D, 1, H, W)` tensor or array (floats cut at 0.5); RLE passes through."""
     if isinstance(masks, list | tuple):
         return list(masks)
-    dense = _array(masks, None)
-    binary = (dense > 0.5 if dense.dtype.kind == "f" else dense != 0).astype(np.uint8)
-    return [mask_api.encode(np.asfortranarray(mask.reshape(mask.shape[-2:]))) for mask in binary]
+    dense: NDArray[Any] = masks.detach().cpu().numpy() if isinstance(masks, Tensor) else np.asarray(masks)
+    return [mask_api.encode(_binary(mask.reshape(mask.shape[-2:]))) for mask in dense]  # one at a time: they are large
+
+
+def _binary(mask: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.asfortranarray((mask > 0.5 if mask.dtype.kind == "f" else mask != 0).view(np.uint8))
+
+
+def _packed(masks: Sequence[Rle], count: int, size: tuple[int, int], where: str) -> rle.Packed:
+    if len(masks) != count:
+        raise ValueError(f"{where}: {len(masks)} masks for {count} objects; pass one each")
+    try:
+        return rle.Packed(masks, size)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; give masks in the pixels of the original image") from error
 
 
 def _array(values: Tensor | NDArray[Any], dtype: Any) -> NDArray[Any]:

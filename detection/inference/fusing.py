@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from detection.boxes import grouped_nms
 from detection.data.records import DataError
+from detection.data.rle import Packed
 from detection.evaluation.results import ImageResult
 from detection.inference.detections import Detections
 
@@ -110,7 +111,8 @@ def fuse(members: Sequence[Found], how: Fusion, limit: int) -> Found:
     changes: dict[str, Any] = {"boxes": fused.boxes[:limit], "scores": fused.scores[:limit], "labels": labels[best]}
     if first.masks is not None:
         masks = list(chain.from_iterable(m.masks or () for m in members))
-        changes["masks"] = type(first.masks)(masks[i] for i in best)
+        chosen = (masks[i] for i in best)
+        changes["masks"] = tuple(chosen) if isinstance(first, Detections) else Packed(chosen, first.size)
     if first.keypoints is not None:
         names = ("keypoints", "keypoint_scores") if isinstance(first, Detections) else ("keypoints",)
         changes |= {name: np.concatenate([getattr(m, name) for m in members])[best] for name in names}

@@ -229,7 +229,7 @@ LEGEND = {"right, found": FOUND, "wrong": WRONG, "missed": LOST, "crowd, not jud
 def above(result: ImageResult, score: float) -> ImageResult:
     """The result with those detections alone that score at least `score`."""
     keep = np.flatnonzero(result.scores >= score)
-    masks = None if result.masks is None else [result.masks[i] for i in keep]
+    masks = None if result.masks is None else [result.masks[i] for i in keep.tolist()]
     points = None if result.keypoints is None else result.keypoints[keep]
     kept = {name: getattr(result, name)[keep] for name in ("boxes", "labels", "scores")}
     return replace(result, **kept, masks=masks, keypoints=points)

@@ -353,7 +353,7 @@ def overlays(
     keep = np.flatnonzero(result.scores >= score_thresh)
     if result.keypoints is not None:
         image = _with_points(image, result, edges)
-    shown = [result.masks[i] for i in keep] if result.masks is not None else None
+    shown = [result.masks[i] for i in keep.tolist()] if result.masks is not None else None
     layers = {
         "ground_truth": (result.gt_boxes, result.gt_labels, None, result.gt_masks),
         "predictions": (result.boxes[keep], result.labels[keep], result.scores[keep], shown),

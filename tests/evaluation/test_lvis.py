@@ -196,6 +196,7 @@ def test_unmatched_detections_of_a_class_not_annotated_in_full_are_no_mistakes(t
 
 @pytest.mark.slow
 def test_a_run_logs_the_figures_of_lvis(tmp_path):
+    L.seed_everything(0)
     federated_set(tmp_path, images=6)
     data = DetectionDataModule(
         str(tmp_path), "coco", "lvis.json", "lvis.json", batch_size=3, num_workers=0, min_size=64
@@ -210,9 +211,9 @@ def test_a_run_logs_the_figures_of_lvis(tmp_path):
     logged = trainer.callback_metrics
     assert {f"val/{name}" for name in GROUPS} <= logged.keys() and "val/mar_300" in logged
     checked = {record.image_id: record for record in read_coco(tmp_path, "lvis.json").records}
-    assert module.metric.results
+    assert any(len(result.labels) for result in module.metric.results)
     for result in module.metric.results:
-        assert len(result.labels) and checked[result.image_id].checked[result.labels - 1].all()
+        assert checked[result.image_id].checked[result.labels - 1].all()
 
 
 def test_a_results_file_is_not_taken_for_an_evaluation_of_lvis(tmp_path):

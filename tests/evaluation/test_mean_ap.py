@@ -17,6 +17,7 @@ from detection.data.coco import read_coco
 from detection.data.dataset import make_target
 from detection.evaluation import mean_ap
 from detection.evaluation.mean_ap import MeanAP
+from detection.evaluation.results import encode_masks
 from tests.evaluation.references import mean_ap as mean_ap_of
 
 KEYS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
@@ -206,6 +207,23 @@ def test_bad_ground_truth_and_calls_are_refused():
         MeanAP(["a"], detections_per_img=0)
     with pytest.raises(ValueError, match=r"image 3 \(3.jpg\): mask evaluation needs masks"):
         MeanAP(["a"], iou_type="segm").update([detection([], [], [])], [target(3, [], [])])
+
+
+def test_masks_that_are_no_masks_of_the_image_are_refused():
+    """Between masks of two sizes evaluators find no overlap: AP would be 0 without a word."""
+    metric, truth = MeanAP(["a"], iou_type="segm"), target(3, [BOX], [1])
+    height, width = truth.size
+    whole = encode_masks(torch.ones(1, height, width))
+    truth = dataclasses.replace(truth, masks=whole)
+    found = detection([BOX], [1], [0.5])
+    with pytest.raises(ValueError, match=r"image 3 \(3.jpg\), detected: mask 0 has 28 rows of 28 pixels, but its"):
+        metric.update([found | {"masks": torch.ones(1, 28, 28)}], [truth])
+    with pytest.raises(ValueError, match=r"image 3 \(3.jpg\), detected: 2 masks for 1 objects"):
+        metric.update([found | {"masks": whole * 2}], [truth])
+    with pytest.raises(ValueError, match=r"image 3 \(3.jpg\), annotated: 0 masks for 1 objects"):
+        metric.update([found | {"masks": whole}], [dataclasses.replace(truth, masks=[])])
+    metric.update([found | {"masks": whole}], [truth])
+    assert metric.compute()["map"] == pytest.approx(1)
 
 
 def test_an_image_seen_twice_counts_once_and_two_images_with_one_id_are_an_error():
