@@ -148,4 +148,6 @@ def _encoded(boxes: Tensor) -> list[Rle]:
 
 def _draw(mask: NDArray[np.uint8], box: tuple[float, float, float, float]) -> None:
     x1, y1, x2, y2 = box
-    cv2.ellipse(mask, (((x1 + x2) / 2, (y1 + y2) / 2), (x2 - x1, y2 - y1), 0), 1, -1)
+    # No mask is empty: between two empty ones pycocotools' IoU is 0 / 0, which it takes for a match.
+    centre = min((x1 + x2) / 2, SIDE - 1), min((y1 + y2) / 2, SIDE - 1)
+    cv2.ellipse(mask, (centre, (x2 - x1, y2 - y1), 0), 1, -1)

@@ -132,7 +132,7 @@ class PackedConv2d(Packing, nn.Conv2d):
         cast = self.cast(x)
         if cast is None or (other is not None and other.shape[2:].numel() == 1):  # PyTorch 2.11 can't sum single pixels
             y = nn.Conv2d.forward(self, x)
-            return self.activation(y if other is None else y + other)
+            return self.activation(y if other is None else y.add_(other))  # in place, or its precision would change
         geometry = self.padding, self.stride, self.dilation, self.groups
         name, values = ACTIVATIONS[type(self.activation)]
         convolve = torch.ops.mkldnn._convolution_pointwise
