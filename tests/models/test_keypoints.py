@@ -188,7 +188,8 @@ def test_without_key_points_that_count_the_loss_is_0_and_every_head_gets_a_gradi
 def twins(calibrated: Calibrated) -> tuple[TwoStageDetector, nn.Module]:
     """A small Keypoint R-CNN, ours and torchvision's, with the same weights."""
     # Of these random weights the proposals 60 and 61 score the same, and which is kept is the processor's choice
-    options = {**OPTIONS, **SMALL, "rpn_post_nms_top_n_test": 65, "box_detections_per_img": 60}
+    limits = {"rpn_post_nms_top_n_train": 65, "rpn_post_nms_top_n_test": 65}
+    options = {**OPTIONS, **SMALL, **limits, "box_detections_per_img": 60}
 
     def build(norm: type[nn.Module], layers: int) -> nn.Module:
         backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=norm, trainable_layers=layers)
