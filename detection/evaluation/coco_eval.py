@@ -385,6 +385,7 @@ def _boxes(masks: list[Sequence[Rle]]) -> Floats:
 
 
 def _areas(masks: list[Sequence[Rle]]) -> Floats:
+    """`(n,)` pixels of each."""
     return _join([np.asarray(mask_api.area(list(own))) for own in masks if own], np.float64)
 
 

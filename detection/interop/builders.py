@@ -180,10 +180,10 @@ def style_of(model: FasterRCNN) -> Style:
     return STYLES["caffe" if any(block.conv1.stride != (1, 1) for block in blocks) else "pytorch"]
 
 
-def box_pool_of(model: FasterRCNN) -> RoIPooler:
+def box_pool_of(model: FasterRCNN) -> nn.Module:
     """What pools for the boxes, of the first stage in a cascade."""
     heads = next(module for module in model.roi_heads.modules() if isinstance(module, RoIHeads))
-    return heads.box_roi_pool  # type: ignore[return-value]
+    return heads.box_roi_pool
 
 
 @recorded

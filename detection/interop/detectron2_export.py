@@ -64,7 +64,7 @@ def config_of(model: FasterRCNN, pixels: Mapping[str, Tensor], layout: Layout, w
     """
     style, heads = style_of(model), model.roi_heads
     cascade = isinstance(heads, CascadeRoIHeads)
-    first: Any = next(iter(heads.stages)) if cascade else heads  # type: ignore[call-overload]
+    first: Any = heads.stages[0] if isinstance(heads, CascadeRoIHeads) else heads
     if first.soft_nms_sigma is not None:
         raise CheckpointError("Detectron2 has no Soft-NMS: set soft_nms_sigma to None")
     features, grouped = layout.features, re.findall(r"\d+", layout.resnet)

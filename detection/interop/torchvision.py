@@ -14,6 +14,7 @@ from detection.interop.kinds import TORCHVISION, refuse
 from detection.interop.names import check_scores, count_blocks, load, state_of
 from detection.models import zoo
 from detection.models.family import keypoint_builders
+from detection.models.pooling import RoIPooler
 from detection.models.two_stage import FasterRCNN
 from detection.weights import CheckpointError, fold_epsilon, unfold_epsilon, upgrade_names
 
@@ -125,6 +126,11 @@ def advice(model: FasterRCNN, state: Mapping[str, Tensor]) -> str:
     text = f"Load it into torchvision.models.detection.{builder}(weights=None, {counts})"
     if not hasattr(reference, builder):
         text = f"Load it into a detector of torchvision's on such a backbone, {counts}"
-    if box_pool_of(model).aligned:
+    pool = box_pool_of(model)
+    if not isinstance(pool, RoIPooler):
+        text += (
+            f"; it pools by RoI Align where this detector has {type(pool).__name__}: expect other boxes, or train on"
+        )
+    elif pool.aligned:
         text += "; its RoI Align is not aligned as this detector's is, so expect boxes off by half a cell, or train on"
     return text

@@ -16,6 +16,7 @@ from detection.interop import CheckpointError, export_detector, import_detector,
 from detection.interop.torchvision import WITHOUT_EPSILON, advice, find_builder, from_torchvision, to_torchvision
 from detection.models import zoo
 from detection.models.backbones import resnet_fpn
+from detection.models.pooling import RoIPool
 from detection.recipes import rebuild
 
 TWINS = [
@@ -221,3 +222,9 @@ def test_what_torchvision_can_not_have_is_refused() -> None:
         moved = zoo.faster_rcnn(resnet_fpn("resnet50", norm="frozen", stride_in_1x1=True), 5)
     with pytest.raises(CheckpointError, match="stride in the 1x1 convolutions"):
         to_torchvision(moved)
+
+
+def test_another_pooling_than_torchvisions_is_named() -> None:
+    model = zoo.fasterrcnn_efficientnet_lite0_fpn(weights_backbone=None, num_classes=3, box_roi_pool=RoIPool(7))
+    state = zoo.fasterrcnn_resnet50_fpn(weights_backbone=None, num_classes=3).state_dict()
+    assert "it pools by RoI Align where this detector has RoIPool: expect other boxes" in advice(model, state)
