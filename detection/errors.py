@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from detection.data.records import DataError
+from detection.devices import smaller_precision
 from detection.recipes import RecipeError
 from detection.weights import CheckpointError
 
@@ -42,7 +43,7 @@ def blame_disk(path: object, error: OSError) -> str:
     return f"{path} {reasons.get(error.errno or 0, f'can not be written ({error.strerror})')}"
 
 
-LOWER = "lower data.batch_size or data.max_size, or try --trainer.precision bf16-mixed"
+LOWER = "lower data.batch_size or data.max_size"
 
 
 def explain(error: BaseException) -> str | None:
@@ -59,7 +60,7 @@ def explain(error: BaseException) -> str | None:
         text, "out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory"
     ):
         asked = re.search(r"allocate ([\d.]+ [KMGT]iB|\d+ bytes)", text)
-        return f"out of memory{f' when asked for {asked[1]}' if asked else ''}{beside}: {LOWER}"
+        return f"out of memory{f' when asked for {asked[1]}' if asked else ''}{beside}: {LOWER}{smaller_precision()}"
     if _matches(text, "Bus error", "unable to (allocate|open|mmap|write|resize)[^:]*(shared memory|</torch_)"):
         return f"the shared memory of this machine is full{beside}: give it more (docker run --shm-size=8g), or {LOWER}"
     if _matches(text, "Too many open files", "items of ancdata"):

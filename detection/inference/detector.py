@@ -10,6 +10,7 @@ detections = detector("street.jpg")
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from detection.data.dataset import Sample, collate
 from detection.data.images import from_array, from_pil, read_image
 from detection.data.skeletons import edges_of
 from detection.data.spectral import RGB, PixelFormat, Pixels
+from detection.devices import HALVES, emulation
 from detection.inference.detections import Detections
 from detection.inference.tiles import Tiles
 from detection.inference.tta import TestTimeAugmentation
@@ -37,7 +39,7 @@ from detection.weights import read_saved
 ImageLike: TypeAlias = str | Path | Image.Image | Pixels | Tensor
 Precision = Literal["32", "bf16", "16"]
 EXPORTED = (".onnx", ".xml", ".pt2")  # what `ExportedDetector` takes
-DTYPES = {"bf16": torch.bfloat16, "16": torch.float16}
+log = logging.getLogger(__name__)
 
 
 class Detector:
@@ -75,6 +77,8 @@ class Detector:
         if model.num_classes != len(class_names) + 1:
             raise ValueError(f"{len(class_names)} class names are given for {model.num_classes - 1} classes")
         self.device = _device(device)
+        if precision in HALVES and (said := emulation(self.device, HALVES[precision], "--precision")):
+            log.warning("%s", said)
         copied = model.for_inference(self.device) if isinstance(model, FasterRCNN) else model.eval().to(self.device)
         self.model: FasterRCNN | TestTimeAugmentation = copied
         self.has_masks = bool(model.has_masks)
@@ -167,7 +171,7 @@ class Detector:
     def _detect(self, pixels: Sequence[Pixels]) -> list[Detections]:
         batch = self.batch(pixels)
         half = self.precision != "32"
-        with torch.autocast(self.device.type, DTYPES.get(self.precision, torch.bfloat16), enabled=half):
+        with torch.autocast(self.device.type, HALVES.get(self.precision, torch.bfloat16), enabled=half):
             detections = self.model.run(batch, with_losses=False, with_detections=True)[1]
         found = encode_detections(detections, batch, grid_of(self.model))
         return [self._pack(d, image.shape[:2]) for d, image in zip(found, pixels, strict=True)]

@@ -7,12 +7,17 @@ Lightning converts a whole batch and module, anchors and boxes too: in bfloat16 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from torch import Tensor, nn
+
+from detection.devices import HALVES, emulation
+
+log = logging.getLogger(__name__)
 
 
 class WeightPrecision(Precision):
@@ -57,8 +62,15 @@ class UnscaledPrecision(MixedPrecision):
 
 
 def choose_precision(trainer: L.Trainer) -> None:
-    """Put ours in the place of Lightning's plugins that convert all of a batch, or refuse to clip what has no scale."""
+    """Put ours in the place of Lightning's plugins that convert all of a batch, or refuse to clip what has no scale.
+
+    A type that the device emulates is said aloud.
+    """
     plugin = trainer.strategy.precision_plugin
+    if half := HALVES.get(str(plugin.precision).partition("-")[0]):
+        said = emulation(trainer.strategy.root_device, half, "--trainer.precision")
+        if said:
+            log.warning("%s", said)
     if type(plugin) is MixedPrecision and plugin.precision == "bf16-mixed":
         trainer.strategy.precision_plugin = UnscaledPrecision("bf16-mixed", plugin.device)
     elif type(plugin) is DoublePrecision:

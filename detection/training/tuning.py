@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.optim import Optimizer
 
 from detection.data.datamodule import DetectionDataModule
+from detection.devices import smaller_precision
 from detection.errors import LOWER, RunError
 from detection.training.module import REFERENCE_BATCH, DetectionModule
 
@@ -169,6 +170,6 @@ def largest_batch(trainer: L.Trainer, module: DetectionModule, data: DetectionDa
     size = Tuner(trainer).scale_batch_size(module, datamodule=data, mode="binsearch", steps_per_trial=STEPS_A_TRIAL)
     data.hparams["batch_size"] = before
     if size is None or size < 2:
-        raise RunError(f"a batch of two images does not fit: give --data.batch_size 1, or {LOWER}")
+        raise RunError(f"a batch of two images does not fit: give --data.batch_size 1, or {LOWER}{smaller_precision()}")
     log.info("a batch of %d fits, with 5 %% of it to spare: --data.batch_size %d on each device", size, size)
     return size

@@ -20,6 +20,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from detection.devices import has_kernels
 from detection.models.backbones import Trunk
 from detection.models.fast.folding import FoldedNorm
 
@@ -97,7 +98,7 @@ class Packing:
         if x.device.type != "cpu" or torch.is_grad_enabled() or not torch.backends.mkldnn.is_available():
             return None
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        known = dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        known = dtype in (torch.float32, torch.bfloat16) and has_kernels(x.device, dtype)
         return x.to(dtype) if known and x.numel() else None
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
