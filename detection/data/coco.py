@@ -21,6 +21,7 @@ from detection.data import rle
 from detection.data.checks import Objects, checked_size, choose_classes, finish_index, short
 from detection.data.coco_keypoints import read_points, skeleton_of
 from detection.data.coco_layout import PictureFinder
+from detection.data.coco_rows import Annotations, Packer
 from detection.data.coco_values import (
     area_of,
     box_of,
@@ -84,7 +85,7 @@ def read_file(
 ) -> Index:
     """Read one COCO file below a root that was listed; see `read_coco`."""
     path = tree.root / annotations
-    content = load_file(path)
+    content = load_file(path, packed=not masks and keypoints is False)
     names = [image_name(item) for item in content["images"] if isinstance(item, dict) and _is_name(item)]
     reader = _Reader(tree, str(annotations), PictureFinder(tree, str(annotations), names, images), masks)
     labels, index = reader.categories(content["categories"], classes)
@@ -103,15 +104,16 @@ def read_file(
             raise
         problem = str(error).removeprefix(f"{path}: ").split(": choose")[0]
         reader.report("categories", problem, "key points are not read; train on classes of one kind", "note")
-    by_image = reader.group(content["annotations"])
+    grouped = Annotations(content.pop("annotations"), reader.report)
     known: dict[Id, str] = {}
     for position, image in enumerate(content["images"]):
-        record = reader.image(position, image, by_image, labels, known)
+        record = reader.image(position, image, grouped, labels, known)
         if record is not None:
             index.records.append(mark(record, image, label_of, len(index.classes), reader.report))
-    for key in by_image.keys() - known:
+    for key in grouped.images().difference(known):
         fix = "its annotations are left out; correct image_id or add the image"
-        reader.report(f"image {key}", f"{len(by_image[key])} annotations name an image that is not listed", fix)
+        problem = f"{grouped.count(key)} annotations name an image that is not listed"
+        reader.report(f"image {key}", problem, fix)
     reader.look_at("images", [record.image_id for record in index.records])
     reader.look_at("categories", index.category_ids)
     reader.say_spellings()
@@ -177,22 +179,11 @@ class _Reader:
         own_ids = tuple(spelled[by_name[name]] for name in chosen)
         return labels, Index(self.tree.root, chosen, own_ids, [], self.defects, form="xywh")
 
-    def group(self, items: list[Any]) -> dict[Id, list[tuple[int, dict[str, Any]]]]:
-        """The annotations of each image, each with its position in the file."""
-        by_image: dict[Id, list[tuple[int, dict[str, Any]]]] = {}
-        for position, item in enumerate(items):
-            key = key_of(item.get("image_id")) if isinstance(item, dict) else None
-            if key is None:
-                self.report(f"annotation at {position}", "it has no image_id", "it is left out; add image_id")
-                continue
-            by_image.setdefault(key, []).append((position, item))
-        return by_image
-
     def image(
         self,
         position: int,
         item: Any,
-        by_image: dict[Id, list[tuple[int, dict[str, Any]]]],
+        annotations: Annotations,
         labels: dict[Id, int],
         known: dict[Id, str],
     ) -> Record | None:
@@ -219,12 +210,18 @@ class _Reader:
             height, width = checked_size(path, stated, self.file, where, self.defects)
         except DataError as error:
             problem = str(error).removeprefix(f"{path}: ").split(";")[0]
-            fix = f"the image and its {len(by_image.get(key, ()))} annotations are left out; restore the file"
+            fix = f"the image and its {annotations.count(key)} annotations are left out; restore the file"
             self.defects.append(Defect(short(name), short(where), problem, fix, "broken"))
             usable, (height, width) = False, stated or (0, 0)
+        sound = None
+        if usable and not self.skeleton and not self.masks:
+            sound = annotations.sound(key, width, height, labels)
+        if sound is not None:
+            difficult = np.zeros(len(sound.labels), bool)
+            return Record(spelling_of(item["id"]), name, width, height, *sound[:4], difficult, sound.annotation_ids)
         objects = Objects(self.file, where, width, height, self.defects)
         if height and width:  # also where the image is missing: one look should find every defect
-            for number, annotation in by_image.get(key, ()):
+            for number, annotation in annotations.items(key):
                 self.annotation(objects, number, annotation, labels)
         if not usable:
             return None
@@ -324,14 +321,24 @@ class _Reader:
         return None
 
 
-def load_file(path: Path, lists: Sequence[str] = ("images", "annotations", "categories")) -> dict[str, Any]:
+def load_file(
+    path: Path, lists: Sequence[str] = ("images", "annotations", "categories"), packed: bool = False
+) -> dict[str, Any]:
     """The JSON object of a COCO file.
+
+    Args:
+        path: of the file.
+        lists: that it must have.
+        packed: make rows of the annotations that are sound, see `coco_rows`.
 
     Raises:
         DataError: it is missing or no JSON object, or lacks one of the `lists`.
     """
     try:
-        content = json.loads(path.read_bytes())
+        pack = Packer() if packed else None
+        content = json.loads(path.read_bytes(), object_hook=pack)
+        if pack is not None and not pack.made_annotations_of(content):
+            content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         there = sorted(p.name for p in path.parent.glob("*.json"))[:10] if path.parent.is_dir() else []
         hint = f"; there are: {', '.join(there)}" if there else "; check the path"

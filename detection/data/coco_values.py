@@ -8,6 +8,8 @@ from typing import Any
 from detection.batch import Id
 from detection.data import rle
 
+LARGEST = 1e15  # number that is taken for one of pixels
+
 
 def key_of(value: Any) -> Id | None:
     """An id as a whole number where it is one in any spelling, else as a string; None where it is no id."""
@@ -45,7 +47,7 @@ def integer_of(value: Any) -> int | None:
 
 def float_of(value: Any) -> float | None:
     """A finite float, or None."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e15:
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > LARGEST:
         return None
     return float(value) if math.isfinite(value) else None
 
