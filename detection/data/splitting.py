@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -218,58 +218,60 @@ def _groups(
     if count > MANY:
         rank_zero_info(f"looking for images that look alike among {count}; each is read, and decoded small")
     hashes = gradients_of(index.root, records)
-    seen = [i for i, found in enumerate(hashes) if found is not None]
-    alike = ((seen[i], *(seen[j] for j in earlier)) for i, earlier in
-             near_duplicates([found for found in hashes if found is not None]))  # fmt: skip
-    bonds: dict[str, Iterable[Sequence[int]]] = {
+    seen = np.array([i for i, found in enumerate(hashes) if found is not None], np.intp)
+    pairs = near_duplicates([found for found in hashes if found is not None])
+    alike = (seen[np.append(earlier, i)] for i, earlier in pairs)
+    bonds: dict[str, Iterable[Sequence[int] | NDArray[np.intp]]] = {
         "augmented copies": [found for found in copies.values() if len(found) > 1],
         "frames of clips": clips(originals, shows),
         "images that look alike": alike,
     }
-    groups, said = _Groups(count), list[str]()
+    groups, said = _Groups.apart(count), list[str]()
     for what, sets in bonds.items():
         bound = groups.bound(sets)
         members = bound.of_each()
         sizes = np.bincount(members, minlength=count)
         usable = len(np.unique(members[shows[:, -2]])) >= len(shares) and sizes.max() <= (1 - min(shares)) * count
-        if len(bound.changed) and usable:
+        if (named := int(bound.changed.sum())) and usable:
             groups = bound
-            said.append(f"{len(bound.changed)} {what} stay together")
-        elif len(bound.changed):
-            said.append(f"{len(bound.changed)} {what} are divided all the same, for they are nearly all there is")
+            said.append(f"{named} {what} stay together")
+        elif named:
+            said.append(f"{named} {what} are divided all the same, for they are nearly all there is")
     return groups.of_each(), said
 
 
 @dataclass(slots=True)
 class _Groups:
-    """Union-find: which images belong together. The first image of a group stands for it."""
+    """Union-find: which images belong together. The first image of a group stands for it.
 
-    count: int
-    parent: list[int] = field(default_factory=list)
-    changed: set[int] = field(default_factory=set)  # images that the last sets have named
+    Each set is looked up at once: where a camera stands still, every frame comes with all frames before it.
+    """
 
-    def __post_init__(self) -> None:
-        self.parent = self.parent or list(range(self.count))
+    parent: NDArray[np.intp]
+    changed: NDArray[np.bool_]  # whether the last sets have named an image
 
-    def find(self, image: int) -> int:
-        while self.parent[image] != image:
-            self.parent[image] = self.parent[self.parent[image]]
-            image = self.parent[image]
-        return image
+    @classmethod
+    def apart(cls, count: int) -> _Groups:
+        return cls(np.arange(count), np.zeros(count, bool))
 
-    def bound(self, sets: Iterable[Sequence[int]]) -> _Groups:
+    def find(self, images: NDArray[np.intp]) -> NDArray[np.intp]:
+        """The first image of the group of each."""
+        roots = self.parent[images]
+        while not np.array_equal(above := self.parent[roots], roots):
+            roots = above
+        return roots
+
+    def bound(self, sets: Iterable[Sequence[int] | NDArray[np.intp]]) -> _Groups:
         """Other groups, in which each of these sets is in one."""
-        new = _Groups(self.count, list(self.parent))
-        for members in sets:
-            roots = {new.find(image) for image in members}
-            first = min(roots)
-            for root in roots:
-                new.parent[root] = first
-            new.changed.update(members)
+        new = _Groups(self.parent.copy(), np.zeros_like(self.changed))
+        for members in map(np.asarray, sets):
+            roots = new.find(members)
+            new.parent[roots] = new.parent[members] = roots.min()
+            new.changed[members] = True
         return new
 
     def of_each(self) -> NDArray[np.intp]:
-        return np.array([self.find(image) for image in range(self.count)], np.intp)
+        return self.find(np.arange(len(self.parent)))
 
 
 def _original(file_name: str) -> str:

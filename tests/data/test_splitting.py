@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from detection.data.duplicates import ALIKE, gradients, gradients_of, near_duplicates
 from detection.data.images import read_image
 from detection.data.records import DataError, Index, Record
-from detection.data.splitting import Split, divide, fold, parse_fold
+from detection.data.splitting import Split, _Groups, divide, fold, parse_fold
 from detection.data.voc import read_voc
 
 CLASSES = ("red", "blue", "green", "grey")
@@ -265,3 +267,18 @@ def test_real_sets(shared_data: Path) -> None:
         assert len(set(images) & set(split.val)) / len(images) == pytest.approx(0.2, abs=0.015)
     assert "clip" not in divide(read_voc(shared_data / "voc2012_sample100")).note
     assert "clip" not in divide(read_voc(shared_data / "cells")).note
+
+
+@given(
+    st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.lists(st.integers(0, n - 1), min_size=1))))
+)
+def test_groups_are_the_components_of_a_graph(drawn: tuple[int, list[list[int]]]) -> None:
+    count, sets = drawn
+    groups = _Groups.apart(count).bound(sets[: len(sets) // 2])
+    more = groups.bound(sets[len(sets) // 2 :])
+    edges = np.array([(members[0], other) for members in sets for other in members] or [(0, 0)])
+    graph = coo_array((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(count, count))
+    _, component = connected_components(graph, directed=False)
+    firsts = [int(np.flatnonzero(component == own)[0]) for own in component]
+    assert more.of_each().tolist() == firsts
+    assert set(np.flatnonzero(more.changed)) == {i for members in sets[len(sets) // 2 :] for i in members}
