@@ -52,6 +52,7 @@ UNREAD = {
     **dict.fromkeys((".svs", ".ndpi", ".czi", ".scn", ".mrxs", ".nd2", ".lif"), "export the level wanted as tiles"),
     **dict.fromkeys((".jxl", ".jxr", ".qoi", ".pcx", ".dds", ".ico", ".icns", ".pict"), "convert them to PNG"),
 }
+HEAD = 8192  # bytes
 # Content of which a build of Pillow may lack the decoder: (where, bytes) -> Pillow's name of it.
 OPTIONAL = {
     (4, b"ftypavi"): ("AVIF", "avif"),
@@ -170,9 +171,21 @@ def image_size(path: Path, size: tuple[int, int] | None = None) -> tuple[int, in
     Raises:
         DataError: the file is missing or too large, or its header can't be read.
     """
+    if path.suffix.lower() in (".jpg", ".jpeg") and (found := jpeg.plain_size(_head(path))) is not None:
+        _refuse_huge(path, found)
+        return found
     header = _header(path)
     _refuse_huge(path, header.shown)
     return header.size if size == header.size else header.shown
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file, with the header of most JPEGs; none where it can't be opened."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            return file.read(HEAD)
+    except OSError:
+        return b""
 
 
 def orientation_of(path: Path) -> int:

@@ -1,4 +1,6 @@
-"""Whether a JPEG file holds its whole picture, which decoders don't say: what is missing they paint grey.
+"""What the segments of a JPEG file tell: its size, and whether it holds its whole picture.
+
+Decoders don't say the latter: what is missing they paint grey.
 
 A JPEG is a chain of marked segments (ITU-T T.81, annex B). A scan's own bytes follow its header; the end marker ends
 the picture. Files of phones go on behind it with a film or a second picture, and some writers leave the end marker out.
@@ -16,11 +18,46 @@ from PIL import Image
 
 END = b"\xff\xd9"
 SCAN, FRAMES = 0xDA, (0xC0, 0xC1, 0xC2)  # start of a scan; of a baseline, extended or progressive picture
+QUANTISATION, PROFILE = 0xDB, 0xE2  # tables; a colour profile, or other data of applications
+PLAIN = (0xC4, 0xDD, 0xE0, *range(0xE3, 0xED), 0xFE)  # tables, restarts, JFIF, data of applications, a comment
 ALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length
 # Inside a scan FF is followed by 00, by a restart marker or by another FF.
 AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 # What may follow a scan without being a marker. Pixels that were decoded from it instead of from the scan change.
 STRAY = tuple(np.random.default_rng(0).integers(0, 255, (2, 4096), np.uint8))
+
+
+def plain_size(head: bytes) -> tuple[int, int] | None:
+    """`(height, width)` of a JPEG whose header is as most are; None where it needs a closer look, or is none.
+
+    A closer look is for EXIF, which may turn the picture, for previews of phones, and for whatever Pillow would refuse.
+
+    Args:
+        head: the first bytes of the file, at best all before the first scan.
+    """
+    at, size = 2, None
+    while head.startswith(b"\xff\xd8\xff") and at + 4 <= len(head) and head[at] == 0xFF:
+        code, end = head[at + 1], at + 2 + int.from_bytes(head[at + 2 : at + 4])
+        body = head[at + 4 : end]
+        if end > len(head) or end < at + 4:
+            return None
+        if code == SCAN:
+            return size
+        if code in FRAMES:
+            if size is not None or len(body) < 6 or body[0] != 8 or body[5] not in (1, 3, 4):
+                return None
+            if len(body) != 6 + 3 * body[5]:
+                return None
+            size = int.from_bytes(body[1:3]), int.from_bytes(body[3:5])
+            if not all(size):
+                return None
+        elif code == QUANTISATION:
+            if len(body) % 65 or any(body[i] > 3 for i in range(0, len(body), 65)):
+                return None
+        elif not (code in PLAIN or (code == PROFILE and body.startswith(b"ICC_PROFILE\0") and len(body) > 14)):
+            return None
+        at = end
+    return None
 
 
 def with_end(data: bytes) -> bytes | None:
