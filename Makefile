@@ -24,9 +24,10 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 fit: $(VENV)/.installed
 	$(BIN)/python scripts/fit.py $(ARGS)
 
-# A process of one thread on each core: two of two threads on two cores wait for each other.
+# A process of one thread on each core: two of two threads on two cores wait for each other. tests/conftest.py orders them.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not rehearsal' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+		-m 'not rehearsal' $(ARGS)
 
 rehearsal: $(VENV)/.installed-dev
 	GPU_TESTS_ON_CPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m rehearsal $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,10 +25,17 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is left to `make rehearsal` is slow, too: `-m 'not slow'` leaves out both."""
+    """What is left to `make rehearsal` is slow, too: `-m 'not slow'` leaves out both.
+
+    Files with most slow tests come first: at the end one of them would keep one process busy, and the others waiting.
+    """
+    slow = Counter[Path]()
     for item in items:
         if item.get_closest_marker("rehearsal"):
             item.add_marker("slow")
+        elif item.get_closest_marker("slow"):
+            slow[item.path] += 1
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from timm.layers import DropPath
 
 from detection.cli.fit import FitCLI
 from detection.data import scenes
+from detection.devices import has_kernels
 from tests.runs import rehearsed, scene_flags
 
 FLAGS: dict[str, list[str]] = {
@@ -28,6 +30,8 @@ def first_step(name: str, folder: Path, *flags: str) -> FitCLI:
     small = ["--data.min_size", "64", "--data.max_size", "64", "--data.num_workers", "0", "--data.batch_size", "2"]
     run = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0", "--trainer.accelerator", "cpu"]
     run += ["--output", str(folder / "runs"), "--wandb", "off", "--trainer.log_every_n_steps", "1"]
+    if not has_kernels(torch.device("cpu"), torch.bfloat16):  # it is emulated then, and takes minutes
+        run += ["--trainer.precision", "32-true"]
     cli = FitCLI(["--config", name, *scene_flags(data), *small, *run, *FLAGS[name], *flags])
     cli.fit()
     return cli

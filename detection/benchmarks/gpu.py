@@ -21,16 +21,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import torch
 
 from detection.benchmarks.gpu_page import page
 from detection.benchmarks.gpu_sizes import REHEARSAL, Sizes
+from detection.devices import has_kernels
 
 START_UP = 120.0  # seconds that a process may take to import everything and to find its device
 GRACE = 15.0  # seconds, and half of its time again, that a section may run over before it is ended
 LEAST = 3.0  # seconds below which a section is not begun
 
 Row = dict[str, Any]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,12 @@ class Setting:
     until: float = float("inf")
     bccd: Path | None = None
     tests: Path | None = None
+
+    @property
+    def half(self) -> Precision:
+        """What is timed where half precision is: float32 in a rehearsal on a CPU that would emulate it for minutes."""
+        emulates = self.sizes.rehearsal and not has_kernels(torch.device(self.device), torch.bfloat16)
+        return "float32" if emulates else "bfloat16"
 
     @property
     def left(self) -> float:

@@ -24,6 +24,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from detection.batch import Batch, pad_images, pad_masks, pad_objects
+from detection.benchmarks.gpu import Precision
 from detection.benchmarks.gpu_sizes import Sizes
 from detection.benchmarks.speed import OBJECTS, Mode, wait
 from detection.mask_grid import TorchvisionMaskGrid
@@ -33,7 +34,6 @@ from detection.models.fast import accelerate
 from detection.models.two_stage import TwoStageDetector
 
 Kind = Literal["r50", "v2", "mask", "cascade"]
-Precision = Literal["float32", "bfloat16"]
 Step = Callable[[], Any]
 Row = dict[str, Any]
 

@@ -17,7 +17,7 @@ import torch
 
 from detection.batch import Batch
 from detection.benchmarks.data import draw_images, index_images
-from detection.benchmarks.gpu import Row, Setting
+from detection.benchmarks.gpu import Precision, Row, Setting
 from detection.benchmarks.gpu_pairs import Pair, in_precision
 from detection.benchmarks.speed import wait
 from detection.data import scenes
@@ -44,7 +44,7 @@ def out_of_memory(setting: Setting) -> Iterator[Row]:
         _exceed_memory(pair, setting)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         sentence = explain(error)
-    pair.steps("train", "bfloat16", 1)["ours"]()
+    pair.steps("train", setting.half, 1)["ours"]()
     yield {"sentence": sentence or "", "goes_on": True}
     if sentence is None or not sentence.startswith("out of memory"):
         raise RunError(f"a step that does not fit into memory says: {sentence}")
@@ -54,7 +54,7 @@ def _exceed_memory(pair: Pair, setting: Setting) -> None:
     if not setting.device.startswith("cuda"):
         torch.empty(2**55, dtype=torch.uint8)
         return
-    step = pair.steps("train", "bfloat16", setting.sizes.batch)["ours"]
+    step = pair.steps("train", setting.half, setting.sizes.batch)["ours"]
     torch.cuda.empty_cache()
     whole = torch.cuda.get_device_properties(setting.device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + 2**28) / whole))
@@ -146,7 +146,7 @@ def loader(setting: Setting) -> Iterator[Row]:
         index = index_images(draw_images(Path(folder)), sizes.images)
         dataset = DetectionDataset(index, train_transform(sizes.height, sizes.width))
         speeds: dict[str, float] = {}
-        step = _step_of(Pair("r50", sizes, setting.device, num_classes=4))
+        step = _step_of(Pair("r50", sizes, setting.device, num_classes=4), setting.half)
         for name, pinned, run in (
             ("loader", False, lambda batch: None),
             ("loader_pinned", on_gpu, lambda batch: batch.to(setting.device)),
@@ -165,12 +165,12 @@ def loader(setting: Setting) -> Iterator[Row]:
     yield row | {"waits": max(0.0, 1 - speeds["both"] / speeds["steps"])}
 
 
-def _step_of(pair: Pair) -> Callable[[Batch], None]:
+def _step_of(pair: Pair, precision: Precision) -> Callable[[Batch], None]:
     model = pair.quick("train").train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
 
     def step(batch: Batch) -> None:
-        run = in_precision(lambda: model.run(batch, True, False)[0], "bfloat16", pair.device)
+        run = in_precision(lambda: model.run(batch, True, False)[0], precision, pair.device)
         optimizer.zero_grad()
         torch.stack(list(run().values())).sum().backward()
         optimizer.step()

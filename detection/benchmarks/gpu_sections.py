@@ -176,7 +176,7 @@ def waits(setting: Setting) -> Iterator[Row]:
     pair, elsewhere = Pair("r50", setting.sizes, setting.device), set()
     modes: tuple[Mode, ...] = ("train", "infer")
     for mode in modes:
-        step = pair.steps(mode, HALF, 2)["ours"]
+        step = pair.steps(mode, setting.half, 2)["ours"]
         step()
         for place, count in places_of_waiting(step, setting.device).items():
             yield {"mode": mode, "place": place, "count": count}
@@ -222,20 +222,20 @@ def sync_debug(mode: str, device: str) -> Iterator[None]:
 def training(setting: Setting) -> Iterator[Row]:
     """A training step of R50-FPN in bf16."""
     pair = Pair("r50", setting.sizes, setting.device)
-    yield compare(pair, "train", HALF, setting.sizes.batch, setting.until)
+    yield compare(pair, "train", setting.half, setting.sizes.batch, setting.until)
 
 
 def inference(setting: Setting) -> Iterator[Row]:
     """Inference of R50-FPN in bf16."""
     pair = Pair("r50", setting.sizes, setting.device)
     for count in setting.sizes.inference:
-        yield compare(pair, "infer", HALF, count, setting.until)
+        yield compare(pair, "infer", setting.half, count, setting.until)
 
 
 def memory(setting: Setting) -> Iterator[Row]:
     """Most memory of a training step of R50-FPN beside the weights, with gradients and momentum, by batch."""
     pair = Pair("r50", setting.sizes, setting.device)
-    for precision in ("bfloat16", "float32"):
+    for precision in dict.fromkeys((setting.half, "float32")):
         for count in sorted({1, 4, setting.sizes.batch} - ({4} if setting.sizes.batch < 4 else set())):
 
             def measure(images: int, precision: Any = precision) -> Row:
@@ -250,8 +250,8 @@ def family(setting: Setting) -> Iterator[Row]:
     kinds: tuple[Kind, ...] = ("mask", "v2", "cascade", "r50")
     for number, kind in enumerate(kinds):
         pair = Pair(kind, setting.sizes, setting.device)
-        plan: list[tuple[Mode, Any, int]] = [] if kind == "r50" else [("train", HALF, setting.sizes.batch)]
-        plan += [("infer", HALF, count) for count in setting.sizes.inference if kind != "r50"]
+        plan: list[tuple[Mode, Any, int]] = [] if kind == "r50" else [("train", setting.half, setting.sizes.batch)]
+        plan += [("infer", setting.half, count) for count in setting.sizes.inference if kind != "r50"]
         plan.append(("train", "float32", setting.sizes.batch))
         plan += [("infer", "float32", count) for count in setting.sizes.inference]
         for i, (mode, precision, count) in enumerate(plan):
@@ -313,7 +313,7 @@ def limit(setting: Setting) -> Iterator[Row]:
     pair = Pair("r50", setting.sizes, setting.device)
 
     def measure(count: int) -> Row:
-        step, recorder = pair.steps("train", HALF, count)["ours"], Recorder()
+        step, recorder = pair.steps("train", setting.half, count)["ours"], Recorder()
         step()
         with recorder:
             step()
@@ -322,7 +322,7 @@ def limit(setting: Setting) -> Iterator[Row]:
         ours, least = (1000 * sorted(times[name])[len(times[name]) // 2] for name in steps)
         return {"calls": len(recorder.calls), "ours_ms": ours, "limit_ms": least, "times": ours / least}
 
-    yield {"detector": "r50", "precision": HALF} | halving(setting.sizes.batch, measure)
+    yield {"detector": "r50", "precision": setting.half} | halving(setting.sizes.batch, measure)
 
 
 def stages(setting: Setting) -> Iterator[Row]:
@@ -330,7 +330,7 @@ def stages(setting: Setting) -> Iterator[Row]:
     pair = Pair("r50", setting.sizes, setting.device)
     plan: list[tuple[Mode, int]] = [("train", max(1, setting.sizes.batch // 2)), ("infer", 1)]
     for mode, count in plan:
-        step = pair.steps(mode, HALF, count)["ours"]
+        step = pair.steps(mode, setting.half, count)["ours"]
         for row in time_stages(step, max(1, setting.sizes.rounds // 2), setting.device):
             yield {"mode": mode, "batch": count} | row
 
@@ -346,7 +346,7 @@ def forms(setting: Setting) -> Iterator[Row]:
         without = accelerate(deepcopy(pair.ours), setting.device, others)
         both = {"ours": pair.quick("train"), "without": without}
         theirs, pair.theirs = pair.theirs, None
-        row = compare(pair, "train", HALF, max(1, setting.sizes.batch // 2), setting.until, both)
+        row = compare(pair, "train", setting.half, max(1, setting.sizes.batch // 2), setting.until, both)
         pair.theirs = theirs
         yield {"form": quick.__name__, "ratio": row["without_ms"] / row["ours_ms"], **row}
     yield {"form": "deltas of the own class alone", **_deltas(setting)}
@@ -369,7 +369,7 @@ def _deltas(setting: Setting) -> Row:
         weight, bias = layer.weight.view(classes, 4, width)[labels], layer.bias.view(classes, 4)[labels]
         return torch.einsum("rf,rdf->rd", features, weight) + bias
 
-    cast = {n: in_precision(call, HALF, setting.device) for n, call in (("all", of_all), ("own", of_own))}
+    cast = {n: in_precision(call, setting.half, setting.device) for n, call in (("all", of_all), ("own", of_own))}
     steps = {name: (lambda call=call: call().float().sum().backward()) for name, call in cast.items()}
     times, _ = take_turns(steps, setting.sizes.rounds, setting.device, setting.until)
     every, own = (1000 * sorted(times[name])[len(times[name]) // 2] for name in ("all", "own"))
@@ -385,7 +385,7 @@ def compiled(setting: Setting) -> Iterator[Row]:
         for name in ("backbone", "rpn.head", "roi_heads.box_head"):
             theirs.get_submodule(name).compile(backend=setting.sizes.backend)
     began = time.monotonic()
-    row = compare(pair, "train", HALF, setting.sizes.batch, setting.until, {"ours": ours})
+    row = compare(pair, "train", setting.half, setting.sizes.batch, setting.until, {"ours": ours})
     yield row | {"with_compiling_s": time.monotonic() - began}
 
 
