@@ -104,7 +104,7 @@ def read_file(
             raise
         problem = str(error).removeprefix(f"{path}: ").split(": choose")[0]
         reader.report("categories", problem, "key points are not read; train on classes of one kind", "note")
-    grouped = Annotations(content.pop("annotations"), reader.report)
+    grouped = Annotations(content.pop("annotations"), labels, reader.report)
     known: dict[Id, str] = {}
     for position, image in enumerate(content["images"]):
         record = reader.image(position, image, grouped, labels, known)
@@ -215,7 +215,7 @@ class _Reader:
             usable, (height, width) = False, stated or (0, 0)
         sound = None
         if usable and not self.skeleton and not self.masks:
-            sound = annotations.sound(key, width, height, labels)
+            sound = annotations.sound(key, width, height)
         if sound is not None:
             difficult = np.zeros(len(sound.labels), bool)
             return Record(spelling_of(item["id"]), name, width, height, *sound[:4], difficult, sound.annotation_ids)

@@ -82,10 +82,11 @@ class Annotations:
 
     Args:
         items: as JSON has them, or as `Packer` makes them; the list is emptied.
+        labels: of the keys of the categories; 0 for those that are not wanted.
         report: takes record, problem and fix of an annotation that names no image.
     """
 
-    def __init__(self, items: list[Any], report: Callable[[str, str, str], None]) -> None:
+    def __init__(self, items: list[Any], labels: Mapping[Id, int], report: Callable[[str, str, str], None]) -> None:
         is_row = np.fromiter((type(item) is bytes for item in items), bool, len(items))
         self._loose: dict[Id, list[tuple[int, dict[str, Any]]]] = {}
         for position in np.flatnonzero(~is_row).tolist():
@@ -95,13 +96,32 @@ class Annotations:
                 report(f"annotation at {position}", "it has no image_id", "it is left out; add image_id")
                 continue
             self._loose.setdefault(key, []).append((position, item))
-        self._rows = np.frombuffer(b"".join(item for item in items if type(item) is bytes), ROW)
+        rows = np.frombuffer(b"".join(item for item in items if type(item) is bytes), ROW)
         items.clear()
-        self._positions = np.flatnonzero(is_row)
-        self._order = np.argsort(self._rows["image_id"], kind="stable")
-        self._images, starts = np.unique(self._rows["image_id"][self._order], return_index=True)
-        self._bounds = np.append(starts, len(self._order))
-        self._twice = self._find_twice()
+        order = np.argsort(rows["image_id"], kind="stable")
+        self._rows, self._positions = rows[order], np.flatnonzero(is_row)[order]
+        self._images, starts = np.unique(self._rows["image_id"], return_index=True)
+        self._bounds = np.append(starts, len(order))
+        self._columns, self._is_sound, self._reach = self._judge(labels, starts)
+
+    def _judge(
+        self, labels: Mapping[Id, int], starts: NDArray[np.intp]
+    ) -> tuple[Sound, NDArray[np.bool_], NDArray[np.float64]]:
+        """The arrays of all rows; and of each image whether its rows are sound, if the furthest x and y are inside."""
+        rows, boxes = self._rows, np.empty((len(self._rows), 4), np.float32)
+        categories, category = np.unique(rows["category_id"], return_inverse=True)
+        found = np.array([labels.get(key, -1) for key in categories.tolist()], np.int64)[category]
+        far = rows["bbox"][:, :2] + rows["bbox"][:, 2:]
+        boxes[:, :2], boxes[:, 2:] = rows["bbox"][:, :2], far
+        areas, ids = rows["area"].astype(np.float32), rows["id"].copy()
+        near_is_inside = (rows["bbox"][:, :2] >= 0).all(axis=1)
+        good = near_is_inside & (boxes[:, 2:] > boxes[:, :2]).all(axis=1) & (areas > 0) & (found >= 0) | (found == 0)
+        good &= ~np.isin(ids, self._find_twice())
+        far[found == 0] = -np.inf
+        columns = Sound(boxes, found, areas, rows["ignored"] == 1, ids)
+        if not len(rows):
+            return columns, good, far
+        return columns, np.logical_and.reduceat(good, starts), np.maximum.reduceat(far, starts, axis=0)
 
     def _find_twice(self) -> NDArray[np.int64]:
         """Annotations' ids that are used more than once."""
@@ -110,14 +130,15 @@ class Annotations:
         values = np.sort(np.concatenate((self._rows["id"], np.array(ids, np.int64))))
         return np.unique(values[1:][values[1:] == values[:-1]])
 
-    def _of(self, key: Id) -> NDArray[np.int64]:
-        """Which rows are of an image, in the order of the file."""
+    def _place(self, key: Id) -> int | None:
+        """Where an image is among those that have rows."""
         if not isinstance(key, int) or abs(key) >= 2**63:
-            return self._order[:0]
-        place = int(np.searchsorted(self._images, key))
-        if place == len(self._images) or self._images[place] != key:
-            return self._order[:0]
-        return self._order[self._bounds[place] : self._bounds[place + 1]]
+            return None
+        place = int(self._images.searchsorted(key))
+        return place if place < len(self._images) and self._images[place] == key else None
+
+    def _part(self, place: int | None) -> slice:
+        return slice(0) if place is None else slice(self._bounds[place], self._bounds[place + 1])
 
     def images(self) -> set[Id]:
         """The keys of all images that have some."""
@@ -125,35 +146,31 @@ class Annotations:
 
     def count(self, key: Id) -> int:
         """How many an image has."""
-        return len(self._of(key)) + len(self._loose.get(key, ()))
+        return len(self._rows[self._part(self._place(key))]) + len(self._loose.get(key, ()))
 
     def items(self, key: Id) -> Iterable[tuple[int, dict[str, Any]]]:
         """Those of an image one by one, each with its position in the file."""
-        found = [*self._loose.get(key, ())]
-        for row in self._of(key).tolist():
-            number, image, category, box, area, ignored = self._rows[row].tolist()
+        found, part = [*self._loose.get(key, ())], self._part(self._place(key))
+        for position, row in zip(self._positions[part].tolist(), self._rows[part].tolist(), strict=True):
+            number, image, category, box, area, ignored = row
             item = {"id": number, "image_id": image, "category_id": category, "bbox": list(box), "area": area}
-            found.append((int(self._positions[row]), item | {"iscrowd": ignored}))
+            found.append((position, item | {"iscrowd": ignored}))
         return sorted(found, key=lambda pair: pair[0])
 
-    def sound(self, key: Id, width: int, height: int, labels: Mapping[Id, int]) -> Sound | None:
+    def sound(self, key: Id, width: int, height: int) -> Sound | None:
         """The arrays of an image's N annotations, without those of classes with label 0; None where one needs a look.
 
         Args:
             key: of the image.
             width, height: of the image in pixels.
-            labels: of the keys of the categories.
         """
         if key in self._loose:
             return None
-        rows = self._rows[self._of(key)]
-        found = np.array([labels.get(category, -1) for category in rows["category_id"].tolist()], np.int64)
-        if (found < 0).any() or (len(self._twice) and np.isin(rows["id"], self._twice).any()):
-            return None
-        rows, found = rows[found > 0], found[found > 0]
-        near, far = rows["bbox"][:, :2], rows["bbox"][:, :2] + rows["bbox"][:, 2:]
-        boxes, areas = np.concatenate((near, far), axis=1).astype(np.float32), rows["area"].astype(np.float32)
-        inside = (near >= 0).all() and (far <= (width, height)).all()
-        if not (inside and (boxes[:, 2:] > boxes[:, :2]).all() and (areas > 0).all()):
-            return None
-        return Sound(boxes, found, areas, rows["ignored"] == 1, rows["id"].copy())
+        place = self._place(key)
+        if place is not None:
+            x, y = self._reach[place]
+            if not self._is_sound[place] or x > width or y > height:
+                return None
+        part = self._part(place)
+        found = Sound(*(column[part] for column in self._columns))  # type: ignore[arg-type]
+        return found if found.labels.all() else Sound(*(column[found.labels > 0] for column in found))  # type: ignore[arg-type]
