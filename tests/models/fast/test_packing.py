@@ -13,6 +13,7 @@ from detection import (
     fasterrcnn_efficientnet_lite0_fpn,
     maskrcnn_efficientnet_lite0_fpn,
 )
+from detection.devices import has_kernels
 from detection.models.fast.packing import PackedBlock, PackedConv2d, PackedLinear, pack
 
 SIZES = [(96, 128), (80, 72)]
@@ -144,3 +145,25 @@ def test_a_ready_detector_copies_saves_and_leaves_inference_mode() -> None:
         (given, _) = twin(images())
         (again, _) = ready(images())
     assert torch.equal(given["boxes"], wanted["boxes"]) and torch.equal(again["boxes"], wanted["boxes"])
+
+
+@pytest.mark.skipif(has_kernels(torch.device("cpu"), torch.bfloat16), reason="with AVX-512 the order is not by size")
+def test_images_of_other_sizes_do_not_order_the_weights_anew(capfd: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    block = Bottleneck(512, 128, norm_layer=lambda _: nn.Identity()).eval()
+    ready = nn.Sequential(copy.deepcopy(block))
+    pack(ready)
+    sizes = [
+        torch.randn(1, 512, *size).to(memory_format=torch.channels_last) for size in ((40, 40), (20, 20), (15, 15))
+    ]
+    with torch.inference_mode():
+        ready(sizes[0])
+        for x in sizes[1:]:
+            torch.testing.assert_close(ready(x), block(x), rtol=1e-4, atol=1e-4)
+        capfd.readouterr()
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            for x in sizes:
+                ready(x)
+    lines = [line for line in capfd.readouterr().out.splitlines() if ",exec," in line]
+    assert sum(",convolution," in line for line in lines) >= 9
+    assert not [line for line in lines if ",reorder,simple:any" in line]
