@@ -68,13 +68,18 @@ class Packer:
 
 
 class Sound(NamedTuple):
-    """Arrays of an image whose annotations need no repair, as in `Record`."""
+    """Arrays of N annotations that need no repair, as in `Record`: `(N, 4)`, then `(N,)` each."""
 
     boxes: NDArray[np.float32]
     labels: NDArray[np.int64]
     areas: NDArray[np.float32]
     iscrowd: NDArray[np.bool_]
     annotation_ids: NDArray[np.int64]
+
+    def take(self, part: slice | NDArray[np.bool_]) -> Sound:
+        """The arrays of some of them."""
+        boxes, labels, areas, iscrowd, ids = self
+        return Sound(boxes[part], labels[part], areas[part], iscrowd[part], ids[part])
 
 
 class Annotations:
@@ -172,5 +177,5 @@ class Annotations:
             if not self._is_sound[place] or x > width or y > height:
                 return None
         part = self._part(place)
-        found = Sound(*(column[part] for column in self._columns))  # type: ignore[arg-type]
-        return found if found.labels.all() else Sound(*(column[found.labels > 0] for column in found))  # type: ignore[arg-type]
+        found = self._columns.take(part)
+        return found if found.labels.all() else found.take(found.labels > 0)

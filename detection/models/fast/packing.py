@@ -90,9 +90,11 @@ class Packing:
         self.weight, self.bias = layer.weight, layer.bias
         self.packed: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
         self.packed_for: dict[torch.dtype, torch.Size] = {}
+        self.unordered: Tensor | None = None  # a convolution's, for inputs of other sizes
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"packed": {}, "packed_for": {}}  # packed tensors can neither be copied nor saved
+        # Packed tensors can neither be copied nor saved, and the other order is that of the weight once more.
+        return self.__dict__ | {"packed": {}, "packed_for": {}, "unordered": None}
 
     def cast(self, x: Tensor) -> Tensor | None:
         """The input in the precision of this call, or None if there is no kernel for it."""
@@ -126,7 +128,6 @@ class PackedConv2d(Packing, nn.Conv2d):
         nn.Conv2d.__init__(self, conv.in_channels, conv.out_channels, size, **geometry, bias=False, device="meta")
         self.pads_same = isinstance(conv, Conv2dSame)  # TensorFlow's padding, which depends on the input's size
         self.activation: nn.Module = nn.Identity()
-        self.unordered: Tensor | None = None
         self.take(conv)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
