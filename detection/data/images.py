@@ -184,7 +184,7 @@ def _head(path: Path) -> bytes:
     try:
         with path.open("rb", buffering=0) as file:
             return file.read(HEAD)
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have, too; Pillow says so in turn
         return b""
 
 

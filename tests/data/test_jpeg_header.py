@@ -13,6 +13,7 @@ from PIL import Image
 
 from detection.data import images, jpeg
 from detection.data.images import image_size
+from detection.data.records import DataError
 from tests.data.test_images import noise, save
 
 HEADERS: list[tuple[str, dict[str, object]]] = [
@@ -56,3 +57,9 @@ def test_what_is_plain_is_what_pillow_opens(
     if size is not None:
         with Image.open(io.BytesIO(head), formats=("JPEG",)) as image:
             assert image.size == size[::-1] and "exif" not in image.info
+
+
+@pytest.mark.parametrize("name", ["nowhere.jpg", "a\0b.jpg"])
+def test_what_can_not_be_opened_is_said_as_of_any_picture(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError):
+        image_size(tmp_path / name)
