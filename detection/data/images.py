@@ -315,7 +315,7 @@ def _unread(path: Path, data: bytes | None) -> str | None:
     try:
         with path.open("rb") as file:
             head = data[:32] if data is not None else file.read(32)
-    except OSError:
+    except (OSError, ValueError):
         return None
     for (at, mark), (kind, feature) in OPTIONAL.items():
         if head[at:].startswith(mark) and not features.check(feature):
