@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 # CI draws the same examples every time, so that it judges the change and not the day; everybody else explores.
@@ -44,6 +45,12 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"real data sets are not at {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _autograd_knows_the_devices() -> None:
+    """It counts them once; after a fake tensor of CUDA it would find a GPU, start its thread and refuse to fork."""
+    torch.ones(1, requires_grad=True).backward()
 
 
 @pytest.fixture(autouse=True)

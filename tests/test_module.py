@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 
 from detection.batch import Batch, pad_objects
@@ -89,7 +90,7 @@ def test_compiled_parts_give_the_same_from_a_handful_of_graphs() -> None:
 
 def test_only_training_compiles_and_the_checkpoint_is_plain(tmp_path: Path) -> None:
     module = make_module(compile=True)
-    strategy = SimpleNamespace(root_device=torch.device("cpu"), precision_plugin=None)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), precision_plugin=Precision())
     module.trainer = SimpleNamespace(datamodule=None, strategy=strategy, callbacks=[])  # type: ignore[assignment]
     for stage, compiles in (("validate", False), ("test", False), ("fit", True)):
         module.setup(stage)
@@ -99,7 +100,7 @@ def test_only_training_compiles_and_the_checkpoint_is_plain(tmp_path: Path) -> N
 
 def test_setup_takes_the_quick_forms_wherever_the_detector_is() -> None:
     """Inside another, and not in others' detectors, which have parts of their own."""
-    strategy = SimpleNamespace(root_device=torch.device("cpu"), precision_plugin=None)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), precision_plugin=Precision())
     for fast in (True, False):
         module = make_module(fast=fast)
         inner = module.detector
