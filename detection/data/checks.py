@@ -171,11 +171,12 @@ def checked_size(
     """
     if stated is None:
         problem, fix = "the image's size is missing or not positive", "the file's own size is used; write it down"
-        defects.append(Defect(file, record, problem, fix))
+        defects.append(Defect(file, short(record), problem, fix))
     actual = image_size(path, stated)
     if stated is not None and actual != stated:
         problem = f"says {stated[1]}x{stated[0]} (width x height) but the file is {actual[1]}x{actual[0]}"
-        defects.append(Defect(file, record, problem, "the file's size is used; check that the boxes fit the image"))
+        fix = "the file's size is used; check that the boxes fit the image"
+        defects.append(Defect(file, short(record), problem, fix))
     return actual
 
 

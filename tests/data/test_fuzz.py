@@ -201,6 +201,14 @@ def test_coco(folder: Path, seed: int, masks: bool) -> None:
         assert {tuple(box) for record in index.records for box in record.boxes.tolist()} <= allowed
 
 
+@pytest.mark.parametrize("width", [0, WIDTH + 1])
+def test_an_endless_id_is_cut_in_what_is_said(folder: Path, width: int) -> None:
+    content = coco_content()
+    content["images"][0] |= {"id": "x" * 5000, "width": width}
+    (folder / "gt.json").write_text(json.dumps(content))
+    well_formed(read_coco(folder, "gt.json"))
+
+
 def test_undamaged_coco_is_read_whole(folder: Path) -> None:
     (folder / "gt.json").write_text(json.dumps(coco_content()))
     index = read_coco(folder, "gt.json", masks=True)
