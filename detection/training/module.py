@@ -17,8 +17,6 @@ from torchmetrics import Metric
 
 from detection.batch import Batch, check_batch
 from detection.commit import code_version
-from detection.data.skeletons import SIGMA
-from detection.data.spectral import PixelFormat
 from detection.drift import present_recipe
 from detection.evaluation.mean_ap import MeanAP
 from detection.imbalance import sums_of, take_sums
@@ -27,6 +25,7 @@ from detection.models.fast import REPEATABLE, accelerate, exchange
 from detection.models.transform import ImageTransform
 from detection.models.two_stage import FasterRCNN
 from detection.recipes import RecipeError, describe, rebuild, trusting
+from detection.training.agreement import check_form, check_targets
 from detection.training.changes import check_changes, check_groups, steps_by_time, take_rates, total_steps
 from detection.training.checkpoints import announce_parts
 from detection.training.compiling import checkpoint_activations, compile_parts
@@ -184,7 +183,7 @@ class DetectionModule(L.LightningModule):
         return self.detector(images)  # type: ignore[return-value]
 
     def setup(self, stage: str) -> None:
-        """Refuse data without the masks, or with other channels than the detector learns; compile what is trained."""
+        """Refuse data that the detector doesn't fit, take the quick forms of its parts, and compile what is trained."""
         data = getattr(self.trainer, "datamodule", None)
         settings, self.metric.frequencies = getattr(data, "hparams", {}), getattr(data, "frequencies", None)
         self.metric.skeleton = getattr(data, "skeleton", None)
@@ -193,20 +192,9 @@ class DetectionModule(L.LightningModule):
             self._describe_detector(settings)
             self.own_metrics.check(self.detector.has_masks)
             check_monitors(self.trainer, known_figures(self.class_names, self.metric.iou_type, self.detector.has_masks))
-        if stage != "predict" and self.detector.has_masks and not settings.get("masks", True):
-            raise ValueError("the detector predicts masks but the data is read without: set data.masks to true")
         if stage != "predict":
-            self._check_key_points(settings)
-        given = getattr(data, "form", None)
-        if (
-            given is not None
-            and hasattr(self.detector, "transform")
-            and given != (wanted := PixelFormat.of(self.detector))
-        ):
-            raise ValueError(
-                f"the detector takes images with {wanted}, but the data has {given}: build it with in_channels, "
-                "image_depth, image_mean and image_std of the data"
-            )
+            check_targets(self.detector, settings, self.metric.skeleton)
+        check_form(self.detector, getattr(data, "form", None))
         for part in list(self.detector.modules()):  # itself, or one inside it, as in test-time augmentation
             if self.fast and isinstance(part, FasterRCNN):
                 accelerate(part, self.trainer.strategy.root_device)
@@ -214,30 +202,6 @@ class DetectionModule(L.LightningModule):
             exchange(self.detector, REPEATABLE)  # also in place of plain parts, which torchvision refuses to run
         if self.compiled and stage == "fit":
             compile_parts(self.detector)
-
-    def _check_key_points(self, data: Mapping[str, Any]) -> None:
-        """A ValueError where the detector learns key points, and the data has none or other ones."""
-        if "keypoints" not in self.metric.iou_type:
-            return
-        points, skeleton = int(self.detector.num_keypoints), self.metric.skeleton
-        if not data.get("keypoints", True):
-            raise ValueError(
-                "the detector predicts key points but the data is read without: set data.keypoints to true"
-            )
-        if skeleton is None:
-            return
-        if points != len(skeleton):
-            raise ValueError(
-                f"the detector predicts {points} key points, but the data has {len(skeleton)}: build it with "
-                f"num_keypoints={len(skeleton)}"
-            )
-        if skeleton.guesses_sigmas:
-            log.info(
-                "OKS takes the sigma %g for each of the %d key points; data.keypoint_sigmas sets others (Ultralytics "
-                "takes 1 / k)",
-                SIGMA,
-                points,
-            )
 
     def _describe_detector(self, data: Mapping[str, Any]) -> None:
         """Let checkpoints have the detector as it is: with its data's sizes, and with changes since it was built."""
