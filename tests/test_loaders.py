@@ -26,7 +26,8 @@ from detection.recipes import rebuild
 from detection.training.callbacks import PredictionPictures, Results, Throughput
 from detection.training.loaders import as_batch, images_per_step
 from detection.training.module import DetectionModule
-from detection.training.tracking import ProposalRecall, SampledForeground, Tracking
+from detection.training.proposal_figures import ProposalRecall, SampledForeground
+from detection.training.tracking import Tracking
 from tests.test_module import make_module
 from tests.test_optimisation import QUIET
 

@@ -20,7 +20,7 @@ from detection.anchors import default_anchors
 from detection.boxes import pairwise_iou
 from detection.matching import BalancedSampler, IoUBalancedSampler, Matcher, best_overlaps
 from detection.models.compose import faster_rcnn
-from detection.training.tracking import CountingSampler
+from detection.training.proposal_figures import CountingSampler
 from tests.test_hard_and_weighted import Maps, batch
 
 QUALITY = torch.tensor([[0.15, 0.45, 0.2, 0.6], [0.3, 0.65, 0.05, 0.1], [0.05, 0.4, 0.25, 0.4]])

@@ -35,13 +35,11 @@ from detection.evaluation.results import image_result
 from detection.matching import BalancedSampler
 from detection.training import loggers
 from detection.training.loggers import MetricsFile, Tracker
+from detection.training.proposal_figures import CountingSampler, proposal_result, recalled
 from detection.training.tracking import (
-    CountingSampler,
     Tracking,
     class_rows,
     overlays,
-    proposal_result,
-    recalled,
     same_size,
 )
 from tests.runs import scene_flags

@@ -22,7 +22,8 @@ from torchvision.transforms import v2
 from detection.batch import pad_images
 from detection.data.augment import train_transform
 from detection.data.dataset import DetectionDataset, collate
-from detection.data.images import EXTENSIONS, image_size
+from detection.data.headers import EXTENSIONS
+from detection.data.images import image_size
 from detection.data.records import DataError, Index, Record
 from detection.data.samplers import TrainBatchSampler
 from detection.data.scenes import draw_scene

@@ -51,10 +51,11 @@ from detection.training.checkpoints import (
 from detection.training.loggers import RUN_FLAGS, MetricsFile, Tracker, WandbMode
 from detection.training.module import DetectionModule
 from detection.training.optimisation import COSINE, SGD_MOMENTUM, state_per_parameter
+from detection.training.proposal_figures import ProposalRecall, SampledForeground
 from detection.training.resume import INTERRUPTED, Interrupted, KeepLast
 from detection.training.safety import Guard, check_start, end_other_ranks, end_with_parent
 from detection.training.sharing import SyncNorms
-from detection.training.tracking import ProposalRecall, SampledForeground, Tracking
+from detection.training.tracking import Tracking
 from detection.training.tuning import Find
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ from detection.data import coco, voc
 from detection.data.anchor_fit import AREAS, Boxes, Grid, fitted, recall
 from detection.data.duplicates import gradients, near_duplicates
 from detection.data.finding import Format, Layout, Stage
-from detection.data.images import EXTENSIONS, UPRIGHT, image_size, orientation_of, read_image, remarks
+from detection.data.headers import EXTENSIONS, UPRIGHT
+from detection.data.images import image_size, orientation_of, read_image, remarks
 from detection.data.judging import half_labelled, judge, judge_splits, kind_of, shown
 from detection.data.records import DataError, Defect, Index, Record, plain_name
 from detection.data.spectral import RGB, ChannelStatistics, PixelFormat, false_colour

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from detection.data.federated import image_name
-from detection.data.images import EXTENSIONS
+from detection.data.headers import EXTENSIONS
 from detection.data.tree import PICTURES, Tree, base_of, loose, role_of, role_of_path, suffix
 
 HEAD = 1 << 20  # bytes in which the first names of pictures are looked for

@@ -13,72 +13,36 @@
 from __future__ import annotations
 
 import io
-import re
-import threading
 import warnings
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import cache
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, features
-from PIL.ImageFile import ImageFile
+from PIL import Image
 
 from detection.data import jpeg, spectral
+from detection.data.headers import (
+    LARGEST,
+    UPRIGHT,
+    open_picture,
+    orientation_in,
+    read_header,
+    reason_of,
+    refuse_huge,
+    unlimited,
+    why_unread,
+)
 from detection.data.records import DataError
 from detection.data.spectral import RGB, PixelFormat, Pixels
 
-# What is read, in order of preference, and its decoders by Pillow's names. Others may run programs, as that of EPS.
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".webp", ".bmp", ".avif", ".jp2", ".j2k", ".j2c"),
-    *(".jpx", ".jpf", ".mpo", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".apng", ".dib", ".tga"),
-)
-FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "DIB", "AVIF", "JPEG2000", "GIF", "PPM", "TGA")
-# Pictures that are not read, and what makes them so.
-UNREAD = {
-    **dict.fromkeys((".heic", ".heif", ".hif"), "export them as JPEG, or convert them: heif-convert a.heic a.jpg"),
-    **dict.fromkeys(
-        (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw", ".raw"),
-        "develop them to JPEG or TIFF: darktable-cli a.dng a.jpg",
-    ),
-    **dict.fromkeys((".psd", ".psb", ".xcf", ".ai", ".eps", ".svg", ".pdf"), "export them as PNG"),
-    **dict.fromkeys((".exr", ".hdr", ".pfm", ".fits", ".fit"), "bring their values into 8 or 16 bits and save PNG"),
-    **dict.fromkeys((".dcm", ".nii", ".mhd"), "choose a window of values and save PNG"),
-    **dict.fromkeys((".svs", ".ndpi", ".czi", ".scn", ".mrxs", ".nd2", ".lif"), "export the level wanted as tiles"),
-    **dict.fromkeys((".jxl", ".jxr", ".qoi", ".pcx", ".dds", ".ico", ".icns", ".pict"), "convert them to PNG"),
-}
-HEAD = 8192  # bytes
-# Content of which a build of Pillow may lack the decoder: (where, bytes) -> Pillow's name of it.
-OPTIONAL = {
-    (4, b"ftypavi"): ("AVIF", "avif"),
-    (4, b"jP  "): ("JPEG 2000", "jpg_2000"),
-    (0, b"\xff\x4f\xff\x51"): ("JPEG 2000", "jpg_2000"),
-    (8, b"WEBP"): ("WebP", "webp"),
-}
-HEIF = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")
-LARGEST = 178_956_970  # pixels, beyond which Pillow speaks of a decompression bomb: half a gigabyte of RGB
 KEPT_PIXELS = 2 * LARGEST  # of images whose tiles are trained on, in each process: a gigabyte of RGB
+HEAD = 8192  # bytes
 BAND = 2**24  # pixels of a picture that are copied at once
-ORIENTATION, TAIL = 0x0112, 2**14  # tag of EXIF; bytes at the end of a PNG among which a late block is looked for
 # A damaged header may promise 170 million pixels, half a minute of decoding. Deflate packs up to 8256 pixels a byte.
 PLENTY, DENSEST = 10_000_000, 10_000
-# EXIF 2.32, section 4.6.4: from stored rows and columns to the upright picture, (transpose, flip rows, flip columns)
-UPRIGHT = {
-    1: (False, False, False),
-    2: (False, False, True),
-    3: (False, True, True),
-    4: (False, True, False),
-    5: (True, False, False),
-    6: (True, False, True),
-    7: (True, True, True),
-    8: (True, True, False),
-}
-_LIMIT = threading.Lock()
 Kind = TypeVar("Kind", bound=np.generic)
 
 
@@ -108,15 +72,15 @@ def read_image(
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: the image can't be read ({_reason(error)}); restore the file") from error
-    header = _header(path, data)
+        raise DataError(f"{path}: the image can't be read ({reason_of(error)}); restore the file") from error
+    header = read_header(path, data)
     stored, shown = header.size, header.shown
     if stored[0] * stored[1] > max(PLENTY, DENSEST * len(data)):
         raise DataError(
             f"{path}: {len(data)} bytes can't hold the {stored[0]}x{stored[1]} pixels of its header; replace it"
         )
     if not huge:
-        _refuse_huge(path, shown)
+        refuse_huge(path, shown)
     if size is not None and size not in (stored, shown):
         raise DataError(
             f"{path}: the image is {shown[0]}x{shown[1]} (height x width) but its annotation says {size[0]}x{size[1]}; "
@@ -172,10 +136,10 @@ def image_size(path: Path, size: tuple[int, int] | None = None) -> tuple[int, in
         DataError: the file is missing or too large, or its header can't be read.
     """
     if path.suffix.lower() in (".jpg", ".jpeg") and (found := jpeg.plain_size(_head(path))) is not None:
-        _refuse_huge(path, found)
+        refuse_huge(path, found)
         return found
-    header = _header(path)
-    _refuse_huge(path, header.shown)
+    header = read_header(path)
+    refuse_huge(path, header.shown)
     return header.size if size == header.size else header.shown
 
 
@@ -190,13 +154,13 @@ def _head(path: Path) -> bytes:
 
 def orientation_of(path: Path) -> int:
     """The EXIF orientation of an image file, 1 (upright) to 8; raises `DataError` like `image_size`."""
-    return _header(path).orientation
+    return read_header(path).orientation
 
 
 def from_pil(image: Image.Image) -> NDArray[np.uint8]:
     """The pixels `(H, W, 3)` uint8 RGB of an image of Pillow, which are those of its file; errors as `read_image`."""
     pixels = _to_rgb(image, "the image")
-    return _upright(pixels, _orientation(image, image.info.get("exif")))
+    return _upright(pixels, orientation_in(image, image.info.get("exif")))
 
 
 def from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
@@ -225,134 +189,12 @@ def remarks(path: Path) -> list[tuple[str, str]]:
         DataError: as `image_size`.
     """
     found = []
-    header = _header(path, count=True)
+    header = read_header(path, count=True)
     if header.frames > 1:
         found.append((f"only the first of {header.frames} frames is read", "save the others as files of their own"))
     if header.kind == "JPEG" and jpeg.lacks_end(path.read_bytes()):
         found.append(("the JPEG has no end marker", "all of it is there and read; save it again"))
     return found
-
-
-class _Header(NamedTuple):
-    """Stored `(height, width)`, EXIF orientation, format and mode as Pillow calls them (MPO is JPEG), and frames."""
-
-    size: tuple[int, int]
-    orientation: int
-    kind: str
-    mode: str
-    frames: int
-
-    @property
-    def shown(self) -> tuple[int, int]:
-        return self.size[::-1] if UPRIGHT[self.orientation][0] else self.size
-
-
-def _header(path: Path, data: bytes | None = None, count: bool = False) -> _Header:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a damaged EXIF block or an unknown tag does not concern the pixels
-            with _open(path if data is None else io.BytesIO(data)) as image:
-                width, height = image.size
-                kind = "JPEG" if image.format == "MPO" else str(image.format)
-                # the second picture of a JPEG is a preview or a map of depth or brightness
-                frames = _frames(image) if count and kind != "JPEG" else 1
-                block = image.info.get("exif") or (_late_exif(image) if kind == "PNG" else None)
-                return _Header((height, width), _orientation(image, block), kind, image.mode, frames)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: the image is missing; restore the file or delete its annotation") from error
-    except Exception as error:  # damaged files make Pillow raise a dozen types, among them SyntaxError
-        if (size := _other_size(path, data)) is not None:
-            return _Header(size, 1, "", "", 1)
-        if (sentence := _unread(path, data)) is not None:
-            raise DataError(f"{path}: {sentence}") from error
-        raise DataError(f"{path}: not a readable image ({_reason(error)}); replace or convert the file") from error
-
-
-def _other_size(path: Path, data: bytes | None) -> tuple[int, int] | None:
-    """`(height, width)` of a file that Pillow can't open but `spectral` can."""
-    try:
-        return spectral.size_of(path.read_bytes() if data is None else data)
-    except Exception:
-        return None
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow knows; AVIF since its version 11.3."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _open(source: Path | io.BytesIO) -> ImageFile:
-    try:
-        return Image.open(source, formats=_formats())
-    except Image.DecompressionBombError:  # how many pixels are too many is asked here
-        with _unlimited():
-            return Image.open(source, formats=_formats())
-
-
-@contextmanager
-def _unlimited() -> Iterator[None]:
-    """Lifts Pillow's limit of pixels, which is one for all threads."""
-    with _LIMIT:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-
-
-def _refuse_huge(path: Path, shape: tuple[int, int]) -> None:
-    if shape[0] * shape[1] > LARGEST:
-        raise DataError(
-            f"{path}: {shape[0]}x{shape[1]} pixels (height x width) are too many to be looked at at once; cut the "
-            "image and its annotations into tiles (`detection predict` looks at it in tiles by itself)"
-        )
-
-
-def _unread(path: Path, data: bytes | None) -> str | None:
-    """Why no decoder takes the file, where its content or its name tells."""
-    try:
-        with path.open("rb") as file:
-            head = data[:32] if data is not None else file.read(32)
-    except (OSError, ValueError):
-        return None
-    for (at, mark), (kind, feature) in OPTIONAL.items():
-        if head[at:].startswith(mark) and not features.check(feature):
-            return f"this build of Pillow has no decoder for {kind}; pip install --upgrade pillow, or save it as PNG"
-    suffix = ".heic" if head[4:].startswith(HEIF) else path.suffix.lower()
-    return f"{suffix[1:].upper()} is not read; {UNREAD[suffix]}" if suffix in UNREAD else None
-
-
-def _frames(image: Image.Image) -> int:
-    try:
-        return int(getattr(image, "n_frames", 1))
-    except Exception:  # a damaged later frame does not concern the first
-        return 1
-
-
-def _late_exif(image: ImageFile) -> bytes | None:
-    """The EXIF block behind the pixels of a PNG (PNG 3, 11.3.4.4), which Pillow sees when it has decoded them."""
-    assert image.fp is not None  # until it is decoded
-    image.fp.seek(max(0, image.fp.seek(0, io.SEEK_END) - TAIL))
-    data = image.fp.read()
-    at = data.rfind(b"eXIf")
-    end = at + 4 + int.from_bytes(data[max(0, at - 4) : at])
-    is_chunk = at >= 4 and zlib.crc32(data[at:end]) == int.from_bytes(data[end : end + 4])
-    return data[at + 4 : end] if is_chunk else None
-
-
-def _orientation(image: Image.Image, block: bytes | None) -> int:
-    # a TIFF's orientation is a tag of the format itself, which the decoder has already applied to the size
-    if image.format == "TIFF" or not block:
-        return 1
-    exif = Image.Exif()
-    try:
-        exif.load(block)
-        value = exif.get(ORIENTATION, 1)
-    except Exception:  # a damaged EXIF block says nothing about the orientation
-        return 1
-    return value if value in UPRIGHT else 1
 
 
 def _decode_jpeg(path: Path, data: bytes, mode: str) -> NDArray[np.uint8]:
@@ -375,16 +217,16 @@ def _decode(path: Path, data: bytes) -> NDArray[np.uint8]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _open(io.BytesIO(data)) as image:
-                with _unlimited() if image.width * image.height > LARGEST else nullcontext():
+            with open_picture(io.BytesIO(data)) as image:
+                with unlimited() if image.width * image.height > LARGEST else nullcontext():
                     image.load()
                 return _to_rgb(image, str(path))
     except (DataError, MemoryError):
         raise
     except Exception as error:
-        if (sentence := _unread(path, data)) is not None:
+        if (sentence := why_unread(path, data)) is not None:
             raise DataError(f"{path}: {sentence}") from error
-        said = spectral.advice(data) or f"the image is truncated or damaged ({_reason(error)}); replace the file"
+        said = spectral.advice(data) or f"the image is truncated or damaged ({reason_of(error)}); replace the file"
         raise DataError(f"{path}: {said}") from error
 
 
@@ -415,8 +257,3 @@ def _upright(pixels: NDArray[Kind], orientation: int) -> NDArray[Kind]:
     transpose, flip_rows, flip_columns = UPRIGHT[orientation]
     turned = pixels.transpose(1, 0, 2) if transpose else pixels
     return np.ascontiguousarray(turned[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1])
-
-
-def _reason(error: Exception) -> str:
-    text = re.sub(r" <_io\..*?>", "", str(error))  # an address: the same file would be another problem each time
-    return f"{type(error).__name__}: {text}".split("\n")[0][:120]

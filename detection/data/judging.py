@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detection.data.federated import seen_together
-from detection.data.images import EXTENSIONS
+from detection.data.headers import EXTENSIONS
 from detection.data.pairing import pair
 from detection.data.records import Defect, Form, Index, Record, Severity, relabel
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from detection.data.images import EXTENSIONS
+from detection.data.headers import EXTENSIONS
 from detection.data.tree import LABELS, PICTURES, loose, role_of_folder, role_of_path, suffix
 
 Key = tuple[str, ...]

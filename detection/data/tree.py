@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from detection.data.checks import Folder
-from detection.data.images import EXTENSIONS, UNREAD
+from detection.data.headers import EXTENSIONS, UNREAD
 from detection.data.records import DataError, Defect
 
 NOT_DATA = {"__MACOSX", "__pycache__", "$RECYCLE.BIN"}  # besides hidden folders; what archives and systems leave behind

@@ -16,7 +16,7 @@ from xml.etree.ElementTree import Element, ParseError
 from defusedxml.ElementTree import fromstring
 
 from detection.data.checks import nearest, short
-from detection.data.images import EXTENSIONS, UNREAD
+from detection.data.headers import EXTENSIONS, UNREAD
 from detection.data.pairing import pair
 from detection.data.records import DataError, Defect
 from detection.data.tree import LABELS, Tree, base_of, cleaned, loose, role_of, role_of_path, suffix

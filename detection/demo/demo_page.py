@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from detection.data.images import EXTENSIONS, read_image, remarks
+from detection.data.headers import EXTENSIONS
+from detection.data.images import read_image, remarks
 from detection.data.records import DataError
 from detection.demo.demo_looks import COLUMNS, ROW, SCRIPT, STYLE
 from detection.demo.study import STAGES, Example, Study, examples, knows, model_of

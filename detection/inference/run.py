@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import distributed as dist
 
 from detection.batch import Id
-from detection.data.images import LARGEST
+from detection.data.headers import LARGEST
 from detection.inference.detections import Detections
 from detection.inference.detector import Detector
 from detection.inference.ensemble import Ensemble

@@ -15,7 +15,8 @@ import numpy as np
 
 from detection.batch import Id
 from detection.data.checks import Folder
-from detection.data.images import EXTENSIONS, UNREAD, read_image, remarks
+from detection.data.headers import EXTENSIONS, UNREAD
+from detection.data.images import read_image, remarks
 from detection.data.listing import read_listing
 from detection.data.records import DataError
 from detection.data.spectral import RGB, PixelFormat, Pixels

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from detection.batch import Batch
-from detection.data.images import EXTENSIONS
+from detection.data.headers import EXTENSIONS
 from detection.errors import RunError, blame_disk
 
 # Files that a process keeps open: 60 or so for itself, and for each worker its pipes and shared batches.

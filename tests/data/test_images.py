@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 
-from detection.data import images, jpeg
+from detection.data import headers, images, jpeg
 from detection.data.audit import audit
-from detection.data.images import EXTENSIONS, UNREAD, from_array, image_size, orientation_of, read_image, remarks
+from detection.data.headers import EXTENSIONS, UNREAD
+from detection.data.images import from_array, image_size, orientation_of, read_image, remarks
 from detection.data.records import DataError, Index, Record
 from detection.data.yolo import read_yolo
 
@@ -355,7 +356,8 @@ def test_no_program_is_run_for_a_picture(tmp_path: Path) -> None:
 
 def test_huge_pictures_are_for_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
-    monkeypatch.setattr(images, "LARGEST", 800)
+    for module in (headers, images):
+        monkeypatch.setattr(module, "LARGEST", 800)
     monkeypatch.setattr(images, "BAND", 250)
     for suffix in ("jpg", "png", "tif"):
         path = save(tmp_path / f"a.{suffix}", noise(), orientation=6)
@@ -367,7 +369,8 @@ def test_huge_pictures_are_for_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert shown.shape == (40, 24, 3) and Image.MAX_IMAGE_PIXELS == 400
         with monkeypatch.context() as usual:
             usual.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
-            usual.setattr(images, "LARGEST", 10**6)
+            for module in (headers, images):
+                usual.setattr(module, "LARGEST", 10**6)
             np.testing.assert_array_equal(shown, read_image(path))
 
 

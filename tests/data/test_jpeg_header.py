@@ -29,7 +29,7 @@ def test_size_of_a_plain_jpeg_is_read_without_pillow(
     tmp_path: Path, mode: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save(tmp_path / "a.jpg", noise(24, 40), mode, **options)
-    monkeypatch.setattr(images, "_header", lambda *_: pytest.fail("Pillow was asked"))
+    monkeypatch.setattr(images, "read_header", lambda *_: pytest.fail("Pillow was asked"))
     assert image_size(path) == image_size(path, (40, 24)) == (24, 40)
 
 

@@ -36,7 +36,7 @@ def test_huge_pictures_are_looked_at_in_tiles(photos, tmp_path, monkeypatch):
     rectangles = [(0, 70, 30, 95, 60), (2, 120, 90, 150, 120)]
     Image.fromarray(scene(150, 200, *rectangles)).save(photos / "aerial.tif")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 14_000)
-    for module in ("data.images", "inference.run"):
+    for module in ("data.headers", "data.images", "inference.run"):
         monkeypatch.setattr(f"detection.{module}.LARGEST", 20_000)
     monkeypatch.setattr("detection.inference.run.DRAWN", 120)
     done = predict(Near(), open_source(str(photos)), tmp_path / "out", batch_size=3)
