@@ -232,7 +232,7 @@ class Simulated(Ablation):
         rng = np.random.default_rng([run.seed, self.names.index(run.swap)])
         results = detect(rng, self.world, self.skills[run.swap])
         facts = {"step": "9", "code": "abc", "sha256": "f" * 64}
-        return Detected(run.swap, results, CLASSES, 100, False, facts, {}, None, [])
+        return Detected(run.swap, results, CLASSES, 100, False, (), facts, {}, None, [])
 
 
 def test_seeds_of_a_decided_difference_are_left_out(tmp_path: Path) -> None:

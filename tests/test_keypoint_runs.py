@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jsonargparse import Namespace
 
+from detection.cli.comparing import contrast
 from detection.cli.configuration import fit_detector_to_data
 from detection.cli.detected import of_run
 from detection.cli.evaluate import evaluate
@@ -102,13 +103,17 @@ def test_evaluate_writes_results_that_coco_reads(run: Any, figures: Path) -> Non
 
 
 def test_detections_that_compare_keeps_are_read_back_with_their_points(run: Any) -> None:
-    folder, _, module = run
+    folder, made, module = run
     first = of_run(folder / "last.ckpt", "val", [], None, "cpu", None)
     again = of_run(folder / "last.ckpt", "val", [], None, "cpu", None)
     assert "detections read from" in again.notes[0] and "detections read from" not in first.notes[0]
     for one, other, seen in zip(first.results, again.results, module.metric.results, strict=True):
         assert (one.keypoints == other.keypoints).all() and (one.gt_keypoints == other.gt_keypoints).all()
         assert one.keypoints.shape == seen.keypoints.shape
+    assert first.sigmas == again.sigmas == module.metric.skeleton.oks_sigmas
+    found, *_ = contrast([first], [again], ("a", "b"), draws=100, sigmas=first.sigmas)
+    wanted = float(made.callback_metrics["val/keypoints_map"])
+    assert found.figures[0].a[0] == found.figures[0].b[0] == pytest.approx(wanted, abs=1e-6)
 
 
 def test_predict_writes_and_draws_key_points(run: Any, figures: Path) -> None:

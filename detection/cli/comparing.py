@@ -15,6 +15,7 @@ from detection.cli.detected import Detected, of_file, of_run, runs_in
 from detection.cli.flags import TRUST, answered, check_ranges, take_trust
 from detection.cli.wording import Flags
 from detection.data.records import DataError
+from detection.evaluation import oks
 from detection.evaluation.comparison_page import SURE, Side, shown_figures, verdict, write_comparison
 from detection.evaluation.results import ImageResult
 from detection.evaluation.significance import Contrast, compare
@@ -40,7 +41,9 @@ def main(flags: Sequence[str]) -> int | str | None:
     parser.add_argument("--split", choices=("val", "test"), default="val", help="of the runs' data (default: val)")
     parser.add_argument("--root", type=Path, help="folder of the runs' data, if it has moved")
     parser.add_argument("--common", action="store_true", help="compare on the images that all have, where they differ")
-    parser.add_argument("--masks", action="store_true", help="compare masks instead of boxes")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--masks", action="store_true", help="compare masks instead of boxes")
+    kind.add_argument("--keypoints", action="store_true", help="compare key points instead of boxes")
     parser.add_argument("--draws", type=int, default=1000, help="of bootstrap and permutation (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument("--output", type=Path, help="folder to write to (default: comparison_A_B)")
@@ -59,8 +62,9 @@ def _compare(given: argparse.Namespace, trust: list[str]) -> None:
     a, b = same_images(sides, given.common)
     if given.masks and not all(run.masks for run in (*a, *b)):
         raise DataError("--masks compares masks, but not all runs have them: leave it out")
+    sigmas = _sigmas([*a, *b]) if given.keypoints else ()
     names = _names(given, a, b)
-    found, left, right = contrast(a, b, names, given.masks, given.draws, given.seed)
+    found, left, right = contrast(a, b, names, given.masks, given.draws, given.seed, sigmas)
     folder = given.output or Path(f"comparison_{_plain(left.name)}_{_plain(right.name)}")
     write_comparison(folder, found, left, right, a[0].class_names, given.draws, given.beside)
     _print(found, left, right)
@@ -70,7 +74,13 @@ def _compare(given: argparse.Namespace, trust: list[str]) -> None:
 
 
 def contrast(
-    a: list[Detected], b: list[Detected], names: tuple[str, str], masks: bool = False, draws: int = 1000, seed: int = 0
+    a: list[Detected],
+    b: list[Detected],
+    names: tuple[str, str],
+    masks: bool = False,
+    draws: int = 1000,
+    seed: int = 0,
+    sigmas: Sequence[float] = (),
 ) -> tuple[Contrast, Side, Side]:
     """What is found of two sides, and the sides as the page shows them.
 
@@ -80,11 +90,25 @@ def contrast(
         masks: compare masks instead of boxes.
         draws: of bootstrap and permutation.
         seed: of the draws.
+        sigmas: of OKS, where key points are compared.
     """
     limit, classes = max(run.limit for run in (*a, *b)), a[0].class_names
-    limits = (1, min(10, limit), limit)
-    found = compare([r.results for r in a], [r.results for r in b], classes, limits, masks, draws, seed)
+    limits = (oks.MOST,) if sigmas else (1, min(10, limit), limit)
+    found = compare([r.results for r in a], [r.results for r in b], classes, limits, masks, draws, seed, sigmas)
     return found, _side(a, names[0]), _side(b, names[1])
+
+
+def _sigmas(runs: Sequence[Detected]) -> tuple[float, ...]:
+    """Those of OKS that all runs share."""
+    if not all(run.sigmas for run in runs):
+        raise DataError("--keypoints compares key points, but not all runs have them: leave it out")
+    for run in runs:
+        if run.sigmas != runs[0].sigmas:
+            raise DataError(
+                f"{run.name} and {runs[0].name} have other key points, or other sigmas of OKS ({run.sigmas}; "
+                f"{runs[0].sigmas}): compare detectors of the same, with the same data.keypoint_sigmas"
+            )
+    return runs[0].sigmas
 
 
 def _sides(runs: list[Path], against: list[Path] | None) -> tuple[list[Path], list[Path]]:
@@ -151,7 +175,13 @@ def _same(one: ImageResult, other: ImageResult) -> bool:
         and np.array_equal(one.gt_iscrowd, other.gt_iscrowd)
         and np.allclose(one.gt_boxes, other.gt_boxes, rtol=1e-5, atol=0.01)
         and np.allclose(one.gt_areas, other.gt_areas, rtol=1e-3, atol=0.01)
+        and (one.gt_keypoints is None or other.gt_keypoints is None or _same_points(one, other))
     )
+
+
+def _same_points(one: ImageResult, other: ImageResult) -> bool:
+    a, b = (np.asarray(result.gt_keypoints) for result in (one, other))
+    return a.shape == b.shape and np.allclose(a, b, rtol=1e-5, atol=0.01)
 
 
 def _names(given: argparse.Namespace, a: list[Detected], b: list[Detected]) -> tuple[str, str]:

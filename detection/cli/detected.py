@@ -45,6 +45,7 @@ class Detected:
         class_names: C.
         limit: detections of an image that the run gives at most.
         masks: whether they have masks.
+        sigmas: of OKS, one a key point; empty where they have none.
         facts: where it comes from: checkpoint, step, code, data.
         settings: of the run by name, with dots; empty for a results file.
         load_image: gives the pixels of an image, or None where the images are not at hand.
@@ -56,6 +57,7 @@ class Detected:
     class_names: list[str]
     limit: int
     masks: bool
+    sigmas: tuple[float, ...]
     facts: dict[str, str]
     settings: dict[str, Any]
     load_image: LoadImage | None
@@ -94,6 +96,7 @@ def of_file(results: Path, annotations: Path, images: Path | None) -> Detected:
         class_names=read.metric.class_names,
         limit=read.metric.max_detection_thresholds[-1],
         masks="segm" in read.metric.iou_type,
+        sigmas=_sigmas(read.metric),
         facts={"results": str(results), "sha256": _checksum(results), "data": annotations.name},
         settings={},
         load_image=load if place else None,
@@ -128,6 +131,7 @@ def of_run(
         metric = detect_all(module, data, accelerator)
         _keep(folder, dataset, metric, of)
         note = f"{ckpt}: detected in {len(metric.results)} images; kept in {folder}"
+    metric.skeleton = dataset.skeleton
     content, home, form = read_torch(ckpt), dataset.root, data.form
 
     def load(result: ImageResult) -> Pixels:
@@ -140,6 +144,7 @@ def of_run(
         class_names=module.class_names,
         limit=limit,
         masks="segm" in kinds,
+        sigmas=_sigmas(metric),
         facts={
             "checkpoint": ckpt.name,
             "step": str(content.get("global_step", "unknown")),
@@ -246,6 +251,10 @@ def _corners(box: Sequence[float]) -> list[float]:
 
 def _rle(segment: Mapping[str, Any]) -> dict[str, Any]:
     return {"size": segment["size"], "counts": segment["counts"].encode()}
+
+
+def _sigmas(metric: MeanAP) -> tuple[float, ...]:
+    return metric.sigmas(metric.results) if "keypoints" in metric.iou_type else ()
 
 
 def _settings(run: Path, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def write_comparison(
     said = verdict(found.figures[0], a.name, b.name)
     content = {
         "verdict": said,
+        "compared": found.compared,
         "level": LEVEL,
         "draws": draws,
         "images": len(a.results),
@@ -197,23 +198,22 @@ def _distinct(values: Iterable[Any]) -> list[str]:
 def _render(found: Contrast, a: Side, b: Side, draws: int, said: str, images: str) -> str:
     first = found.figures[0]
     facts = {"A": f"{a.name} ({_runs(a)})", "B": f"{b.name} ({_runs(b)})", "images": str(len(a.results))}
-    facts |= {"draws": str(draws)}
+    facts |= {"compared": found.compared, "draws": str(draws)}
     tiles = [(f"{np.mean(first.a):.3f}", f"AP of A, {a.name}"), (f"{np.mean(first.b):.3f}", f"AP of B, {b.name}")]
     tiles.append((_signed(first.difference, 3), f"A - B, {SURE} interval {first.low:+.3f} to {first.high:+.3f}"))
     tiles += [(_chance(first.p), "p"), (_chance(first.p_images), "p of images alone")]
     shown = "".join(f'<div class="tile"><b>{value}</b><span>{escape(text)}</span></div>' for value, text in tiles)
     settings = differing(a, b)
-    has_masks = bool(a.results) and a.results[0].gt_masks is not None
-    note = f"{IMAGES_NOTE} Masks are not drawn, but their boxes." if has_masks else IMAGES_NOTE
+    of_boxes = "" if found.compared == "boxes" else f" Of the boxes, not of the {found.compared}."
     body = [
         f'<div class="tiles">{shown}</div>',
         section("Verdict", "", f'<p class="verdict">{escape(said)}</p>'),
         section("Figures", FIGURES_NOTE, _figures(found)),
         section("Classes", CLASSES_NOTE, _classes(found)),
-        section("Mistakes", MISTAKES_NOTE, _mistakes(found)),
+        section("Mistakes", MISTAKES_NOTE + of_boxes, _mistakes(found)),
         section("What differs", SETTINGS_NOTE, _settings(settings)) if settings else "",
         section("Runs", "", _table_of_runs(a, b)),
-        section("Images", note, images),
+        section("Images", IMAGES_NOTE + of_boxes, images),
         section("How it is computed", "", _method(first, draws)),
     ]
     return PAGE.format(

@@ -216,15 +216,15 @@ class MeanAP(Metric):
         """Precision `(T, R, C, A, M)` and recall `(T, C, A, M)` by IoU type, -1 where a class has no ground truth."""
         limits, classes = self.max_detection_thresholds, len(self.class_names)
         curves = {
-            t: evaluate(results, classes, [oks.MOST], sigmas=self._sigmas(results))
+            t: evaluate(results, classes, [oks.MOST], sigmas=self.sigmas(results))
             if t == "keypoints"
             else evaluate(results, classes, limits, use_masks=t == "segm")
             for t in self.iou_type
         }
         return {iou_type: (curve.precision, curve.recall) for iou_type, curve in curves.items()}
 
-    def _sigmas(self, results: Sequence[ImageResult]) -> tuple[float, ...]:
-        """One a key point; nothing where no image was seen."""
+    def sigmas(self, results: Sequence[ImageResult]) -> tuple[float, ...]:
+        """Those of OKS, one a key point of these images; nothing where there is no image and no skeleton."""
         known = self.skeleton
         points = next((r.gt_keypoints for r in results if r.gt_keypoints is not None), None)
         if known is None or (points is not None and points.shape[1] != len(known)):

@@ -26,7 +26,7 @@ T50, T75 = 0, 5  # places of .50 and .75 in `IOU_THRESHOLDS`
 
 
 def figure_names(limits: Sequence[int]) -> list[str]:
-    """The F names of COCO's figures, as `MeanAP` has them, for three limits of detections."""
+    """The F names of COCO's figures, as `MeanAP` has them of boxes, for the limits of detections."""
     names = ["map", "map_50", "map_75", *(f"map_{area}" for area in AREAS[1:])]
     return [*names, *(f"mar_{limit}" for limit in limits), *(f"mar_{area}" for area in AREAS[1:])]
 
@@ -41,7 +41,7 @@ def drawn(
         num_classes: C.
         weights: `(S, U)` how often the detections of a unit are in the draw, whole numbers.
         objects: `(S, I)` how often the objects of an image are.
-        limits: three limits of detections of one class in one image.
+        limits: of detections of one class in one image, the last is that of all figures but recall at the others.
     """
     names = figure_names(limits)
     total, known = np.zeros((len(weights), len(names))), np.zeros((len(weights), len(names)), np.int64)

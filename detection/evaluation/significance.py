@@ -93,6 +93,7 @@ class Contrast:
     """Two sides, compared.
 
     Attributes:
+        compared: `boxes`, `masks` or `key points`: what the figures and the classes are of. The rest is of boxes.
         figures: COCO's, the first is AP.
         classes: AP of each class that has objects.
         adjusted: `p` of each class after Benjamini and Hochberg (1995): of the classes that are said to differ at it,
@@ -103,6 +104,7 @@ class Contrast:
         judged_a, judged_b: the mistakes of the first run of each side.
     """
 
+    compared: str
     figures: list[Difference]
     classes: list[Difference]
     adjusted: list[float]
@@ -121,19 +123,21 @@ def compare(
     use_masks: bool = False,
     draws: int = 1000,
     seed: int = 0,
+    sigmas: Sequence[float] = (),
 ) -> Contrast:
     """Compare the runs of `a` with those of `b`, all on the same images, in the order of their ids.
 
     Args:
         a, b: the results of each run.
         names: C classes.
-        limits: three limits of detections of a class in an image; the figures are at the last.
+        limits: three limits of detections of a class in an image, of key points one; the figures are at the last.
         use_masks: compare masks instead of boxes.
         draws: S, of the bootstrap and of the permutation test.
         seed: of the draws.
+        sigmas: compare key points, by OKS with these; there are no figures of small objects then, as COCO has none.
     """
     images = len(a[0])
-    runs = [list(judge(results, len(names), max(limits), use_masks)) for results in (*a, *b)]
+    runs = [list(judge(results, len(names), max(limits), use_masks, sigmas=sigmas)) for results in (*a, *b)]
     rng = np.random.default_rng(seed)
     one = np.ones((1, images), np.int16)
     weights = rng.multinomial(images, np.full(images, 1 / images), draws).astype(np.int16)
@@ -145,7 +149,8 @@ def compare(
     for f, name in enumerate([*figure_names(limits), *names]):
         here = np.array([run[f] for run in measured]), np.stack([run[:, f] for run in resampled])
         found.append(_tested(difference(name, *here, side, images), shuffled[:, f]))
-    figures, classes = found[: -len(names)], [own for own in found[-len(names) :] if not math.isnan(own.difference)]
+    figures = [own for own in found[: -len(names)] if not (sigmas and own.name.endswith("_small"))]
+    classes = [own for own in found[-len(names) :] if not math.isnan(own.difference)]
     judged = [analyse(results, len(names), limit=max(limits)) for results in (*a, *b)]
     counts = np.stack([_mistakes(run, images) for run in judged])
     mistakes = [
@@ -156,6 +161,7 @@ def compare(
     weight = np.stack([mistake_weight(run, images) for run in judged])
     chances = np.nan_to_num([own.p for own in classes], nan=1.0)
     return Contrast(
+        compared="key points" if sigmas else "masks" if use_masks else "boxes",
         figures=figures,
         classes=classes,
         adjusted=stats.false_discovery_control(chances).tolist(),

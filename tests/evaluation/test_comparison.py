@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 from detection.__main__ import main
+from detection.cli import comparing
 from detection.cli.comparing import same_images
 from detection.cli.detected import of_file
 from detection.data.records import DataError
@@ -22,6 +23,7 @@ from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.resampling import drawn, figure_names, pooled
 from detection.evaluation.results import ImageResult
 from detection.evaluation.significance import compare, difference
+from tests.evaluation import test_oks
 
 LIMITS = (1, 10, 100)
 CLASSES = ["a", "b", "c"]
@@ -87,6 +89,36 @@ def test_a_draw_is_what_pycocotools_says_of_the_images_repeated(crowds, pycoco):
         wanted = pycoco(*as_files([result for result, n in zip(results, times, strict=True) for _ in range(n)]))
         said = [wanted["figures"][name] for name in figure_names(LIMITS)]
         assert values == pytest.approx([math.nan if value == -1 else value for value in said], abs=1e-9, nan_ok=True)
+
+
+def repeated(gt, dt, times):
+    """The files with each image as often as it says, under new numbers."""
+    copies = [image["id"] for image, n in zip(gt["images"], times, strict=True) for _ in range(n)]
+    images = [{"id": new, "file_name": f"{new}.png", "width": 400, "height": 300} for new in range(1, len(copies) + 1)]
+    of = [
+        [e | {"image_id": n} for n, old in enumerate(copies, 1) for e in es if e["image_id"] == old]
+        for es in (gt["annotations"], dt)
+    ]
+    annotations = [entry | {"id": number} for number, entry in enumerate(of[0], start=1)]
+    return gt | {"images": images, "annotations": annotations}, of[1]
+
+
+def test_a_draw_of_key_points_is_what_pycocotools_says_of_the_images_repeated(tmp_path):
+    gt, dt = test_oks.drawn(1, 3)
+    dt = [entry | {"score": entry["score"] + k * 1e-6} for k, entry in enumerate(dt)]  # no ties: copies order them
+    (tmp_path / "gt.json").write_text(json.dumps(gt))
+    (tmp_path / "dt.json").write_text(json.dumps(dt))
+    run = of_file(tmp_path / "dt.json", tmp_path / "gt.json", None)
+    weights = np.random.default_rng(0).multinomial(12, np.full(12, 1 / 12), 4).astype(np.int16)
+    own, _ = drawn(list(judge(run.results, 2, 20, sigmas=run.sigmas)), 2, weights, weights, (20,))
+    for values, times in zip(own, weights, strict=True):
+        wanted = test_oks.official(*repeated(gt, dt, times), run.sigmas)
+        said = {name: -1 if math.isnan(v) else v for name, v in zip(figure_names((20,)), values, strict=True)}
+        said["mar"] = said.pop("mar_20")
+        assert {name: said[name] for name in wanted if name in said} == pytest.approx(
+            {name: value for name, value in wanted.items() if name in said}, abs=1e-9
+        )
+        assert len(said.keys() & wanted.keys()) == 8
 
 
 @pytest.mark.parametrize("folder", ["coco_fake", "coco_boxes"])
@@ -255,6 +287,41 @@ def test_the_command_on_results_files(files, capsys, monkeypatch):
     assert "http" not in page.replace("http://www.w3.org", "") and page.count('class="whisker') == 12 + 3 + 6
 
 
+def test_the_command_on_key_points(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gt, good = test_oks.drawn(0, 3)
+    moved = [[v + 9 * (k % 3 == 0) for k, v in enumerate(entry["keypoints"])] for entry in good]
+    bad = [entry | {"keypoints": points} for entry, points in zip(good, moved, strict=True)]
+    for name, content in (("gt", gt), ("good", good), ("bad", bad)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert not main(["compare", "good.json", "bad.json", "--gt", "gt.json", "--keypoints", "--draws", "100"])
+    assert "good is better than bad (good - bad: +" in capsys.readouterr().out
+    content = json.loads((tmp_path / "comparison_good_bad" / "comparison.json").read_text())
+    names = ["map", "map_50", "map_75", "map_medium", "map_large", "mar_20", "mar_medium", "mar_large"]
+    assert content["compared"] == "key points" and [row["name"] for row in content["figures"]] == names
+    for side, found in (("a", good), ("b", bad)):
+        wanted = test_oks.official(gt, found, (0.05,) * 3)
+        said = {row["name"]: row[side][0] for row in content["figures"]}
+        assert said["mar_20"] == pytest.approx(wanted["mar"], abs=1e-9)
+        assert {name: said[name] for name in names[:5]} == pytest.approx(
+            {name: None if wanted[name] == -1 else wanted[name] for name in names[:5]}, abs=1e-9
+        )
+    page = (tmp_path / "comparison_good_bad" / "comparison.html").read_text()
+    assert "compared <b>key points</b>" in page and page.count("Of the boxes, not of the key points.") == 2
+
+
+def test_other_key_points_or_sigmas_are_not_compared(tmp_path, monkeypatch):
+    gt, dt = test_oks.drawn(0, 3)
+    (tmp_path / "gt.json").write_text(json.dumps(gt))
+    (tmp_path / "dt.json").write_text(json.dumps(dt))
+    run = of_file(tmp_path / "dt.json", tmp_path / "gt.json", None)
+    with pytest.raises(DataError, match=r"other key points, or other sigmas .*\(0\.1, 0\.1, 0\.1\).*keypoint_sigmas"):
+        comparing._sigmas([run, replace(run, sigmas=(0.1,) * 3)])
+    points = [replace(own, gt_keypoints=own.gt_keypoints + 1) for own in run.results]
+    with pytest.raises(DataError, match="other validation sets"):
+        same_images([[run], [replace(run, results=points)]])
+
+
 def test_one_run_each_says_that_seeds_are_unknown(files, capsys, monkeypatch):
     monkeypatch.chdir(files)
     assert not main(["compare", "good0.json", "good1.json", "--gt", "gt.json", "--draws", "100"])
@@ -271,6 +338,7 @@ def test_one_run_each_says_that_seeds_are_unknown(files, capsys, monkeypatch):
         (["good0.json", "bad0.json"], "good0.json: name the COCO file that the results are compared with: --gt"),
         (["good0.json", "good0.json", "--gt", "gt.json"], "is on both sides: a run can't differ from itself"),
         (["good0.json", "bad0.json", "--gt", "gt.json", "--masks"], "--masks compares masks, but not all runs have"),
+        (["good0.json", "bad0.json", "--gt", "gt.json", "--keypoints"], "--keypoints compares key points, but not all"),
         (["good0.json", "bad0.json", "--gt", "gt.json", "--draws", "5"], "--draws is 5: it must be at least 100"),
         (["absent", "bad0.json"], "no checkpoint at absent"),
     ],
