@@ -151,16 +151,30 @@ class Detections:
         Raises:
             ImportError: supervision is not installed.
         """
-        try:
-            import supervision
-        except ImportError as error:
-            raise ImportError('supervision is not installed: pip install "detection[supervision]"') from error
-        return supervision.Detections(
+        return _supervision().Detections(
             xyxy=self.boxes.reshape(-1, 4),
             mask=self.bitmaps() if self.masks is not None and len(self) else None,
             confidence=self.scores,
             class_id=self.labels - 1,
             tracker_id=self.ids,
+            data={"class_name": np.array(self.names, dtype=str)},
+        )
+
+    def to_supervision_keypoints(self) -> Any:
+        """The key points as `supervision.KeyPoints`, in the order of `to_supervision`.
+
+        A heatmap's score is a logit and no confidence, so that of the detection is all that is given.
+
+        Raises:
+            ImportError: supervision is not installed.
+            ValueError: of a detector that finds none.
+        """
+        if self.keypoints is None:
+            raise ValueError("this detector finds no key points: take to_supervision")
+        return _supervision().KeyPoints(
+            xy=self.keypoints[..., :2],
+            class_id=self.labels - 1,
+            detection_confidence=self.scores,
             data={"class_name": np.array(self.names, dtype=str)},
         )
 
@@ -188,3 +202,11 @@ class Detections:
                 label.mask = mask[int(y1) : max(int(y1) + 1, round(y2)), int(x1) : max(int(x1) + 1, round(x2))]
             labels.append(label)
         return fiftyone.Detections(detections=labels)
+
+
+def _supervision() -> Any:
+    try:
+        import supervision
+    except ImportError as error:
+        raise ImportError('supervision is not installed: pip install "detection[supervision]"') from error
+    return supervision

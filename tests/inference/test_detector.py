@@ -119,6 +119,21 @@ def test_supervision_gets_boxes_masks_and_names():
     assert len(found.above(1).to_supervision()) == 0
 
 
+def test_supervision_draws_the_key_points():
+    supervision = pytest.importorskip("supervision", reason='needs pip install "detection[supervision]"')
+    found = Blobs()._find(scene(60, 80, (0, 10, 10, 30, 40), (2, 50, 20, 70, 50)))
+    with pytest.raises(ValueError, match="finds no key points: take to_supervision"):
+        found.to_supervision_keypoints()
+    points = np.array([[[12, 14, 1], [25, 35, 1]], [[55, 25, 1], [66, 44, 1]]], np.float32)
+    found = replace(found, keypoints=points, keypoint_scores=np.full((2, 2), 7.5, np.float32))
+    theirs = found.to_supervision_keypoints()
+    assert theirs.data["class_name"].tolist() == ["red", "blue"] and theirs.class_id.tolist() == [0, 1]
+    assert theirs.detection_confidence.tolist() == found.scores.tolist()
+    drawn = supervision.VertexAnnotator(radius=1).annotate(np.zeros((60, 80, 3), np.uint8), theirs).any(axis=2)
+    assert all(drawn[int(y), int(x)] for x, y, _ in points.reshape(-1, 3)) and drawn.sum() < 4 * 12
+    assert len(found.above(1).to_supervision_keypoints()) == 0
+
+
 def test_without_supervision_the_install_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(ImportError, match=r"pip install .*supervision"):
