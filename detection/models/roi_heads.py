@@ -48,7 +48,7 @@ class TwoFCHead(nn.Module):
         super().__init__()
         self.fc6 = nn.Linear(in_channels * output_size**2, out_channels)
         self.fc7 = nn.Linear(out_channels, out_channels)
-        self.out_channels = out_channels
+        self.in_channels, self.out_channels = in_channels, out_channels
 
     def forward(self, pooled: Tensor) -> Tensor:
         return F.relu(self.fc7(F.relu(self.fc6(pooled.flatten(1)))))

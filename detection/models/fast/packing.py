@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from detection.devices import has_kernels
 from detection.models.backbones import Trunk
 from detection.models.fast.folding import FoldedNorm
+from detection.models.roi_heads import TwoFCHead
 
 PLAIN = (nn.Conv2d, Conv2dSame)
 # The kernels' names of activations, and their arguments.
@@ -42,6 +44,8 @@ def pack(network: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Conv2d) and type(child) in PLAIN and child.padding_mode == "zeros":
                 setattr(parent, name, PackedConv2d(child))
+            elif type(child) is TwoFCHead:
+                setattr(parent, name, PackedHead(child))
             elif type(child) is nn.Linear:
                 setattr(parent, name, PackedLinear(child))
     for parent in list(network.modules()):
@@ -202,7 +206,34 @@ class PackedLinear(Packing, nn.Linear):
         cast = self.cast(x)
         if cast is None:
             return nn.Linear.forward(self, x)
+        if not has_kernels(x.device, torch.bfloat16):
+            return F.linear(cast, *self.weights(cast))
         return torch.ops.mkldnn._linear_pointwise(cast, *self.weights(cast), "none", [], "")
 
     def lay_out(self, weight: Tensor, shape: list[int]) -> Tensor:
+        """The weight in the kernel's order; without AVX-512 transposed, for the BLAS, which is quicker than oneDNN."""
+        if not has_kernels(weight.device, torch.bfloat16):
+            return weight.t().contiguous().t()
         return torch.ops.mkldnn._reorder_linear_weight(weight, torch.Size(shape[:-1]).numel())
+
+
+class PackedHead(nn.Module):
+    """`TwoFCHead` for inference, whose first weight is ordered for features that lie channels last.
+
+    So `GatherPooler` leaves them. To flatten them as the plain head does would move each number first.
+
+    Args:
+        head: whose linear layers are packed.
+    """
+
+    def __init__(self, head: TwoFCHead) -> None:
+        super().__init__()
+        fc6 = nn.Linear(head.fc6.in_features, head.fc6.out_features, device="meta")
+        weight = head.fc6.weight.detach().unflatten(1, (head.in_channels, -1)).transpose(1, 2).flatten(1)
+        fc6.weight, fc6.bias = nn.Parameter(weight, requires_grad=False), head.fc6.bias
+        self.fc6, self.fc7, self.out_channels = PackedLinear(fc6), PackedLinear(head.fc7), head.out_channels
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """`(R, C, o, o)` -> `(R, out_channels)`."""
+        rows = pooled.permute(0, 2, 3, 1).flatten(1)
+        return F.relu_(self.fc7(F.relu_(self.fc6(rows))))

@@ -14,7 +14,10 @@ from detection import (
     maskrcnn_efficientnet_lite0_fpn,
 )
 from detection.devices import has_kernels
-from detection.models.fast.packing import PackedBlock, PackedConv2d, PackedLinear, pack
+from detection.models.fast.fast_pooling import GatherPooler
+from detection.models.fast.packing import PackedBlock, PackedConv2d, PackedHead, PackedLinear, pack
+from detection.models.roi_heads import TwoFCHead
+from detection.parts import FeatureMaps
 
 SIZES = [(96, 128), (80, 72)]
 
@@ -132,6 +135,35 @@ def test_what_has_no_kernel_is_computed_as_ever() -> None:
     assert not packed.packed
     with torch.inference_mode():
         torch.testing.assert_close(packed.double()(x.double()), layer.double()(x.double()))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_packed_head_is_the_plain_one_and_moves_no_feature(half: bool) -> None:
+    torch.manual_seed(0)
+    head = TwoFCHead(12, 5, 20)
+    network = nn.Sequential(copy.deepcopy(head))
+    pack(network)
+    assert type(network[0]) is PackedHead and network[0].out_channels == 20
+    seen: list[Tensor] = []
+    network[0].fc6.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for count in (7, 1, 0):
+        x = torch.randn(count, 12, 5, 5)
+        for features in (x, x.contiguous(memory_format=torch.channels_last)):
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+                wanted, given = head(features), network(features)
+            assert given.dtype == wanted.dtype
+            tolerance = 2e-2 if half else 1e-5
+            torch.testing.assert_close(given, wanted, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(network(features), head(features), rtol=1e-5, atol=1e-5)  # with gradients
+        assert seen[-1].data_ptr() == features.data_ptr()  # channels last
+
+
+def test_our_pooler_leaves_channels_last() -> None:
+    pooler = GatherPooler(3, 2)
+    maps = FeatureMaps((torch.randn(1, 8, 16, 16).to(memory_format=torch.channels_last),), (4,))
+    with torch.inference_mode():
+        pooled = pooler(maps, torch.tensor([[[0.0, 0.0, 30.0, 40.0], [5.0, 5.0, 20.0, 60.0]]]))
+    assert pooled.shape == (2, 8, 3, 3) and pooled.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_ready_detector_copies_saves_and_leaves_inference_mode() -> None:
