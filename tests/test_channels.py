@@ -26,12 +26,13 @@ from detection.inference import predict
 from detection.inference.sources import open_source
 from detection.interop import CheckpointError, load_detector, save_detector
 from detection.interop.detectron2 import to_detectron2
+from detection.interop.export import ExportableDetector, outputs_of
 from detection.models import relatives, zoo
 from detection.models.transform import ImageTransform
 from detection.recipes import rebuild
 from detection.weights import fit_stem
 from tests import twins
-from tests.runs import TINY, rehearsed
+from tests.runs import TINY
 
 MEAN, STD = [0.4, 0.5, 0.3, 0.2, 0.6], [0.2, 0.1, 0.3, 0.05, 0.2]
 BUILDERS: dict[str, dict[str, Any]] = {
@@ -161,27 +162,35 @@ def test_a_detector_takes_files_arrays_and_tensors_alike(form: PixelFormat, tmp_
         detector(np.zeros((8, 8, 3), np.uint8))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("form", rehearsed([PixelFormat(4, 8), PixelFormat(2, 16)], (2, 16)), ids=str)
-def test_onnx_of_any_format_finds_what_the_model_finds(form: PixelFormat, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript", reason='needs pip install "detection[export]"')
-    pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
+@pytest.mark.parametrize("form", [PixelFormat(4, 8), PixelFormat(2, 16)], ids=str)
+@pytest.mark.parametrize("traced", [False, pytest.param(True, marks=pytest.mark.rehearsal)], ids=["graph", "ONNX"])
+def test_export_of_any_format_finds_what_the_model_finds(form: PixelFormat, traced: bool, tmp_path: Path) -> None:
+    """What is traced, run as it is; and the file."""
     from detection.interop.exported_files import onnx_runner, to_onnx
     from detection.interop.parity import compare
 
-    logging.disable(logging.DEBUG)
     model = build("fasterrcnn_efficientnet_lite0_fpn", *form, box_score_thresh=0.4, box_detections_per_img=300)
     with torch.no_grad():
         model.roi_heads.box_predictor.cls_score.weight.mul_(3)
-    to_onnx(model, tmp_path / "d.onnx", {})
+    if traced:
+        pytest.importorskip("onnxscript", reason='needs pip install "detection[export]"')
+        pytest.importorskip("onnxruntime", reason='needs pip install "detection[export]"')
+        logging.disable(logging.DEBUG)
+        to_onnx(model, tmp_path / "d.onnx", {})
+        logging.disable(logging.NOTSET)
+    graph, names = ExportableDetector(model), outputs_of(model)
+
+    def run(planes: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        with torch.inference_mode():
+            return {n: v.numpy() for n, v in zip(names, graph(torch.from_numpy(planes)), strict=True)}
+
     rng = np.random.default_rng(0)
     images = []
     for height, width in ((60, 80), (96, 50)):  # coarse noise, as in the test of RGB
         coarse = rng.integers(0, form.highest, (height // 8, width // 8, form.channels)).astype(form.dtype)
         images.append(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC))
     detector = Detector(model, [f"class {i}" for i in range(1, model.num_classes)], device="cpu")
-    parity = compare(detector, onnx_runner(tmp_path / "d.onnx"), images)
-    logging.disable(logging.NOTSET)
+    parity = compare(detector, onnx_runner(tmp_path / "d.onnx") if traced else run, images)
     assert parity.detections > 20 and parity.unmatched <= 0.02 * parity.detections
     # 16-bit pixels are resized in float32 here and in OpenCV, in another order: a level of 65535 apart now and then.
     assert parity.box < 1e-2 and parity.score < (1e-4 if form.depth == 8 else 1e-3)

@@ -24,7 +24,7 @@ from detection.models.compose import mask_rcnn
 from detection.training.module import DetectionModule
 from detection.training.optimisation import MultiStepSchedule
 
-STEPS = 20
+STEPS = 10
 
 
 class Losses(torch.nn.Module):
@@ -45,10 +45,10 @@ def make_module() -> DetectionModule:
     detector = mask_rcnn(
         resnet_fpn("resnet18", norm="group", out_channels=32),
         num_classes=3,
-        rpn_post_nms_top_n_train=20,
+        rpn_post_nms_top_n_train=8,
         rpn_batch_size_per_image=1_000_000,
         rpn_positive_fraction=1.0,
-        box_batch_size_per_image=1_000,
+        box_batch_size_per_image=11,  # 8 proposals and up to 3 objects
         box_positive_fraction=1.0,
     )
     with torch.no_grad():  # scores that lie apart, or the last bit of a sum decides which proposals there are

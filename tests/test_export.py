@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from detection.data.augment import resize_into
 from detection.data.images import read_image
 from detection.imbalance import EqualizationLoss
 from detection.inference.exported import kept_facts
+from detection.interop import openvino
 from detection.interop.export import ExportableDetector, _resize_as_opencv
 from detection.interop.exported_files import (
     onnx_runner,
@@ -50,7 +52,7 @@ from detection.interop.parity import compare, compare_accuracy
 from detection.interop.tensorrt import objections, to_tensorrt
 from detection.mask_grid import MaskGrid, TorchvisionMaskGrid, paste_masks
 from detection.weights import read_saved
-from tests.runs import scene_flags
+from tests.runs import rehearsed, scene_flags
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SIZES = [(80, 120), (150, 70), (64, 64), (201, 333), (207, 209)]  # the last loses a pixel with a careless division
@@ -194,10 +196,12 @@ def test_standalone_runner_says_what_is_absent_and_where_nothing_is_found(tmp_pa
 
 
 @pytest.mark.slow
-def test_openvino_finds_what_the_model_finds(exported, tmp_path):
+def test_openvino_finds_what_the_model_finds(exported, tmp_path, monkeypatch):
     pytest.importorskip("openvino", reason='needs pip install "detection[openvino]"')
-    model, _ = exported
+    model, traced = exported
     path = tmp_path / "detector.xml"
+    # It begins with the ONNX file, which is here already: to trace a detector takes a minute or two.
+    monkeypatch.setattr(openvino, "to_onnx", lambda given, path, facts: shutil.copyfile(traced, path))
     to_openvino(model, path, {"class_names": ["a", "b", "c"]})
     write_openvino_facts(path, {"parity": {"images": 5}})
     facts = {"class_names": ["a", "b", "c"], "parity": {"images": 5}, "inference_precision": "f32"}
@@ -309,9 +313,15 @@ def test_accuracy_is_that_of_the_file(exported):
 
 
 @pytest.mark.slow
-def test_cascade_exports_to_torch(exported, tmp_path):  # behind the other, which silences the log
+@pytest.mark.parametrize(
+    "builder",
+    rehearsed(
+        [fasterrcnn_efficientnet_lite0_fpn, cascadercnn_efficientnet_lite0_fpn], fasterrcnn_efficientnet_lite0_fpn
+    ),
+)
+def test_torch_finds_what_the_model_finds(exported, builder, tmp_path):  # behind the fixture, which silences the log
     """With a loss that reads its logits by itself; the fixture has a softmax."""
-    model = decided(cascadercnn_efficientnet_lite0_fpn, class_loss=EqualizationLoss(), box_score_thresh=0.25)
+    model = decided(builder, class_loss=EqualizationLoss(), box_score_thresh=0.25)
     path = tmp_path / "detector.pt2"
     to_torch(model, path, kept_facts(model, ["a", "b", "c"], None))
     assert_same(compare(as_predicted(model), torch_runner(path), list(noise())))
