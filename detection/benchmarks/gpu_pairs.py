@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detection.batch import Batch, pad_images, pad_masks, pad_objects
 from detection.benchmarks.gpu import Precision
-from detection.benchmarks.gpu_sizes import Sizes
+from detection.benchmarks.gpu_sizes import Kind, Sizes
 from detection.benchmarks.speed import OBJECTS, Mode, wait
 from detection.mask_grid import TorchvisionMaskGrid
 from detection.models import zoo
@@ -33,7 +33,6 @@ from detection.models.compose import COCO_CATEGORIES, mask_branch
 from detection.models.fast import accelerate
 from detection.models.two_stage import TwoStageDetector
 
-Kind = Literal["r50", "v2", "mask", "cascade"]
 Step = Callable[[], Any]
 Row = dict[str, Any]
 

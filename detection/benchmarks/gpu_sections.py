@@ -27,8 +27,9 @@ from torch.utils._pytree import tree_map
 import detection
 from detection.batch import pad_objects
 from detection.benchmarks.gpu import Row, Section, Setting
-from detection.benchmarks.gpu_pairs import Kind, Pair, Precision, compare, draw, halving, in_precision, take_turns
+from detection.benchmarks.gpu_pairs import Pair, Precision, compare, draw, halving, in_precision, take_turns
 from detection.benchmarks.gpu_runs import fit, loader, out_of_memory, tests
+from detection.benchmarks.gpu_sizes import Kind
 from detection.benchmarks.speed import Mode
 from detection.benchmarks.stages import time_stages
 from detection.errors import RunError
@@ -76,17 +77,21 @@ def without_tf32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = kept
 
 
-def parity(setting: Setting, kinds: tuple[Kind, ...] = ("r50", "mask", "v2")) -> Iterator[Row]:
+def parity(setting: Setting, kinds: tuple[Kind, ...] = ()) -> Iterator[Row]:
     """Losses and detections of ours, quick forms, against torchvision's with the same weights on the same images.
 
     Each row has the largest `difference`, what is `allowed`, and whether it `holds`. In bf16 there is one of each loss,
     on the same anchors and the same proposals.
 
+    Args:
+        setting: of the measurement.
+        kinds: of detectors, in the place of those of its sizes.
+
     Raises:
         RunError: one does not hold.
     """
     wrong = compared = 0
-    for kind in kinds:
+    for kind in kinds or setting.sizes.compared:
         side = setting.sizes.side
         options = COMPARED | {"min_size": side * 3 // 4, "max_size": side}
         pair = Pair(kind, setting.sizes, setting.device, **options)

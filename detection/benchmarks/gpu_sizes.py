@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Kind = Literal["r50", "v2", "mask", "cascade"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class Sizes:
         rounds: timed steps of each detector at most, after two that are thrown away.
         backbone: torchvision's name of the network of all detectors but v2, which is ResNet-50.
         options: of all detectors that are timed.
-        side: of the largest images on which numbers are compared.
+        compared: detectors whose numbers are compared with torchvision's.
+        side: of the largest images for that.
         images: that the loader reads.
         workers: loader processes at most.
         fit: flags of the real training beside those of its configuration.
@@ -33,6 +36,7 @@ class Sizes:
     rounds: int = 7
     backbone: str = "resnet50"
     options: Mapping[str, Any] = field(default_factory=dict)
+    compared: tuple[Kind, ...] = ("r50", "mask", "v2")
     side: int = 512
     images: int = 512
     workers: int = 16
@@ -54,6 +58,7 @@ REHEARSAL = Sizes(
         "box_batch_size_per_image": 16,
         "box_detections_per_img": 5,
     },
+    compared=("r50",),
     side=96,
     images=8,
     workers=1,
