@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from detection.benchmarks.speed import Network, build
+from detection.errors import SettingsError
 from detection.inference import Detector
 from detection.interop import export_detector, save_detector
 from detection.interop.exported_files import Run, onnx_runner, to_onnx
@@ -55,10 +56,10 @@ def measure_deploy(network: Network, size: int, rounds: int, contenders: Sequenc
         contenders: some of `CONTENDERS`; none for all whose packages are there, Detectron2 with its own networks alone.
 
     Raises:
-        ValueError: there is no such contender.
+        SettingsError: there is no such contender.
     """
     if unknown := [name for name in contenders if name not in CONTENDERS]:
-        raise ValueError(f"there is no contender '{unknown[0]}'; there are: {', '.join(CONTENDERS)}")
+        raise SettingsError(f"there is no contender '{unknown[0]}'; there are: {', '.join(CONTENDERS)}")
     chosen = contenders or [name for name in CONTENDERS if _is_here(name, network)]
     torch.manual_seed(0)
     theirs, ours = build(network, size, COCO_CATEGORIES)

@@ -16,6 +16,7 @@ from torch import nn
 from detection.batch import Batch
 from detection.data.datamodule import DetectionDataModule
 from detection.data.dataset import collate
+from detection.errors import SettingsError
 from detection.models.precomputed import PrecomputedProposals
 from detection.models.two_stage import FasterRCNN
 from detection.training.module import DetectionModule
@@ -40,7 +41,7 @@ def measure_family(
         trust: packages whose parts the checkpoints may use besides this one's.
 
     Raises:
-        ValueError: the checkpoints are of different classes.
+        SettingsError: the checkpoints are of different classes.
     """
     rows: list[Row] = []
     contenders: list[tuple[DetectionModule, DetectionDataModule]] = []
@@ -49,7 +50,7 @@ def measure_family(
         moved = {"root": str(root)} if root is not None else {}
         data = DetectionDataModule.load_from_checkpoint(ckpt, trust, classes=module.class_names, **moved)
         if rows and module.class_names != contenders[0][0].class_names:
-            raise ValueError(f"{ckpt} is of other classes than {ckpts[0]}: compare detectors of one data set")
+            raise SettingsError(f"{ckpt} is of other classes than {ckpts[0]}: compare detectors of one data set")
         figures = _score(module, data)
         contenders.append((module, data))
         rows.append({"detector": _name(module), "proposals": _source(module.detector.rpn), **figures})

@@ -31,6 +31,7 @@ from detection.data.dataset import DetectionDataset, collate
 from detection.data.samplers import TrainBatchSampler
 from detection.data.train_loader import TrainLoader
 from detection.data.workers import init_worker
+from detection.errors import SettingsError
 from detection.evaluation.mean_ap import MeanAP
 
 
@@ -64,7 +65,14 @@ def measure_scale(shape: str, sizes: Sequence[int], folder: Path | None = None) 
         shape: a key of `SHAPES`.
         sizes: three numbers of images, ascending; validation images are as many for each as `shape` has.
         folder: where the pictures are laid; None is a temporary one.
+
+    Raises:
+        SettingsError: the sizes are others than three, or don't ascend.
     """
+    if len(sizes) != 3 or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+        raise SettingsError(
+            f"sizes are {list(sizes)}: give three numbers of images, ascending, to compare their slopes"
+        )
     full = SHAPES[shape]
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         source = Path(temporary) / "drawn"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from detection.benchmarks.deploy import measure_deploy
+from detection.errors import SettingsError
 
 
 @pytest.mark.slow
@@ -19,5 +20,5 @@ def test_forms_and_torchvision_find_the_same() -> None:
 
 
 def test_what_is_not_known_is_refused() -> None:
-    with pytest.raises(ValueError, match="there is no contender 'tensorflow'; there are: packed, "):
+    with pytest.raises(SettingsError, match="there is no contender 'tensorflow'; there are: packed, "):
         measure_deploy("efficientnet_lite0", 96, 2, ["tensorflow"])

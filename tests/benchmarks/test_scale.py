@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from detection.benchmarks.scale import SHAPES, measure_scale
+from detection.errors import SettingsError
 
 
 @pytest.mark.rehearsal
@@ -21,3 +22,9 @@ def test_rows_have_a_figure_a_size_and_a_forecast(tmp_path):
     assert file["straight"] == pytest.approx(1, abs=0.2)
     assert file["per 1,000 images"] * 1.048 == pytest.approx(0.9, abs=0.2)  # some 7.3 x 110 + 70 bytes an image
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sizes", [[10, 20], [10, 20, 30, 40], [10, 30, 20], [10, 10, 20], [0, 1, 2]])
+def test_other_than_three_ascending_sizes_are_refused_at_once(sizes):
+    with pytest.raises(SettingsError, match=r"sizes are \[.*\]: give three numbers of images, ascending"):
+        measure_scale("coco", sizes)
