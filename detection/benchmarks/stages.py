@@ -19,6 +19,7 @@ from detection.benchmarks.speed import Mode, Network, contenders, wait
 from detection.matching import BalancedSampler, Matcher
 from detection.models import roi_heads, rpn
 from detection.models.fast import sparse_rpn
+from detection.models.fast.packing import PackedHead
 from detection.models.pooling import RoIPooler
 from detection.models.pyramid import FeaturePyramidNetwork
 from detection.models.transform import ImageTransform
@@ -35,7 +36,7 @@ STAGES: dict[str, list[tuple[Any, str]]] = {
     "NMS": [(rpn.RegionProposalNetwork, "suppress"), (roi_heads.RoIHeads, "nms_per_class")],
     "assignment": [(Matcher, "__call__"), (BalancedSampler, "__call__"), (roi_heads.RoIHeads, "sample")],
     "RoI pool": [(RoIPooler, "forward")],
-    "box head": [(roi_heads.TwoFCHead, "forward"), (roi_heads.FastRCNNPredictor, "forward")],
+    "box head": [(owner, "forward") for owner in (roi_heads.TwoFCHead, PackedHead, roi_heads.FastRCNNPredictor)],
     "losses": [(rpn.RegionProposalNetwork, "losses"), (roi_heads.RoIHeads, "box_losses")],
     "detections": [(roi_heads.RoIHeads, "postprocess")],
     "backward": [(torch.Tensor, "backward")],
