@@ -187,8 +187,8 @@ def _taps(old: Tensor, size: int, new: int) -> tuple[Tensor, Tensor, Tensor, Ten
     place = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
     first = place.floor()
     share = place - first
-    taps = [(first.long() + i).clamp(0, size - 1) for i in (0, 1)]
-    return *taps, ((1 - share) * ONE).round().int(), (share * ONE).round().int()  # type: ignore[return-value]
+    left, right = ((first.long() + i).clamp(0, size - 1) for i in (0, 1))
+    return left, right, ((1 - share) * ONE).round().int(), (share * ONE).round().int()
 
 
 def _lay_anchors(
@@ -321,7 +321,8 @@ def locate_in_regions(found: dict[str, Tensor]) -> dict[str, Tensor]:
 def _pad_by_constants(network: nn.Module) -> None:
     """TensorFlow's padding depends on the input's size; where that is a multiple of all strides, it is constant."""
     for parent in list(network.modules()):
-        for name, conv in list(parent.named_children()):
+        children: list[tuple[str, Any]] = list(parent.named_children())
+        for name, conv in children:
             if isinstance(conv, Conv2dSame):
                 geometry: Any = (conv.kernel_size, conv.stride, 0, conv.dilation, conv.groups, conv.bias is not None)
                 plain: Any = nn.Conv2d(conv.in_channels, conv.out_channels, *geometry)
@@ -331,7 +332,8 @@ def _pad_by_constants(network: nn.Module) -> None:
                 plain.pads_same = False
             else:
                 continue
-            sides = [max((k - 1) * d + 1 - s, 0) for k, d, s in zip(conv.kernel_size, conv.dilation, conv.stride)]  # type: ignore[call-overload, arg-type]  # noqa: B905
+            steps = zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
+            sides = [max((k - 1) * d + 1 - s, 0) for k, d, s in steps]
             padding = (sides[1] // 2, sides[1] - sides[1] // 2, sides[0] // 2, sides[0] - sides[0] // 2)
             setattr(parent, name, nn.Sequential(nn.ZeroPad2d(padding), plain))
 
