@@ -44,7 +44,7 @@ def pack(network: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Conv2d) and type(child) in PLAIN and child.padding_mode == "zeros":
                 setattr(parent, name, PackedConv2d(child))
-            elif type(child) is TwoFCHead:
+            elif type(child) is TwoFCHead and type(child.fc6) is type(child.fc7) is nn.Linear:
                 setattr(parent, name, PackedHead(child))
             elif type(child) is nn.Linear:
                 setattr(parent, name, PackedLinear(child))

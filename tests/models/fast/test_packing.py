@@ -158,6 +158,21 @@ def test_a_packed_head_is_the_plain_one_and_moves_no_feature(half: bool) -> None
         assert seen[-1].data_ptr() == features.data_ptr()  # channels last
 
 
+def test_a_head_with_a_layer_of_another_kind_stays() -> None:
+    class Twice(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    network = nn.Sequential(TwoFCHead(3, 2, 5))
+    network[0].fc6 = Twice(12, 5)
+    x = torch.randn(4, 3, 2, 2)
+    with torch.inference_mode():
+        wanted = network(x)
+        pack(network)
+        assert type(network[0]) is TwoFCHead and type(network[0].fc6) is Twice
+        torch.testing.assert_close(network(x), wanted)
+
+
 def test_our_pooler_leaves_channels_last() -> None:
     pooler = GatherPooler(3, 2)
     maps = FeatureMaps((torch.randn(1, 8, 16, 16).to(memory_format=torch.channels_last),), (4,))
