@@ -7,13 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from detection.certificates.seen import Picture
 from detection.certificates.sides import Side, Traced
-
-NEAR = 1.0  # pixels: partners differ by less
+from detection.interop.partners import pair_boxes, pair_detections
 
 
 @dataclass(frozen=True)
@@ -100,11 +98,11 @@ def _stages(a: Traced, b: Traced, name: str, small: bool) -> Iterable[Row]:
 
 def _detections(a: Mapping[str, Tensor], b: Mapping[str, Tensor], name: str, small: bool) -> Iterable[Row]:
     allowed = None if small else 0.0
-    gaps, left, right = _partners(a["boxes"], b["boxes"], a["labels"], b["labels"])
-    alone = len(a["boxes"]) + len(b["boxes"]) - 2 * len(left)
+    left, right, gaps, ties, alone = pair_detections(a, b)
     judged = {"boxes": None, "scores": None, "masks": None} if small else {"boxes": 0.01, "scores": 1e-4, "masks": 1e-3}
     if len(left):
-        yield Row("boxes", "pixels", float(gaps.max()), judged["boxes"], name)
+        tied = f"without {ties} of equal scores, of which NMS kept another" if ties else ""
+        yield Row("boxes", "pixels", float(gaps.max()), judged["boxes"], name, tied)
         score = (a["scores"][left] - b["scores"][right]).abs().max()
         yield Row("scores", "", float(score), judged["scores"], name)
         if "masks" in a and "masks" in b:
@@ -122,21 +120,11 @@ def _detections(a: Mapping[str, Tensor], b: Mapping[str, Tensor], name: str, sma
 
 
 def _paired(stage: str, a: Tensor, b: Tensor, name: str, allowed: float) -> Iterable[Row]:
-    gaps, left, _ = _partners(a, b, torch.zeros(len(a)), torch.zeros(len(b)))
-    if len(left):
+    _, _, gaps, _, alone = pair_boxes(a, b)
+    if len(gaps):
         yield Row(stage, "pixels", float(gaps.max()), 0.05, name)
-    alone = float(len(a) + len(b) - 2 * len(left))
     note = "at the last place that NMS or the limit gives, rounding decides"
-    yield Row(f"{stage} without partner", "", alone, math.floor(allowed), name, note if alone else "")
-
-
-def _partners(a: Tensor, b: Tensor, of_a: Tensor, of_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of boxes of one label less than a pixel apart: largest differences, and the rows of both."""
-    gaps = (a[:, None] - b).abs().amax(dim=-1)
-    cost = torch.where((gaps < NEAR) & (of_a[:, None] == of_b), gaps, 1e6).double()
-    left, right = (torch.from_numpy(index) for index in linear_sum_assignment(cost.numpy()))
-    near = cost[left, right] < NEAR
-    return gaps[left[near], right[near]], left[near], right[near]
+    yield Row(f"{stage} without partner", "", float(alone), math.floor(allowed), name, note if alone else "")
 
 
 def _nearest(a: Tensor, b: Tensor) -> Tensor:

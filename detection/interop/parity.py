@@ -18,6 +18,7 @@ from detection.data.spectral import Pixels
 from detection.evaluation.mean_ap import IouType, MeanAP
 from detection.interop.export import locate_in_regions
 from detection.interop.exported_files import Run
+from detection.interop.partners import pair_detections
 from detection.training.encoding import encode_detections, grid_of
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Parity:
         score: largest difference of a score.
         mask: largest difference of a probability in a mask; 0 without masks.
         keypoint: largest difference of a key point's coordinate, in pixels; None without key points.
+        ties: pairs that were not compared: of two boxes of equal score NMS kept one here, the other there.
     """
 
     images: int
@@ -46,11 +48,13 @@ class Parity:
     score: float
     mask: float
     keypoint: float | None = None
+    ties: int = 0
 
     def __str__(self) -> str:
         differences = f"{self.box:.2g} pixels, {self.score:.2g} of a score, {self.mask:.2g} in a mask"
         differences += "" if self.keypoint is None else f", {self.keypoint:.2g} pixels of a key point"
-        alone = f"{self.unmatched} in one of the two alone, the largest differences of the others {differences}"
+        alone = f"{self.ties} of equal scores, of which NMS kept another, " if self.ties else ""
+        alone += f"{self.unmatched} in one of the two alone, the largest differences of the others {differences}"
         return f"{self.detections} detections on {self.images} image{'s' * (self.images != 1)}, {alone}"
 
     def as_dict(self) -> dict[str, float]:
@@ -61,37 +65,28 @@ class Parity:
 def compare(detector: Detector, run: Run, images: Sequence[Pixels]) -> Parity:
     """Detections as `detection predict` makes them and those of an exported file, on `(H, W, C)` images, each alone.
 
-    A detection's partner has its label and the nearest box, less than a pixel away and not taken.
+    Which detection is which, and what a tie is, says `detection.interop.partners.pair_detections`.
 
     Args:
         detector: on the CPU, in float32; it resizes as prediction does.
         run: the file.
         images: to compare on.
     """
-    total = unmatched = 0
-    worst = dict.fromkeys(("box", "score", "mask", *(("keypoint",) if detector.model.has_keypoints else ())), 0.0)
+    parts = {"score": "scores", "mask": "masks"} | ({"keypoint": "keypoints"} if detector.model.has_keypoints else {})
+    total = unmatched = ties = 0
+    worst = dict.fromkeys(("box", *parts), 0.0)
     for image in images:
-        ours, theirs = (
-            {name: value.numpy() for name, value in found.items()}
-            for found in (found_by_model(detector, image), found_by_file(run, image))
-        )
-        free = list(range(len(theirs["labels"])))
-        total += len(ours["labels"])
-        for i, (box, label) in enumerate(zip(ours["boxes"], ours["labels"], strict=True)):
-            gaps = {j: float(np.abs(theirs["boxes"][j] - box).max()) for j in free if theirs["labels"][j] == label}
-            j = min(gaps, key=gaps.__getitem__, default=-1)
-            if j < 0 or gaps[j] >= 1:
-                unmatched += 1
-                continue
-            free.remove(j)
-            differences = {"box": gaps[j], "score": abs(float(theirs["scores"][j] - ours["scores"][i]))}
-            if "masks" in ours:
-                differences["mask"] = float(np.abs(theirs["masks"][j] - ours["masks"][i]).max())
-            if "keypoints" in ours:
-                differences["keypoint"] = float(np.abs(theirs["keypoints"][j] - ours["keypoints"][i]).max())
-            worst = {name: max(worst[name], differences.get(name, 0.0)) for name in worst}
-        unmatched += len(free)
-    return Parity(len(images), total, unmatched, **worst)
+        ours, theirs = found_by_model(detector, image), found_by_file(run, image)
+        pairs = pair_detections(ours, theirs)
+        total, unmatched, ties = total + len(ours["labels"]), unmatched + pairs.alone, ties + pairs.ties
+        differences = {"box": pairs.gaps}
+        for name, part in parts.items():
+            if part in ours:
+                differences[name] = (theirs[part][pairs.right] - ours[part][pairs.left]).abs()
+        for name, values in differences.items():
+            if values.numel() and not float(values.max()) <= worst[name]:  # which NaN is not
+                worst[name] = float(values.max())
+    return Parity(len(images), total, unmatched, ties=ties, **worst)
 
 
 @dataclass(frozen=True)
