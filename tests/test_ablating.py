@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ import pytest
 from detection.__main__ import main
 from detection.cli import ablating
 from detection.cli.ablating import BASE, Ablation, Swap, devices, planned, seconds_of, seeds_of, swaps_of
-from detection.cli.detected import Detected
+from detection.cli.detected import Detected, of_file
 from detection.data import scenes as drawn_scenes
 from detection.errors import SettingsError
 from detection.evaluation.ablation_table import MINUS, Row, latex, markdown, write_table
 from detection.evaluation.mean_ap import MeanAP
 from detection.training import planned as trainings
 from detection.training.planned import Planned, State, Stopped, train
+from tests.evaluation import test_oks
 from tests.evaluation.test_comparison import CLASSES, detect, scenes
 from tests.runs import ROOT, TINY, scene_flags
 
@@ -216,7 +218,14 @@ class Simulated(Ablation):
     """Finished runs of detectors whose skill is known."""
 
     def __init__(self, folder: Path, skills: dict[str, float], seeds: int, every_seed: bool = False) -> None:
-        given = {"every_seed": every_seed, "masks": False, "draws": 200, "output": folder, "accelerator": "cpu"}
+        given = {
+            "every_seed": every_seed,
+            "masks": False,
+            "keypoints": False,
+            "draws": 200,
+            "output": folder,
+            "accelerator": "cpu",
+        }
         plan = plan_of(folder, *skills, seeds=seeds)
         super().__init__(ablating.argparse.Namespace(**given), [], plan, list(skills))
         self.skills, self.world = skills, scenes(np.random.default_rng(0), 60)
@@ -271,7 +280,7 @@ def test_the_cells_are_the_figures_of_the_runs(tmp_path: Path) -> None:
     failed.keep(State(list(failed.flags), failed.config, 1.0, 2, "no such part"))
     swaps = [Swap("base"), Swap("a_b", ("--model.lr=1",)), Swap("bad")]
     rows = table.rows(swaps, {})
-    write_table(tmp_path, rows, "quickstart")
+    write_table(tmp_path, rows, "quickstart", "boxes")
     content = json.loads((tmp_path / "table.json").read_text())
     for row in content["rows"][:2]:
         for name, cell in row["cells"].items():
@@ -302,6 +311,41 @@ def test_the_cells_are_the_figures_of_the_runs(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "comparisons" / "a_b" / "comparison.json").read_text())["a"]["name"] == "a_b"
 
 
+def test_the_cells_of_key_points_are_those_of_pycocotools(tmp_path: Path) -> None:
+    gt, good = test_oks.drawn(0, 3)
+    (tmp_path / "gt.json").write_text(json.dumps(gt))
+
+    def entries(run: Planned) -> list[dict[str, Any]]:
+        step = {"base": 3 + run.seed, "better": 0}[run.swap]
+        return [e | {"keypoints": [v + step * (k % 3 == 0) for k, v in enumerate(e["keypoints"])]} for e in good]
+
+    class Points(Simulated):
+        def detected(self, run: Planned) -> Detected:
+            path = tmp_path / f"{run.swap}_{run.seed}.json"
+            path.write_text(json.dumps(entries(run)))
+            facts = {"step": "9", "code": "abc", "sha256": "f" * 64}
+            return replace(of_file(path, tmp_path / "gt.json", None), facts=facts, **self.others)
+
+    table = Points(tmp_path / "runs", {"base": 1.0, "better": 1.0}, seeds=2)
+    table.others: dict[str, Any] = {}
+    table.given.keypoints = True
+    table.finish(*table.plan)
+    rows = table.rows([Swap("base"), Swap("better")], {})
+    write_table(tmp_path, rows, "quickstart", "key points")
+    content = json.loads((tmp_path / "table.json").read_text())
+    assert content["compared"] == "key points" and content["rows"][1]["difference"]["points"] > 0.05
+    for row in content["rows"]:
+        wanted = [test_oks.official(gt, entries(run), (0.05,) * 3) for run in table.plan if run.swap == row["name"]]
+        for name in ("map", "map_50", "map_75", "map_medium", "map_large"):
+            values = [None if own[name] == -1 else own[name] for own in wanted]
+            assert [own["value"] for own in row["cells"][name]["of"]] == pytest.approx(values, abs=1e-9)
+        assert row["cells"]["map_small"]["mean"] is None  # of which COCO has none
+    assert "\nAP of key points in points, mean" in (tmp_path / "table.md").read_text()
+    table.others = {"sigmas": ()}
+    said = table.rows([Swap("base")], {})[0].remarks
+    assert said == ["its runs can't be read: --keypoints compares key points, but not all runs have them: leave it out"]
+
+
 def test_runs_of_other_code_or_data_are_said(tmp_path: Path) -> None:
     table = Simulated(tmp_path, {"base": 1.0}, seeds=2)
     table.finish(*table.plan)
@@ -311,7 +355,9 @@ def test_runs_of_other_code_or_data_are_said(tmp_path: Path) -> None:
 
 
 def test_a_table_of_nothing() -> None:
-    assert "| base | - |" in markdown([Row("base", "")], "x") and "base & - &" in latex([Row("base", "")], "x")
+    assert "| base | - |" in markdown([Row("base", "")], "x", "boxes") and "base & - &" in latex(
+        [Row("base", "")], "x", "boxes"
+    )
 
 
 @pytest.mark.rehearsal

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import re
 import shlex
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from detection.cli.comparing import contrast, same_images
+from detection.cli.comparing import contrast, limits_of, same_images, shared_sigmas
 from detection.cli.detected import Detected, data_of_run, of_run
 from detection.cli.fit_help import CONFIGS
 from detection.cli.flags import TRUST, answered, check_ranges, split_behind, take_trust
@@ -64,7 +65,9 @@ def main(flags: Sequence[str]) -> int | str | None:
     parser.add_argument("--every_seed", action="store_true", help="train those of decided differences too")
     parser.add_argument("--output", type=Path, default=Path("ablation"), help="folder of the runs and the table")
     parser.add_argument("--dry_run", action="store_true", help="print the command lines, and train nothing")
-    parser.add_argument("--masks", action="store_true", help="compare masks instead of boxes")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--masks", action="store_true", help="compare masks instead of boxes")
+    kind.add_argument("--keypoints", action="store_true", help="compare key points instead of boxes")
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap (default: 1000)")
     parser.add_argument("--accelerator", default="auto", help="to detect with for the table: cpu, gpu, auto")
     parser.add_argument(TRUST, nargs="+", help="packages whose parts the checkpoints may use: their code runs")
@@ -88,8 +91,9 @@ def _ablate(given: argparse.Namespace, behind: list[str], trust: list[str]) -> N
     left_out = train(plan, devices(given.parallel), budget, table.needless, print)
     rows = table.rows(swaps, left_out)
     base = shlex.join([given.config, *behind])
-    write_table(given.output, rows, base)
-    print(markdown(rows, base).partition("\nBase: ")[0])
+    compared = "key points" if given.keypoints else "masks" if given.masks else "boxes"
+    write_table(given.output, rows, base, compared)
+    print(markdown(rows, base, compared).partition("\nBase: ")[0])
     print(f"table: {given.output / 'table.md'}, {given.output / 'table.tex'}, {given.output / 'table.json'}")
 
 
@@ -229,7 +233,8 @@ class Ablation:
 
     def _compare(self, name: str, sides: Sequence[Sequence[Planned]]) -> Difference:
         a, b = same_images([[self.detected(run) for run in side] for side in sides])
-        found, left, right = contrast(a, b, (name, self.names[0]), self.given.masks, self.given.draws)
+        sigmas = shared_sigmas([*a, *b]) if self.given.keypoints else ()
+        found, left, right = contrast(a, b, (name, self.names[0]), self.given.masks, self.given.draws, sigmas=sigmas)
         folder = self.given.output / "comparisons" / _folder(name)
         write_comparison(folder, found, left, right, a[0].class_names, self.given.draws)
         return found.figures[0]
@@ -278,10 +283,12 @@ class Ablation:
     def figures(self, run: Planned) -> dict[str, float]:
         """The figures of a finished run, as `detection compare` has them."""
         own = self.detected(run)
-        limits, count = (1, min(10, own.limit), own.limit), len(own.class_names)
+        sigmas = shared_sigmas([own]) if self.given.keypoints else ()
+        limits, count = limits_of(own.limit, sigmas), len(own.class_names)
         one = np.ones((1, len(own.results)), np.int16)
-        judged = list(judge(own.results, count, own.limit, self.given.masks))
-        return dict(zip(figure_names(limits), drawn(judged, count, one, one, limits)[0][0].tolist(), strict=True))
+        judged = list(judge(own.results, count, limits[-1], self.given.masks, sigmas=sigmas))
+        figures = dict(zip(figure_names(limits), drawn(judged, count, one, one, limits)[0][0].tolist(), strict=True))
+        return figures | ({"map_small": math.nan} if sigmas else {})  # of which COCO has none
 
     def _facts(self, run: Planned) -> dict[str, str]:
         facts, state, path = self.detected(run).facts, run.state(), run.checkpoint()

@@ -62,7 +62,7 @@ def _compare(given: argparse.Namespace, trust: list[str]) -> None:
     a, b = same_images(sides, given.common)
     if given.masks and not all(run.masks for run in (*a, *b)):
         raise DataError("--masks compares masks, but not all runs have them: leave it out")
-    sigmas = _sigmas([*a, *b]) if given.keypoints else ()
+    sigmas = shared_sigmas([*a, *b]) if given.keypoints else ()
     names = _names(given, a, b)
     found, left, right = contrast(a, b, names, given.masks, given.draws, given.seed, sigmas)
     folder = given.output or Path(f"comparison_{_plain(left.name)}_{_plain(right.name)}")
@@ -92,14 +92,22 @@ def contrast(
         seed: of the draws.
         sigmas: of OKS, where key points are compared.
     """
-    limit, classes = max(run.limit for run in (*a, *b)), a[0].class_names
-    limits = (oks.MOST,) if sigmas else (1, min(10, limit), limit)
+    classes, limits = a[0].class_names, limits_of(max(run.limit for run in (*a, *b)), sigmas)
     found = compare([r.results for r in a], [r.results for r in b], classes, limits, masks, draws, seed, sigmas)
     return found, _side(a, names[0]), _side(b, names[1])
 
 
-def _sigmas(runs: Sequence[Detected]) -> tuple[float, ...]:
-    """Those of OKS that all runs share."""
+def limits_of(most: int, sigmas: Sequence[float] = ()) -> tuple[int, ...]:
+    """How many detections of an image count: of key points as COCO has it, of the rest 1, 10 and `most`."""
+    return (oks.MOST,) if sigmas else (1, min(10, most), most)
+
+
+def shared_sigmas(runs: Sequence[Detected]) -> tuple[float, ...]:
+    """The sigmas of OKS that all runs share.
+
+    Raises:
+        DataError: one has no key points, or others.
+    """
     if not all(run.sigmas for run in runs):
         raise DataError("--keypoints compares key points, but not all runs have them: leave it out")
     for run in runs:

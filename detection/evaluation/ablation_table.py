@@ -19,7 +19,7 @@ FIGURES = tuple(NAMES)  # the six APs; the first is that of the difference
 AP = FIGURES[0]
 MINUS = "\N{MINUS SIGN}"
 LEGEND = (
-    "AP in points, mean ± standard deviation over the seeds. Difference: AP less that of the base, with its "
+    "AP of {} in points, mean ± standard deviation over the seeds. Difference: AP less that of the base, with its "
     f"{SURE} interval over images and seeds (of images alone with one seed each); bold where the interval leaves out "
     "zero. A dash: there is nothing to compute it from."
 )
@@ -50,21 +50,22 @@ class Row:
         return [run[figure] for run in self.figures]
 
 
-def write_table(folder: Path, rows: Sequence[Row], base: str) -> None:
+def write_table(folder: Path, rows: Sequence[Row], base: str, compared: str) -> None:
     """Write `table.md`, `table.tex` and `table.json`.
 
     Args:
         folder: of the plan.
         rows: the base first.
         base: what the base is, its configuration and flags.
+        compared: what the figures are of: boxes, masks or key points.
     """
-    (folder / "table.md").write_text(markdown(rows, base), encoding="utf-8")
-    (folder / "table.tex").write_text(latex(rows, base), encoding="utf-8")
-    content = {"base": base, "rows": [_plain(row) for row in rows]}
+    (folder / "table.md").write_text(markdown(rows, base, compared), encoding="utf-8")
+    (folder / "table.tex").write_text(latex(rows, base, compared), encoding="utf-8")
+    content = {"base": base, "compared": compared, "rows": [_plain(row) for row in rows]}
     (folder / "table.json").write_text(json.dumps(content, indent=2, allow_nan=False))
 
 
-def markdown(rows: Sequence[Row], base: str) -> str:
+def markdown(rows: Sequence[Row], base: str, compared: str) -> str:
     """The table, what was left out, and a second table with the runs that the cells of a row are the mean of."""
     heads = ["", *NAMES.values(), "difference", "p", "seeds"]
     lines = [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
@@ -73,7 +74,7 @@ def markdown(rows: Sequence[Row], base: str) -> str:
         gap = f"**{gap}**" if row.difference is not None and row.difference.decided else gap
         cells = [_mean(row.values(name)) for name in FIGURES]
         lines.append(_line([_in_cell(row.name), *cells, gap, _chance(row.difference), str(len(row.runs))]))
-    lines += ["", LEGEND, ""]
+    lines += ["", LEGEND.format(compared), ""]
     lines += [f"- {row.name}: {remark}" for row in rows for remark in row.remarks]
     keys = list(dict.fromkeys(key for row in rows for run in row.runs for key in run))
     lines += ["", f"Base: `{base}`", *(f"{row.name}: `{row.settings}`" for row in rows if row.settings), ""]
@@ -85,10 +86,10 @@ def markdown(rows: Sequence[Row], base: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def latex(rows: Sequence[Row], base: str) -> str:
+def latex(rows: Sequence[Row], base: str, compared: str) -> str:
     """The table with the rules of `booktabs`; where its cells come from stands in comments."""
     heads = ["", *(re.sub(r"^AP ?(\w+)$", r"AP$_{\\text{\1}}$", name) for name in NAMES.values()), "difference", "$p$"]
-    lines = [r"% needs \usepackage{booktabs,amsmath}", f"% base: {_comment(base)}"]
+    lines = [r"% needs \usepackage{booktabs,amsmath}", f"% base: {_comment(base)}", f"% AP of {compared}"]
     for row in rows:
         lines += [f"% {row.name}: {_comment(row.settings)}"] if row.settings else []
         lines += [

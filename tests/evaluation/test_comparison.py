@@ -316,7 +316,7 @@ def test_other_key_points_or_sigmas_are_not_compared(tmp_path, monkeypatch):
     (tmp_path / "dt.json").write_text(json.dumps(dt))
     run = of_file(tmp_path / "dt.json", tmp_path / "gt.json", None)
     with pytest.raises(DataError, match=r"other key points, or other sigmas .*\(0\.1, 0\.1, 0\.1\).*keypoint_sigmas"):
-        comparing._sigmas([run, replace(run, sigmas=(0.1,) * 3)])
+        comparing.shared_sigmas([run, replace(run, sigmas=(0.1,) * 3)])
     points = [replace(own, gt_keypoints=own.gt_keypoints + 1) for own in run.results]
     with pytest.raises(DataError, match="other validation sets"):
         same_images([[run], [replace(run, results=points)]])
