@@ -126,7 +126,8 @@ def test_pixels_in_the_graph_are_those_that_are_loaded(seed):
     loaded = np.zeros((3, *new), np.uint8)
     resize_into(image, loaded)
     planes, old = torch.from_numpy(image.transpose(2, 0, 1).copy())[None], torch.tensor(size, dtype=torch.float64)
-    assert (_resize_as_opencv(planes, old, tuple(new.tolist()))[0].numpy() == loaded).all()
+    resized = _resize_as_opencv(planes, old, tuple(new.tolist()), ExportableDetector.divide)
+    assert (resized[0].numpy() == loaded).all()
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ Shape shorthand:
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -99,18 +99,25 @@ class ExportableDetector(nn.Module):
     def replacements(self) -> dict[type[nn.Module], dict[str, Any]]:
         """Methods of parts, by name, and what stands in their place."""
         return {
-            RegionProposalNetwork: {"suppress": _suppress},
+            RegionProposalNetwork: {"suppress": _suppress, "nms_of_groups": _nms_of_groups},
             AnchorGenerator: {"forward": _lay_anchors},
             RoIPooler: {"pool": _pool},
-            RoIHeads: {"nms_per_class": _nms_per_class, "predict": _predict},
+            RoIHeads: {"nms_per_class": _nms_per_class, "predict": _predict, "nms_of_groups": _nms_of_groups},
             MaskBranch: {"add_masks": _add_masks},
             KeypointRoIHeads: {"add_keypoints": _add_heatmaps},
+            nn.Hardtanh: {"forward": _clamp},
         }
 
     @property
     def outputs(self) -> list[str]:
         """The names of what comes out."""
         return outputs_of(self.model)
+
+    @staticmethod
+    def divide(numbers: Tensor, divisor: int) -> Tensor:
+        """Whole numbers, none below 0, by another, rounded down."""
+        divided: Tensor = torch.ops.detection.divide(numbers, divisor)
+        return divided
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         padded, size, original = self._resize(images)
@@ -150,7 +157,7 @@ class ExportableDetector(nn.Module):
             levels = averaged(images.float(), (height, width))
             resized = levels / (255 if images.dtype == torch.uint8 else 65535)
         elif images.dtype == torch.uint8:
-            resized = _resize_as_opencv(images, old, (height, width)).float() / 255
+            resized = _resize_as_opencv(images, old, (height, width), self.divide).float() / 255
         else:
             levels = F.interpolate(images.float(), (height, width), mode="bilinear", align_corners=False)
             resized = levels.round() / 65535  # to whole levels, as OpenCV gives them
@@ -159,13 +166,16 @@ class ExportableDetector(nn.Module):
         return padded, new.expand(images.shape[0], 2), old.long().expand(images.shape[0], 2)
 
 
-def _resize_as_opencv(images: Tensor, old: Tensor, new: tuple[int, int]) -> Tensor:
+def _resize_as_opencv(
+    images: Tensor, old: Tensor, new: tuple[int, int], divide: Callable[[Tensor, int], Tensor]
+) -> Tensor:
     """uint8 `(B, 3, H, W)` as `(B, 3, *new)` int32: bilinear in the fixed point of `cv2.resize`, as data is loaded.
 
     Args:
         images: of one size.
         old: that size, two float64.
         new: height and width.
+        divide: see `ExportableDetector.divide`.
     """
     left, right, a0, a1 = _taps(old[1], images.shape[3], new[1])
     alone = left == right  # beyond the edge, where OpenCV rounds once along rows, but twice along columns
@@ -175,11 +185,6 @@ def _resize_as_opencv(images: Tensor, old: Tensor, new: tuple[int, int]) -> Tens
     upper, lower, b0, b1 = _taps(old[0], images.shape[2], new[0])
     parts = [divide(across.index_select(2, i) * b[:, None], 65536) for i, b in ((upper, b0), (lower, b1))]
     return divide(parts[0] + parts[1] + 2, 4)
-
-
-def divide(numbers: Tensor, divisor: int) -> Tensor:
-    """Whole numbers, none below 0, by another, rounded down."""
-    return torch.ops.detection.divide(numbers, divisor)
 
 
 def _taps(old: Tensor, size: int, new: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -239,14 +244,14 @@ def _in_place(found: Tensor, rows: Tensor, boxes: Tensor) -> Tensor:
 
 def _suppress(self: RegionProposalNetwork, boxes: Tensor, scores: Tensor, levels: Tensor, usable: Tensor) -> Tensor:
     groups = torch.arange(boxes.shape[0])[:, None] * len(self.anchor_generator.num_anchors_per_location()) + levels
-    return _survivors(boxes, scores, groups, usable, self.nms_thresh)
+    return _survivors(self, boxes, scores, groups, usable)
 
 
-def _survivors(boxes: Tensor, scores: Tensor, groups: Tensor, usable: Tensor, iou_thresh: float) -> Tensor:
+def _survivors(part: Any, boxes: Tensor, scores: Tensor, groups: Tensor, usable: Tensor) -> Tensor:
     """Which of the usable `(B, N)` boxes `(B, N, 4)` survive NMS in their group, bool `(B, N)`."""
     chosen = usable.flatten().nonzero()[:, 0]
     parts = boxes.flatten(0, 1)[chosen], scores.flatten()[chosen], groups.flatten()[chosen]
-    keep = torch.ops.detection.grouped_nms(*parts, iou_thresh)
+    keep = part.nms_of_groups(*parts, part.nms_thresh)
     survives = torch.zeros_like(usable.flatten(), dtype=torch.int64).scatter(0, chosen[keep], 1)
     return survives.view(usable.shape) > 0
 
@@ -256,7 +261,7 @@ def _nms_per_class(self: RoIHeads, boxes: Tensor, scores: Tensor, usable: Tensor
     groups = torch.arange(boxes.shape[0])[:, None, None] * classes + torch.arange(classes)
     groups = groups.expand(-1, usable.shape[1], -1).flatten(1)
     flat = boxes.flatten(1, 2), scores.flatten(1), groups, usable.flatten(1)
-    return rank(boxes, scores, _survivors(*flat, self.nms_thresh).view(usable.shape), self.detections_per_img)
+    return rank(boxes, scores, _survivors(self, *flat).view(usable.shape), self.detections_per_img)
 
 
 def rank(boxes: Tensor, scores: Tensor, survives: Tensor, count: int) -> list[dict[str, Tensor]]:
@@ -318,6 +323,10 @@ def locate_in_regions(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return kept | {"keypoints": points, "keypoints_scores": scores}
 
 
+def _clamp(self: nn.Hardtanh, x: Tensor) -> Tensor:
+    return x.clamp(self.min_val, self.max_val)  # the same, but PyTorch takes a tenth of the export apart for the other
+
+
 def _pad_by_constants(network: nn.Module) -> None:
     """TensorFlow's padding depends on the input's size; where that is a multiple of all strides, it is constant."""
     for parent in list(network.modules()):
@@ -336,6 +345,11 @@ def _pad_by_constants(network: nn.Module) -> None:
             sides = [max((k - 1) * d + 1 - s, 0) for k, d, s in steps]
             padding = (sides[1] // 2, sides[1] - sides[1] // 2, sides[0] // 2, sides[0] - sides[0] // 2)
             setattr(parent, name, nn.Sequential(nn.ZeroPad2d(padding), plain))
+
+
+def _nms_of_groups(_: nn.Module, boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
+    kept: Tensor = torch.ops.detection.grouped_nms(boxes, scores, groups, iou_thresh)
+    return kept
 
 
 # One operator for NMS in groups, so that ONNX's, which knows classes, can stand for it without moving boxes apart.
@@ -363,13 +377,19 @@ def _(numbers: Tensor, divisor: int) -> Tensor:
     return torch.empty_like(numbers)
 
 
-def trace(model: FasterRCNN) -> tuple[torch.export.ExportedProgram, list[str]]:
+def trace(
+    model: FasterRCNN, form: type[ExportableDetector] = ExportableDetector
+) -> tuple[torch.export.ExportedProgram, list[str]]:
     """The detector as a graph with open batch, height and width, and the names of its outputs.
+
+    Args:
+        model: stays as it is.
+        form: with the operators that the graph shall have.
 
     Raises:
         ExportError: see `check_exportable`.
     """
-    module = ExportableDetector(model)
+    module = form(model)
     kind = torch.uint16 if model.transform.image_depth == 16 else torch.uint8
     example = torch.zeros((2, model.transform.channels, 200, 304), dtype=kind)
     sides = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import nms
 
 from detection.data.spectral import Pixels
-from detection.interop.export import trace
+from detection.interop.export import ExportableDetector, trace
+from detection.models.roi_heads import RoIHeads
+from detection.models.rpn import RegionProposalNetwork
 from detection.models.two_stage import FasterRCNN
 
 FACTS = "detection"  # folder of our facts in a .pt2 file
@@ -112,21 +114,30 @@ def to_torch(model: FasterRCNN, path: Path, facts: Mapping[str, Any]) -> None:
     Raises:
         ExportError: see `check_exportable`.
     """
-    program, names = trace(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*create_unbacked_symint")  # torchvision's call of PyTorch
         warnings.filterwarnings("ignore", "No complete tensor found")  # concerns weights on a GPU
-        # torchvision's and PyTorch's operators in the place of ours, which nobody knows without this package.
-        ours = torch.ops.detection
-        program = program.run_decompositions(
-            {ours.grouped_nms.default: _nms_apart, ours.divide.default: lambda numbers, divisor: numbers // divisor}
-        )
+        program, names = trace(model, _OfPyTorch)
         torch.export.save(program, path)
     write_torch_facts(path, {**facts, "outputs": names})
 
 
-def _nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
+class _OfPyTorch(ExportableDetector):
+    """With operators of PyTorch and torchvision in the place of ours, which nobody knows without this package."""
+
+    def replacements(self) -> dict[type[nn.Module], dict[str, Any]]:
+        methods = super().replacements()
+        for part in (RegionProposalNetwork, RoIHeads):
+            methods[part] |= {"nms_of_groups": _nms_apart}
+        return methods
+
+    @staticmethod
+    def divide(numbers: Tensor, divisor: int) -> Tensor:
+        return numbers // divisor
+
+
+def _nms_apart(_: nn.Module, boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
     """NMS of groups that are moved so far apart that they can't overlap; in float64, where that costs no accuracy."""
     boxes = boxes.double()
     extent = F.pad(boxes.flatten(), (0, 1)).amax() + 1
