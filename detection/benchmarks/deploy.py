@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -45,9 +45,9 @@ def measure_deploy(network: Network, size: int, rounds: int, contenders: Sequenc
     Weights are random, with scores spread so that there are detections to suppress, and proposals that stay near their
     anchors, as after training: others overlap so much that NMS leaves 300 in float32 and 1,000 in int8. The image is
     noise, and so are those that int8 is calibrated on. `ratio` is the time over that of our packed form in the same
-    precision (int8: over bf16): below 1 the contender is faster. `cpu_ratio` is likewise of processor time, which other
-    programs disturb less, but in which threads that wait for work count. Detections are compared with those of
-    `detection predict`, see `detection.interop.parity.Parity`.
+    precision (int8: over bf16), None where that is not among the contenders: below 1 the contender is faster.
+    `cpu_ratio` is likewise of processor time, which other programs disturb less, but in which threads that wait for
+    work count. Detections are compared with those of `detection predict`, see `detection.interop.parity.Parity`.
 
     Args:
         network: the backbone.
@@ -75,14 +75,20 @@ def measure_deploy(network: Network, size: int, rounds: int, contenders: Sequenc
     rows = []
     for name, found in parity.items():
         row: dict[str, Any] = {"network": network, "size": size, "contender": name}
-        base = "packed bf16" if name.endswith(("bf16", "int8")) else "packed"
         for i, kind in enumerate(("", "cpu_")):
             row[f"{kind}ms"] = 1000 * median(turn[i] for turn in times[name])
-            pairs = zip(times[name], times.get(base, times[name]), strict=True)
-            row[f"{kind}ratio"] = median(turn[i] / ours[i] for turn, ours in pairs)
+            row[f"{kind}ratio"] = _over_ours(times, name, i)
         row |= {"detections": found.detections, "unmatched": found.unmatched, "pixels": found.box}
         rows.append(row | {"score": found.score, "threads": torch.get_num_threads()})
     return rows
+
+
+def _over_ours(times: Mapping[str, Sequence[tuple[float, float]]], name: str, i: int) -> float | None:
+    """The median of a contender's i-th time over that of our form of its precision."""
+    base = "packed bf16" if name.endswith(("bf16", "int8")) else "packed"
+    if base not in times:
+        return None
+    return median(turn[i] / ours[i] for turn, ours in zip(times[name], times[base], strict=True))
 
 
 def _is_here(contender: str, network: Network) -> bool:

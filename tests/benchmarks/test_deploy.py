@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from detection.benchmarks.deploy import measure_deploy
+from detection.benchmarks.deploy import _over_ours, measure_deploy
 from detection.errors import SettingsError
 
 
@@ -22,3 +22,11 @@ def test_forms_and_torchvision_find_the_same() -> None:
 def test_what_is_not_known_is_refused() -> None:
     with pytest.raises(SettingsError, match="there is no contender 'tensorflow'; there are: packed, "):
         measure_deploy("efficientnet_lite0", 96, 2, ["tensorflow"])
+
+
+def test_a_time_is_compared_with_ours_of_its_precision_alone() -> None:
+    times = {"packed": [(2.0, 4.0), (4.0, 4.0), (2.0, 4.0)], "torchvision": [(4.0, 6.0), (6.0, 6.0), (5.0, 6.0)]}
+    times |= {"openvino int8": [(1.0, 1.0)] * 3}
+    assert _over_ours(times, "torchvision", 0) == 2.0 and _over_ours(times, "torchvision", 1) == 1.5
+    assert _over_ours(times, "openvino int8", 0) is None
+    assert _over_ours(times | {"packed bf16": [(4.0, 2.0)] * 3}, "openvino int8", 0) == 0.25
