@@ -155,4 +155,7 @@ def _nncf() -> Any:
 
 def _report_nothing() -> None:
     """Both packages import `openvino_telemetry`, and go without where there is none."""
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    modules: Any = (
+        sys.modules
+    )  # None, of which Python's import knows that there is no such module, is no module to types
+    modules.setdefault("openvino_telemetry", None)

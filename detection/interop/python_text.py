@@ -59,8 +59,10 @@ def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
         return known.get(node.id, unread)
     if isinstance(node, ast.List | ast.Tuple):
         return [_value(item, known) for item in node.elts]
-    if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) for key in node.keys):
-        return {key.value: _value(item, known) for key, item in zip(node.keys, node.values, strict=True)}  # type: ignore[union-attr]
+    if isinstance(node, ast.Dict):
+        keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
+        if len(keys) == len(node.keys):
+            return {key: _value(item, known) for key, item in zip(keys, node.values, strict=True)}
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
         if all(keyword.arg for keyword in node.keywords):
             return {keyword.arg: _value(keyword.value, known) for keyword in node.keywords}
