@@ -33,7 +33,7 @@ from detection.data.images import read_image
 from detection.imbalance import EqualizationLoss
 from detection.inference.exported import kept_facts
 from detection.interop import openvino
-from detection.interop.export import ExportableDetector, _resize_as_opencv
+from detection.interop.export import ExportableDetector, _clamp, _resize_as_opencv
 from detection.interop.exported_files import (
     onnx_runner,
     read_torch_facts,
@@ -128,6 +128,16 @@ def test_pixels_in_the_graph_are_those_that_are_loaded(seed):
     planes, old = torch.from_numpy(image.transpose(2, 0, 1).copy())[None], torch.tensor(size, dtype=torch.float64)
     resized = _resize_as_opencv(planes, old, tuple(new.tolist()), ExportableDetector.divide)
     assert (resized[0].numpy() == loaded).all()
+
+
+def test_an_activation_of_ones_own_stays_as_it_is():
+    class Halved(torch.nn.Hardtanh):
+        def forward(self, x):
+            return x / 2
+
+    x = torch.linspace(-9, 9, 50)
+    assert torch.equal(_clamp(Halved(), x), x / 2)
+    assert torch.equal(_clamp(torch.nn.ReLU6(), x), torch.nn.functional.relu6(x))
 
 
 @pytest.mark.slow
