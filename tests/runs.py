@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +75,47 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         return [name for i, pair in enumerate(zip(a, b, strict=True)) for name in differences(*pair, f"{where}.{i}")]
     return [] if a == b else [f"{where}: {a!r:.40} and {b!r:.40}"]
+
+
+def run_script(name: str, *args: Any, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script as a user runs it in a folder, in a fork of this process, which has imported all that it needs.
+
+    Python alone would begin by importing PyTorch and Lightning for many seconds. For what depends on how a process
+    starts, on signals or on several devices there is `subprocess`.
+
+    Args:
+        name: without `.py`.
+        *args: of the command line.
+        cwd: the folder.
+        **environment: variables beside those of this process.
+    """
+    command = [str(ROOT / "scripts" / f"{name}.py"), *map(str, args)]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        given = command, cwd, environment, out.fileno(), err.fileno()
+        process = multiprocessing.get_context("fork").Process(target=_be_script, args=given)
+        process.start()
+        process.join(300)
+        if process.is_alive():
+            process.kill()
+        process.join()
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(command, process.exitcode or 0, out.read(), err.read())
+
+
+def _be_script(command: list[str], cwd: Path, environment: Mapping[str, str], out: int, err: int) -> None:
+    """The rest of a forked process's life: what of the tests would not be there in a new one is forgotten."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(*how) for how in ((nothing, "r"), (1, "w", 1), (2, "w", 1)))
+    os.chdir(cwd)
+    os.environ.update(environment)
+    users = tempfile.gettempdir()
+    for module, content in list(sys.modules.items()):
+        if (getattr(content, "__file__", None) or "").startswith(users):
+            del sys.modules[module]
+    installed = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
+    sys.path[:] = [str(Path(command[0]).parent), str(ROOT), *installed]
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")

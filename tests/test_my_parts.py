@@ -27,7 +27,7 @@ from detection.models.fast import accelerate
 from detection.models.two_stage import TwoStageDetector
 from detection.recipes import EVERYTHING, RecipeError, named_in, rebuild
 from detection.training.module import DetectionModule
-from tests.runs import ROOT, differences, rehearsed, rows, state
+from tests.runs import ROOT, differences, rehearsed, rows, run_script, state
 
 EXAMPLES = ROOT / "examples"
 WHOLE = yaml.safe_load((EXAMPLES / "my_parts.yaml").read_text())
@@ -72,8 +72,8 @@ def start(command: list[str], cwd: Path) -> subprocess.Popen[bytes]:
 
 def run(script: str, *args: str, cwd: Path) -> tuple[int, str]:
     """The exit code of a script, and what it said."""
-    code = start([str(ROOT / "scripts" / f"{script}.py"), *args], cwd).wait(300)
-    return code, (cwd / "log.txt").read_text()
+    done = run_script(script, *args, cwd=cwd)
+    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from detection.cli.fit import FitCLI, main
 from detection.data import scenes
 from detection.inference import Detector
 from detection.training.precision import WeightPrecision
-from tests.runs import ROOT, TINY, scene_flags
+from tests.runs import TINY, run_script, scene_flags
 from tests.test_drift import build
 
 
@@ -176,6 +173,5 @@ def test_a_device_that_is_not_there() -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_every_script_says_it_in_one_line(command: list[str], said: str, tmp_path: Path) -> None:
-    run = [sys.executable, str(ROOT / "scripts" / command[0]), *command[1:]]
-    done = subprocess.run(run, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = run_script(command[0].removesuffix(".py"), *command[1:], cwd=tmp_path)
     assert done.returncode != 0 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from detection.models.roi_heads import TwoFCHead
 from detection.models.zoo import fasterrcnn_efficientnet_lite0_fpn
 from detection.training.checkpoints import WholeFiles
 from detection.training.module import DetectionModule
-from tests.runs import ROOT, TINY, rehearsed, scene_flags
+from tests.runs import TINY, rehearsed, run_script, scene_flags
 
 PARTS = '''
 from __future__ import annotations
@@ -63,13 +62,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scenes.draw(tmp_path_factory.mktemp("scenes"), train=4, val=2)
 
 
-def run(script: str, *args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A script as a user would run it in a folder."""
-    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *args]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
-
-
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the user's module lies and in which a run was trained for two steps; the run is `run`."""
@@ -83,7 +75,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [pair for pair in zip(TINY[::2], TINY[1::2], strict=True) if "box_head" not in pair[0]]
     flags = [word for pair in pairs for word in pair]
     flags += ["--trainer.max_steps", "2", "--data.num_workers", "1", "--wandb", "off"]
-    done = run("fit", "--config", "mine.yaml", *flags, *scene_flags(data), "--name", "mine", cwd=home)
+    done = run_script("fit", "--config", "mine.yaml", *flags, *scene_flags(data), "--name", "mine", cwd=home)
     assert done.returncode == 0, done.stderr
     assert (
         "--trust my_parts" in done.stderr and "--trust my_parts" in next(home.glob("runs/mine/*/README.md")).read_text()
@@ -122,7 +114,7 @@ def error_of(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", rehearsed(COMMANDS, "evaluate", "resume"))
 def test_without_trust_a_command_says_what_to_do(name: str, trained: Path, data: Path) -> None:
-    line = error_of(run(*command(name, trained, data), cwd=trained))
+    line = error_of(run_script(*command(name, trained, data), cwd=trained))
     assert "my_parts.PlainHead" in line or "my_parts.AbsoluteLoss" in line
     assert str(trained / "run") in line and "--trust my_parts" in line
 
@@ -132,7 +124,7 @@ def test_without_trust_a_command_says_what_to_do(name: str, trained: Path, data:
 def test_from_another_folder_a_command_says_where_it_has_looked(
     name: str, trained: Path, data: Path, tmp_path: Path
 ) -> None:
-    line = error_of(run(*command(name, trained, data), "--trust", "my_parts", cwd=tmp_path))
+    line = error_of(run_script(*command(name, trained, data), "--trust", "my_parts", cwd=tmp_path))
     for word in (str(trained / "run"), "the recipe names my_parts.", "there is no module my_parts", str(tmp_path)):
         assert word in line
 
@@ -140,7 +132,7 @@ def test_from_another_folder_a_command_says_where_it_has_looked(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", rehearsed(["evaluate", "predict", "export", "convert", "benchmark"], "predict"))
 def test_with_trust_a_command_runs(name: str, trained: Path, data: Path) -> None:
-    done = run(*command(name, trained, data), "--trust", "other_parts", "my_parts", cwd=trained)
+    done = run_script(*command(name, trained, data), "--trust", "other_parts", "my_parts", cwd=trained)
     assert done.returncode == 0, done.stderr
 
 
@@ -149,7 +141,7 @@ def test_with_trust_a_run_goes_on(trained: Path, data: Path, tmp_path: Path) -> 
     shutil.copytree(trained / "run", tmp_path / "run")
     shutil.copy(trained / "my_parts.py", tmp_path)
     words = [word.format(run=tmp_path / "run", data=data) for word in COMMANDS["resume"]]
-    done = run(*words, "--trust=my_parts", cwd=tmp_path)
+    done = run_script(*words, "--trust=my_parts", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["global_step"] == 3
 
@@ -240,12 +232,6 @@ def test_a_configuration_of_a_run_can_not_bring_code(form: str, data: Path, tmp_
         {"loops": {}, "optimizer_states": [], "state_dict": {}, "epoch": 0, "global_step": 1},
         tmp_path / "last.ckpt",
     )
-    code = f"""
-import os, sys
-os.chdir({str(tmp_path)!r})
-from detection.cli.fit import main
-sys.exit(main(["--resume", {str(tmp_path)!r}, *{scene_flags(data)!r}]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    done = run_script("fit", "--resume", str(tmp_path), *scene_flags(data), cwd=tmp_path)
     assert done.returncode == 2 and not (tmp_path / "mark").exists(), done.stderr
     assert "evil_parts" in error_of(done)

@@ -22,6 +22,7 @@ from detection.data.datamodule import DetectionDataModule
 from detection.data.reading import check_index
 from detection.data.records import DataError, Index, Record
 from detection.recipes import RecipeError, recorded, trusting
+from tests.runs import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULE = '''
@@ -201,8 +202,7 @@ def test_the_check_reads_what_training_reads(own_data: Path) -> None:
 
 def test_the_check_script_takes_a_configuration(own_data: Path) -> None:
     def check(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "scripts" / "check_data.py"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=own_data)
+        return run_script("check_data", *arguments, cwd=own_data)
 
     done = check("--config", str(configuration(own_data)), "--json", "found.json")
     assert done.returncode == 1, done.stdout + done.stderr  # validation has an object of a class that training lacks

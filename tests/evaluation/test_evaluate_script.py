@@ -6,8 +6,7 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -28,10 +27,11 @@ from detection.data.records import DataError
 from detection.data.writers import write_voc
 from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.significance import compare
+from detection.models.masks import MaskHead
+from detection.models.roi_heads import TwoFCHead
 from detection.training.module import DetectionModule
 from detection.training.optimisation import CosineSchedule
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "evaluate.py"
+from tests.runs import ROOT, run_script
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,8 @@ def trained(tmp_path_factory):
         max_size=128,
         masks=True,
     )
-    detector = maskrcnn_efficientnet_lite0_fpn(num_classes=3, weights_backbone=None, box_score_thresh=0.0)
+    small = {"box_head": partial(TwoFCHead, out_channels=256), "mask_head": partial(MaskHead, layers=[32, 32])}
+    detector = maskrcnn_efficientnet_lite0_fpn(num_classes=3, weights_backbone=None, box_score_thresh=0.0, **small)
     module = DetectionModule(detector, data.class_names, schedule=CosineSchedule(warmup_steps=1))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "devices": 1}
     trainer = L.Trainer(max_epochs=1, accelerator="cpu", num_sanity_val_steps=0, enable_checkpointing=False, **quiet)
@@ -78,8 +79,7 @@ def trained(tmp_path_factory):
 
 
 def run(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return run_script("evaluate", *arguments, cwd=ROOT)
 
 
 @pytest.mark.slow
