@@ -253,14 +253,13 @@ def memory(setting: Setting) -> Iterator[Row]:
 def family(setting: Setting) -> Iterator[Row]:
     """Training steps and inference of all detectors in both precisions, but for what other sections have."""
     kinds: tuple[Kind, ...] = ("mask", "v2", "cascade", "r50")
+    cases: list[tuple[Mode, int]] = [("train", setting.sizes.batch), *(("infer", n) for n in setting.sizes.inference)]
     for number, kind in enumerate(kinds):
         pair = Pair(kind, setting.sizes, setting.device)
-        plan: list[tuple[Mode, Any, int]] = [] if kind == "r50" else [("train", setting.half, setting.sizes.batch)]
-        plan += [("infer", setting.half, count) for count in setting.sizes.inference if kind != "r50"]
-        plan.append(("train", "float32", setting.sizes.batch))
-        plan += [("infer", "float32", count) for count in setting.sizes.inference]
-        for i, (mode, precision, count) in enumerate(plan):
-            rest = (len(kinds) - number - 1) * len(plan) + len(plan) - i
+        precisions = dict.fromkeys((setting.half, "float32") if kind != "r50" else ("float32",))
+        plan = [(precision, *case) for precision in precisions for case in cases]
+        for i, (precision, mode, count) in enumerate(plan):
+            rest = (len(kinds) - number) * len(plan) - i
             yield compare(pair, mode, precision, count, time.monotonic() + setting.left / rest)
 
 

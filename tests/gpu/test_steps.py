@@ -13,6 +13,7 @@ from detection.benchmarks.gpu_sections import parity, sync_debug, waits
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.rehearsal  # without a GPU; there the section `parity` has it
 def test_same_as_torchvision(setting: Setting) -> None:
     rows = list(parity(setting, ("r50",)))  # raises where one does not hold
     assert {(row["precision"], row["what"]) for row in rows} >= {("float32", "boxes"), ("bfloat16", "loss_box_reg")}
@@ -46,7 +47,7 @@ def test_sync_debug_mode_error_around_a_step(setting: Setting, monkeypatch: pyte
 
 
 def test_no_more_memory_than_torchvision(setting: Setting) -> None:
-    steps, peaks = Pair("r50", setting.sizes, setting.device).steps("train", "bfloat16", 2), {}
+    steps, peaks = Pair("r50", setting.sizes, setting.device).steps("train", setting.half, 2), {}
     for name, step in steps.items():
         step()
         with peak_memory(setting.device) as peak:
