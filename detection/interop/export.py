@@ -99,7 +99,7 @@ class ExportableDetector(nn.Module):
     def replacements(self) -> dict[type[nn.Module], dict[str, Any]]:
         """Methods of parts, by name, and what stands in their place."""
         return {
-            RegionProposalNetwork: {"suppress": _suppress, "nms_of_groups": _nms_of_groups},
+            RegionProposalNetwork: {"best": _best, "suppress": _suppress, "nms_of_groups": _nms_of_groups},
             AnchorGenerator: {"forward": _lay_anchors},
             RoIPooler: {"pool": _pool},
             RoIHeads: {"nms_per_class": _nms_per_class, "predict": _predict, "nms_of_groups": _nms_of_groups},
@@ -242,6 +242,21 @@ def _in_place(found: Tensor, rows: Tensor, boxes: Tensor) -> Tensor:
     return every.index_copy(0, rows, found).unflatten(0, boxes.shape[:2])
 
 
+def _best(_: Any, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As `RegionProposalNetwork.best`. How many there are is a number that the graph counts, where sides are open.
+
+    As an expression of the sides it would be part of all shapes behind it, which PyTorch then simplifies for minutes.
+    """
+    there: int = scores.shape[1]
+    if isinstance(there, int):
+        return scores.topk(min(count, there), dim=1)
+    number: Any = torch.minimum(torch.scalar_tensor(there, dtype=torch.int64), torch.tensor(count)).item()
+    torch._check(number >= 1)
+    torch._check(number <= count)
+    torch._check(number <= there)
+    return scores.topk(number, dim=1)
+
+
 def _suppress(self: RegionProposalNetwork, boxes: Tensor, scores: Tensor, levels: Tensor, usable: Tensor) -> Tensor:
     groups = torch.arange(boxes.shape[0])[:, None] * len(self.anchor_generator.num_anchors_per_location()) + levels
     return _survivors(self, boxes, scores, groups, usable)
@@ -276,7 +291,7 @@ def rank(boxes: Tensor, scores: Tensor, survives: Tensor, count: int) -> list[di
     classes = scores.shape[2]
     boxes, scores = boxes.flatten(1, 2), scores.flatten(1)
     ranked = torch.where(survives.flatten(1), scores, -1.0)
-    best, order = ranked.topk(torch.sym_min(count, ranked.shape[1]), dim=1)
+    best, order = _best(None, ranked, count)
     valid = best >= 0
     found = {
         "boxes": torch.where(valid[..., None], boxes.gather(1, order[..., None].expand(-1, -1, 4)), 0.0),

@@ -165,7 +165,7 @@ class RegionProposalNetwork(nn.Module):
         mode = "training" if self.training else "testing"
         logits, picks, levels, first = [], [], [], 0
         for level, score in enumerate(objectness):
-            best, top = score.float().topk(torch.sym_min(self.pre_nms_top_n[mode], score.shape[1]), dim=1)
+            best, top = self.best(score.float(), self.pre_nms_top_n[mode])
             logits.append(best)
             picks.append(top + first)
             levels.append(torch.full_like(top, level))
@@ -177,10 +177,14 @@ class RegionProposalNetwork(nn.Module):
         usable = is_large_enough(candidates, self.min_size) & (scores >= self.score_thresh)
         kept = self.suppress(candidates, scores, torch.cat(levels, dim=1), usable)
         ranked = torch.where(kept, scores, -1.0)
-        best, order = ranked.topk(torch.sym_min(self.post_nms_top_n[mode], ranked.shape[1]), dim=1)
+        best, order = self.best(ranked, self.post_nms_top_n[mode])
         valid = best >= 0
         proposals = candidates.gather(1, order[..., None].expand(-1, -1, 4))
         return Proposals(torch.where(valid[..., None], proposals, 0.0), best, valid)
+
+    def best(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The highest `count` scores of each image, or all if there are fewer, and where they are: `(B, T)` each."""
+        return scores.topk(min(count, scores.shape[1]), dim=1)
 
     def suppress(self, boxes: Tensor, scores: Tensor, levels: Tensor, usable: Tensor) -> Tensor:
         """NMS among the candidates of each image and level: which are kept, bool `(B, T)`.
