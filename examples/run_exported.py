@@ -59,6 +59,29 @@ def lay_mask(mask: Any, box: Any, size: tuple[int, int], grid: str = "MaskGrid")
     return Image.fromarray(np.uint8(np.asarray(laid) >= 0.5) * np.uint8(110))
 
 
+def enlarging(cells: int, pixels: int) -> Any:
+    """`(pixels, cells)`: how much each cell counts in each pixel of an enlarged row, bicubic with a = -0.75."""
+    place = (np.arange(pixels) + 0.5) * cells / pixels - 0.5
+    weights = np.zeros((pixels, cells))
+    for tap in (-1, 0, 1, 2):
+        cell = np.floor(place) + tap
+        x = np.abs(place - cell)
+        cubic = np.where(x <= 1, (1.25 * x - 2.25) * x**2 + 1, -0.75 * (((x - 5) * x + 8) * x - 4))
+        np.add.at(weights, (np.arange(pixels), cell.clip(0, cells - 1).astype(int)), cubic)
+    return weights
+
+
+def find_points(heatmaps: Any, region: Any, box: Any) -> Any:
+    """`(k, 2)`: where each of the heatmaps `(k, m, m)`, enlarged to its region, is highest, in pixels of the box."""
+    region, box = np.asarray(region, float), np.asarray(box, float)
+    sides = np.maximum(region[2:] - region[:2], 1)
+    width, height = np.ceil(sides).astype(int)
+    across, down = enlarging(heatmaps.shape[2], width), enlarging(heatmaps.shape[1], height)
+    highest = np.array([np.argmax(down @ heatmap @ across.T) for heatmap in heatmaps])
+    share = (np.stack((highest % width, highest // width), axis=1) + 0.5) / (width, height)
+    return box[:2] + share * sides / (region[2:] - region[:2]) * (box[2:] - box[:2])
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -80,10 +103,14 @@ def main() -> None:
         for i in chosen:
             box, label = found["boxes"][0, i].tolist(), int(found["labels"][0, i])
             name = classes[label - 1] if classes else f"class {label}"
-            print(path, name, f"{found['scores'][0, i]:.3f}", *(f"{value:.1f}" for value in box))
+            points = find_points(found["heatmaps"][0, i], found["regions"][0, i], box) if "heatmaps" in found else ()
+            numbers = [*box, *np.ravel(points)]  # of key points x and y, one after the other
+            print(path, name, f"{found['scores'][0, i]:.3f}", *(f"{value:.1f}" for value in numbers))
             if "masks" in found:
                 image.paste((255, 90, 0), (0, 0), lay_mask(found["masks"][0, i], box, image.size, grid))
             pen.rectangle(box, outline=(255, 90, 0), width=2)
+            for x, y in points:
+                pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=(0, 200, 255))
             pen.text((box[0] + 3, box[1] + 2), name, fill=(255, 255, 255))
         if args.draw:
             image.save(f"{path}_detections.png")

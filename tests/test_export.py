@@ -48,7 +48,7 @@ from detection.interop.openvino import (
     to_openvino,
     write_openvino_facts,
 )
-from detection.interop.parity import compare, compare_accuracy
+from detection.interop.parity import compare, compare_accuracy, locate_in_regions
 from detection.interop.tensorrt import objections, to_tensorrt
 from detection.mask_grid import MaskGrid, TorchvisionMaskGrid, paste_masks
 from detection.weights import read_saved
@@ -197,6 +197,18 @@ def test_standalone_runner_lays_masks_as_the_detector_did(grid):
         wanted = grid.inside(paste_masks(mask, box[None], (70, 90), grid))[0, 0].numpy()
         laid = np.asarray(lay(mask[0].numpy(), box.tolist(), (90, 70), type(grid).__name__)) > 0
         assert (laid != wanted).mean() < 1e-3, box  # a pixel at 0.5 may round to either side
+
+
+@pytest.mark.parametrize("side", [0.4, 3.0, 55.9, 130.2])
+def test_standalone_runner_finds_the_key_points_of_the_detector(side):
+    """In regions that are smaller than a pixel, and both smaller and larger than their heatmaps of 14 cells."""
+    torch.manual_seed(0)
+    find = runpy.run_path(str(EXAMPLES / "run_exported.py"))["find_points"]
+    heatmaps = torch.randn(1, 40, 14, 14)
+    region = torch.tensor([[7.3, 2.1, 7.3 + side, 2.1 + 0.7 * side]])
+    box = torch.tensor([[11.0, 3.0, 11.0 + 2 * side, 3.0 + side]])
+    wanted = locate_in_regions({"boxes": box, "heatmaps": heatmaps, "regions": region})["keypoints"][0, :, :2]
+    np.testing.assert_allclose(find(heatmaps[0].numpy(), region[0], box[0]), wanted, atol=1e-3)
 
 
 def test_standalone_runner_says_what_is_absent_and_where_nothing_is_found(tmp_path):
@@ -368,6 +380,19 @@ def test_key_points_are_found_in_the_heatmaps_of_a_file(tmp_path):
     assert theirs.keypoints.shape == (len(theirs), 5, 3) and len(ours) == len(theirs) > 5
     gaps = np.abs(ours.keypoints[:, None] - theirs.keypoints).max(axis=(2, 3))
     assert gaps.min(axis=1).max() < 1e-2
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    runner = [
+        sys.executable,
+        EXAMPLES / "run_exported.py",
+        path,
+        tmp_path / "photo.png",
+        "--score-thresh",
+        "0",
+        "--draw",
+    ]
+    done = subprocess.run(runner, capture_output=True, text=True, check=True)
+    said = np.array([line.split()[7:] for line in done.stdout.splitlines()], float).reshape(-1, 5, 2)
+    np.testing.assert_allclose(said, theirs.keypoints[..., :2], atol=0.06)
 
 
 @pytest.mark.rehearsal

@@ -30,7 +30,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from detection.batch import Batch
 from detection.data.spectral import Pixels
 from detection.interop import detectron2, mmdetection_config
-from detection.interop.export import locate_in_regions
+from detection.interop.parity import locate_in_regions
 from detection.interop.python_text import parse
 from detection.interop.torchvision import HEATMAPS, MOBILE_320, find_builder
 from detection.matching import BalancedSampler

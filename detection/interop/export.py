@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from detection.anchors import AnchorGenerator
 from detection.batch import Batch
 from detection.boxes import grouped_nms, resize_boxes
-from detection.models.family.keypoints import KeypointRoIHeads, locate_keypoints
+from detection.models.family.keypoints import KeypointRoIHeads
 from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPool, RoIPooler, align, finest, level_indices
 from detection.models.precomputed import PrecomputedProposals
@@ -76,7 +76,7 @@ class ExportableDetector(nn.Module):
     first, `counts (B,)` int64: how many of the D are detections, and with a mask branch `masks (B, D, m, m)`:
     probabilities inside the box. Of key points come out `heatmaps (B, D, k, m, m)`, logits inside the box, and `regions
     (B, D, 4)`, the boxes in pixels of the resized image: each heatmap is to be enlarged to the size of its own region,
-    which a graph of fixed sizes can't do, see `locate_in_regions`.
+    which a graph of fixed sizes can't do, see `parity.locate_in_regions`.
 
     Args:
         model: stays as it is; the copy here is on the CPU, in float32.
@@ -319,23 +319,6 @@ def _add_heatmaps(
 def outputs_of(model: FasterRCNN) -> list[str]:
     """The names of what a graph of the detector gives, in their order."""
     return [*OUTPUTS, *(("masks",) if model.has_masks else ()), *(HEATMAPS if model.has_keypoints else ())]
-
-
-def locate_in_regions(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a graph has found in one image, with `keypoints` `(D, k, 3)` and their scores in the place of its heatmaps.
-
-    Args:
-        found: `boxes (D, 4)` in pixels of the image and, if there are key points, `heatmaps (D, k, m, m)` and
-            `regions (D, 4)`.
-    """
-    if "heatmaps" not in found:
-        return found
-    points, scores = locate_keypoints(found["heatmaps"], found["regions"])
-    low, box = found["regions"][:, None, :2], found["boxes"][:, None]
-    share = (points[..., :2] - low) / (found["regions"][:, None, 2:] - low)
-    points[..., :2] = box[..., :2] + share * (box[..., 2:] - box[..., :2])
-    kept = {name: values for name, values in found.items() if name not in HEATMAPS}
-    return kept | {"keypoints": points, "keypoints_scores": scores}
 
 
 def _clamp(self: nn.Hardtanh, x: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from torch import Tensor
 from detection.batch import Target
 from detection.data.spectral import Pixels
 from detection.evaluation.mean_ap import IouType, MeanAP
-from detection.interop.export import locate_in_regions
+from detection.interop.export import HEATMAPS
 from detection.interop.exported_files import Run
 from detection.interop.partners import pair_detections
+from detection.models.family.keypoints import locate_keypoints
 from detection.training.encoding import encode_detections, grid_of
 
 if TYPE_CHECKING:
@@ -145,3 +146,20 @@ def found_by_file(run: Run, image: Pixels) -> Found:
     given = {name: values[0] for name, values in run(planes[None]).items()}
     count = int(given.pop("counts"))
     return locate_in_regions({name: torch.from_numpy(np.array(values[:count])) for name, values in given.items()})
+
+
+def locate_in_regions(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a graph has found in one image, with `keypoints` `(D, k, 3)` and their scores in the place of its heatmaps.
+
+    Args:
+        found: `boxes (D, 4)` in pixels of the image and, if there are key points, `heatmaps (D, k, m, m)` and
+            `regions (D, 4)`.
+    """
+    if "heatmaps" not in found:
+        return found
+    points, scores = locate_keypoints(found["heatmaps"], found["regions"])
+    low, box = found["regions"][:, None, :2], found["boxes"][:, None]
+    share = (points[..., :2] - low) / (found["regions"][:, None, 2:] - low)
+    points[..., :2] = box[..., :2] + share * (box[..., 2:] - box[..., :2])
+    kept = {name: values for name, values in found.items() if name not in HEATMAPS}
+    return kept | {"keypoints": points, "keypoints_scores": scores}
