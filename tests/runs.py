@@ -111,11 +111,10 @@ def _be_script(command: list[str], cwd: Path, environment: Mapping[str, str], ou
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(*how) for how in ((nothing, "r"), (1, "w", 1), (2, "w", 1)))
     os.chdir(cwd)
     os.environ.update(environment)
-    users = tempfile.gettempdir()
+    installed = sys.prefix, sys.base_prefix
     for module, content in list(sys.modules.items()):
-        if (getattr(content, "__file__", None) or "").startswith(users):
-            del sys.modules[module]
-    installed = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
-    sys.path[:] = [str(Path(command[0]).parent), str(ROOT), *installed]
+        if not (getattr(content, "__file__", None) or sys.prefix).startswith((*installed, str(ROOT))):
+            del sys.modules[module]  # a user's, of another test
+    sys.path[:] = [str(Path(command[0]).parent), str(ROOT), *(path for path in sys.path if path.startswith(installed))]
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
