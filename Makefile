@@ -4,7 +4,7 @@
 # make settings  300 command lines at random: each trains or says in a sentence why not
 # make faults the fault matrix, to faults.md        make audit  packages against the advisory database
 # make docs   the site, to build/site               make gpu    measure a GPU; without one, rehearse that
-# make oldest the fast tests with the oldest versions of all packages that pyproject.toml allows
+# make oldest the fast tests and an export with the oldest versions of all packages that pyproject.toml allows
 #
 # PYTHON=python3.12   another interpreter, 3.11 or newer
 # CPU=1               PyTorch's CPU build, a tenth of the download
@@ -50,6 +50,7 @@ oldest:
 	$(OLDEST)/bin/pip install $(PIP_ARGS) uv
 	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --resolution lowest-direct -e '.[dev]'
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/test_export.py -k "finds_what_the_model_finds and not cascade"
 
 # Needs the network: asks the advisory database about every package installed. Without it, tests/known_bad.txt holds.
 audit: $(VENV)/.installed-dev

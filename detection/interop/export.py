@@ -120,6 +120,9 @@ class ExportableDetector(nn.Module):
         return divided
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        if not isinstance(count := images.shape[0], int):
+            # Where PyTorch 2.11 knows the batch, it asks how large maps are, to choose the layout of convolutions.
+            images = images.narrow(0, 0, _counted(torch.scalar_tensor(count, dtype=torch.int64), count))
         padded, size, original = self._resize(images)
         model = self.model
         # As `FasterRCNN.run`, but for a batch of one size.
@@ -164,6 +167,15 @@ class ExportableDetector(nn.Module):
         padded = F.pad(resized, (0, divisor * columns - width, 0, divisor * rows - height))
         new = torch.stack([torch.scalar_tensor(side, dtype=torch.int64) for side in (height, width)])
         return padded, new.expand(images.shape[0], 2), old.long().expand(images.shape[0], 2)
+
+
+def _counted(number: Tensor, *most: Any) -> Any:
+    """A number from 1 to each of `most` that the graph counts: a symbol of its own in all shapes behind it."""
+    counted: Any = number.item()
+    torch._check(counted >= 1)
+    for limit in most:
+        torch._check(counted <= limit)
+    return counted
 
 
 def _resize_as_opencv(
@@ -250,11 +262,8 @@ def _best(_: Any, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     there: int = scores.shape[1]
     if isinstance(there, int):
         return scores.topk(min(count, there), dim=1)
-    number: Any = torch.minimum(torch.scalar_tensor(there, dtype=torch.int64), torch.tensor(count)).item()
-    torch._check(number >= 1)
-    torch._check(number <= count)
-    torch._check(number <= there)
-    return scores.topk(number, dim=1)
+    least = torch.minimum(torch.scalar_tensor(there, dtype=torch.int64), torch.tensor(count))
+    return scores.topk(_counted(least, count, there), dim=1)
 
 
 def _suppress(self: RegionProposalNetwork, boxes: Tensor, scores: Tensor, levels: Tensor, usable: Tensor) -> Tensor:
