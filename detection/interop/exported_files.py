@@ -81,8 +81,9 @@ def _onnx_nms() -> Callable[..., Any]:
         every = op.Unsqueeze(op.Range(zero, op.Add(last, one), one), op.Constant(value_ints=[1]))
         own = op.Equal(every, op.Unsqueeze(groups, first))
         table = op.Where(own, op.Unsqueeze(scores, first), op.Constant(value_float=-1.0))
+        corners = op.Reshape(boxes, op.Constant(value_ints=[1, -1, 4]))  # OpenVINO has to know that they are four
         picked = op.NonMaxSuppression(
-            op.Unsqueeze(boxes, first), op.Unsqueeze(table, first), op.Constant(value_ints=[2**31]),
+            corners, op.Unsqueeze(table, first), op.Constant(value_ints=[2**31]),
             op.Constant(value_floats=[iou_thresh]), op.Constant(value_floats=[-0.5]),
         )  # fmt: skip
         return op.Gather(picked, op.Constant(value_int=2), axis=1)
