@@ -241,8 +241,15 @@ def _pool_rows(
     exists = ((boxes[..., 2:] - boxes[..., :2]) > 0).all(dim=2).flatten()
     own = [(exists & (levels.flatten() == i)).nonzero()[:, 0] for i in range(len(maps))]
     scales = [1 / stride for stride in strides]
-    pooled = [
-        align(feature.float(), rois.index_select(0, rows), self.output_size, scale, self.sampling_ratio, self.aligned)
+    pooled = [  # the view says that a region is five numbers, which OpenVINO has to know
+        align(
+            feature.float(),
+            rois.index_select(0, rows).view(-1, 5),
+            self.output_size,
+            scale,
+            self.sampling_ratio,
+            self.aligned,
+        )
         for feature, rows, scale in zip(maps, own, scales, strict=True)
     ]
     return torch.cat(own), torch.cat(pooled)
