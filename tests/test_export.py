@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import runpy
 import shutil
 import subprocess
 import sys
@@ -48,13 +47,12 @@ from detection.interop.openvino import (
     to_openvino,
     write_openvino_facts,
 )
-from detection.interop.parity import compare, compare_accuracy, locate_in_regions
+from detection.interop.parity import compare, compare_accuracy
 from detection.interop.tensorrt import objections, to_tensorrt
-from detection.mask_grid import MaskGrid, TorchvisionMaskGrid, paste_masks
 from detection.weights import read_saved
 from tests.runs import rehearsed, scene_flags
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+RUNNER = Path(__file__).resolve().parents[1] / "examples" / "run_exported.py"
 SIZES = [(80, 120), (150, 70), (64, 64), (201, 333), (207, 209)]  # the last loses a pixel with a careless division
 
 
@@ -169,53 +167,14 @@ def test_standalone_runner_prints_the_same(exported, tmp_path):
     model, path = exported
     (image,) = noise([(90, 130)])
     Image.fromarray(image).save(tmp_path / "photo.png")
-    command = [
-        sys.executable,
-        "-I",
-        EXAMPLES / "run_exported.py",
-        path,
-        tmp_path / "photo.png",
-        "--score-thresh",
-        "0.3",
-    ]
-    done = subprocess.run([*map(str, command), "--draw"], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-I", RUNNER, path, tmp_path / "photo.png", "--score-thresh", "0.3", "--draw"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = [line.split()[1:] for line in done.stdout.splitlines()]
     wanted = as_predicted(model)(image)
     assert [line[0] for line in lines] == list(wanted.names)
     boxes = np.array([line[2:] for line in lines], float)
     np.testing.assert_allclose(boxes, wanted.boxes, atol=0.06)
     assert Image.open(tmp_path / "photo.png_detections.png").size == (130, 90)
-
-
-@pytest.mark.parametrize("grid", [MaskGrid(), TorchvisionMaskGrid()], ids=lambda grid: type(grid).__name__)
-def test_standalone_runner_lays_masks_as_the_detector_did(grid):
-    lay = runpy.run_path(str(EXAMPLES / "run_exported.py"))["lay_mask"]
-    draw = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        low, extent = torch.rand(2, generator=draw) * 60 - 5, torch.rand(2, generator=draw) * 40 + 3
-        box, mask = torch.cat((low, low + extent)), torch.rand((1, 28, 28), generator=draw)
-        wanted = grid.inside(paste_masks(mask, box[None], (70, 90), grid))[0, 0].numpy()
-        laid = np.asarray(lay(mask[0].numpy(), box.tolist(), (90, 70), type(grid).__name__)) > 0
-        assert (laid != wanted).mean() < 1e-3, box  # a pixel at 0.5 may round to either side
-
-
-@pytest.mark.parametrize("side", [0.4, 3.0, 55.9, 130.2])
-def test_standalone_runner_finds_the_key_points_of_the_detector(side):
-    """In regions that are smaller than a pixel, and both smaller and larger than their heatmaps of 14 cells."""
-    torch.manual_seed(0)
-    find = runpy.run_path(str(EXAMPLES / "run_exported.py"))["find_points"]
-    heatmaps = torch.randn(1, 40, 14, 14)
-    region = torch.tensor([[7.3, 2.1, 7.3 + side, 2.1 + 0.7 * side]])
-    box = torch.tensor([[11.0, 3.0, 11.0 + 2 * side, 3.0 + side]])
-    wanted = locate_in_regions({"boxes": box, "heatmaps": heatmaps, "regions": region})["keypoints"][0, :, :2]
-    np.testing.assert_allclose(find(heatmaps[0].numpy(), region[0], box[0]), wanted, atol=1e-3)
-
-
-def test_standalone_runner_says_what_is_absent_and_where_nothing_is_found(tmp_path):
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "run_exported.py", tmp_path / "no.onnx", "x.jpg"], capture_output=True, text=True
-    )
-    assert done.returncode == 1 and done.stderr == f"{tmp_path / 'no.onnx'}: there is no such file\n"
 
 
 @pytest.mark.slow
@@ -234,13 +193,7 @@ def test_openvino_finds_what_the_model_finds(exported, tmp_path, monkeypatch):
     assert parity.mask < 1e-2
     (image,) = noise([(90, 130)])
     Image.fromarray(image).save(tmp_path / "photo.png")
-    runner = [
-        sys.executable,
-        str(EXAMPLES / "run_exported.py"),
-        str(path),
-        str(tmp_path / "photo.png"),
-        "--score-thresh",
-    ]
+    runner = [sys.executable, RUNNER, path, tmp_path / "photo.png", "--score-thresh"]
     done = subprocess.run([*runner, "0.3"], capture_output=True, text=True, check=True)
     lines = [line.split()[1:] for line in done.stdout.splitlines()]
     assert [line[0] for line in lines] == as_predicted(model)(image).names

@@ -240,17 +240,10 @@ def _pool_rows(
     rois = torch.cat((image, boxes), dim=2).flatten(0, 1)
     exists = ((boxes[..., 2:] - boxes[..., :2]) > 0).all(dim=2).flatten()
     own = [(exists & (levels.flatten() == i)).nonzero()[:, 0] for i in range(len(maps))]
-    scales = [1 / stride for stride in strides]
-    pooled = [  # the view says that a region is five numbers, which OpenVINO has to know
-        align(
-            feature.float(),
-            rois.index_select(0, rows).view(-1, 5),
-            self.output_size,
-            scale,
-            self.sampling_ratio,
-            self.aligned,
-        )
-        for feature, rows, scale in zip(maps, own, scales, strict=True)
+    chosen = [rois.index_select(0, rows).view(-1, 5) for rows in own]  # OpenVINO has to know that these are five
+    pooled = [
+        align(feature.float(), regions, self.output_size, 1 / stride, self.sampling_ratio, self.aligned)
+        for feature, regions, stride in zip(maps, chosen, strides, strict=True)
     ]
     return torch.cat(own), torch.cat(pooled)
 

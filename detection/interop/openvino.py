@@ -155,7 +155,6 @@ def _nncf() -> Any:
 
 def _report_nothing() -> None:
     """Both packages import `openvino_telemetry`, and go without where there is none."""
-    modules: Any = (
-        sys.modules
-    )  # None, of which Python's import knows that there is no such module, is no module to types
+    # Python's import takes None for a module that is not there, which the types don't know.
+    modules: Any = sys.modules
     modules.setdefault("openvino_telemetry", None)
