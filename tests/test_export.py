@@ -334,15 +334,7 @@ def test_key_points_are_found_in_the_heatmaps_of_a_file(tmp_path):
     gaps = np.abs(ours.keypoints[:, None] - theirs.keypoints).max(axis=(2, 3))
     assert gaps.min(axis=1).max() < 1e-2
     Image.fromarray(image).save(tmp_path / "photo.png")
-    runner = [
-        sys.executable,
-        EXAMPLES / "run_exported.py",
-        path,
-        tmp_path / "photo.png",
-        "--score-thresh",
-        "0",
-        "--draw",
-    ]
+    runner = [sys.executable, RUNNER, path, tmp_path / "photo.png", "--score-thresh", "0", "--draw"]
     done = subprocess.run(runner, capture_output=True, text=True, check=True)
     said = np.array([line.split()[7:] for line in done.stdout.splitlines()], float).reshape(-1, 5, 2)
     np.testing.assert_allclose(said, theirs.keypoints[..., :2], atol=0.06)
