@@ -23,6 +23,8 @@ from detection.benchmarks.peers import TorchvisionDetector
 from detection.models import fast, zoo
 from detection.models.backbones import efficientnet_lite0_fpn
 from detection.models.compose import COCO_CATEGORIES
+from detection.models.fast import winograd
+from detection.models.fast.winograd import WinogradConv2d
 from detection.models.two_stage import TwoStageDetector
 
 Network = Literal["resnet50", "efficientnet_lite0"]
@@ -160,6 +162,8 @@ def _one_left_out(ours: TwoStageDetector, mode: Mode, device: str) -> dict[str, 
             others = {part: form for part, form in chosen.items() if part is not plain}
             with patch.object(fast, "forms_for", return_value=others):
                 made[quick.__name__] = _quick(ours, mode, device)
+    if (filters := made.get(WinogradConv2d.__name__)) is not None:  # which folded and packed layers do, too
+        filters.run = patch.object(winograd, "FEWEST_TILES", float("inf"))(filters.run)  # type: ignore[method-assign]
     with patch.object(fast, "_fold"):
         made["folding"] = _quick(ours, mode, device)
     if mode == "infer" and device == "cpu":

@@ -23,6 +23,7 @@ from detection.models.fast.folding import fold_for_good, fold_frozen_norms
 from detection.models.fast.on_cpu import ImageByImage, TrimmedCascade, TrimmedKeypoints, TrimmedRoIHeads
 from detection.models.fast.packing import pack
 from detection.models.fast.sparse_rpn import SparseRPN
+from detection.models.fast.winograd import WinogradConv2d
 from detection.models.norms import freeze_norms
 from detection.models.pooling import RoIPool, RoIPooler
 from detection.models.roi_heads import RoIHeads
@@ -37,6 +38,7 @@ ON_CPU: Forms = {
     RoIHeads: TrimmedRoIHeads,
     CascadeRoIHeads: TrimmedCascade,
     KeypointRoIHeads: TrimmedKeypoints,
+    nn.Conv2d: WinogradConv2d,
 }
 ON_ACCELERATOR: Forms = {RoIPooler: CanvasPooler, RegionProposalNetwork: SparseRPN, grouped_nms: nms_apart}
 # Where PyTorch is to be deterministic: the gradients of RoI Align and RoI Pool as sums in a fixed order.

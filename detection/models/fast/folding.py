@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.ops import FrozenBatchNorm2d
 
 from detection.fitting import trial
+from detection.models.fast.winograd import conv2d
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -58,7 +59,7 @@ class FoldedConv2d(nn.Conv2d):
             # On a CPU the gradient of a depthwise convolution takes 2 to 50 times as long in bfloat16 as in float32.
             with torch.autocast("cpu", enabled=False):
                 return F.conv2d(x.float(), *self.folded(), *geometry).to(x.dtype)
-        return F.conv2d(x, *self.folded(), *geometry)
+        return conv2d(x, *self.folded(), *geometry)
 
 
 class FoldedNorm(FrozenBatchNorm2d):  # type: ignore[misc]

@@ -24,9 +24,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from detection.devices import has_kernels
 from detection.models.backbones import Trunk
 from detection.models.fast.folding import FoldedNorm
+from detection.models.fast.winograd import WinogradConv2d, filtered, is_filtered, spread
 from detection.models.roi_heads import TwoFCHead
 
-PLAIN = (nn.Conv2d, Conv2dSame)
+PLAIN = (nn.Conv2d, WinogradConv2d, Conv2dSame)
 # The kernels' names of activations, and their arguments.
 ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
     nn.Identity: ("none", []),
@@ -95,10 +96,11 @@ class Packing:
         self.packed: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
         self.packed_for: dict[torch.dtype, torch.Size] = {}
         self.unordered: Tensor | None = None  # a convolution's, for inputs of other sizes
+        self.at_points: Tensor | None = None  # of a 3x3 one, for minimal filtering
 
     def __getstate__(self) -> dict[str, Any]:
-        # Packed tensors can neither be copied nor saved, and the other order is that of the weight once more.
-        return self.__dict__ | {"packed": {}, "packed_for": {}, "unordered": None}
+        # Packed tensors can neither be copied nor saved, and the other orders are those of the weight once more.
+        return self.__dict__ | {"packed": {}, "packed_for": {}, "unordered": None, "at_points": None}
 
     def cast(self, x: Tensor) -> Tensor | None:
         """The input in the precision of this call, or None if there is no kernel for it."""
@@ -142,6 +144,9 @@ class PackedConv2d(Packing, nn.Conv2d):
         if cast is None or (other is not None and other.shape[2:].numel() == 1):  # PyTorch 2.11 can't sum single pixels
             y = nn.Conv2d.forward(self, x)
             return self.activation(y if other is None else y.add_(other))  # in place, or its precision would change
+        if is_filtered(cast, self.weight.shape, self.stride, self.padding, self.dilation, self.groups):
+            y = self.filtered(cast)
+            return self.activation(y if other is None else y.add_(other))
         geometry = self.padding, self.stride, self.dilation, self.groups
         name, values = ACTIVATIONS[type(self.activation)]
         convolve = torch.ops.mkldnn._convolution_pointwise
@@ -151,6 +156,13 @@ class PackedConv2d(Packing, nn.Conv2d):
         after: Any = ("add", 1.0, "relu" if rectifies else None, [], None)
         y = convolve.binary(cast, other.to(cast.dtype), *self.weights(cast), *geometry, *after)
         return y if rectifies else self.activation(y)
+
+    def filtered(self, x: Tensor) -> Tensor:
+        """The convolution of `(B, C, h, w)` in float32 by minimal filtering."""
+        if self.at_points is None:
+            with torch.inference_mode(False):
+                self.at_points = spread(self.weight.detach())
+        return filtered(x, self.at_points, self.bias)
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Packed weight and bias; without AVX-512 for inputs of the first one's size alone.
