@@ -163,7 +163,7 @@ def _one_left_out(ours: TwoStageDetector, mode: Mode, device: str) -> dict[str, 
             with patch.object(fast, "forms_for", return_value=others):
                 made[quick.__name__] = _quick(ours, mode, device)
     if (filters := made.get(WinogradConv2d.__name__)) is not None:  # which folded and packed layers do, too
-        filters.run = patch.object(winograd, "FEWEST_TILES", float("inf"))(filters.run)  # type: ignore[method-assign]
+        filters.run = patch.object(winograd, "FEWEST_CHANNELS", float("inf"))(filters.run)  # type: ignore[method-assign]
     with patch.object(fast, "_fold"):
         made["folding"] = _quick(ours, mode, device)
     if mode == "infer" and device == "cpu":

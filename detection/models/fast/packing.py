@@ -144,7 +144,7 @@ class PackedConv2d(Packing, nn.Conv2d):
         if cast is None or (other is not None and other.shape[2:].numel() == 1):  # PyTorch 2.11 can't sum single pixels
             y = nn.Conv2d.forward(self, x)
             return self.activation(y if other is None else y.add_(other))  # in place, or its precision would change
-        if is_filtered(cast, self.weight.shape, self.stride, self.padding, self.dilation, self.groups):
+        if is_filtered(cast, self.weight.shape, self.stride, self.padding, self.dilation, self.groups, is_spread=True):
             y = self.filtered(cast)
             return self.activation(y if other is None else y.add_(other))
         geometry = self.padding, self.stride, self.dilation, self.groups

@@ -14,6 +14,7 @@ Shape shorthand:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -26,8 +27,10 @@ from torch.nn import functional as F
 
 POINTS = np.array([0, 3 / 4, -3 / 4, 3 / 2, -3 / 2])  # and infinity
 SIDE, PATCH = 4, 6  # cells of a tile, and of the patch that its outputs are read from
-AT_A_TIME = 256  # tiles
-FEWEST_TILES, FEWEST_CHANNELS = 100, 96  # with fewer the usual kernel is quicker
+AT_A_TIME = 200  # tiles
+FEWEST_CHANNELS = 96  # with fewer the usual kernel is quicker
+FEWEST_TILES = 64  # likewise
+FEWEST_TILES_SPREAD = 24  # for a weight that is spread once for all calls
 
 
 class WinogradConv2d(nn.Conv2d):
@@ -54,21 +57,25 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Te
     return F.conv2d(x, weight, bias, *geometry)
 
 
-def is_filtered(x: Tensor, shape: torch.Size, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
-    """Whether minimal filtering is the quicker way for an input and a weight of this shape."""
+def is_filtered(
+    x: Tensor, shape: torch.Size, stride: Any, padding: Any, dilation: Any, groups: int, is_spread: bool = False
+) -> bool:
+    """Whether minimal filtering is the quicker way for an input and a weight of this shape, which may be spread."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     if shape[2:] != (3, 3) or groups != 1 or min(shape[:2]) < FEWEST_CHANNELS:
         return False
     if any(value not in (1, (1, 1)) for value in (stride, padding, dilation)):
         return False
-    return len(x) * -(-x.shape[-2] // SIDE) * -(-x.shape[-1] // SIDE) >= FEWEST_TILES
+    tiles = len(x) * -(-x.shape[-2] // SIDE) * -(-x.shape[-1] // SIDE)
+    return tiles >= (FEWEST_TILES_SPREAD if is_spread else FEWEST_TILES)
 
 
 def spread(weight: Tensor) -> Tensor:
     """A weight `(C', C, 3, 3)` at the points, `(36, C, C')`."""
     out, channels = weight.shape[:2]
-    return (_transforms()[1] @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(-1, channels, out)
+    cells = weight.permute(2, 3, 1, 0).contiguous().flatten(2)
+    return _Scratch().transform(_transforms()[1], cells).view(-1, channels, out)
 
 
 def filtered(x: Tensor, at_points: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -77,9 +84,10 @@ def filtered(x: Tensor, at_points: Tensor, bias: Tensor | None = None) -> Tensor
     images, height, width = len(x), *(-(-side // SIDE) for side in x.shape[2:])
     shift = x.new_zeros(()) if bias is None else bias
     out = x.new_empty(images, height, SIDE, width, SIDE, at_points.shape[2])
+    scratch = _Scratch()
     for part, patches in _tiles(x, 1):
-        products = torch.bmm(_at_points(read, patches), at_points)
-        tiles = (write @ products.flatten(1)).view(SIDE, SIDE, *patches.shape[:3], -1)
+        products = scratch.multiply(scratch.transform(read, scratch.cells(patches)), at_points)
+        tiles = scratch.transform(write, products).view(SIDE, SIDE, *patches.shape[:3], -1)
         torch.add(tiles.permute(2, 3, 0, 4, 1, 5), shift, out=out[part])
     y = out.view(images, height * SIDE, width * SIDE, -1)[:, : x.shape[2], : x.shape[3]]
     return y.contiguous().permute(0, 3, 1, 2)
@@ -89,10 +97,13 @@ def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     """The gradient `(C', C, 3, 3)` of the weight from the input and the gradient `(B, C', h, w)` of the output."""
     read, spread_, write = _transforms()
     total = x.new_zeros(PATCH * PATCH, x.shape[1], grad.shape[1])
+    left, right = _Scratch(), _Scratch()
     for (_, patches), (_, tiles) in zip(_tiles(x, 1), _tiles(grad, 0), strict=True):
-        total.baddbmm_(_at_points(read, patches).transpose(1, 2), _at_points(write.t(), tiles))
-    weight = (spread_.t() @ total.flatten(1)).view(3, 3, x.shape[1], grad.shape[1])
-    return weight.permute(3, 2, 0, 1)
+        values = left.transform(read, left.cells(patches)).view(len(total), -1, x.shape[1])
+        errors = right.transform(write.t(), right.cells(tiles)).view(len(total), -1, grad.shape[1])
+        total.baddbmm_(values.transpose(1, 2), errors)
+    weight = _Scratch().transform(spread_.t(), total.view(PATCH, PATCH, -1))
+    return weight.view(3, 3, x.shape[1], grad.shape[1]).permute(3, 2, 0, 1)
 
 
 class _Filtering(torch.autograd.Function):
@@ -133,10 +144,36 @@ def _tiles(x: Tensor, frame: int) -> Iterator[tuple[tuple[slice, slice], Tensor]
             yield (slice(image, image + many), slice(row, row + high)), tiles
 
 
-def _at_points(transform: Tensor, tiles: Tensor) -> Tensor:
-    """Values `(36, T, C)` at the points, by a transform `(36, n * n)`, of tiles `(..., C, n, n)`, T in all."""
-    cells_first = tiles.permute(4, 5, 0, 1, 2, 3).reshape(transform.shape[1], -1)
-    return (transform @ cells_first).view(len(transform), -1, tiles.shape[3])
+class _Scratch:
+    """Two pieces of memory in which all parts of a map are worked on: fresh ones for each would take longer."""
+
+    def __init__(self) -> None:
+        self.filled, self.free = torch.empty(2, 0, dtype=torch.float32, device="cpu")
+
+    def take(self, *shape: int) -> Tensor:
+        """The free piece, or its beginning, which from now on is the filled one."""
+        self.filled, self.free = self.free, self.filled
+        if len(self.filled) < (size := math.prod(shape)):
+            self.filled = self.filled.new_empty(size)
+        return self.filled[:size].view(shape)
+
+    def cells(self, tiles: Tensor) -> Tensor:
+        """Tiles `(B, t, u, C, n, n)` -> `(n, n, B * t * u * C)`."""
+        first = tiles.permute(4, 5, 0, 1, 2, 3)
+        return self.take(*first.shape).copy_(first).flatten(2)
+
+    def transform(self, matrix: Tensor, cells: Tensor) -> Tensor:
+        """Rows, then columns, of cells `(n, n, N)` by a matrix `(m, n)`: `(m, m, N)`."""
+        (m, n), count = matrix.shape, cells.shape[2]
+        rows = torch.mm(matrix, cells.view(n, -1), out=self.take(m, n * count)).view(m, n, count)
+        return torch.bmm(matrix.expand(m, m, n), rows, out=self.take(m, m, count))
+
+    def multiply(self, values: Tensor, at_points: Tensor) -> Tensor:
+        """Values `(6, 6, T * C)` times weights `(36, C, C')` -> `(6, 6, T * C')`."""
+        points, channels, out = at_points.shape
+        values = values.view(points, -1, channels)
+        products = torch.bmm(values, at_points, out=self.take(points, values.shape[1], out))
+        return products.view(PATCH, PATCH, -1)
 
 
 @cache
@@ -156,5 +193,5 @@ def _transforms() -> tuple[Tensor, Tensor, Tensor]:
     spread_[:-1], write[:, :-1] = np.vander(POINTS, 3, True) / scale[:, None], np.vander(POINTS, SIDE, True).T
     spread_[-1, -1] = write[-1, -1] = 1
     with torch.inference_mode(False):
-        read_, filter_, write_ = (torch.from_numpy(np.kron(m, m)).float() for m in (read, spread_, write))
+        read_, filter_, write_ = (torch.from_numpy(matrix).float() for matrix in (read, spread_, write))
     return read_, filter_, write_
