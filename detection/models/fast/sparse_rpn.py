@@ -54,13 +54,24 @@ def head_at(head: RPNHead, maps: Sequence[Tensor], anchors: Tensor) -> tuple[Ten
     for layer in head.conv:
         conv: Any = layer[0]  # type: ignore[index]
         # Beyond the edge of a map a convolution reads zeros. The one before it gave something else there: its bias.
-        hidden, exists = F.relu(F.conv2d(hidden, conv.weight, conv.bias)), exists[..., 1:-1, 1:-1]
+        hidden, exists = F.relu(_convolve(hidden, conv.weight, conv.bias)), exists[..., 1:-1, 1:-1]
         hidden = hidden * exists
     logits, deltas = head.read(hidden)  # (R, k, 1, 1) and (R, k * 4, 1, 1)
     which = (anchors % per_cell).flatten()[:, None]
     logits = logits.flatten(1).gather(1, which).view(anchors.shape)
     deltas = deltas.flatten(1).unflatten(1, (-1, 4)).gather(1, which[..., None].expand(-1, -1, 4))
     return logits, deltas.view(*anchors.shape, 4)
+
+
+def _convolve(patches: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Patches `(R, C, n, n)` by a weight `(C, C, 3, 3)`: `(R, C, n - 2, n - 2)`, for n = 3 as a product of matrices.
+
+    A kernel of convolutions, and still more that of its gradient, has one cell of each patch to work on at a time.
+    """
+    if patches.shape[-1] > 3:
+        return F.conv2d(patches, weight, bias)
+    rows, columns = (cells.permute(0, 2, 3, 1).flatten(1) for cells in (patches, weight))
+    return F.linear(rows, columns, bias)[..., None, None]
 
 
 def _cells(head: RPNHead, cells: Tensor, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
