@@ -178,20 +178,19 @@ class _Scratch:
 
 @cache
 def _transforms() -> tuple[Tensor, Tensor, Tensor]:
-    """Values of a patch at the points, `(36, 36)`, of a filter, `(36, 9)`, and a tile from their products, `(16, 36)`.
+    """In one dimension: a patch at the points, `(6, 6)`, a filter, `(6, 3)`, and a tile from their products, `(4, 6)`.
 
-    In one dimension: the outputs are coefficients, by the transposed algorithm, so the values of the patch are products
-    with all roots but one (section 4.1; infinity takes the highest coefficient).
+    The algorithm is the transpose of interpolation (Toom and Cook): the values of a patch are its sums with the
+    coefficients of the polynomials that are 0 at all points but one. At infinity only the highest power counts.
     """
     roots = [np.delete(POINTS, i) for i in range(len(POINTS))]
     scale = np.array([np.prod(point - others) for point, others in zip(POINTS, roots, strict=True)])
-    read = np.zeros((PATCH, PATCH))
+    read, spread_, write = np.zeros((PATCH, PATCH)), np.zeros((PATCH, 3)), np.zeros((SIDE, PATCH))
     for row, others in enumerate(roots):
         read[row, :-1] = np.poly(others)[::-1]
     read[-1] = np.poly(POINTS)[::-1]
-    spread_, write = np.zeros((PATCH, 3)), np.zeros((SIDE, PATCH))
     spread_[:-1], write[:, :-1] = np.vander(POINTS, 3, True) / scale[:, None], np.vander(POINTS, SIDE, True).T
     spread_[-1, -1] = write[-1, -1] = 1
     with torch.inference_mode(False):
-        read_, filter_, write_ = (torch.from_numpy(matrix).float() for matrix in (read, spread_, write))
-    return read_, filter_, write_
+        for_patch, for_filter, for_tile = (torch.from_numpy(matrix).float() for matrix in (read, spread_, write))
+    return for_patch, for_filter, for_tile
