@@ -361,7 +361,7 @@ def test_class_names_travel_with_the_file(exported):
     assert json.loads(facts["class_names"]) == ["a", "b", "c"]
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal  # of steps that have tests of their own
 def test_from_another_library_by_a_run_of_other_sizes_to_a_file(tmp_path, monkeypatch):
     """A file of torchvision -> converted -> trained on at other sizes -> exported: it sees and finds what predict does.
 

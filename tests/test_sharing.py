@@ -99,7 +99,7 @@ def fit(folder: Path, root: Path, optimizer: str, epochs: int, *flags: str) -> P
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_a_vit_with_a_sharded_optimiser_trains_and_goes_on_as_with_a_whole_one(tmp_path: Path) -> None:
     """Two processes, two epochs at once with AdamW; and one epoch, then another, with its state divided."""
     root = scenes.draw(tmp_path / "scenes", train=8, val=2)

@@ -146,7 +146,7 @@ def test_a_box_branch_that_is_off_in_half_precision_alone_is_found(monkeypatch: 
     assert wrong == {("bfloat16", "loss_box_reg"), ("bfloat16", "loss_rpn_box_reg")}
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_the_rehearsal_runs_to_its_end(tmp_path: Path) -> None:
     command = [sys.executable, "scripts/benchmark.py", "gpu", "--minutes", "8", "--rehearse", "true"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -52,8 +52,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Te
         *geometry: stride, padding, dilation and groups.
     """
     if is_filtered(x, weight.shape, *geometry) and weight.dtype == torch.float32:
-        y: Tensor = _Filtering.apply(x, weight)  # type: ignore[no-untyped-call]
-        return y if bias is None else y + bias[:, None, None]
+        y: Tensor = _Filtering.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return y
     return F.conv2d(x, weight, bias, *geometry)
 
 
@@ -108,17 +108,17 @@ def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
 
 class _Filtering(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return filtered(x, spread(weight))
+        return filtered(x, spread(weight), bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[no-untyped-call, untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        for_x, for_weight = ctx.needs_input_grad
+        for_x, for_weight, for_bias = ctx.needs_input_grad
         back = filtered(grad, spread(weight.flip(2, 3).transpose(0, 1))) if for_x else None
-        return back, weight_gradient(x, grad) if for_weight else None
+        return back, weight_gradient(x, grad) if for_weight else None, grad.sum((0, 2, 3)) if for_bias else None
 
 
 def _tiles(x: Tensor, frame: int) -> Iterator[tuple[tuple[slice, slice], Tensor]]:
