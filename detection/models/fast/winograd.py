@@ -83,14 +83,18 @@ def filtered(x: Tensor, at_points: Tensor, bias: Tensor | None = None) -> Tensor
     read, _, write = _transforms()
     images, height, width = len(x), *(-(-side // SIDE) for side in x.shape[2:])
     shift = x.new_zeros(()) if bias is None else bias
-    out = x.new_empty(images, height, SIDE, width, SIDE, at_points.shape[2])
+    shape = (images, at_points.shape[2], height * SIDE, width * SIDE)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    out = y.permute(0, 2, 3, 1).view(images, height, SIDE, width, SIDE, -1)
     scratch = _Scratch()
     for part, patches in _tiles(x, 1):
         products = scratch.multiply(scratch.transform(read, scratch.cells(patches)), at_points)
         tiles = scratch.transform(write, products).view(SIDE, SIDE, *patches.shape[:3], -1)
         torch.add(tiles.permute(2, 3, 0, 4, 1, 5), shift, out=out[part])
-    y = out.view(images, height * SIDE, width * SIDE, -1)[:, : x.shape[2], : x.shape[3]]
-    return y.contiguous().permute(0, 3, 1, 2)
+    if y.shape[2:] == x.shape[2:]:
+        return y
+    # No view: what lies behind may work in place.
+    return y[..., : x.shape[2], : x.shape[3]].clone(memory_format=torch.channels_last)
 
 
 def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:

@@ -123,6 +123,15 @@ def test_other_precisions_devices_and_sizes_are_left_to_pytorch() -> None:
     assert layer(x[:0]).shape == (0, 128, 40, 40) and layer.double()(x.double()).dtype == torch.float64
 
 
+@pytest.mark.parametrize("size", [(40, 40), (38, 40), (40, 37)])
+def test_an_activation_behind_it_may_work_in_place(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer, x = WinogradConv2d(128, 128, 3, padding=1), torch.randn(1, 128, *size)
+    usual = F.conv2d(x, layer.weight, layer.bias, padding=1)
+    found, wanted = (torch.autograd.grad(F.relu_(y).square().mean(), layer.weight)[0] for y in (layer(x), usual))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_frozen_weights_and_inputs_get_no_gradient() -> None:
     layer, x = WinogradConv2d(128, 128, 3, padding=1), torch.randn(1, 128, 40, 40)
     layer.weight.requires_grad_(False)
