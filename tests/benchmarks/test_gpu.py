@@ -24,7 +24,6 @@ from detection.benchmarks.gpu_sizes import REHEARSAL
 from detection.boxes import BoxCoder
 from detection.errors import RunError
 from tests.benchmarks.fake_sections import FAKES
-from tests.runs import rehearsed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,8 +122,8 @@ def test_the_limit_repeats_the_same_arithmetic() -> None:
     assert [call[1:] for call in again.calls] == [call[1:] for call in recorder.calls]
 
 
-@pytest.mark.slow  # where a processor emulates bfloat16
-@pytest.mark.parametrize("kind", rehearsed(["mask", "v2"], "mask"))
+@pytest.mark.rehearsal  # where a processor emulates bfloat16
+@pytest.mark.parametrize("kind", ["mask", "v2"])
 def test_each_loss_in_half_precision_is_torchvisions(kind: Literal["mask", "v2"]) -> None:
     rows = list(parity(Setting("cpu", REHEARSAL), (kind,)))  # raises where one does not hold
     losses = {row["what"] for row in rows if row["precision"] == "bfloat16"}

@@ -18,7 +18,7 @@ from detection.data.records import DataError
 from detection.inference import predict
 from detection.inference.sources import open_source
 from tests.inference.blobs import NAMES, Blobs, film, scene
-from tests.runs import ROOT
+from tests.runs import ROOT, rehearsed
 
 
 def test_folder_gives_pictures_json_and_csv(photos, tmp_path):
@@ -126,7 +126,7 @@ def test_script_says_what_is_wrong(model, tmp_path, photos, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("annotated", [False, True])
+@pytest.mark.parametrize("annotated", rehearsed([False, True], True))
 def test_two_processes_write_what_one_writes(model, tmp_path, annotated):
     """Seven images of different sizes, the last unreadable, in batches of two: shares of four and three files."""
     save_detector(tmp_path / "d.safetensors", model, NAMES)

@@ -158,7 +158,10 @@ class PackedConv2d(Packing, nn.Conv2d):
         return y if rectifies else self.activation(y)
 
     def filtered(self, x: Tensor) -> Tensor:
-        """The convolution of `(B, C, h, w)` in float32 by minimal filtering."""
+        """The convolution of `(B, C, h, w)` in float32 by minimal filtering.
+
+        From the first call on it keeps the weight at the points, which is four times as large.
+        """
         if self.at_points is None:
             with torch.inference_mode(False):
                 self.at_points = spread(self.weight.detach())
