@@ -61,6 +61,8 @@ def is_filtered(
     x: Tensor, shape: torch.Size, stride: Any, padding: Any, dilation: Any, groups: int, is_spread: bool = False
 ) -> bool:
     """Whether minimal filtering is the quicker way for an input and a weight of this shape, which may be spread."""
+    if torch.compiler.is_compiling():  # a compiler takes the usual kernel, and can't follow tensors made in `out`
+        return False
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     if shape[2:] != (3, 3) or groups != 1 or min(shape[:2]) < FEWEST_CHANNELS:

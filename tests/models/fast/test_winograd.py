@@ -132,6 +132,22 @@ def test_an_activation_behind_it_may_work_in_place(size: tuple[int, int]) -> Non
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_compiled_layers_take_the_usual_kernel() -> None:
+    layer, x = WinogradConv2d(128, 128, 3, padding=1), torch.randn(1, 128, 40, 38)
+    ready = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1))
+    pack(ready)
+    with torch.no_grad():
+        for convolve in (layer, ready):
+            torch.testing.assert_close(
+                torch.compile(convolve, backend="aot_eager")(x), convolve(x), rtol=1e-4, atol=1e-4
+            )
+    y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+    wanted = F.conv2d(x, layer.weight, layer.bias, padding=1)
+    assert torch.equal(y, wanted)
+    y.sum().backward()
+    assert layer.weight.grad is not None
+
+
 def test_frozen_weights_and_inputs_get_no_gradient() -> None:
     layer, x = WinogradConv2d(128, 128, 3, padding=1), torch.randn(1, 128, 40, 40)
     layer.weight.requires_grad_(False)
