@@ -12,6 +12,7 @@ import torch
 
 from detection.benchmarks.speed import Mode, _one_left_out, build, contenders, measure_forms
 from detection.benchmarks.stages import Stopwatch, measure_stages
+from detection.models.fast import winograd
 from detection.models.fast.fast_pooling import GatherPooler
 from detection.models.fast.folding import FoldedConv2d
 from detection.models.fast.on_cpu import ImageByImage, TrimmedRoIHeads
@@ -102,3 +103,15 @@ def test_a_detector_lacks_the_form_that_is_left_out_and_no_other(mode: Mode) -> 
     for left_out, kind in kinds.items():
         has = {name for name, form in made.items() if kind in {type(part) for part in form.modules()}}
         assert made.keys() - has == {f"without {left_out}"}
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_without_minimal_filtering_no_layer_does_it(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed layers have it in themselves, so that the table of forms alone can't leave it out."""
+    calls: list[int] = []
+    monkeypatch.setattr(winograd, "_tiles", lambda *given, plain=winograd._tiles: calls.append(1) or plain(*given))
+    steps = contenders(mode, "efficientnet_lite0", 128, 2, False, "cpu", one_left_out=True)
+    steps["without WinogradConv2d"]()
+    assert not calls
+    steps["ours"]()
+    assert calls

@@ -145,7 +145,7 @@ class PackedConv2d(Packing, nn.Conv2d):
             y = nn.Conv2d.forward(self, x)
             return self.activation(y if other is None else y.add_(other))  # in place, or its precision would change
         if is_filtered(cast, self.weight.shape, self.stride, self.padding, self.dilation, self.groups, is_spread=True):
-            y = self.filtered(cast)
+            y = self.filter(cast)
             return self.activation(y if other is None else y.add_(other))
         geometry = self.padding, self.stride, self.dilation, self.groups
         name, values = ACTIVATIONS[type(self.activation)]
@@ -157,8 +157,8 @@ class PackedConv2d(Packing, nn.Conv2d):
         y = convolve.binary(cast, other.to(cast.dtype), *self.weights(cast), *geometry, *after)
         return y if rectifies else self.activation(y)
 
-    def filtered(self, x: Tensor) -> Tensor:
-        """The convolution of `(B, C, h, w)` in float32 by minimal filtering.
+    def filter(self, x: Tensor) -> Tensor:
+        """The convolution `(B, C', h, w)` of a map `(B, C, h, w)` in float32 by minimal filtering.
 
         From the first call on it keeps the weight at the points, which is four times as large.
         """

@@ -60,7 +60,14 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Te
 def is_filtered(
     x: Tensor, shape: torch.Size, stride: Any, padding: Any, dilation: Any, groups: int, is_spread: bool = False
 ) -> bool:
-    """Whether minimal filtering is the quicker way for an input and a weight of this shape, which may be spread."""
+    """Whether minimal filtering is the quicker way for an input and a weight of this shape, which may be spread.
+
+    Args:
+        x: `(B, C, h, w)`.
+        shape: of the weight, `(C', C, n, n)`.
+        stride, padding, dilation, groups: of the convolution.
+        is_spread: whether `spread` has been called for it already.
+    """
     if torch.compiler.is_compiling():  # a compiler takes the usual kernel, and can't follow tensors made in `out`
         return False
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
