@@ -24,7 +24,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from detection.devices import has_kernels
 from detection.models.backbones import Trunk
 from detection.models.fast.folding import FoldedNorm
-from detection.models.fast.winograd import WinogradConv2d, filtered, is_filtered, spread
+from detection.models.fast.winograd import AtPoints, WinogradConv2d, filtered, is_filtered
 from detection.models.roi_heads import TwoFCHead
 
 PLAIN = (nn.Conv2d, WinogradConv2d, Conv2dSame)
@@ -96,7 +96,7 @@ class Packing:
         self.packed: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
         self.packed_for: dict[torch.dtype, torch.Size] = {}
         self.unordered: Tensor | None = None  # a convolution's, for inputs of other sizes
-        self.at_points: Tensor | None = None  # of a 3x3 one, for minimal filtering
+        self.at_points: AtPoints | None = None  # of a 3x3 one, for minimal filtering
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed tensors can neither be copied nor saved, and the other orders are those of the weight once more.
@@ -145,8 +145,10 @@ class PackedConv2d(Packing, nn.Conv2d):
             y = nn.Conv2d.forward(self, x)
             return self.activation(y if other is None else y.add_(other))  # in place, or its precision would change
         if is_filtered(cast, self.weight.shape, self.stride, self.padding, self.dilation, self.groups, is_spread=True):
-            y = self.filter(cast)
-            return self.activation(y if other is None else y.add_(other))
+            self.at_points = self.at_points or AtPoints(self.weight)  # from now on kept, four times as large
+            if other is None:
+                return filtered(cast, self.at_points, self.bias, self.activation)
+            return self.activation(filtered(cast, self.at_points, self.bias).add_(other))
         geometry = self.padding, self.stride, self.dilation, self.groups
         name, values = ACTIVATIONS[type(self.activation)]
         convolve = torch.ops.mkldnn._convolution_pointwise
@@ -156,16 +158,6 @@ class PackedConv2d(Packing, nn.Conv2d):
         after: Any = ("add", 1.0, "relu" if rectifies else None, [], None)
         y = convolve.binary(cast, other.to(cast.dtype), *self.weights(cast), *geometry, *after)
         return y if rectifies else self.activation(y)
-
-    def filter(self, x: Tensor) -> Tensor:
-        """The convolution `(B, C', h, w)` of a map `(B, C, h, w)` in float32 by minimal filtering.
-
-        From the first call on it keeps the weight at the points, which is four times as large.
-        """
-        if self.at_points is None:
-            with torch.inference_mode(False):
-                self.at_points = spread(self.weight.detach())
-        return filtered(x, self.at_points, self.bias)
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Packed weight and bias; without AVX-512 for inputs of the first one's size alone.

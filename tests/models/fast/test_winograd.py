@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from detection import fasterrcnn_resnet50_fpn
 from detection.models.fast import accelerate, winograd
 from detection.models.fast.packing import PackedConv2d, pack
-from detection.models.fast.winograd import WinogradConv2d, conv2d, filtered, is_filtered, spread
+from detection.models.fast.winograd import AtPoints, WinogradConv2d, conv2d, filtered, is_filtered
 
 GEOMETRY: Any = 1, 1, 1, 1  # stride, padding, dilation, groups
 WIDE = torch.Size((128, 128, 3, 3))
@@ -62,15 +62,21 @@ def test_the_points_round_less_than_those_of_the_paper() -> None:
             patch.object(winograd, "POINTS", points),
             patch.object(winograd, "_transforms", winograd._transforms.__wrapped__),
         ):
-            errors.append(spread_of(filtered(x, spread(weight)) - exact))
+            errors.append(spread_of(filtered(x, AtPoints(weight)) - exact))
     assert errors[0] < 0.7 * errors[1] < 1e-5 * spread_of(exact)
 
 
+@pytest.mark.parametrize("by_convolution", [False, True])
 @given(count=st.integers(1, 3), height=st.integers(1, 30), width=st.integers(1, 30), at_a_time=st.integers(1, 30))
-def test_maps_of_any_size_in_any_number_of_parts(count: int, height: int, width: int, at_a_time: int) -> None:
+def test_maps_of_any_size_in_any_number_of_parts(
+    by_convolution: bool, count: int, height: int, width: int, at_a_time: int
+) -> None:
     x, weight, bias = torch.randn(count, 3, height, width), torch.randn(5, 3, 3, 3), torch.randn(5)
-    with patch.object(winograd, "AT_A_TIME", at_a_time):
-        found = filtered(x, spread(weight), bias)
+    with (
+        patch.object(winograd, "AT_A_TIME", at_a_time),
+        patch.object(winograd, "_has_avx512", lambda: by_convolution and torch.backends.mkldnn.is_available()),
+    ):
+        found = filtered(x, AtPoints(weight), bias)
         share = torch.randn_like(found)
         gradient = winograd.weight_gradient(x, share)
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -189,3 +195,19 @@ def test_packed_layers_do_it_with_what_lies_behind_them_and_forget_the_copy() ->
     assert layer.at_points is not None and copy.deepcopy(layer).at_points is None
     with torch.no_grad():
         torch.testing.assert_close(ready(x), conv(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_is_packed_once_for_each_number_of_tiles_and_kept_once() -> None:
+    weight = AtPoints(torch.randn(128, 128, 3, 3))
+    with (
+        patch.object(winograd, "_has_avx512", torch.backends.mkldnn.is_available),
+        patch.object(weight, "_pack", wraps=weight._pack) as pack_it,
+    ):
+        for _ in range(2):
+            for side in (40, 80, 120):  # the last parts of a map are as large as the first
+                x = torch.randn(1, 128, side, side + 1)
+                torch.testing.assert_close(
+                    filtered(x, weight), F.conv2d(x, weight.weight, padding=1), rtol=1e-4, atol=1e-3
+                )
+    assert pack_it.call_count == len(weight.packed) <= 3
+    assert len({packed.data_ptr for packed in weight.orders.values()}) <= len(weight.packed)
