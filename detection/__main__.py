@@ -13,6 +13,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from detection.cli.fit_help import asks_for, page, whole_page
+from detection.freed_memory import keep_freed_memory
 
 # Name -> the module whose `main` takes the arguments behind it, and what it does.
 COMMANDS = {
@@ -62,6 +63,7 @@ def main(args: Sequence[str] | None = None) -> int | str | None:
 
 def run(name: str, flags: Sequence[str]) -> int | str | None:
     """Import a command and call it with its flags."""
+    keep_freed_memory()
     module = f"detection.cli.{COMMANDS[name][0]}"
     if module not in sys.modules:
         gc.disable()  # importing makes a million objects and no garbage; looking for it takes a fifth of the time

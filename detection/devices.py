@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 HALVES = {"bf16": torch.bfloat16, "16": torch.float16}  # as precisions are called
@@ -23,6 +25,12 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
         return True
     half = "bf16" if dtype == torch.bfloat16 else "fp16"
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{half}_supported")())
+
+
+@cache
+def has_avx512() -> bool:
+    """Whether the CPU has AVX-512, and PyTorch oneDNN, whose kernels use it on every processor; MKL's do on Intel's."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def emulation(device: torch.device, dtype: torch.dtype, flag: str) -> str | None:

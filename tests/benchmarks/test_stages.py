@@ -15,6 +15,7 @@ from detection.benchmarks.stages import Stopwatch, measure_stages
 from detection.models.fast import winograd
 from detection.models.fast.fast_pooling import GatherPooler
 from detection.models.fast.folding import FoldedConv2d
+from detection.models.fast.linear import OneDNNLinear
 from detection.models.fast.on_cpu import ImageByImage, TrimmedRoIHeads
 from detection.models.fast.packing import PackedConv2d
 from detection.models.fast.sparse_rpn import SparseRPN
@@ -88,7 +89,7 @@ def test_few_classes_and_many_boxes_can_be_timed() -> None:
 @pytest.mark.parametrize("mode", ["train", "infer"])
 def test_each_quick_form_is_left_out_once(mode: Mode) -> None:
     rows = measure_forms(mode, "efficientnet_lite0", 64, 2, False, 1, "cpu")
-    forms = ["GatherPooler", "SparseRPN", "TrimmedRoIHeads", "WinogradConv2d", "folding"]
+    forms = ["GatherPooler", "SparseRPN", "TrimmedRoIHeads", "WinogradConv2d", "OneDNNLinear", "folding"]
     forms += ["packing", "ImageByImage"] if mode == "infer" else []
     assert [row["forms"] for row in rows] == ["torchvision", "ours", *(f"without {name}" for name in forms)]
     assert all(row["ms"] > 0 for row in rows)
@@ -98,7 +99,7 @@ def test_each_quick_form_is_left_out_once(mode: Mode) -> None:
 def test_a_detector_lacks_the_form_that_is_left_out_and_no_other(mode: Mode) -> None:
     kinds = {"GatherPooler": GatherPooler, "SparseRPN": SparseRPN, "TrimmedRoIHeads": TrimmedRoIHeads}
     kinds |= {"packing": PackedConv2d, "ImageByImage": ImageByImage} if mode == "infer" else {"folding": FoldedConv2d}
-    kinds |= {"WinogradConv2d": WinogradConv2d} if mode == "train" else {}
+    kinds |= {"WinogradConv2d": WinogradConv2d, "OneDNNLinear": OneDNNLinear} if mode == "train" else {}
     made = _one_left_out(build("efficientnet_lite0", 64, 3)[1], mode, "cpu")
     for left_out, kind in kinds.items():
         has = {name for name, form in made.items() if kind in {type(part) for part in form.modules()}}
@@ -109,6 +110,7 @@ def test_a_detector_lacks_the_form_that_is_left_out_and_no_other(mode: Mode) -> 
 def test_without_minimal_filtering_no_layer_does_it(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed layers have it in themselves, so that the table of forms alone can't leave it out."""
     calls: list[int] = []
+    monkeypatch.setattr(winograd, "FEWEST_TILES_AVX512", winograd.FEWEST_TILES)
     monkeypatch.setattr(winograd, "_tiles", lambda *given, plain=winograd._tiles: calls.append(1) or plain(*given))
     steps = contenders(mode, "efficientnet_lite0", 128, 2, False, "cpu", one_left_out=True)
     steps["without WinogradConv2d"]()

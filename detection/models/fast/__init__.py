@@ -20,6 +20,7 @@ from detection.models.cascade import CascadeRoIHeads
 from detection.models.family.keypoints import KeypointRoIHeads
 from detection.models.fast.fast_pooling import CanvasPooler, GatherPool, GatherPooler
 from detection.models.fast.folding import fold_for_good, fold_frozen_norms
+from detection.models.fast.linear import OneDNNLinear
 from detection.models.fast.on_cpu import ImageByImage, TrimmedCascade, TrimmedKeypoints, TrimmedRoIHeads
 from detection.models.fast.packing import pack
 from detection.models.fast.sparse_rpn import SparseRPN
@@ -39,6 +40,7 @@ ON_CPU: Forms = {
     CascadeRoIHeads: TrimmedCascade,
     KeypointRoIHeads: TrimmedKeypoints,
     nn.Conv2d: WinogradConv2d,
+    nn.Linear: OneDNNLinear,
 }
 ON_ACCELERATOR: Forms = {RoIPooler: CanvasPooler, RegionProposalNetwork: SparseRPN, grouped_nms: nms_apart}
 # Where PyTorch is to be deterministic: the gradients of RoI Align and RoI Pool as sums in a fixed order.

@@ -24,10 +24,12 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from detection.devices import has_kernels
 from detection.models.backbones import Trunk
 from detection.models.fast.folding import FoldedNorm
+from detection.models.fast.linear import OneDNNLinear
 from detection.models.fast.winograd import AtPoints, WinogradConv2d, filtered, is_filtered
 from detection.models.roi_heads import TwoFCHead
 
 PLAIN = (nn.Conv2d, WinogradConv2d, Conv2dSame)
+LINEAR = {nn.Linear, OneDNNLinear}
 # The kernels' names of activations, and their arguments.
 ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
     nn.Identity: ("none", []),
@@ -45,9 +47,9 @@ def pack(network: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Conv2d) and type(child) in PLAIN and child.padding_mode == "zeros":
                 setattr(parent, name, PackedConv2d(child))
-            elif type(child) is TwoFCHead and type(child.fc6) is type(child.fc7) is nn.Linear:
+            elif type(child) is TwoFCHead and {type(child.fc6), type(child.fc7)} <= LINEAR:
                 setattr(parent, name, PackedHead(child))
-            elif type(child) is nn.Linear:
+            elif isinstance(child, nn.Linear) and type(child) in LINEAR:
                 setattr(parent, name, PackedLinear(child))
     for parent in list(network.modules()):
         if isinstance(parent, nn.Sequential | Trunk):

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from detection.kept import table
 from detection.models.fast.fast_pooling import all_cells, sides
+from detection.models.fast.linear import linear
 from detection.models.rpn import RegionProposalNetwork, RPNHead
 from detection.parts import FeatureMaps
 
@@ -71,7 +72,7 @@ def _convolve(patches: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if patches.shape[-1] > 3:
         return F.conv2d(patches, weight, bias)
     rows, columns = (cells.permute(0, 2, 3, 1).flatten(1) for cells in (patches, weight))
-    return F.linear(rows, columns, bias)[..., None, None]
+    return linear(rows, columns, bias)[..., None, None]
 
 
 def _cells(head: RPNHead, cells: Tensor, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,11 @@ GEOMETRY: Any = 1, 1, 1, 1  # stride, padding, dilation, groups
 WIDE = torch.Size((128, 128, 3, 3))
 
 
+@pytest.fixture(autouse=True)
+def same_threshold_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "FEWEST_TILES_AVX512", winograd.FEWEST_TILES)
+
+
 def with_gradients(convolve: Any, x: Tensor, weight: Tensor, bias: Tensor, share: Tensor) -> list[Tensor]:
     """The outputs of a convolution, and the gradients of its input, weight and bias."""
     given = [value.clone().requires_grad_() for value in (x, weight, bias)]
@@ -74,7 +79,7 @@ def test_maps_of_any_size_in_any_number_of_parts(
     x, weight, bias = torch.randn(count, 3, height, width), torch.randn(5, 3, 3, 3), torch.randn(5)
     with (
         patch.object(winograd, "AT_A_TIME", at_a_time),
-        patch.object(winograd, "_has_avx512", lambda: by_convolution and torch.backends.mkldnn.is_available()),
+        patch.object(winograd, "has_avx512", lambda: by_convolution and torch.backends.mkldnn.is_available()),
     ):
         found = filtered(x, AtPoints(weight), bias)
         share = torch.randn_like(found)
@@ -200,7 +205,7 @@ def test_packed_layers_do_it_with_what_lies_behind_them_and_forget_the_copy() ->
 def test_a_weight_is_packed_once_for_each_number_of_tiles_and_kept_once() -> None:
     weight = AtPoints(torch.randn(128, 128, 3, 3))
     with (
-        patch.object(winograd, "_has_avx512", torch.backends.mkldnn.is_available),
+        patch.object(winograd, "has_avx512", torch.backends.mkldnn.is_available),
         patch.object(weight, "_pack", wraps=weight._pack) as pack_it,
     ):
         for _ in range(2):
@@ -211,3 +216,12 @@ def test_a_weight_is_packed_once_for_each_number_of_tiles_and_kept_once() -> Non
                 )
     assert pack_it.call_count == len(weight.packed) <= 3
     assert len({packed.data_ptr for packed in weight.orders.values()}) <= len(weight.packed)
+
+
+def test_with_avx512_it_takes_more_tiles_before_a_fresh_weight_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "FEWEST_TILES_AVX512", 250)
+    x = torch.randn(1, 128, 40, 40)
+    for is_there in (False, True):
+        monkeypatch.setattr(winograd, "has_avx512", lambda is_there=is_there: is_there)
+        assert is_filtered(x, WIDE, *GEOMETRY) is not is_there
+        assert is_filtered(x, WIDE, *GEOMETRY, is_spread=True) and is_filtered(x.expand(3, -1, -1, -1), WIDE, *GEOMETRY)

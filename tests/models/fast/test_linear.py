@@ -1,0 +1,87 @@
+"""Linear layers by oneDNN: those of PyTorch, with their gradients."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from detection import fasterrcnn_resnet50_fpn
+from detection.models.fast import accelerate, linear
+from detection.models.fast.linear import OneDNNLinear
+from detection.models.fast.packing import PackedHead, PackedLinear
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a PyTorch without oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN has these products without AVX-512, too; there they are no quicker."""
+    monkeypatch.setattr(linear, "has_avx512", lambda: True)
+
+
+def with_gradients(multiply: Any, given: list[Tensor | None], share: Tensor) -> list[Tensor]:
+    leaves = [None if value is None else value.clone().requires_grad_() for value in given]
+    y = multiply(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], share.to(y.dtype))]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_and_gradients_are_those_of_float64(rows: int, has_bias: bool, transposed: bool) -> None:
+    torch.manual_seed(0)
+    x, weight, share = torch.randn(rows, 200), torch.randn(91, 200) / 14, torch.randn(rows, 91)
+    if transposed:  # in memory
+        x, weight, share = (value.t().contiguous().t() for value in (x, weight, share))
+    given = [x, weight, torch.randn(91) if has_bias else None]
+    found = with_gradients(linear.linear, given, share)
+    exact = with_gradients(F.linear, [None if value is None else value.double() for value in given], share)
+    for ours, wanted in zip(found, exact, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=3e-5)
+
+
+def test_other_inputs_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = OneDNNLinear(100, 91), torch.randn(5, 100)
+    assert layer(x).grad_fn.name() == "_LinearBackward"
+    for other in (x[:0], x[None], x[0]):
+        assert layer(other).grad_fn.name() != "_LinearBackward"
+        assert torch.equal(layer(other), F.linear(other, layer.weight, layer.bias))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert OneDNNLinear(9, 9)(x[:, :9]).grad_fn.name() != "_LinearBackward"  # too small to be quicker
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), F.linear(x, layer.weight, layer.bias))
+    assert layer.double()(x.double()).dtype == torch.float64
+    monkeypatch.setattr(linear, "has_avx512", lambda: False)
+    layer.float()
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_frozen_weights_and_inputs_get_no_gradient() -> None:
+    layer, x = OneDNNLinear(100, 91), torch.randn(5, 100)
+    layer.weight.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None and x.grad is None and layer.bias.grad is not None
+    layer(x.requires_grad_()).sum().backward()
+    assert layer.weight.grad is None and x.grad is not None
+
+
+def test_a_detector_gets_it_with_the_same_parameters_and_can_be_packed_after_it() -> None:
+    class Own(nn.Linear):
+        pass
+
+    detector = fasterrcnn_resnet50_fpn(num_classes=3, weights_backbone=None)
+    detector.roi_heads.box_predictor.bbox_pred = Own(1024, 12)
+    quick = accelerate(copy.deepcopy(detector), "cpu")
+    assert list(quick.state_dict()) == list(detector.state_dict())
+    heads = quick.roi_heads
+    assert type(heads.box_head.fc6) is type(heads.box_predictor.cls_score) is OneDNNLinear
+    assert type(heads.box_predictor.bbox_pred) is Own
+    ready = quick.for_inference().roi_heads
+    assert type(ready.box_head) is PackedHead and type(ready.box_predictor.cls_score) is PackedLinear
