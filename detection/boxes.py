@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from torchvision.ops import nms
 
 from detection.recipes import recorded
 
-MANY_BOXES = 4096  # from here on NMS on the CPU takes longer than starting threads for it
+PAIRS_OF_A_CALL = 16_000  # that NMS on a CPU compares in the time that a call of it takes besides
+PAIRS_OF_A_THREAD = 500_000  # likewise, in the time that threads take to start
 
 
 def box_area(boxes: Tensor) -> Tensor:
@@ -149,15 +151,17 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float
     counts = torch.bincount(groups + 1).tolist()
     parts = [part for part in order.split(counts)[1:] if len(part)]
 
-    def thin(part: Tensor) -> Tensor:
-        return part[nms(boxes[part], scores[part], iou_thresh)]
-
-    if len(boxes) >= MANY_BOXES and boxes.device.type == "cpu":  # there it runs on one thread
+    pairs = [len(part) ** 2 for part in parts]
+    if boxes.device.type == "cpu" and len(boxes) ** 2 < PAIRS_OF_A_CALL * len(parts):
+        return nms_apart(boxes, scores, groups, iou_thresh)
+    calls = [partial(nms, boxes[part], scores[part], iou_thresh) for part in parts]
+    # On a CPU the kernel runs on one thread.
+    if boxes.device.type == "cpu" and sum(pairs) - max(pairs, default=0) > PAIRS_OF_A_THREAD:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            kept = list(pool.map(thin, parts))
+            found = list(pool.map(lambda call: call(), calls))
     else:
-        kept = [thin(part) for part in parts]
-    keep = torch.cat(kept) if kept else order
+        found = [call() for call in calls]
+    keep = torch.cat([part[rows] for part, rows in zip(parts, found, strict=True)]) if parts else order
     return keep[torch.argsort(scores[keep], descending=True, stable=True)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torchvision import ops
 from torchvision.models.detection._utils import BoxCoder as ReferenceCoder
 
+from detection import boxes as box_arithmetic
 from detection.boxes import (
     BoxCoder,
     box_area,
@@ -155,14 +157,20 @@ def nms_in_python(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: floa
     return kept
 
 
+@pytest.mark.parametrize("way", ["at once", "one by one", "in threads"])
 @settings(deadline=None, max_examples=40)
 @given(seeds, st.integers(0, 40), st.integers(1, 6), st.sampled_from([0.25, 0.5, 0.75]))
-def test_grouped_nms_equals_its_definition_and_torchvision(seed: int, n: int, groups: int, threshold: float) -> None:
+def test_grouped_nms_equals_its_definition_and_torchvision(
+    way: str, seed: int, n: int, groups: int, threshold: float
+) -> None:
     boxes = random_boxes(seed, n, quantum=5.0)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(n, generator=generator)
     group = torch.randint(groups, (n,), generator=generator)
-    keep = grouped_nms(boxes, scores, group, threshold)
+    limits = {"PAIRS_OF_A_CALL": math.inf if way == "at once" else 0}
+    limits |= {"PAIRS_OF_A_THREAD": -1 if way == "in threads" else math.inf}
+    with patch.multiple(box_arithmetic, **limits):
+        keep = grouped_nms(boxes, scores, group, threshold)
     assert keep.tolist() == nms_in_python(boxes, scores, group, threshold)
     assert keep.tolist() == ops.batched_nms(boxes, scores, group, threshold).tolist()
 

@@ -64,15 +64,16 @@ class GatherPooler(RoIPooler):
             return super().pool(maps, strides, boxes, levels)
         counts = [f.shape[0] * f.shape[2] * f.shape[3] for f in maps]
         facts = tuple(strides), tuple(accumulate(counts, initial=0))[:-1], *sides(maps)
-        stride, first_row, width, height = table(self, facts, boxes.device)[:, levels.flatten()]  # (R,) each
+        stride, first_row, width, height = table(self, facts, boxes.device)[:, levels.flatten()].int()  # (R,) each
         boxes = boxes.flatten(0, 1) / stride[:, None]
-        image = torch.arange(len(levels), device=boxes.device).repeat_interleave(levels.shape[1])
+        image = torch.arange(len(levels), dtype=torch.int32, device=boxes.device).repeat_interleave(levels.shape[1])
         start = first_row + image * height * width
         y, y_weight = self._neighbours(boxes[:, 1], boxes[:, 3], height)  # (R, o, 2s)
         x, x_weight = self._neighbours(boxes[:, 0], boxes[:, 2], width)
-        row = (start[:, None, None] + y * width[:, None, None])[:, :, None, :, None] + x[:, None, :, None, :]
-        weight = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]
         o, reads = self.output_size, 4 * self.sampling_ratio**2
+        # Both are spread over all cells of a bin first: an operator takes long over rows of four numbers.
+        row = _down(start[:, None, None] + y * width[:, None, None])[:, :, None] + _across(x)[:, None]
+        weight = _down(y_weight)[:, :, None] * _across(x_weight)[:, None]
         rows = all_cells(maps)
         pooled = _WeightedSum.apply(rows, row.view(-1, reads), weight.view(-1, reads).to(rows.dtype))
         return pooled.view(-1, o, o, rows.shape[1]).permute(0, 3, 1, 2)
@@ -90,7 +91,7 @@ class GatherPooler(RoIPooler):
         position, inside = sample_axis(self, start, end, length)
         last = (length - 1)[:, None]
         position = position.clamp(min=0)
-        low = torch.minimum(position.long(), last)
+        low = torch.minimum(position.int(), last)
         high = torch.minimum(low + 1, last)
         fraction = torch.where(low == last, 0.0, position - low)
         share = inside.float() / self.sampling_ratio
@@ -98,6 +99,16 @@ class GatherPooler(RoIPooler):
         weights = torch.stack(((1 - fraction) * share, fraction * share), dim=-1)
         shape = (len(cells), self.output_size, 2 * self.sampling_ratio)
         return cells.view(shape), weights.view(shape)
+
+
+def _down(values: Tensor) -> Tensor:
+    """Of the rows of a bin `(R, o, n)`: for each of its cells `(R, o, n * n)`."""
+    return values.repeat_interleave(values.shape[2], dim=2)
+
+
+def _across(values: Tensor) -> Tensor:
+    """Of the columns of a bin `(R, o, n)`: for each of its cells `(R, o, n * n)`."""
+    return values.repeat(1, 1, values.shape[2])
 
 
 class GatherPool(RoIPool):

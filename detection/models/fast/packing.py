@@ -206,18 +206,19 @@ class PackedBlock(nn.Module):
 class PackedLinear(Packing, nn.Linear):
     """`nn.Linear` for inference."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, rectifies: bool = False) -> None:
         nn.Linear.__init__(self, linear.in_features, linear.out_features, bias=False, device="meta")
+        self.rectifies = rectifies
         self.take(linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., C)` -> `(..., C')`."""
+        """`(..., C)` -> `(..., C')`, after a ReLU if it `rectifies`."""
         cast = self.cast(x)
-        if cast is None:
-            return nn.Linear.forward(self, x)
-        if not has_kernels(x.device, torch.bfloat16):
-            return F.linear(cast, *self.weights(cast))
-        return torch.ops.mkldnn._linear_pointwise(cast, *self.weights(cast), "none", [], "")
+        if cast is not None and has_kernels(x.device, torch.bfloat16):
+            activation = "relu" if self.rectifies else "none"
+            return torch.ops.mkldnn._linear_pointwise(cast, *self.weights(cast), activation, [], "")
+        y = nn.Linear.forward(self, x) if cast is None else F.linear(cast, *self.weights(cast))
+        return F.relu_(y) if self.rectifies else y
 
     def lay_out(self, weight: Tensor, shape: list[int]) -> Tensor:
         """The weight in the kernel's order; without AVX-512 transposed, for the BLAS, which is quicker than oneDNN."""
@@ -240,9 +241,10 @@ class PackedHead(nn.Module):
         fc6 = nn.Linear(head.fc6.in_features, head.fc6.out_features, device="meta")
         weight = head.fc6.weight.detach().unflatten(1, (head.in_channels, -1)).transpose(1, 2).flatten(1)
         fc6.weight, fc6.bias = nn.Parameter(weight, requires_grad=False), head.fc6.bias
-        self.fc6, self.fc7, self.out_channels = PackedLinear(fc6), PackedLinear(head.fc7), head.out_channels
+        self.fc6, self.fc7 = PackedLinear(fc6, rectifies=True), PackedLinear(head.fc7, rectifies=True)
+        self.out_channels = head.out_channels
 
     def forward(self, pooled: Tensor) -> Tensor:
         """`(R, C, o, o)` -> `(R, out_channels)`."""
         rows = pooled.permute(0, 2, 3, 1).flatten(1)
-        return F.relu_(self.fc7(F.relu_(self.fc6(rows))))
+        return self.fc7(self.fc6(rows))
