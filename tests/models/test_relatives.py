@@ -25,6 +25,7 @@ from detection.data import scenes
 from detection.data.images import read_image
 from detection.models.backbones import Backbone, resnet_fpn
 from detection.models.compose import faster_rcnn
+from detection.models.fast import accelerate
 from detection.models.pooling import RoIPool, RoIPooler
 from detection.models.precomputed import PrecomputedProposals
 from detection.models.rcnn import RegionWarp
@@ -255,6 +256,7 @@ def test_the_packaged_configurations_train_from_the_command_line(name: str, data
     assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
     assert [row["val/map"] for row in rows if row["val/map"]]
     loaded = DetectionModule.load_from_checkpoint(folder / "last.ckpt").detector
+    accelerate(loaded, "cpu")  # as the run's: other kernels round otherwise
     images = [torch.from_numpy(read_image(path)).permute(2, 0, 1) for path in sorted((data / "val").iterdir())]
     found: list[list[dict[str, Tensor]]] = []
     for detector in (loaded, cli.model.detector):  # on pictures alone: the checkpoint knows how to search them
