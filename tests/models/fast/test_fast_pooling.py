@@ -82,7 +82,9 @@ def test_max_pooling_by_an_index_gives_the_bits_of_the_kernel(boxes: Tensor) -> 
 
 
 @pytest.mark.parametrize("kind", [GatherPooler, GatherPool])
-def test_gradients_in_a_fixed_order_are_sums_of_float64(kind: type[GatherPooler] | type[GatherPool]) -> None:
+def test_gradients_in_a_fixed_order_are_sums_of_float64(
+    kind: type[GatherPooler] | type[GatherPool], request: pytest.FixtureRequest
+) -> None:
     """Of torchvision's kernel, or of its choice. 3000 regions that overlap: a cell adds up some hundred numbers."""
     generator = torch.Generator().manual_seed(0)
     feature = torch.randn((1, 4, 24, 32), generator=generator)
@@ -99,6 +101,8 @@ def test_gradients_in_a_fixed_order_are_sums_of_float64(kind: type[GatherPooler]
         wanted = np.zeros((4, 24 * 32))
         np.add.at(wanted, (channel[cell >= 0].numpy(), cell[cell >= 0].numpy()), share[cell >= 0].double().numpy())
     given = []
+    torch.use_deterministic_algorithms(True)  # where these forms are chosen: by themselves threads add as they come
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     for _ in range(2):
         single = feature.clone().requires_grad_()
         given.append(torch.autograd.grad(pool(kind(7), [single], boxes, [4]), single, share)[0])
