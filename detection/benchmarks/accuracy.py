@@ -195,5 +195,7 @@ def _detector(spec: Mapping[str, Any], name: str, num_classes: int, data: Mappin
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
         anchor_sizes=ours.rpn.anchor_generator.sizes,
+        rpn_pre_nms_top_n_train=ours.rpn.pre_nms_top_n["training"],
+        rpn_post_nms_top_n_train=ours.rpn.post_nms_top_n["training"],
         box_batch_size_per_image=ours.roi_heads.sampler.batch_size_per_image,
     )
