@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 
-from detection.benchmarks.accuracy import measure_accuracy, summarise, times_to_ap
+from detection.benchmarks.accuracy import _detector, measure_accuracy, summarise, times_to_ap
 from detection.benchmarks.commands import CONFIGS
 from tests.data.drawn_sets import Style, write_voc
 
@@ -27,6 +28,24 @@ def test_time_to_ap_is_that_of_the_first_evaluation_with_it():
         ("ours, bf16", "torchvision, our settings", 0.5),
     ]
     assert times_to_ap([_run("torchvision", 100.0, [(100.0, 0.3)])]) == []
+
+
+def test_torchvision_with_our_settings_has_all_of_them() -> None:
+    settings = yaml.safe_load((CONFIGS / "bccd.yaml").read_text())
+    names = "torchvision, our settings", "ours"
+    made = [_detector(settings["model"]["detector"], name, 4, settings["data"]) for name in names]
+    theirs, ours = made[0].model, made[1]
+    assert theirs.rpn._pre_nms_top_n == ours.rpn.pre_nms_top_n and ours.rpn.pre_nms_top_n["training"] == 1000
+    assert theirs.rpn._post_nms_top_n == ours.rpn.post_nms_top_n
+    pairs = [(theirs.rpn.fg_bg_sampler, ours.rpn.sampler), (theirs.roi_heads.fg_bg_sampler, ours.roi_heads.sampler)]
+    for one, other in pairs:
+        assert one.batch_size_per_image == other.batch_size_per_image
+        assert one.positive_fraction == other.positive_fraction
+    assert theirs.rpn.nms_thresh == ours.rpn.nms_thresh
+    for name in ("score_thresh", "nms_thresh", "detections_per_img"):
+        assert getattr(theirs.roi_heads, name) == getattr(ours.roi_heads, name)
+    shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (theirs, ours)]
+    assert sorted(map(str, shapes[0].values())) == sorted(map(str, shapes[1].values()))
 
 
 @pytest.mark.rehearsal
