@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from detection.devices import has_avx512
+from detection.models.fast.linear import is_pointwise, pointwise
 
 POINTS = np.array([0, 3 / 4, -3 / 4, 3 / 2, -3 / 2])  # and infinity
 SINGLE_CELLS: Any = ([0, 0], [1, 1], [1, 1])  # a 1x1 convolution's padding, stride and dilation
@@ -48,7 +49,7 @@ class WinogradConv2d(nn.Conv2d):
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    """`F.conv2d`, by minimal filtering where that is quicker.
+    """`F.conv2d`, by minimal filtering, or a 1x1 convolution by oneDNN, where that is quicker.
 
     Args:
         x: `(B, C, h, w)`.
@@ -59,6 +60,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Te
     if is_filtered(x, weight.shape, *geometry) and weight.dtype == torch.float32:
         y: Tensor = _Filtering.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return y
+    if is_pointwise(x, weight, *geometry):
+        return pointwise(x, weight, bias)
     return F.conv2d(x, weight, bias, *geometry)
 
 

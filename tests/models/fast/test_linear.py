@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: those of PyTorch, with their gradients."""
+"""Linear layers and 1x1 convolutions by oneDNN: those of PyTorch, with their gradients."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from detection import fasterrcnn_resnet50_fpn
 from detection.models.fast import accelerate, linear
-from detection.models.fast.linear import OneDNNLinear
+from detection.models.fast.linear import OneDNNLinear, is_pointwise
 from detection.models.fast.packing import PackedHead, PackedLinear
+from detection.models.fast.winograd import WinogradConv2d, conv2d
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a PyTorch without oneDNN")
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN has these products without AVX-512, too; there they are no quicker."""
     monkeypatch.setattr(linear, "has_avx512", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 
 def with_gradients(multiply: Any, given: list[Tensor | None], share: Tensor) -> list[Tensor]:
@@ -44,6 +46,39 @@ def test_products_and_gradients_are_those_of_float64(rows: int, has_bias: bool, 
     for ours, wanted in zip(found, exact, strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_single_cells_and_gradients_are_those_of_float64(order: torch.memory_format, has_bias: bool) -> None:
+    torch.manual_seed(0)
+    x, share = (torch.randn(2, count, 9, 11).to(memory_format=order) for count in (60, 91))
+    given = [x, torch.randn(91, 60, 1, 1) / 8, torch.randn(91) if has_bias else None]
+    assert is_pointwise(x, given[1], (1, 1), (0, 0), (1, 1), 1)
+    found = with_gradients(lambda *values: conv2d(*values, 1, 0, 1, 1), given, share)
+    exact = with_gradients(F.conv2d, [None if value is None else value.double() for value in given], share)
+    for ours, wanted in zip(found, exact, strict=True):
+        assert ours.dtype == torch.float32 and ours.shape == wanted.shape
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=3e-5)
+    layer = WinogradConv2d(60, 91, 1)
+    y = layer(x)
+    assert y.grad_fn.name() == "_PointwiseBackward" and y.is_contiguous(memory_format=torch.channels_last)
+    F.relu_(y).sum().backward()  # in place
+    usual = torch.autograd.grad(F.relu(F.conv2d(x, layer.weight, layer.bias)).sum(), layer.weight)[0]
+    torch.testing.assert_close(layer.weight.grad, usual, rtol=1e-4, atol=1e-4)
+
+
+def test_other_convolutions_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, usual = torch.randn(2, 60, 9, 11), torch.randn(91, 60, 1, 1), {"stride": 1, "padding": 0, "dilation": 1}
+    assert is_pointwise(x, weight, *usual.values(), 1)
+    for changed in ({"stride": 2}, {"stride": (1, 2)}, {"padding": 1}, {"dilation": 2}):
+        assert not is_pointwise(x, weight, *(usual | changed).values(), 1)
+    assert not is_pointwise(torch.randn(2, 120, 9, 11), weight, *usual.values(), 2)
+    assert not is_pointwise(x, torch.randn(91, 60, 3, 3), *usual.values(), 1)
+    for other in (x[:0], x.double(), x.repeat(8, 1, 1, 1), x[0]):
+        assert not is_pointwise(other, weight, *usual.values(), 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # PyTorch takes oneDNN
+    assert not is_pointwise(x, weight, *usual.values(), 1)
 
 
 def test_other_inputs_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
