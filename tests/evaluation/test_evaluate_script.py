@@ -36,7 +36,7 @@ from tests.runs import ROOT, run_script
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A Mask R-CNN after three steps on twelve drawn images whose category ids have gaps, and what it logged."""
+    """A Mask R-CNN after six steps on twelve drawn images whose category ids have gaps, and what it logged."""
     folder = tmp_path_factory.mktemp("trained")
     rng = np.random.default_rng(0)
     images, annotations = [], []
@@ -70,7 +70,7 @@ def trained(tmp_path_factory):
     detector = maskrcnn_efficientnet_lite0_fpn(num_classes=3, weights_backbone=None, box_score_thresh=0.0, **small)
     module = DetectionModule(detector, data.class_names, schedule=CosineSchedule(warmup_steps=1))
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "devices": 1}
-    trainer = L.Trainer(max_epochs=1, accelerator="cpu", num_sanity_val_steps=0, enable_checkpointing=False, **quiet)
+    trainer = L.Trainer(max_epochs=2, accelerator="cpu", num_sanity_val_steps=0, enable_checkpointing=False, **quiet)
     trainer.fit(module, data)
     trainer.save_checkpoint(folder / "last.ckpt")
     logged = {k.removeprefix("val/"): float(v) for k, v in trainer.callback_metrics.items()}
