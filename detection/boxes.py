@@ -151,9 +151,9 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float
     counts = torch.bincount(groups + 1).tolist()
     parts = [part for part in order.split(counts)[1:] if len(part)]
 
-    pairs = [len(part) ** 2 for part in parts]
     if boxes.device.type == "cpu" and len(boxes) ** 2 < PAIRS_OF_A_CALL * len(parts):
         return nms_apart(boxes, scores, groups, iou_thresh)
+    pairs = [len(part) ** 2 for part in parts]
     calls = [partial(nms, boxes[part], scores[part], iou_thresh) for part in parts]
     # On a CPU the kernel runs on one thread.
     if boxes.device.type == "cpu" and sum(pairs) - max(pairs, default=0) > PAIRS_OF_A_THREAD:
@@ -169,7 +169,7 @@ def nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) 
     """As `grouped_nms` in one call of the kernel: each group is moved so far that no two of them overlap.
 
     For accelerators, which wait between calls. A CPU's kernel is quadratic in the number of boxes, so that each group
-    by itself is faster there.
+    by itself is faster there, unless there are many small ones.
     """
     # In float32 the boxes of the last of a thousand groups would be off by a tenth of a pixel.
     exact = torch.float32 if boxes.device.type == "mps" else torch.float64

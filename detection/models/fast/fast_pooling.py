@@ -91,7 +91,7 @@ class GatherPooler(RoIPooler):
         position, inside = sample_axis(self, start, end, length)
         last = (length - 1)[:, None]
         position = position.clamp(min=0)
-        low = torch.minimum(position.int(), last)
+        low = torch.minimum(position, last).int()
         high = torch.minimum(low + 1, last)
         fraction = torch.where(low == last, 0.0, position - low)
         share = inside.float() / self.sampling_ratio
