@@ -51,10 +51,10 @@ def is_pointwise(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation:
         weight: `(C', C, n, n)`.
         stride, padding, dilation, groups: of the convolution.
     """
-    if weight.shape[2:].numel() > 1 or torch.get_num_threads() > 1 or len(x) >= 16 or groups != 1:
+    if not _is_quicker(x, weight) or torch.get_num_threads() > 1:  # what is compiled knows no number of threads
         return False
     plain = stride in (1, (1, 1)) and padding in (0, (0, 0), "valid", "same") and dilation in (1, (1, 1))
-    return plain and x.ndim == 4 and _is_quicker(x, weight)
+    return plain and groups == 1 and weight.shape[2:].numel() == 1 and x.ndim == 4 and len(x) < 16
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
