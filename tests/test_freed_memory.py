@@ -11,8 +11,8 @@ import pytest
 
 from detection.freed_memory import SETTINGS
 
-# How often the kernel gives a page to a tensor of 60 MB, just after one of 64 MB was freed. One as large needs not fit in
-# its place, as the C library leaves room for alignment.
+# How often the kernel gives a page to a tensor of 60 MB, just after one of 64 MB was freed. One as large need not fit
+# in its place: the C library leaves room for alignment.
 PROGRAM = """
 from contextlib import suppress
 from resource import RUSAGE_SELF, getrusage
