@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import SGD
 from torchvision.models.detection import FasterRCNN as ReferenceFasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -23,8 +24,8 @@ from detection.benchmarks.peers import TorchvisionDetector
 from detection.models import fast, zoo
 from detection.models.backbones import efficientnet_lite0_fpn
 from detection.models.compose import COCO_CATEGORIES
-from detection.models.fast import winograd
-from detection.models.fast.winograd import WinogradConv2d
+from detection.models.fast import folding, packing
+from detection.models.fast.convolution import QuickConv2d
 from detection.models.two_stage import TwoStageDetector
 
 Network = Literal["resnet50", "efficientnet_lite0"]
@@ -162,8 +163,9 @@ def _one_left_out(ours: TwoStageDetector, mode: Mode, device: str) -> dict[str, 
             others = {part: form for part, form in chosen.items() if part is not plain}
             with patch.object(fast, "forms_for", return_value=others):
                 made[quick.__name__] = _quick(ours, mode, device)
-    if (filters := made.get(WinogradConv2d.__name__)) is not None:  # which folded and packed layers do, too
-        filters.run = patch.object(winograd, "FEWEST_CHANNELS", float("inf"))(filters.run)  # type: ignore[method-assign]
+    if (filters := made.get(QuickConv2d.__name__)) is not None:  # which folded and packed layers do, too
+        for place, name, usual in ((folding, "conv2d", F.conv2d), (packing, "is_filtered", lambda *_, **__: False)):
+            filters.run = patch.object(place, name, usual)(filters.run)  # type: ignore[method-assign]
     with patch.object(fast, "_fold"):
         made["folding"] = _quick(ours, mode, device)
     if mode == "infer" and device == "cpu":

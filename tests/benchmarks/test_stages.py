@@ -12,14 +12,14 @@ import torch
 
 from detection.benchmarks.speed import Mode, _one_left_out, build, contenders, measure_forms
 from detection.benchmarks.stages import Stopwatch, measure_stages
-from detection.models.fast import winograd
+from detection.models.fast import depthwise, winograd
+from detection.models.fast.convolution import QuickConv2d
 from detection.models.fast.fast_pooling import GatherPooler
 from detection.models.fast.folding import FoldedConv2d
 from detection.models.fast.linear import OneDNNLinear
 from detection.models.fast.on_cpu import ImageByImage, TrimmedRoIHeads
 from detection.models.fast.packing import PackedConv2d
 from detection.models.fast.sparse_rpn import SparseRPN
-from detection.models.fast.winograd import WinogradConv2d
 
 STAGES = """
 import torch
@@ -89,7 +89,7 @@ def test_few_classes_and_many_boxes_can_be_timed() -> None:
 @pytest.mark.parametrize("mode", ["train", "infer"])
 def test_each_quick_form_is_left_out_once(mode: Mode) -> None:
     rows = measure_forms(mode, "efficientnet_lite0", 64, 2, False, 1, "cpu")
-    forms = ["GatherPooler", "SparseRPN", "TrimmedRoIHeads", "WinogradConv2d", "OneDNNLinear", "folding"]
+    forms = ["GatherPooler", "SparseRPN", "TrimmedRoIHeads", "QuickConv2d", "OneDNNLinear", "folding"]
     forms += ["packing", "ImageByImage"] if mode == "infer" else []
     assert [row["forms"] for row in rows] == ["torchvision", "ours", *(f"without {name}" for name in forms)]
     assert all(row["ms"] > 0 for row in rows)
@@ -99,7 +99,7 @@ def test_each_quick_form_is_left_out_once(mode: Mode) -> None:
 def test_a_detector_lacks_the_form_that_is_left_out_and_no_other(mode: Mode) -> None:
     kinds = {"GatherPooler": GatherPooler, "SparseRPN": SparseRPN, "TrimmedRoIHeads": TrimmedRoIHeads}
     kinds |= {"packing": PackedConv2d, "ImageByImage": ImageByImage} if mode == "infer" else {"folding": FoldedConv2d}
-    kinds |= {"WinogradConv2d": WinogradConv2d, "OneDNNLinear": OneDNNLinear} if mode == "train" else {}
+    kinds |= {"QuickConv2d": QuickConv2d, "OneDNNLinear": OneDNNLinear} if mode == "train" else {}
     made = _one_left_out(build("efficientnet_lite0", 64, 3)[1], mode, "cpu")
     for left_out, kind in kinds.items():
         has = {name for name, form in made.items() if kind in {type(part) for part in form.modules()}}
@@ -107,13 +107,15 @@ def test_a_detector_lacks_the_form_that_is_left_out_and_no_other(mode: Mode) -> 
 
 
 @pytest.mark.parametrize("mode", ["train", "infer"])
-def test_without_minimal_filtering_no_layer_does_it(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed layers have it in themselves, so that the table of forms alone can't leave it out."""
+def test_without_quick_convolutions_no_layer_has_them(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folded and packed layers have them in themselves, so that the table of forms alone can't leave them out."""
     calls: list[int] = []
     monkeypatch.setattr(winograd, "FEWEST_TILES_AVX512", winograd.FEWEST_TILES)
     monkeypatch.setattr(winograd, "_tiles", lambda *given, plain=winograd._tiles: calls.append(1) or plain(*given))
+    of_weight = depthwise.weight_gradient
+    monkeypatch.setattr(depthwise, "weight_gradient", lambda *given: calls.append(2) or of_weight(*given))
     steps = contenders(mode, "efficientnet_lite0", 128, 2, False, "cpu", one_left_out=True)
-    steps["without WinogradConv2d"]()
+    steps["without QuickConv2d"]()
     assert not calls
     steps["ours"]()
-    assert calls
+    assert set(calls) == ({1, 2} if mode == "train" else {1})

@@ -18,13 +18,13 @@ from detection.boxes import grouped_nms, nms_apart
 from detection.fitting import trial
 from detection.models.cascade import CascadeRoIHeads
 from detection.models.family.keypoints import KeypointRoIHeads
+from detection.models.fast.convolution import QuickConv2d
 from detection.models.fast.fast_pooling import CanvasPooler, GatherPool, GatherPooler
 from detection.models.fast.folding import fold_for_good, fold_frozen_norms
 from detection.models.fast.linear import OneDNNLinear
 from detection.models.fast.on_cpu import ImageByImage, TrimmedCascade, TrimmedKeypoints, TrimmedRoIHeads
 from detection.models.fast.packing import pack
 from detection.models.fast.sparse_rpn import SparseRPN
-from detection.models.fast.winograd import WinogradConv2d
 from detection.models.norms import freeze_norms
 from detection.models.pooling import RoIPool, RoIPooler
 from detection.models.roi_heads import RoIHeads
@@ -39,7 +39,7 @@ ON_CPU: Forms = {
     RoIHeads: TrimmedRoIHeads,
     CascadeRoIHeads: TrimmedCascade,
     KeypointRoIHeads: TrimmedKeypoints,
-    nn.Conv2d: WinogradConv2d,
+    nn.Conv2d: QuickConv2d,
     nn.Linear: OneDNNLinear,
 }
 ON_ACCELERATOR: Forms = {RoIPooler: CanvasPooler, RegionProposalNetwork: SparseRPN, grouped_nms: nms_apart}

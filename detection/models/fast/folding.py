@@ -14,14 +14,14 @@ from collections import Counter
 from typing import Any
 
 import torch
-from timm.layers import Conv2dSame, FrozenBatchNormAct2d, pad_same
+from timm.layers import Conv2dSame, FrozenBatchNormAct2d
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torchvision.ops import FrozenBatchNorm2d
 
 from detection.fitting import trial
-from detection.models.fast.winograd import conv2d
+from detection.models.fast.convolution import conv2d
+from detection.models.fast.padding import pad_same
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -52,13 +52,13 @@ class FoldedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, h, w)` -> `(B, C', h', w')`, convolved and normalised."""
         if self.pads_same:
-            x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         geometry: Any = self.stride, self.padding, self.dilation, self.groups
         slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and self.groups == self.in_channels
         if slow and torch.is_grad_enabled():
             # On a CPU the gradient of a depthwise convolution takes 2 to 50 times as long in bfloat16 as in float32.
             with torch.autocast("cpu", enabled=False):
-                return F.conv2d(x.float(), *self.folded(), *geometry).to(x.dtype)
+                return conv2d(x.float(), *self.folded(), *geometry).to(x.dtype)
         return conv2d(x, *self.folded(), *geometry)
 
 

@@ -16,19 +16,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import Conv2dSame, pad_same
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from detection.devices import has_kernels
 from detection.models.backbones import Trunk
+from detection.models.fast.convolution import QuickConv2d
 from detection.models.fast.folding import FoldedNorm
 from detection.models.fast.linear import OneDNNLinear
-from detection.models.fast.winograd import AtPoints, WinogradConv2d, filtered, is_filtered
+from detection.models.fast.padding import pad_same
+from detection.models.fast.winograd import AtPoints, filtered, is_filtered
 from detection.models.roi_heads import TwoFCHead
 
-PLAIN = (nn.Conv2d, WinogradConv2d, Conv2dSame)
+PLAIN = (nn.Conv2d, QuickConv2d, Conv2dSame)
 LINEAR = {nn.Linear, OneDNNLinear}
 # The kernels' names of activations, and their arguments.
 ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
@@ -141,7 +143,7 @@ class PackedConv2d(Packing, nn.Conv2d):
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """`(B, C, h, w)` -> `(B, C', h', w')`, to which `other` `(B, C', h', w')` is added, then the activation."""
         if self.pads_same:
-            x = pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         cast = self.cast(x)
         if cast is None or (other is not None and other.shape[2:].numel() == 1):  # PyTorch 2.11 can't sum single pixels
             y = nn.Conv2d.forward(self, x)

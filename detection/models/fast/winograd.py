@@ -21,12 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from detection.devices import has_avx512
-from detection.models.fast.linear import is_pointwise, pointwise
 
 POINTS = np.array([0, 3 / 4, -3 / 4, 3 / 2, -3 / 2])  # and infinity
 SINGLE_CELLS: Any = ([0, 0], [1, 1], [1, 1])  # a 1x1 convolution's padding, stride and dilation
@@ -39,30 +38,10 @@ FEWEST_TILES_SPREAD = 24  # for a weight that is at the points already
 Activation = Callable[[Tensor], Tensor]
 
 
-class WinogradConv2d(nn.Conv2d):
-    """`nn.Conv2d` in float32 on a CPU, by minimal filtering where that is quicker."""
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.padding_mode != "zeros":
-            return super()._conv_forward(x, weight, bias)
-        return conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    """`F.conv2d`, by minimal filtering, or a 1x1 convolution by oneDNN, where that is quicker.
-
-    Args:
-        x: `(B, C, h, w)`.
-        weight: `(C', C, n, n)`.
-        bias: `(C',)`.
-        *geometry: stride, padding, dilation and groups.
-    """
-    if is_filtered(x, weight.shape, *geometry) and weight.dtype == torch.float32:
-        y: Tensor = _Filtering.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return y
-    if is_pointwise(x, weight, *geometry):
-        return pointwise(x, weight, bias)
-    return F.conv2d(x, weight, bias, *geometry)
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution `(B, C', h, w)` of a map `(B, C, h, w)` with a weight `(C', C, 3, 3)` and a padding of 1."""
+    y: Tensor = _Filtering.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y
 
 
 def is_filtered(

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from detection import fasterrcnn_resnet50_fpn
 from detection.models.fast import accelerate, linear
+from detection.models.fast.convolution import QuickConv2d, conv2d
 from detection.models.fast.linear import OneDNNLinear, is_pointwise
 from detection.models.fast.packing import PackedHead, PackedLinear
-from detection.models.fast.winograd import WinogradConv2d, conv2d
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a PyTorch without oneDNN")
 
@@ -60,7 +60,7 @@ def test_single_cells_and_gradients_are_those_of_float64(order: torch.memory_for
     for ours, wanted in zip(found, exact, strict=True):
         assert ours.dtype == torch.float32 and ours.shape == wanted.shape
         torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=3e-5)
-    layer = WinogradConv2d(60, 91, 1)
+    layer = QuickConv2d(60, 91, 1)
     y = layer(x)
     assert y.grad_fn.name() == "_PointwiseBackward" and y.is_contiguous(memory_format=order)
     F.relu_(y).sum().backward()  # in place

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from detection import fasterrcnn_resnet50_fpn
 from detection.models.fast import accelerate, winograd
+from detection.models.fast.convolution import QuickConv2d, conv2d
 from detection.models.fast.packing import PackedConv2d, pack
-from detection.models.fast.winograd import AtPoints, WinogradConv2d, conv2d, filtered, is_filtered
+from detection.models.fast.winograd import AtPoints, filtered, is_filtered
 
 GEOMETRY: Any = 1, 1, 1, 1  # stride, padding, dilation, groups
 WIDE = torch.Size((128, 128, 3, 3))
@@ -125,10 +126,10 @@ def test_other_precisions_devices_and_sizes_are_left_to_pytorch() -> None:
     x = torch.randn(1, 128, 40, 40)
     for other in (x.double(), x.bfloat16(), x.to("meta"), x[..., :20], x[:0]):
         assert not is_filtered(other, WIDE, *GEOMETRY)
-    layer = WinogradConv2d(128, 128, 3, padding=1)
+    layer = QuickConv2d(128, 128, 3, padding=1)
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_filtered(x, WIDE, *GEOMETRY) and layer(x).dtype == torch.bfloat16
-    reflecting = WinogradConv2d(128, 128, 3, padding=1, padding_mode="reflect")
+    reflecting = QuickConv2d(128, 128, 3, padding=1, padding_mode="reflect")
     wanted = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), reflecting.weight, reflecting.bias)
     torch.testing.assert_close(reflecting(x), wanted)
     assert layer(x[:0]).shape == (0, 128, 40, 40) and layer.double()(x.double()).dtype == torch.float64
@@ -137,14 +138,14 @@ def test_other_precisions_devices_and_sizes_are_left_to_pytorch() -> None:
 @pytest.mark.parametrize("size", [(40, 40), (38, 40), (40, 37)])
 def test_an_activation_behind_it_may_work_in_place(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    layer, x = WinogradConv2d(128, 128, 3, padding=1), torch.randn(1, 128, *size)
+    layer, x = QuickConv2d(128, 128, 3, padding=1), torch.randn(1, 128, *size)
     usual = F.conv2d(x, layer.weight, layer.bias, padding=1)
     found, wanted = (torch.autograd.grad(F.relu_(y).square().mean(), layer.weight)[0] for y in (layer(x), usual))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_compiled_layers_take_the_usual_kernel() -> None:
-    layer, x = WinogradConv2d(128, 128, 3, padding=1), torch.randn(1, 128, 40, 38)
+    layer, x = QuickConv2d(128, 128, 3, padding=1), torch.randn(1, 128, 40, 38)
     ready = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1))
     pack(ready)
     with torch.no_grad():
@@ -160,13 +161,13 @@ def test_compiled_layers_take_the_usual_kernel() -> None:
 
 
 def test_frozen_weights_and_inputs_get_no_gradient() -> None:
-    layer, x = WinogradConv2d(128, 128, 3, padding=1), torch.randn(1, 128, 40, 40)
+    layer, x = QuickConv2d(128, 128, 3, padding=1), torch.randn(1, 128, 40, 40)
     layer.weight.requires_grad_(False)
     layer(x).sum().backward()
     assert layer.weight.grad is None and x.grad is None
     layer(x.requires_grad_()).sum().backward()
     assert layer.weight.grad is None and x.grad is not None
-    y = WinogradConv2d(128, 128, 3, padding=1)(x)
+    y = QuickConv2d(128, 128, 3, padding=1)(x)
     (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -182,8 +183,8 @@ def test_a_detector_gets_it_with_the_same_parameters_and_a_subclass_stays() -> N
     quick = accelerate(copy.deepcopy(detector), "cpu")
     assert list(quick.state_dict()) == names
     blocks = [block[0] for block in quick.backbone.fpn.layer_blocks]
-    assert [type(block) for block in blocks] == [Own, *[WinogradConv2d] * 3] and type(own) is Own
-    assert type(quick.rpn.head.conv[0][0]) is WinogradConv2d
+    assert [type(block) for block in blocks] == [Own, *[QuickConv2d] * 3] and type(own) is Own
+    assert type(quick.rpn.head.conv[0][0]) is QuickConv2d
 
 
 def test_packed_layers_do_it_with_what_lies_behind_them_and_forget_the_copy() -> None:
