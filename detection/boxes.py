@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from torchvision.ops import nms
 from detection.recipes import recorded
 
 PAIRS_OF_A_CALL = 16_000  # that NMS on a CPU compares in the time that a call of it takes besides
-PAIRS_OF_A_THREAD = 500_000  # likewise, in the time that threads take to start
+BLOCK, FEWEST_IN_BLOCKS = 128, 200  # boxes
 
 
 def box_area(boxes: Tensor) -> Tensor:
@@ -153,16 +151,41 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float
 
     if boxes.device.type == "cpu" and len(boxes) ** 2 < PAIRS_OF_A_CALL * len(parts):
         return nms_apart(boxes, scores, groups, iou_thresh)
-    pairs = [len(part) ** 2 for part in parts]
-    calls = [partial(nms, boxes[part], scores[part], iou_thresh) for part in parts]
-    # On a CPU the kernel runs on one thread.
-    if boxes.device.type == "cpu" and sum(pairs) - max(pairs, default=0) > PAIRS_OF_A_THREAD:
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            found = list(pool.map(lambda call: call(), calls))
-    else:
-        found = [call() for call in calls]
+    one = nms_in_blocks if boxes.device.type == "cpu" else nms
+    found = [one(boxes[part], scores[part], iou_thresh) for part in parts]
     keep = torch.cat([part[rows] for part, rows in zip(parts, found, strict=True)]) if parts else order
     return keep[torch.argsort(scores[keep], descending=True, stable=True)]
+
+
+@torch.no_grad()
+def nms_in_blocks(boxes: Tensor, scores: Tensor, iou_thresh: float) -> Tensor:
+    """`nms` on a CPU, where the kernel compares one pair of boxes after the other.
+
+    The best boxes that are left are compared among themselves by the kernel, and those of them that stay with all
+    others at once, so that many pairs are compared by each instruction.
+
+    Args:
+        boxes: `(N, 4)`.
+        scores: `(N,)`.
+        iou_thresh: in [0, 1].
+
+    Returns:
+        `(M,)` int64 indices of the boxes that are kept, best score first.
+    """
+    if len(boxes) < FEWEST_IN_BLOCKS:
+        kept: Tensor = nms(boxes, scores, iou_thresh)
+        return kept
+    left = torch.argsort(scores, descending=True, stable=True)
+    sides = boxes[left].t().contiguous()
+    descending, found = torch.arange(BLOCK, 0, -1, dtype=boxes.dtype), []
+    while True:
+        best, sides = sides[:, :BLOCK], sides[:, BLOCK:]
+        stay = nms(best.t(), descending[: best.shape[1]], iou_thresh)
+        found.append(left[stay])
+        if not sides.shape[1]:
+            return torch.cat(found)
+        alive = (pairwise_iou(best[:, stay].t(), sides.t()).amax(0) > iou_thresh).logical_not_().nonzero()[:, 0]
+        left, sides = left[BLOCK:][alive], sides[:, alive]
 
 
 def nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:

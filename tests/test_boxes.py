@@ -21,6 +21,7 @@ from detection.boxes import (
     grouped_nms,
     is_large_enough,
     nms_apart,
+    nms_in_blocks,
     pairwise_iou,
     resize_boxes,
     soft_nms,
@@ -157,7 +158,7 @@ def nms_in_python(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: floa
     return kept
 
 
-@pytest.mark.parametrize("way", ["at once", "one by one", "in threads"])
+@pytest.mark.parametrize("way", ["at once", "one by one", "in blocks"])
 @settings(deadline=None, max_examples=40)
 @given(seeds, st.integers(0, 40), st.integers(1, 6), st.sampled_from([0.25, 0.5, 0.75]))
 def test_grouped_nms_equals_its_definition_and_torchvision(
@@ -168,11 +169,24 @@ def test_grouped_nms_equals_its_definition_and_torchvision(
     scores = torch.rand(n, generator=generator)
     group = torch.randint(groups, (n,), generator=generator)
     limits = {"PAIRS_OF_A_CALL": math.inf if way == "at once" else 0}
-    limits |= {"PAIRS_OF_A_THREAD": -1 if way == "in threads" else math.inf}
+    limits |= {"BLOCK": 3, "FEWEST_IN_BLOCKS": 0} if way == "in blocks" else {}
     with patch.multiple(box_arithmetic, **limits):
         keep = grouped_nms(boxes, scores, group, threshold)
     assert keep.tolist() == nms_in_python(boxes, scores, group, threshold)
     assert keep.tolist() == ops.batched_nms(boxes, scores, group, threshold).tolist()
+
+
+@pytest.mark.parametrize("count", [200, 999, 3000])
+@pytest.mark.parametrize("spread", [30, 300])
+def test_nms_in_blocks_keeps_what_the_kernel_keeps(count: int, spread: int) -> None:
+    torch.manual_seed(count + spread)
+    corner = torch.rand(count, 2) * spread
+    boxes = torch.cat((corner, corner + 8 + torch.rand(count, 2) * 30), 1)
+    scores = torch.randint(count // 2, (count,)) / count  # some are equal
+    for threshold in (0.0, 0.5, 0.7, 1.0):
+        found = nms_in_blocks(boxes, scores, threshold)
+        assert found.tolist() == ops.nms(boxes, scores, threshold).tolist()
+    assert found.tolist() == scores.argsort(descending=True, stable=True).tolist()
 
 
 def test_nms_keeps_a_box_at_exactly_the_threshold() -> None:

@@ -5,7 +5,6 @@ Such operations stop an accelerator's queue, and their results have shapes that 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from detection import boxes
 from detection.batch import Batch
 from detection.losses import GIoULoss
 from detection.models import fast, roi_heads, zoo
@@ -97,7 +95,6 @@ def watching(model: FasterRCNN) -> Iterator[Watch]:
         return count
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(boxes, "PAIRS_OF_A_THREAD", math.inf)  # in other threads nothing is watched
         patch.setattr(Tensor, "tolist", spied(to_list, "tolist"))
         patch.setattr(Tensor, "numpy", spied(to_numpy, "numpy"))
         for part in model.modules():
