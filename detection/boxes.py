@@ -177,15 +177,16 @@ def nms_in_blocks(boxes: Tensor, scores: Tensor, iou_thresh: float) -> Tensor:
         return kept
     left = torch.argsort(scores, descending=True, stable=True)
     sides = boxes[left].t().contiguous()
-    descending, found = torch.arange(BLOCK, 0, -1, dtype=boxes.dtype), []
+    descending, found = torch.arange(len(boxes), 0, -1, dtype=boxes.dtype), []
     while True:
-        best, sides = sides[:, :BLOCK], sides[:, BLOCK:]
-        stay = nms(best.t(), descending[: best.shape[1]], iou_thresh)
+        count = BLOCK if len(left) > FEWEST_IN_BLOCKS else len(left)
+        best, sides = sides[:, :count], sides[:, count:]
+        stay = torch.ops.torchvision.nms(best.t(), descending[:count], iou_thresh)
         found.append(left[stay])
         if not sides.shape[1]:
             return torch.cat(found)
         alive = (pairwise_iou(best[:, stay].t(), sides.t()).amax(0) > iou_thresh).logical_not_().nonzero()[:, 0]
-        left, sides = left[BLOCK:][alive], sides[:, alive]
+        left, sides = left[count:][alive], sides[:, alive]
 
 
 def nms_apart(boxes: Tensor, scores: Tensor, groups: Tensor, iou_thresh: float) -> Tensor:
