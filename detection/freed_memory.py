@@ -23,7 +23,7 @@ def keep_freed_memory() -> bool:
         Whether it has an effect: not without glibc, and not where the environment sets one of `SETTINGS`.
     """
     library = ctypes.CDLL(None) if os.name == "posix" else None
-    if not hasattr(library, "gnu_get_libc_version") or any(name in os.environ for name in SETTINGS):
+    if library is None or not hasattr(library, "gnu_get_libc_version") or any(name in os.environ for name in SETTINGS):
         return False
-    is_kept: int = library.mallopt(MMAP_THRESHOLD, LARGEST) & library.mallopt(TRIM_THRESHOLD, LARGEST)  # type: ignore[union-attr]
+    is_kept: int = library.mallopt(MMAP_THRESHOLD, LARGEST) & library.mallopt(TRIM_THRESHOLD, LARGEST)
     return bool(is_kept)

@@ -28,7 +28,7 @@ class QuickConv2d(nn.Conv2d):
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    """`F.conv2d`, by a quicker way where there is one: `winograd`, `pointwise` or `depthwise`.
+    """`F.conv2d`, `(B, C', h', w')`, by a quicker way where there is one: `winograd`, `pointwise` or `depthwise`.
 
     Args:
         x: `(B, C, h, w)`.
