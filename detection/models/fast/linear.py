@@ -118,5 +118,8 @@ def _outer(x: Tensor, grad: Tensor) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`(R, C)` by the transpose of `(C', C)`."""
+    if not weight.is_contiguous() and not (columns := weight.t()).is_contiguous():
+        # Half of a map's channels, or one token of each image: oneDNN would take a kernel hundreds of times as slow.
+        weight = columns.contiguous().t()
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y

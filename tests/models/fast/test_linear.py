@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from detection import fasterrcnn_resnet50_fpn
 from detection.models.fast import accelerate, linear
@@ -27,7 +28,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_gradients(multiply: Any, given: list[Tensor | None], share: Tensor) -> list[Tensor]:
-    leaves = [None if value is None else value.clone().requires_grad_() for value in given]
+    leaves = [None if value is None else value.detach().requires_grad_() for value in given]
     y = multiply(*leaves)
     return [y.detach(), *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], share.to(y.dtype))]
 
@@ -66,6 +67,43 @@ def test_single_cells_and_gradients_are_those_of_float64(order: torch.memory_for
     F.relu_(y).sum().backward()  # in place
     usual = torch.autograd.grad(F.relu(F.conv2d(x, layer.weight, layer.bias)).sum(), layer.weight)[0]
     torch.testing.assert_close(layer.weight.grad, usual, rtol=1e-4, atol=1e-4)
+
+
+class Watch(TorchDispatchMode):
+    """Notes the weights that oneDNN's kernel of products is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.mkldnn._linear_pointwise.default:
+            self.weights.append(args[1])
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("count", [60, 200])  # of outputs: fewer, and more, than inputs
+@pytest.mark.parametrize("kind", ["one of three tokens", "half of the channels", "every other weight"])
+def test_of_parts_of_larger_tensors_the_kernel_gets_dense_copies(count: int, kind: str) -> None:
+    """With the strides of a part it would be hundreds of times as slow."""
+    torch.manual_seed(0)
+    x, weight, share = torch.randn(70, 91), torch.randn(count, 91) / 9, torch.randn(70, count)
+    ours: Any = linear.linear
+    usual: Any = F.linear
+    if kind == "one of three tokens":
+        x, share = (torch.stack((value, value, value), 1)[:, 1] for value in (x, share))
+    elif kind == "every other weight":
+        weight = torch.stack((weight, weight), 2)[..., 0]
+    else:
+        maps = (torch.randn(2, 2 * size, 9, 11).to(memory_format=torch.channels_last)[:, :size] for size in (91, count))
+        (x, share), weight = maps, weight[..., None, None]
+        ours, usual = lambda *values: conv2d(*values, 1, 0, 1, 1), F.conv2d
+    with Watch() as watch:
+        found = with_gradients(ours, [x, weight, None], share)
+    assert watch.weights and all(w.is_contiguous() or w.t().is_contiguous() for w in watch.weights)
+    exact = with_gradients(usual, [x.double(), weight.double(), None], share)
+    for value, wanted in zip(found, exact, strict=True):
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=3e-5)
 
 
 def test_other_convolutions_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
