@@ -9,6 +9,7 @@ Shape shorthand:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from detection.models.fast.padding import framed
 
 COLUMNS = 3  # that the kernel knows
+FEWEST_PRODUCTS = 700_000  # of each part of the weight; with fewer Python takes longer than the kernel gains
 
 
 def is_wide_depthwise(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
@@ -35,8 +37,12 @@ def is_wide_depthwise(x: Tensor, weight: Tensor, stride: Any, padding: Any, dila
         return False
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.ndim != 4 or not x.numel():
         return False
-    is_depthwise = groups == len(weight) == x.shape[1] > 1
-    return is_depthwise and weight.shape[-1] > COLUMNS and dilation in (1, (1, 1)) and not isinstance(padding, str)
+    if not groups == len(weight) == x.shape[1] > 1 or weight.shape[-1] <= COLUMNS:
+        return False
+    moves = stride**2 if isinstance(stride, int) else math.prod(stride)
+    products = x.numel() // moves * weight[0].numel()
+    is_worth_it = products >= FEWEST_PRODUCTS * -(-weight.shape[-1] // COLUMNS)
+    return is_worth_it and dilation in (1, (1, 1)) and not isinstance(padding, str)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from detection.devices import has_avx512
 
-FEWEST_WEIGHTS = 500  # with fewer the BLAS is quicker
+FEWEST_PRODUCTS = 5_000_000  # with fewer Python takes longer than the kernel gains
 
 
 class OneDNNLinear(nn.Linear):
@@ -54,7 +54,7 @@ def is_pointwise(x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation:
     if not _is_quicker(x, weight) or torch.get_num_threads() > 1:  # what is compiled knows no number of threads
         return False
     plain = stride in (1, (1, 1)) and padding in (0, (0, 0), "valid", "same") and dilation in (1, (1, 1))
-    return plain and groups == 1 and weight.shape[2:].numel() == 1 and x.ndim == 4 and len(x) < 16
+    return plain and groups == 1 and weight.shape[2:].numel() == 1 and x.ndim == 4 and len(x) < 16 and x.stride(1) == 1
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,7 +68,7 @@ def _is_quicker(x: Tensor, weight: Tensor) -> bool:
         return False
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
-    return x.numel() > 0 and weight.numel() >= FEWEST_WEIGHTS and has_avx512()
+    return x.numel() * len(weight) >= FEWEST_PRODUCTS and has_avx512()
 
 
 class _Linear(torch.autograd.Function):
@@ -97,6 +97,7 @@ class _Pointwise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
+        grad = grad.contiguous(memory_format=torch.channels_last)
         back = _convolve(grad, weight.transpose(0, 1)) if for_x else None
         rows, errors = (values.permute(0, 2, 3, 1).flatten(0, 2) for values in (x, grad))
         of_weight = _outer(rows, errors).view(weight.shape) if for_weight else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +19,14 @@ from detection.models.fast.depthwise import is_wide_depthwise
 from detection.models.fast.folding import FoldedConv2d, FoldedNorm
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a PyTorch without oneDNN")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def any_size() -> Iterator[None]:
+    """However little work it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FEWEST_PRODUCTS", 0)
+        yield
 
 
 @settings(max_examples=60)
@@ -52,6 +61,18 @@ def test_outputs_and_gradients_are_those_of_float64(
     for ours, right in zip(found, wanted, strict=True):
         assert ours.shape == right.shape
         torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=3e-5)
+
+
+def test_little_work_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FEWEST_PRODUCTS", 1000)
+    for columns, parts in ((4, 2), (6, 2), (7, 3)):
+        weight = torch.randn(10, 1, 5, columns, requires_grad=True)
+        fewest = -(-1000 * parts // (10 * 5 * columns))
+        geometry: Any = 1, (2, columns // 2), 1, 10
+        assert not is_wide_depthwise(torch.randn(1, 10, 1, fewest - 1), weight, *geometry)
+        assert is_wide_depthwise(torch.randn(1, 10, 1, fewest), weight, *geometry)
+        assert not is_wide_depthwise(torch.randn(1, 10, 1, fewest), weight, 2, *geometry[1:])
+        assert is_wide_depthwise(torch.randn(1, 10, 6, fewest), weight, (2, 3), *geometry[1:])
 
 
 def test_others_are_left_to_pytorch() -> None:

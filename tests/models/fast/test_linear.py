@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN has these products without AVX-512, too; there they are no quicker."""
     monkeypatch.setattr(linear, "has_avx512", lambda: True)
+    monkeypatch.setattr(linear, "FEWEST_PRODUCTS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 
@@ -53,7 +54,8 @@ def test_products_and_gradients_are_those_of_float64(rows: int, has_bias: bool, 
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_single_cells_and_gradients_are_those_of_float64(order: torch.memory_format, has_bias: bool) -> None:
     torch.manual_seed(0)
-    x, share = (torch.randn(2, count, 9, 11).to(memory_format=order) for count in (60, 91))
+    x = torch.randn(2, 60, 9, 11).to(memory_format=torch.channels_last)
+    share = torch.randn(2, 91, 9, 11).to(memory_format=order)
     given = [x, torch.randn(91, 60, 1, 1) / 8, torch.randn(91) if has_bias else None]
     assert is_pointwise(x, given[1], (1, 1), (0, 0), (1, 1), 1)
     found = with_gradients(lambda *values: conv2d(*values, 1, 0, 1, 1), given, share)
@@ -63,7 +65,7 @@ def test_single_cells_and_gradients_are_those_of_float64(order: torch.memory_for
         torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=3e-5)
     layer = QuickConv2d(60, 91, 1)
     y = layer(x)
-    assert y.grad_fn.name() == "_PointwiseBackward" and y.is_contiguous(memory_format=order)
+    assert y.grad_fn.name() == "_PointwiseBackward" and y.is_contiguous(memory_format=torch.channels_last)
     F.relu_(y).sum().backward()  # in place
     usual = torch.autograd.grad(F.relu(F.conv2d(x, layer.weight, layer.bias)).sum(), layer.weight)[0]
     torch.testing.assert_close(layer.weight.grad, usual, rtol=1e-4, atol=1e-4)
@@ -107,13 +109,14 @@ def test_of_parts_of_larger_tensors_the_kernel_gets_dense_copies(count: int, kin
 
 
 def test_other_convolutions_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, usual = torch.randn(2, 60, 9, 11), torch.randn(91, 60, 1, 1), {"stride": 1, "padding": 0, "dilation": 1}
+    plain, weight = torch.randn(2, 60, 9, 11), torch.randn(91, 60, 1, 1)
+    x, usual = plain.to(memory_format=torch.channels_last), {"stride": 1, "padding": 0, "dilation": 1}
     assert is_pointwise(x, weight, *usual.values(), 1)
     for changed in ({"stride": 2}, {"stride": (1, 2)}, {"padding": 1}, {"dilation": 2}):
         assert not is_pointwise(x, weight, *(usual | changed).values(), 1)
     assert not is_pointwise(torch.randn(2, 120, 9, 11), weight, *usual.values(), 2)
     assert not is_pointwise(x, torch.randn(91, 60, 3, 3), *usual.values(), 1)
-    for other in (x[:0], x.double(), x.repeat(8, 1, 1, 1), x[0]):
+    for other in (x[:0], x.double(), x.repeat(8, 1, 1, 1), x[0], plain):
         assert not is_pointwise(other, weight, *usual.values(), 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # PyTorch takes oneDNN
     assert not is_pointwise(x, weight, *usual.values(), 1)
@@ -127,7 +130,9 @@ def test_other_inputs_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> No
         assert torch.equal(layer(other), F.linear(other, layer.weight, layer.bias))
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
-    assert OneDNNLinear(9, 9)(x[:, :9]).grad_fn.name() != "_LinearBackward"  # too small to be quicker
+    monkeypatch.setattr(linear, "FEWEST_PRODUCTS", 5 * 100 * 91)
+    assert layer(x).grad_fn.name() == "_LinearBackward"
+    assert layer(x[1:]).grad_fn.name() != "_LinearBackward"  # too little work to be quicker
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), F.linear(x, layer.weight, layer.bias))
     assert layer.double()(x.double()).dtype == torch.float64
