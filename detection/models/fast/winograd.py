@@ -41,7 +41,7 @@ Activation = Callable[[Tensor], Tensor]
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution `(B, C', h, w)` of a map `(B, C, h, w)` with a weight `(C', C, 3, 3)` and a padding of 1."""
     y: Tensor = _Filtering.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return y
+    return y.contiguous() if x.is_contiguous() and weight.is_contiguous() else y  # as PyTorch's, which may be viewed
 
 
 def is_filtered(

@@ -9,7 +9,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detection.models.fast.convolution import QuickConv2d
+from detection.models.fast import linear, winograd
+from detection.models.fast.convolution import QuickConv2d, conv2d
+
+ORDERS = torch.channels_last, torch.contiguous_format
 
 
 class Watch(TorchDispatchMode):
@@ -46,3 +49,21 @@ def test_single_cells_with_a_stride_and_few_channels_have_the_right_gradient(
     rough = {"rtol": 0.02, "atol": 0.5} if bf16 else {"rtol": 1e-5, "atol": 1e-3}
     for ours, wanted in zip(found, (exact, *torch.autograd.grad(exact, given, share.double())), strict=True):
         torch.testing.assert_close(ours.double(), wanted, **rough)
+
+
+@pytest.mark.parametrize(("kernel", "groups"), [(1, 1), (3, 1), (5, 128)])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order_of_weight", ORDERS)
+def test_the_outputs_lie_in_memory_as_pytorchs(
+    kernel: int, groups: int, order: Any, order_of_weight: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With channels first they may be viewed as rows."""
+    monkeypatch.setattr(linear, "has_avx512", lambda: True)
+    monkeypatch.setattr(winograd, "has_avx512", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    x = torch.randn(2, 128, 40, 39).to(memory_format=order)
+    weight = torch.randn(128, 128 // groups, kernel, kernel).to(memory_format=order_of_weight).requires_grad_()
+    geometry: Any = 1, kernel // 2, 1, groups
+    y, usual = conv2d(x, weight, None, *geometry), F.conv2d(x, weight, None, *geometry)
+    assert y.stride() == usual.stride()
+    torch.testing.assert_close(y, usual, rtol=1e-4, atol=1e-3)
