@@ -12,7 +12,7 @@ import timm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from detection.measuring import measure_each, run_blank
+from detection.measuring import SIDE, measure_each, run_blank
 from detection.models.norms import Norm, freeze_norms, replace_batch_norm
 from detection.models.trunks import AnyPyramid, Backbone, count_trainable
 from detection.models.vit import PATCH, SimpleFeaturePyramid, attend_in_windows
@@ -112,7 +112,8 @@ def timm_fpn(
     if plain and pyramid is None:
         pyramid = _simple_pyramid(name, strides[0], out_channels, fpn_norm)
     body.indices = network.prune_intermediate_layers(list(out_indices), prune_norm=True, prune_head=True)
-    network.head = nn.Identity()  # never run, but before timm 1.0.31 ConvNeXt's kept a normalisation that can't train
+    if not any(info["module"].startswith("head") for info in network.feature_info):  # as SelecSLS's, which gives maps
+        network.head = nn.Identity()  # never run, but ConvNeXt's kept a norm that can't train before timm 1.0.31
     if is_given(weights):
         load_matching(network, find_weights(weights), name)
     if window_size is not None:
@@ -179,7 +180,8 @@ def _find_size(name: str, body: TimmTrunk) -> tuple[tuple[int, ...], list[int]]:
         raise ValueError(f"{name} can't be a backbone: timm's {type(network).__name__} gives no feature maps")
     for body.multiple in (1, 32, network.pretrained_cfg["input_size"][-1]):
         try:
-            run_blank(body, ODD_SIZE)
+            for size in (ODD_SIZE, (SIDE, SIDE)):
+                run_blank(body, size)
             return measure_each(body)
         except ValueError as error:
             reason = error

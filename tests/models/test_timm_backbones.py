@@ -107,6 +107,13 @@ def test_hierarchical_networks_take_any_image_size(name: str, channels: tuple[in
 
 
 @torch.no_grad()
+def test_a_head_that_gives_maps_stays() -> None:
+    backbone = timm_fpn("selecsls42", out_channels=8).eval()
+    assert (backbone.in_channels, backbone.strides) == ((128, 288, 480, 1024, 1280), (4, 8, 16, 32, 64, 128))
+    assert [m.shape[-1] for m in backbone(random(1, 3, 96, 160)).values()] == [40, 20, 10, 5, 3, 2]
+
+
+@torch.no_grad()
 def test_padding_to_what_a_network_needs_is_padding_by_hand() -> None:
     body = timm_fpn("maxvit_nano_rw_256", out_channels=8).eval().body
     images = random(1, 3, 200, 317)
@@ -244,6 +251,7 @@ def test_tensors_of_older_checkpoints_load() -> None:
         ("mixer_s16_224", r"mixer_s16_224 can't be a backbone: .*doesn't match model.*choose a network that takes"),
         ("vit_small_patch14_dinov2", r"vit_small_patch14_dinov2 has patches of 14 pixels.*pyramid of your own"),
         ("vit_tiny_r_s16_p8_224", r"has patches of 32 pixels"),
+        ("inception_v3", r"inception_v3 can't be a backbone: .*choose a network that takes images of any size"),
     ],
 )
 def test_networks_that_cant_be_backbones_say_why(name: str, sentence: str) -> None:
