@@ -342,7 +342,8 @@ def stages(setting: Setting) -> Iterator[Row]:
 def forms(setting: Setting) -> Iterator[Row]:
     """A training step in bf16 without each quick form, over that with all; then deltas of one class, and of all."""
     pair = Pair("r50", setting.sizes, setting.device)
-    chosen, parts = forms_for(setting.device), {type(part) for part in pair.ours.modules()} | {pair.ours.rpn.nms}
+    folded = accelerate(deepcopy(pair.ours), setting.device, {})  # norms that a convolution carries out get no form
+    chosen, parts = forms_for(setting.device), {type(part) for part in folded.modules()} | {pair.ours.rpn.nms}
     for plain, quick in chosen.items():
         if plain not in parts:
             continue

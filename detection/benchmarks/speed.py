@@ -157,7 +157,8 @@ def _quick(ours: TwoStageDetector, mode: Mode, device: str) -> TwoStageDetector:
 def _one_left_out(ours: TwoStageDetector, mode: Mode, device: str) -> dict[str, TwoStageDetector]:
     """Ours with all quick forms of the device but one, by that one's name."""
     made, chosen = {}, fast.forms_for(device)
-    parts = {type(part) for part in ours.modules()} | {ours.rpn.nms}
+    folded = fast.accelerate(deepcopy(ours), device, {})  # norms that a convolution carries out get no form
+    parts = {type(part) for part in folded.modules()} | {ours.rpn.nms}
     for plain, quick in chosen.items():
         if plain in parts:
             others = {part: form for part, form in chosen.items() if part is not plain}

@@ -12,7 +12,9 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from timm.layers import FrozenBatchNormAct2d
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from detection.boxes import grouped_nms, nms_apart
 from detection.fitting import trial
@@ -20,7 +22,7 @@ from detection.models.cascade import CascadeRoIHeads
 from detection.models.family.keypoints import KeypointRoIHeads
 from detection.models.fast.convolution import QuickConv2d
 from detection.models.fast.fast_pooling import CanvasPooler, GatherPool, GatherPooler
-from detection.models.fast.folding import fold_for_good, fold_frozen_norms
+from detection.models.fast.folding import OnePassNorm, OnePassNormAct, fold_for_good, fold_frozen_norms
 from detection.models.fast.linear import OneDNNLinear
 from detection.models.fast.on_cpu import ImageByImage, TrimmedCascade, TrimmedKeypoints, TrimmedRoIHeads
 from detection.models.fast.packing import pack
@@ -33,6 +35,7 @@ from detection.models.two_stage import TwoStageDetector
 from detection.parts import FeatureMaps
 
 Forms = Mapping[Any, Any]  # a plain class or function, and the quick one
+NORMS: Forms = {FrozenBatchNorm2d: OnePassNorm, FrozenBatchNormAct2d: OnePassNormAct}  # those that can't be folded
 ON_CPU: Forms = {
     RoIPooler: GatherPooler,
     RegionProposalNetwork: SparseRPN,
@@ -41,8 +44,9 @@ ON_CPU: Forms = {
     KeypointRoIHeads: TrimmedKeypoints,
     nn.Conv2d: QuickConv2d,
     nn.Linear: OneDNNLinear,
+    **NORMS,
 }
-ON_ACCELERATOR: Forms = {RoIPooler: CanvasPooler, RegionProposalNetwork: SparseRPN, grouped_nms: nms_apart}
+ON_ACCELERATOR: Forms = {RoIPooler: CanvasPooler, RegionProposalNetwork: SparseRPN, grouped_nms: nms_apart, **NORMS}
 # Where PyTorch is to be deterministic: the gradients of RoI Align and RoI Pool as sums in a fixed order.
 REPEATABLE: Forms = {RoIPooler: GatherPooler, RoIPool: GatherPool}
 

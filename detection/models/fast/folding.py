@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from timm.layers import Conv2dSame, FrozenBatchNormAct2d
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -81,6 +82,30 @@ class FoldedNorm(FrozenBatchNorm2d):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """The input, which is normalised already, after the activation if there is one."""
         return self.after(x)
+
+
+class OnePassNorm(FrozenBatchNorm2d):  # type: ignore[misc]
+    """A frozen normalisation that no convolution can carry out, as those before the convolutions of DenseNet.
+
+    torchvision's multiplies and adds in two passes, and gives float32 under autocast. This one gives what it gets.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, h, w)`, normalised."""
+        return _normalise(self, x)
+
+
+class OnePassNormAct(FrozenBatchNormAct2d):  # type: ignore[misc]
+    """`OnePassNorm` of timm, with the activation behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, C, h, w)`, normalised and activated."""
+        activated: Tensor = self.act(self.drop(_normalise(self, x)))
+        return activated
+
+
+def _normalise(norm: Any, x: Tensor) -> Tensor:
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 
 def fold_frozen_norms(network: nn.Module, example: Tensor) -> None:

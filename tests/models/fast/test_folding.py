@@ -7,12 +7,20 @@ import copy
 import pytest
 import timm
 import torch
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import FrozenBatchNormAct2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models import resnet50
 from torchvision.ops import FrozenBatchNorm2d
 
-from detection.models.fast.folding import FoldedConv2d, FoldedNorm, fold_for_good, fold_frozen_norms
+from detection.models.fast import NORMS, exchange
+from detection.models.fast.folding import (
+    FoldedConv2d,
+    FoldedNorm,
+    OnePassNorm,
+    OnePassNormAct,
+    fold_for_good,
+    fold_frozen_norms,
+)
 from detection.models.norms import group_norm
 
 IMAGES = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
@@ -105,6 +113,35 @@ def test_under_autocast_the_output_stays_in_half_precision() -> None:
     fold_frozen_norms(network, IMAGES)
     with torch.autocast("cpu", torch.bfloat16):
         assert network(IMAGES).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [FrozenBatchNorm2d, FrozenBatchNormAct2d])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
+def test_a_norm_that_no_convolution_can_carry_out_takes_one_pass(
+    kind: type[nn.Module], affine: bool, order: torch.memory_format
+) -> None:
+    norm = stir(kind(6))
+    if affine:
+        norm.weight, norm.bias = nn.Parameter(norm.weight), nn.Parameter(norm.bias)
+    network = nn.Sequential(norm, nn.Conv2d(6, 4, 3))
+    quick = copy.deepcopy(network)
+    fold_frozen_norms(quick, torch.rand(1, 6, 8, 8))
+    exchange(quick, NORMS)
+    assert type(quick[0]) in (OnePassNorm, OnePassNormAct) and list(quick.state_dict()) == list(network.state_dict())
+    x = torch.randn(2, 6, 9, 7).to(memory_format=order)
+    found = []
+    for each in (network, quick):
+        given = x.clone().requires_grad_()
+        y = each(given)
+        leaves = [given, *(p for p in each.parameters() if p.requires_grad)]
+        found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    assert len(found[0]) == (6 if affine else 4)
+    for wanted, given in zip(*found, strict=True):
+        torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network[0](x.bfloat16()).dtype == torch.float32  # which the convolution behind it would cast again
+        assert quick[0](x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_statistics_of_a_live_network_can_be_loaded() -> None:
