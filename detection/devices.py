@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from torch import Tensor
 
 HALVES = {"bf16": torch.bfloat16, "16": torch.float16}  # as precisions are called
 
@@ -31,6 +32,17 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 def has_avx512() -> bool:
     """Whether the CPU has AVX-512, and PyTorch oneDNN, whose kernels use it on every processor; MKL's do on Intel's."""
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def may_be_quick(x: Tensor) -> bool:
+    """Whether what reads a tensor may run kernels of its own choice: in float32 on a CPU, and nobody looks inside.
+
+    Autocast would change its precision, a compiler has choices of its own, and transforms of `torch.func` need to know
+    each operation.
+    """
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch._C._are_functorch_transforms_active()
 
 
 def emulation(device: torch.device, dtype: torch.dtype, flag: str) -> str | None:

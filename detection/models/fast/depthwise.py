@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from detection.devices import may_be_quick
 from detection.models.fast.padding import framed
+from detection.models.fast.twice import convolution_backward
 
 COLUMNS = 3  # that the kernel knows
 FEWEST_PRODUCTS = 700_000  # of each part of the weight; with fewer Python takes longer than the kernel gains
@@ -31,11 +32,9 @@ def is_wide_depthwise(x: Tensor, weight: Tensor, stride: Any, padding: Any, dila
         weight: `(C, 1, n, m)`.
         stride, padding, dilation, groups: of the convolution.
     """
-    if not weight.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not may_be_quick(x) or not weight.requires_grad or not torch.is_grad_enabled():
         return False
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
-        return False
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.ndim != 4 or not x.numel():
+    if weight.dtype != torch.float32 or x.ndim != 4 or not torch.backends.mkldnn.is_available():
         return False
     if not groups == len(weight) == x.shape[1] > 1 or weight.shape[-1] <= COLUMNS:
         return False
@@ -80,12 +79,13 @@ class _Depthwise(torch.autograd.Function):
         return F.conv2d(x, weight, bias, *geometry)
 
     @staticmethod
-    @once_differentiable  # type: ignore[no-untyped-call, untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
         *moves, groups = ctx.geometry
         stride, padding, dilation = ([move] * 2 if isinstance(move, int) else list(move) for move in moves)
+        if torch.is_grad_enabled():
+            return *convolution_backward(ctx, grad, padding, stride, groups), None, None, None, None
         rest: Any = stride, padding, dilation, False, [0, 0], groups, [for_x, False, False]
         back = torch.ops.aten.convolution_backward(grad, x, weight, None, *rest)[0] if for_x else None
         of_weight = weight_gradient(x, grad, weight, stride, padding) if for_weight else None

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from detection.devices import has_avx512
+from detection.devices import has_avx512, may_be_quick
+from detection.models.fast.twice import convolution_backward
 
 FEWEST_PRODUCTS = 5_000_000  # with fewer Python takes longer than the kernel gains
 
@@ -64,11 +64,9 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _is_quicker(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if not may_be_quick(x) or weight.dtype != torch.float32 or not has_avx512():
         return False
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
-        return False
-    return x.numel() * len(weight) >= FEWEST_PRODUCTS and has_avx512()
+    return x.numel() * len(weight) >= FEWEST_PRODUCTS
 
 
 class _Linear(torch.autograd.Function):
@@ -78,10 +76,11 @@ class _Linear(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[no-untyped-call, untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for a gradient of the gradient
+            return grad @ weight, grad.t() @ x, grad.sum(0) if for_bias else None
         back = _product(grad, weight.t()) if for_x else None
         return back, _outer(x, grad) if for_weight else None, grad.sum(0) if for_bias else None
 
@@ -93,10 +92,11 @@ class _Pointwise(torch.autograd.Function):
         return _convolve(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[no-untyped-call, untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return convolution_backward(ctx, grad, (0, 0))
         grad = grad.contiguous(memory_format=torch.channels_last)
         back = _convolve(grad, weight.transpose(0, 1)) if for_x else None
         rows, errors = (values.permute(0, 2, 3, 1).flatten(0, 2) for values in (x, grad))

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from detection.devices import has_avx512
+from detection.devices import has_avx512, may_be_quick
+from detection.models.fast.twice import convolution_backward
 
 POINTS = np.array([0, 3 / 4, -3 / 4, 3 / 2, -3 / 2])  # and infinity
 SINGLE_CELLS: Any = ([0, 0], [1, 1], [1, 1])  # a 1x1 convolution's padding, stride and dilation
@@ -55,9 +55,7 @@ def is_filtered(
         stride, padding, dilation, groups: of the convolution.
         is_spread: whether it is at the points already, see `AtPoints`.
     """
-    if torch.compiler.is_compiling():  # a compiler takes the usual kernel, and can't follow tensors made in `out`
-        return False
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    if not may_be_quick(x) or x.ndim != 4:
         return False
     if shape[2:] != (3, 3) or groups != 1 or min(shape[:2]) < FEWEST_CHANNELS:
         return False
@@ -157,10 +155,11 @@ class _Filtering(torch.autograd.Function):
         return filtered(x, AtPoints(weight), bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[no-untyped-call, untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return convolution_backward(ctx, grad, (1, 1))
         back = filtered(grad, AtPoints(weight.flip(2, 3).transpose(0, 1))) if for_x else None
         return back, weight_gradient(x, grad) if for_weight else None, grad.sum((0, 2, 3)) if for_bias else None
 

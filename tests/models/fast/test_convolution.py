@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detection.models.fast import linear, winograd
+from detection.models.fast import depthwise, linear, winograd
 from detection.models.fast.convolution import QuickConv2d, conv2d
 
 ORDERS = torch.channels_last, torch.contiguous_format
@@ -51,19 +52,65 @@ def test_single_cells_with_a_stride_and_few_channels_have_the_right_gradient(
         torch.testing.assert_close(ours.double(), wanted, **rough)
 
 
-@pytest.mark.parametrize(("kernel", "groups"), [(1, 1), (3, 1), (5, 128)])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("order_of_weight", ORDERS)
-def test_the_outputs_lie_in_memory_as_pytorchs(
-    kernel: int, groups: int, order: Any, order_of_weight: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With channels first they may be viewed as rows."""
+WAYS = pytest.mark.parametrize(("kernel", "groups"), [(1, 1), (3, 1), (5, 128)])  # pointwise, filtered, depthwise
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick ways on every processor, however little there is to do."""
     monkeypatch.setattr(linear, "has_avx512", lambda: True)
     monkeypatch.setattr(winograd, "has_avx512", lambda: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for module in (linear, depthwise):
+        monkeypatch.setattr(module, "FEWEST_PRODUCTS", 1)
+
+
+@WAYS
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order_of_weight", ORDERS)
+@pytest.mark.usefixtures("everywhere")
+def test_the_outputs_lie_in_memory_as_pytorchs(kernel: int, groups: int, order: Any, order_of_weight: Any) -> None:
+    """With channels first they may be viewed as rows."""
     x = torch.randn(2, 128, 40, 39).to(memory_format=order)
     weight = torch.randn(128, 128 // groups, kernel, kernel).to(memory_format=order_of_weight).requires_grad_()
     geometry: Any = 1, kernel // 2, 1, groups
     y, usual = conv2d(x, weight, None, *geometry), F.conv2d(x, weight, None, *geometry)
     assert y.stride() == usual.stride()
     torch.testing.assert_close(y, usual, rtol=1e-4, atol=1e-3)
+
+
+@WAYS
+@pytest.mark.usefixtures("everywhere")
+def test_gradients_can_be_differentiated_and_transformed_as_pytorchs(kernel: int, groups: int) -> None:
+    torch.manual_seed(0)
+    layer = QuickConv2d(128, 128, kernel, padding=kernel // 2, groups=groups)
+    x = torch.randn(2, 128, 33, 34).to(memory_format=torch.channels_last).requires_grad_()
+
+    def penalty(convolve: Any) -> list[Tensor]:
+        y = convolve(x)
+        slopes = torch.autograd.grad(y.square().mean(), (x, layer.weight), create_graph=True)
+        return list(torch.autograd.grad(sum(s.square().sum() for s in slopes), (x, layer.weight, layer.bias)))
+
+    def usual(x: Tensor) -> Tensor:
+        return F.conv2d(x, layer.weight, layer.bias, 1, kernel // 2, 1, groups)
+
+    assert "Convolution" not in layer(x).grad_fn.name()
+    for ours, wanted in zip(penalty(layer), penalty(usual), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+    many = torch.randn(3, 2, 128, 33, 34)
+    torch.testing.assert_close(torch.func.vmap(layer)(many), torch.func.vmap(usual)(many), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer(many[0, 0]), usual(many[0, 0]), rtol=1e-4, atol=1e-4)  # one map alone
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_gradients_of_linear_layers_can_be_differentiated_and_transformed() -> None:
+    torch.manual_seed(0)
+    layer, x = linear.OneDNNLinear(60, 50), torch.randn(40, 60, requires_grad=True)
+    assert layer(x).grad_fn.name() == "_LinearBackward"
+    found = []
+    for multiply in (layer, lambda x: F.linear(x, layer.weight, layer.bias)):
+        slope = torch.autograd.grad(multiply(x).pow(3).mean(), x, create_graph=True)[0]
+        found.append(torch.autograd.grad(slope.square().sum(), (x, layer.weight, layer.bias)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    many = torch.randn(3, 40, 60)
+    torch.testing.assert_close(torch.func.vmap(layer)(many), F.linear(many, layer.weight, layer.bias))
