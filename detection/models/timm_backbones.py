@@ -180,8 +180,7 @@ def _find_size(name: str, body: TimmTrunk) -> tuple[tuple[int, ...], list[int]]:
         raise ValueError(f"{name} can't be a backbone: timm's {type(network).__name__} gives no feature maps")
     for body.multiple in (1, 32, network.pretrained_cfg["input_size"][-1]):
         try:
-            for size in (ODD_SIZE, (SIDE, SIDE)):
-                run_blank(body, size)
+            _ = run_blank(body, ODD_SIZE), run_blank(body, (SIDE, SIDE))
             return measure_each(body)
         except ValueError as error:
             reason = error

@@ -323,12 +323,13 @@ def test_the_plain_forms_take_nms_group_by_group_and_an_accelerator_in_one_call(
 
 
 def test_a_measurement_can_choose_each_form() -> None:
-    for left_out in fast.ON_ACCELERATOR:
-        forms = {plain: quick for plain, quick in fast.ON_ACCELERATOR.items() if plain is not left_out}
+    chosen = {plain: quick for plain, quick in fast.ON_ACCELERATOR.items() if plain not in fast.NORMS}  # it folds all
+    for left_out in chosen:
+        forms = {plain: quick for plain, quick in chosen.items() if plain is not left_out}
         model = accelerate(make("Faster R-CNN"), "cuda", forms)
         found = {type(part) for part in model.modules()} | {model.rpn.nms}
         assert left_out in found
-        assert {quick for plain, quick in fast.ON_ACCELERATOR.items() if plain is not left_out} <= found
+        assert set(forms.values()) <= found
 
 
 def test_deterministic_algorithms_choose_the_gathered_pooling() -> None:
