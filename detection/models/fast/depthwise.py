@@ -34,7 +34,7 @@ def is_wide_depthwise(x: Tensor, weight: Tensor, stride: Any, padding: Any, dila
     """
     if not may_be_quick(x) or not weight.requires_grad or not torch.is_grad_enabled():
         return False
-    if weight.dtype != torch.float32 or x.ndim != 4 or not torch.backends.mkldnn.is_available():
+    if weight.dtype != torch.float32 or x.ndim != 4 or not x.numel() or not torch.backends.mkldnn.is_available():
         return False
     if not groups == len(weight) == x.shape[1] > 1 or weight.shape[-1] <= COLUMNS:
         return False
