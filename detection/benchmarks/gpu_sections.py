@@ -30,10 +30,10 @@ from detection.benchmarks.gpu import Row, Section, Setting
 from detection.benchmarks.gpu_pairs import Pair, Precision, compare, draw, halving, in_precision, take_turns
 from detection.benchmarks.gpu_runs import fit, loader, out_of_memory, tests
 from detection.benchmarks.gpu_sizes import Kind
-from detection.benchmarks.speed import Mode
+from detection.benchmarks.speed import Mode, without_each
 from detection.benchmarks.stages import time_stages
 from detection.errors import RunError
-from detection.models.fast import accelerate, forms_for
+from detection.models.fast import accelerate
 from detection.parts import Proposals
 from detection.training.compiling import compile_parts
 
@@ -342,18 +342,13 @@ def stages(setting: Setting) -> Iterator[Row]:
 def forms(setting: Setting) -> Iterator[Row]:
     """A training step in bf16 without each quick form, over that with all; then deltas of one class, and of all."""
     pair = Pair("r50", setting.sizes, setting.device)
-    folded = accelerate(deepcopy(pair.ours), setting.device, {})  # norms that a convolution carries out get no form
-    chosen, parts = forms_for(setting.device), {type(part) for part in folded.modules()} | {pair.ours.rpn.nms}
-    for plain, quick in chosen.items():
-        if plain not in parts:
-            continue
-        others = {part: form for part, form in chosen.items() if part is not plain}
+    for name, others in without_each(pair.ours, setting.device):
         without = accelerate(deepcopy(pair.ours), setting.device, others)
         both = {"ours": pair.quick("train"), "without": without}
         theirs, pair.theirs = pair.theirs, None
         row = compare(pair, "train", setting.half, max(1, setting.sizes.batch // 2), setting.until, both)
         pair.theirs = theirs
-        yield {"form": quick.__name__, "ratio": row["without_ms"] / row["ours_ms"], **row}
+        yield {"form": name, "ratio": row["without_ms"] / row["ours_ms"], **row}
     yield {"form": "deltas of the own class alone", **_deltas(setting)}
 
 

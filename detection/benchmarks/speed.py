@@ -150,20 +150,25 @@ def contenders(
     return {name: torch.inference_mode()(detect) for name, detect in runs.items()}
 
 
+def without_each(ours: TwoStageDetector, device: str) -> list[tuple[str, fast.Forms]]:
+    """The name of each quick form of the device that the detector would have, with the forms of the device but it."""
+    chosen = fast.forms_for(device)
+    folded = fast.accelerate(deepcopy(ours), device, {})  # norms that a convolution carries out get no form
+    parts = {type(part) for part in folded.modules()} | {ours.rpn.nms}
+    names = {plain: quick.__name__ for plain, quick in chosen.items() if plain in parts}
+    return [(name, {part: form for part, form in chosen.items() if part is not plain}) for plain, name in names.items()]
+
+
 def _quick(ours: TwoStageDetector, mode: Mode, device: str) -> TwoStageDetector:
     return ours.for_inference() if mode == "infer" else fast.accelerate(deepcopy(ours), device)
 
 
 def _one_left_out(ours: TwoStageDetector, mode: Mode, device: str) -> dict[str, TwoStageDetector]:
     """Ours with all quick forms of the device but one, by that one's name."""
-    made, chosen = {}, fast.forms_for(device)
-    folded = fast.accelerate(deepcopy(ours), device, {})  # norms that a convolution carries out get no form
-    parts = {type(part) for part in folded.modules()} | {ours.rpn.nms}
-    for plain, quick in chosen.items():
-        if plain in parts:
-            others = {part: form for part, form in chosen.items() if part is not plain}
-            with patch.object(fast, "forms_for", return_value=others):
-                made[quick.__name__] = _quick(ours, mode, device)
+    made = {}
+    for name, others in without_each(ours, device):
+        with patch.object(fast, "forms_for", return_value=others):
+            made[name] = _quick(ours, mode, device)
     if (filters := made.get(QuickConv2d.__name__)) is not None:  # which folded and packed layers do, too
         for place, name, usual in ((folding, "conv2d", F.conv2d), (packing, "is_filtered", lambda *_, **__: False)):
             filters.run = patch.object(place, name, usual)(filters.run)  # type: ignore[method-assign]

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from detection import fasterrcnn_resnet50_fpn
 from detection.models.fast import accelerate, linear
 from detection.models.fast.convolution import QuickConv2d, conv2d
 from detection.models.fast.linear import OneDNNLinear, is_pointwise
 from detection.models.fast.packing import PackedHead, PackedLinear
+from tests.models.fast.calls import Calls
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a PyTorch without oneDNN")
 
@@ -71,19 +71,6 @@ def test_single_cells_and_gradients_are_those_of_float64(order: torch.memory_for
     torch.testing.assert_close(layer.weight.grad, usual, rtol=1e-4, atol=1e-4)
 
 
-class Watch(TorchDispatchMode):
-    """Notes the weights that oneDNN's kernel of products is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights: list[Tensor] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.mkldnn._linear_pointwise.default:
-            self.weights.append(args[1])
-        return func(*args, **kwargs or {})
-
-
 @pytest.mark.parametrize("count", [60, 200])  # of outputs: fewer, and more, than inputs
 @pytest.mark.parametrize("kind", ["one of three tokens", "half of the channels", "every other weight"])
 def test_of_parts_of_larger_tensors_the_kernel_gets_dense_copies(count: int, kind: str) -> None:
@@ -100,9 +87,10 @@ def test_of_parts_of_larger_tensors_the_kernel_gets_dense_copies(count: int, kin
         maps = (torch.randn(2, 2 * size, 9, 11).to(memory_format=torch.channels_last)[:, :size] for size in (91, count))
         (x, share), weight = maps, weight[..., None, None]
         ours, usual = lambda *values: conv2d(*values, 1, 0, 1, 1), F.conv2d
-    with Watch() as watch:
+    with Calls(torch.ops.mkldnn._linear_pointwise.default) as calls:
         found = with_gradients(ours, [x, weight, None], share)
-    assert watch.weights and all(w.is_contiguous() or w.t().is_contiguous() for w in watch.weights)
+    factors = [given[1] for given in calls.arguments]
+    assert factors and all(factor.is_contiguous() or factor.t().is_contiguous() for factor in factors)
     exact = with_gradients(usual, [x.double(), weight.double(), None], share)
     for value, wanted in zip(found, exact, strict=True):
         torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=3e-5)
