@@ -177,8 +177,8 @@ def _one_left_out(ours: TwoStageDetector, mode: Mode, device: str) -> dict[str, 
     if mode == "infer" and device == "cpu":
         with patch.object(fast, "pack"):
             made["packing"] = _quick(ours, mode, device)
-        with patch.object(fast, "ImageByImage", TwoStageDetector):
-            made["ImageByImage"] = _quick(ours, mode, device)
+        with patch.object(fast, "FewAtOnce", TwoStageDetector):
+            made["FewAtOnce"] = _quick(ours, mode, device)
     return {f"without {name}": form for name, form in made.items()}
 
 

@@ -17,7 +17,7 @@ from detection.models.fast.convolution import QuickConv2d
 from detection.models.fast.fast_pooling import GatherPooler
 from detection.models.fast.folding import FoldedConv2d
 from detection.models.fast.linear import OneDNNLinear
-from detection.models.fast.on_cpu import ImageByImage, TrimmedRoIHeads
+from detection.models.fast.on_cpu import FewAtOnce, TrimmedRoIHeads
 from detection.models.fast.packing import PackedConv2d
 from detection.models.fast.sparse_rpn import SparseRPN
 
@@ -90,7 +90,7 @@ def test_few_classes_and_many_boxes_can_be_timed() -> None:
 def test_each_quick_form_is_left_out_once(mode: Mode) -> None:
     rows = measure_forms(mode, "efficientnet_lite0", 64, 2, False, 1, "cpu")
     forms = ["GatherPooler", "SparseRPN", "TrimmedRoIHeads", "QuickConv2d", "OneDNNLinear", "folding"]
-    forms += ["packing", "ImageByImage"] if mode == "infer" else []
+    forms += ["packing", "FewAtOnce"] if mode == "infer" else []
     assert [row["forms"] for row in rows] == ["torchvision", "ours", *(f"without {name}" for name in forms)]
     assert all(row["ms"] > 0 for row in rows)
 
@@ -98,7 +98,7 @@ def test_each_quick_form_is_left_out_once(mode: Mode) -> None:
 @pytest.mark.parametrize("mode", ["train", "infer"])
 def test_a_detector_lacks_the_form_that_is_left_out_and_no_other(mode: Mode) -> None:
     kinds = {"GatherPooler": GatherPooler, "SparseRPN": SparseRPN, "TrimmedRoIHeads": TrimmedRoIHeads}
-    kinds |= {"packing": PackedConv2d, "ImageByImage": ImageByImage} if mode == "infer" else {"folding": FoldedConv2d}
+    kinds |= {"packing": PackedConv2d, "FewAtOnce": FewAtOnce} if mode == "infer" else {"folding": FoldedConv2d}
     kinds |= {"QuickConv2d": QuickConv2d, "OneDNNLinear": OneDNNLinear} if mode == "train" else {}
     made = _one_left_out(build("efficientnet_lite0", 64, 3)[1], mode, "cpu")
     for left_out, kind in kinds.items():

@@ -24,7 +24,7 @@ from detection.models.fast.convolution import QuickConv2d
 from detection.models.fast.fast_pooling import CanvasPooler, GatherPool, GatherPooler
 from detection.models.fast.folding import OnePassNorm, OnePassNormAct, fold_for_good, fold_frozen_norms
 from detection.models.fast.linear import OneDNNLinear
-from detection.models.fast.on_cpu import ImageByImage, TrimmedCascade, TrimmedKeypoints, TrimmedRoIHeads
+from detection.models.fast.on_cpu import FewAtOnce, TrimmedCascade, TrimmedKeypoints, TrimmedRoIHeads
 from detection.models.fast.packing import pack
 from detection.models.fast.sparse_rpn import SparseRPN
 from detection.models.norms import freeze_norms
@@ -94,7 +94,7 @@ def for_inference(detector: TwoStageDetector, device: torch.device | str | None 
     """A copy in evaluation mode that can no longer be trained: faster, with the same detections.
 
     The backbone's normalisation is folded into its convolutions. On a CPU, the first call in each precision casts the
-    weights and orders them for the kernels, and a batch is detected image by image.
+    weights and orders them for the kernels, and large images of a batch are detected in one after the other.
     """
     copied = deepcopy(detector).eval().requires_grad_(False)
     if device is not None:
@@ -106,7 +106,7 @@ def for_inference(detector: TwoStageDetector, device: torch.device | str | None 
     if device.type != "cpu":
         return copied
     pack(copied)
-    return _as(copied, ImageByImage) if type(copied) is TwoStageDetector else copied
+    return _as(copied, FewAtOnce) if type(copied) is TwoStageDetector else copied
 
 
 def _as(part: Any, kind: Any) -> Any:

@@ -262,10 +262,10 @@ def assert_same_detections(wanted: Any, found: Any) -> None:
             torch.testing.assert_close(b["keypoints"], a["keypoints"], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("small", [on_cpu.SMALL, 0], ids=["in a batch", "one by one"])
+@pytest.mark.parametrize("most", [on_cpu.MOST_BYTES, 0], ids=["in a batch", "one by one"])
 @pytest.mark.parametrize("name", DETECTORS)
-def test_detections_are_those_of_the_plain_detector(name: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_cpu, "SMALL", small)
+def test_detections_are_those_of_the_plain_detector(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_cpu, "MOST_BYTES", most)
     model, batch = make(name).eval(), make_batch(0)
     types = [type(m) for m in model.modules()]
     with torch.no_grad():
@@ -302,17 +302,26 @@ def test_a_part_that_several_hold_stays_one() -> None:
     assert len({id(stage.box_roi_pool) for stage in heads.stages}) == 1
 
 
-def test_large_images_go_one_by_one_on_a_cpu_and_not_where_losses_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    ready, sizes = make("Faster R-CNN").for_inference(), list[int]()
-    ready.backbone.register_forward_hook(lambda _, images, maps: sizes.append(len(images[0])))
-    batch = make_batch(0)
-    monkeypatch.setattr(on_cpu, "SMALL", 4 * batch.images[0, 0].numel())
+def test_few_large_images_go_at_once_on_a_cpu_and_all_where_losses_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready, two = make("Faster R-CNN").for_inference(), make_batch(0)
+    order = [0, 1, 0]
+    batch = two._map(lambda tensor: tensor[order])
     with torch.no_grad():
-        ready(batch)
+        alone = [ready(image)[0] for image in two.split()]
+    sizes: list[int] = []
+    ready.backbone.register_forward_hook(lambda _, images, maps: sizes.append(len(images[0])))
+    image_bytes = 4 * two.images[0, 0].numel()
+    with torch.no_grad():
+        for most_bytes in (image_bytes - 1, 2 * image_bytes, 3 * image_bytes):
+            monkeypatch.setattr(on_cpu, "MOST_BYTES", most_bytes)
+            assert_same_detections([alone[i] for i in order], ready(batch))
+        assert sizes == [1, 1, 1, 2, 1, 3]
+        sizes.clear()
+        monkeypatch.setattr(on_cpu, "MOST_BYTES", 2 * image_bytes)
         ready.run(batch, with_losses=True, with_detections=True)
         with torch.autocast("cpu", torch.bfloat16):  # in which they are half as large
             ready(batch)
-    assert sizes == [1, 1, 2, 2]
+    assert sizes == [3, 3]
 
 
 def test_regions_that_are_padding_are_left_out_on_a_cpu() -> None:
