@@ -6,6 +6,7 @@ what it shrinks; torchvision and MMDetection take two neighbours of each pixel, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import cv2
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Resizing = Literal["torchvision", "detectron2", "mmdetection"]
+ONE = 2048  # a weight of 1 in OpenCV's fixed point
 
 
 def resized_size(
@@ -87,3 +89,33 @@ def averaged(levels: Tensor, size: tuple[int, int]) -> Tensor:
         levels = F.interpolate(levels, sides, mode="bilinear", align_corners=False, antialias=True)
         levels = (levels + 0.5).floor()  # halves up, as Pillow
     return levels
+
+
+def resize_as_opencv(
+    images: Tensor, old: Tensor, new: tuple[int, int], divide: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """uint8 `(B, 3, H, W)` as `(B, 3, *new)` int32: bilinear in the fixed point of `cv2.resize`, as data is loaded.
+
+    Args:
+        images: of one size.
+        old: that size, two float64.
+        new: height and width.
+        divide: whole numbers, none below 0, by another, rounded down; a graph has an operator of its own for it.
+    """
+    left, right, a0, a1 = _taps(old[1], images.shape[3], new[1])
+    alone = left == right  # beyond the edge, where OpenCV rounds once along rows, but twice along columns
+    a0, a1 = torch.where(alone, ONE, a0), torch.where(alone, 0, a1)
+    pixels = images.int()
+    across = divide(pixels.index_select(3, left) * a0 + pixels.index_select(3, right) * a1, 16)
+    upper, lower, b0, b1 = _taps(old[0], images.shape[2], new[0])
+    parts = [divide(across.index_select(2, i) * b[:, None], 65536) for i, b in ((upper, b0), (lower, b1))]
+    return divide(parts[0] + parts[1] + 2, 4)
+
+
+def _taps(old: Tensor, size: int, new: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each of `new` pixels along a side the two of the old ones it is made of, and their weights in 2048ths."""
+    place = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
+    first = place.floor()
+    share = place - first
+    left, right = ((first.long() + i).clamp(0, size - 1) for i in (0, 1))
+    return left, right, ((1 - share) * ONE).round().int(), (share * ONE).round().int()

@@ -32,7 +32,7 @@ from detection.data.images import read_image
 from detection.imbalance import EqualizationLoss
 from detection.inference.exported import kept_facts
 from detection.interop import openvino
-from detection.interop.export import ExportableDetector, _clamp, _resize_as_opencv
+from detection.interop.export import ExportableDetector, _clamp
 from detection.interop.exported_files import (
     onnx_runner,
     read_torch_facts,
@@ -49,6 +49,7 @@ from detection.interop.openvino import (
 )
 from detection.interop.parity import compare, compare_accuracy
 from detection.interop.tensorrt import objections, to_tensorrt
+from detection.resizing import resize_as_opencv
 from detection.weights import read_saved
 from tests.runs import rehearsed, scene_flags
 
@@ -124,7 +125,7 @@ def test_pixels_in_the_graph_are_those_that_are_loaded(seed):
     loaded = np.zeros((3, *new), np.uint8)
     resize_into(image, loaded)
     planes, old = torch.from_numpy(image.transpose(2, 0, 1).copy())[None], torch.tensor(size, dtype=torch.float64)
-    resized = _resize_as_opencv(planes, old, tuple(new.tolist()), ExportableDetector.divide)
+    resized = resize_as_opencv(planes, old, tuple(new.tolist()), ExportableDetector.divide)
     assert (resized[0].numpy() == loaded).all()
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torchvision.models import detection as reference
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -37,6 +39,7 @@ Step = Callable[[], Any]
 Row = dict[str, Any]
 
 WARM_UP = 2  # steps that are thrown away: kernels are chosen in them, and memory is asked for
+HEAVY = ("convolution", "convolution_backward", "addmm", "mm", "bmm")  # what `Recorder` notes down
 MASK_SIDE = 112  # cells of a stored mask, as the data pipeline makes them
 # Standard deviations of what the last layers give, as of trained networks: else no region scores, or all do.
 SPREAD = {"cls_logits": 2.0, "cls_score": 0.7, "bbox_pred": 0.2, "mask_fcn_logits": 1.5}
@@ -321,3 +324,52 @@ def peak_memory(device: str) -> Iterator[list[float]]:
     yield found
     if on_gpu:
         found[0] = (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+class Recorder(TorchDispatchMode):
+    """Notes down the convolutions and the products of matrices, forward and backward, with the shapes they have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in HEAVY:
+            self.calls.append((func, *tree_map(_described, (args, kwargs or {}))))
+        return func(*args, **(kwargs or {}))
+
+    def replay(self) -> Callable[[], None]:
+        """The same operations on other numbers; tensors of the same shape and layout are one."""
+        made: dict[Any, Tensor] = {}
+
+        def tensor(value: Any) -> Any:
+            if not isinstance(value, _Described):
+                return value
+            if value not in made:
+                shape, strides, dtype, device = value
+                last = sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
+                numbers = torch.randn(max(0, last) + 1, dtype=dtype, device=device)
+                made[value] = numbers.as_strided(shape, strides)  # a gradient of a sum is one number, expanded
+            return made[value]
+
+        calls = [
+            (func, *tree_map(tensor, both, is_leaf=lambda v: isinstance(v, _Described))) for func, *both in self.calls
+        ]
+
+        def run() -> None:
+            for func, args, kwargs in calls:
+                func(*args, **kwargs)
+
+        return run
+
+
+class _Described(tuple[Any, ...]):
+    """Shape, strides, type and device of a tensor."""
+
+    __slots__ = ()
+
+
+def _described(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return _Described((tuple(value.shape), value.stride(), value.dtype, value.device))

@@ -21,13 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 import detection
 from detection.batch import pad_objects
 from detection.benchmarks.gpu import Row, Section, Setting
-from detection.benchmarks.gpu_pairs import Pair, Precision, compare, draw, halving, in_precision, take_turns
+from detection.benchmarks.gpu_pairs import Pair, Precision, Recorder, compare, draw, halving, in_precision, take_turns
 from detection.benchmarks.gpu_runs import fit, loader, out_of_memory, tests
 from detection.benchmarks.gpu_sizes import Kind
 from detection.benchmarks.speed import Mode, without_each
@@ -51,7 +49,6 @@ ALLOWED = {"losses": 1e-5, "scores": 1e-5, "boxes": 1e-3, "masks": 1e-4}
 # In bf16 each loss may differ from torchvision's in float32 by this, or by so many times what torchvision's own does.
 LEAST_IN_HALF, TIMES_IN_HALF = 0.01, 3
 WAITS = ("nms_apart", "grouped_nms", "nms_per_class")  # functions in which the host may wait for the device
-HEAVY = ("convolution", "convolution_backward", "addmm", "mm", "bmm")
 
 
 def machine(setting: Setting) -> Iterator[Row]:
@@ -261,55 +258,6 @@ def family(setting: Setting) -> Iterator[Row]:
         for i, (precision, mode, count) in enumerate(plan):
             rest = (len(kinds) - number) * len(plan) - i
             yield compare(pair, mode, precision, count, time.monotonic() + setting.left / rest)
-
-
-class Recorder(TorchDispatchMode):
-    """Notes down the convolutions and the products of matrices, forward and backward, with the shapes they have."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in HEAVY:
-            self.calls.append((func, *tree_map(_described, (args, kwargs or {}))))
-        return func(*args, **(kwargs or {}))
-
-    def replay(self) -> Callable[[], None]:
-        """The same operations on other numbers; tensors of the same shape and layout are one."""
-        made: dict[Any, Tensor] = {}
-
-        def tensor(value: Any) -> Any:
-            if not isinstance(value, _Described):
-                return value
-            if value not in made:
-                shape, strides, dtype, device = value
-                last = sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
-                numbers = torch.randn(max(0, last) + 1, dtype=dtype, device=device)
-                made[value] = numbers.as_strided(shape, strides)  # a gradient of a sum is one number, expanded
-            return made[value]
-
-        calls = [
-            (func, *tree_map(tensor, both, is_leaf=lambda v: isinstance(v, _Described))) for func, *both in self.calls
-        ]
-
-        def run() -> None:
-            for func, args, kwargs in calls:
-                func(*args, **kwargs)
-
-        return run
-
-
-class _Described(tuple[Any, ...]):
-    """Shape, strides, type and device of a tensor."""
-
-    __slots__ = ()
-
-
-def _described(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return _Described((tuple(value.shape), value.stride(), value.dtype, value.device))
 
 
 def limit(setting: Setting) -> Iterator[Row]:

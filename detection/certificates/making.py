@@ -18,17 +18,9 @@ from detection.batch import Batch
 from detection.batch import Target as Labelled
 from detection.certificates.certificate import CertificateError, Measured
 from detection.certificates.differences import Row, compare
+from detection.certificates.other_sides import detectron2_side, mmdetection_side
 from detection.certificates.seen import Picture, fit_labels
-from detection.certificates.sides import (
-    AbsentError,
-    Side,
-    Traced,
-    detectron2_side,
-    mmdetection_side,
-    onnx_side,
-    own_side,
-    torchvision_side,
-)
+from detection.certificates.sides import AbsentError, Side, Traced, onnx_side, own_side, torchvision_side
 from detection.data.spectral import PixelFormat, Pixels
 from detection.interop import detectron2, mmdetection, rows
 from detection.interop.exported_files import Run

@@ -14,7 +14,7 @@ Shape shorthand:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
@@ -34,11 +34,10 @@ from detection.models.roi_heads import RoIHeads
 from detection.models.rpn import RegionProposalNetwork
 from detection.models.two_stage import FasterRCNN
 from detection.parts import FeatureMaps
-from detection.resizing import averaged
+from detection.resizing import averaged, resize_as_opencv
 
 OUTPUTS = ("boxes", "labels", "scores", "counts")
 HEATMAPS = ("heatmaps", "regions")  # of key points
-ONE = 2048  # a weight of 1 in OpenCV's fixed point
 
 
 class ExportError(ValueError):
@@ -160,7 +159,7 @@ class ExportableDetector(nn.Module):
             levels = averaged(images.float(), (height, width))
             resized = levels / (255 if images.dtype == torch.uint8 else 65535)
         elif images.dtype == torch.uint8:
-            resized = _resize_as_opencv(images, old, (height, width), self.divide).float() / 255
+            resized = resize_as_opencv(images, old, (height, width), self.divide).float() / 255
         else:
             levels = F.interpolate(images.float(), (height, width), mode="bilinear", align_corners=False)
             resized = levels.round() / 65535  # to whole levels, as OpenCV gives them
@@ -176,36 +175,6 @@ def _counted(number: Tensor, *most: Any) -> Any:
     for limit in most:
         torch._check(counted <= limit)
     return counted
-
-
-def _resize_as_opencv(
-    images: Tensor, old: Tensor, new: tuple[int, int], divide: Callable[[Tensor, int], Tensor]
-) -> Tensor:
-    """uint8 `(B, 3, H, W)` as `(B, 3, *new)` int32: bilinear in the fixed point of `cv2.resize`, as data is loaded.
-
-    Args:
-        images: of one size.
-        old: that size, two float64.
-        new: height and width.
-        divide: see `ExportableDetector.divide`.
-    """
-    left, right, a0, a1 = _taps(old[1], images.shape[3], new[1])
-    alone = left == right  # beyond the edge, where OpenCV rounds once along rows, but twice along columns
-    a0, a1 = torch.where(alone, ONE, a0), torch.where(alone, 0, a1)
-    pixels = images.int()
-    across = divide(pixels.index_select(3, left) * a0 + pixels.index_select(3, right) * a1, 16)
-    upper, lower, b0, b1 = _taps(old[0], images.shape[2], new[0])
-    parts = [divide(across.index_select(2, i) * b[:, None], 65536) for i, b in ((upper, b0), (lower, b1))]
-    return divide(parts[0] + parts[1] + 2, 4)
-
-
-def _taps(old: Tensor, size: int, new: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each of `new` pixels along a side the two of the old ones it is made of, and their weights in 2048ths."""
-    place = ((torch.arange(new, dtype=torch.float64) + 0.5) * (old / new) - 0.5).float()
-    first = place.floor()
-    share = place - first
-    left, right = ((first.long() + i).clamp(0, size - 1) for i in (0, 1))
-    return left, right, ((1 - share) * ONE).round().int(), (share * ONE).round().int()
 
 
 def _lay_anchors(

@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 from detection.benchmarks import gpu
 from detection.benchmarks.gpu import Row, Setting, failures, measure
 from detection.benchmarks.gpu_page import NOTHING, page
-from detection.benchmarks.gpu_sections import Recorder, parity, places_of_waiting
+from detection.benchmarks.gpu_pairs import Recorder
+from detection.benchmarks.gpu_sections import parity, places_of_waiting
 from detection.benchmarks.gpu_sizes import REHEARSAL
 from detection.boxes import BoxCoder
 from detection.errors import RunError
