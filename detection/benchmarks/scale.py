@@ -3,7 +3,9 @@
 Records are drawn, so no data set is needed: objects an image and classes as COCO or Objects365 has them, the pictures
 links to a few small JPEGs. Each size is measured in a process of its own; the line through the two largest sizes says
 what a data set of the full size would cost. It is a forecast: where the line bends, e.g. as memory runs out, it is
-wrong, and the table says of each quantity how straight its line is.
+wrong, and the table says of each quantity how straight its line is. Small sizes hide a slope under what any size takes:
+the tables of precision of 365 classes are 67 MiB, so that of Objects365's shape the memory of validation's figures
+grows from 50,000 images on.
 """
 
 from __future__ import annotations
