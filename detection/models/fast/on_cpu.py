@@ -71,7 +71,7 @@ class FewAtOnce(TwoStageDetector):
 
     The maps of large images don't stay in the cache, and a batch of them only takes memory: eight of 800 x 1333 pixels
     at once take 3.4 times as much, and 0.94 of the time with R50-FPN, 1.2 with an EfficientNet-Lite0. Small ones do
-    save time together, up to 11 % at 320 pixels and 15 % in bfloat16. Four of those are enough for it, and the C
+    save time together, 5 to 12 % at 320 pixels and 12 to 15 % in bfloat16. Four of those are enough for it, and the C
     library, which left to itself gives pieces of 32 MiB and more back to the kernel, keeps their maps for the next.
     """
 

@@ -61,7 +61,8 @@ def is_filtered(
         return False
     if any(value not in (1, (1, 1)) for value in (stride, padding, dilation)):
         return False
-    tiles = len(x) * -(-x.shape[-2] // SIDE) * -(-x.shape[-1] // SIDE)
+    # In detection the images of a batch don't count, so that each rounds in it as it does alone.
+    tiles = (1 if is_spread else len(x)) * -(-x.shape[-2] // SIDE) * -(-x.shape[-1] // SIDE)
     fewest = FEWEST_TILES_AVX512 if has_avx512() else FEWEST_TILES
     return tiles >= (FEWEST_TILES_SPREAD if is_spread else fewest)
 

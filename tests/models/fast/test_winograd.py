@@ -225,3 +225,14 @@ def test_with_avx512_it_takes_more_tiles_before_a_fresh_weight_is_worth_it(monke
         monkeypatch.setattr(winograd, "has_avx512", lambda is_there=is_there: is_there)
         assert is_filtered(x, WIDE, *GEOMETRY) is not is_there
         assert is_filtered(x, WIDE, *GEOMETRY, is_spread=True) and is_filtered(x.expand(3, -1, -1, -1), WIDE, *GEOMETRY)
+
+
+def test_whether_an_image_is_filtered_in_detection_does_not_depend_on_its_batch() -> None:
+    """It would round differently in a batch than alone."""
+    shape, rest = torch.Size((96, 96, 3, 3)), (1, 1, 1, 1)
+    for side, alone in ((4 * winograd.SIDE, False), (8 * winograd.SIDE, True)):
+        for images in (1, 2, 64):
+            x = torch.zeros(images, 96, side, side)
+            assert is_filtered(x, shape, *rest, is_spread=True) is alone
+    many = torch.zeros(64, 96, 4 * winograd.SIDE, 4 * winograd.SIDE)
+    assert is_filtered(many, shape, *rest)  # in training a batch's tiles count together
