@@ -106,6 +106,7 @@ def read_file(
         reader.report("categories", problem, "key points are not read; train on classes of one kind", "note")
     grouped = Annotations(content.pop("annotations"), labels, reader.report)
     known: dict[Id, str] = {}
+    reader.torn = _ids_of_several_files(content["images"])
     for position, image in enumerate(content["images"]):
         record = reader.image(position, image, grouped, labels, known)
         if record is not None:
@@ -114,6 +115,7 @@ def read_file(
         fix = "its annotations are left out; correct image_id or add the image"
         problem = f"{grouped.count(key)} annotations name an image that is not listed"
         reader.report(f"image {key}", problem, fix)
+    index.records = reader.without_doubtful(index.records, known)
     reader.look_at("images", [record.image_id for record in index.records])
     reader.look_at("categories", index.category_ids)
     reader.say_spellings()
@@ -128,6 +130,7 @@ class _Reader:
         self.defects = tree.remarks(labelled=tree.unread)
         self.spelt: list[tuple[str, str]] = []  # names of pictures that are not those of their files
         self.ids = Counter[Id]()
+        self.torn = set[Id]()  # ids of images that name several files
         self.skeleton: Skeleton | None = None
 
     def report(self, record: str, problem: str, fix: str, severity: Any = "repairable") -> None:
@@ -191,12 +194,18 @@ class _Reader:
         item = item if isinstance(item, dict) else {}
         key, name = key_of(item.get("id")), image_name(item)
         where = f"image at {position}" if key is None else f"image {key}"
-        if key is not None and name is not None and known.get(key) == name:
+        usable = key not in self.torn
+        if key is not None and not usable:
+            problem = f"the id is used for several files, here for {str(name)[:80]!r}"
+            fix = f"the image is left out, as are the id's {annotations.count(key)} annotations; number the images anew"
+            self.report(where, problem, fix, "broken")
+            if key in known:
+                return None
+        elif key is not None and name is not None and known.get(key) == name:
             self.report(where, f"'{name}' is listed twice", "it is read once; delete the copy")
             return None
-        if key is None or key in known:
-            problem = no_id(item) if key is None else f"the id is used twice, now for {str(name)[:80]!r}"
-            self.report(where, problem, "this image is left out; give it an id of its own", "broken")
+        if key is None:
+            self.report(where, no_id(item), "this image is left out; give it an id of its own", "broken")
             return None
         known[key] = str(name)
         if not _is_name(item):
@@ -205,7 +214,6 @@ class _Reader:
         name, path = self.picture(str(name), where)
         width, height = integer_of(item.get("width")), integer_of(item.get("height"))
         stated = (height, width) if width and height and width > 0 and height > 0 else None
-        usable = True
         try:
             height, width = checked_size(path, stated, self.file, where, self.defects)
         except DataError as error:
@@ -236,6 +244,28 @@ class _Reader:
         inside = "/".join(filter(None, (self.pictures.base, written.replace("\\", "/"))))
         path = self.tree.locate(inside, f"{self.file}: {where}")
         return path.relative_to(self.tree.root).as_posix(), path
+
+    def without_doubtful(self, records: list[Record], known: dict[Id, str]) -> list[Record]:
+        """The records without those of one file where another one may be meant: nobody knows whose the objects are.
+
+        Args:
+            records: all of the file.
+            known: the name of each image's file as it is written, by the image's key.
+        """
+        counts = Counter(record.file_name for record in records)
+        listed: dict[str, list[Record]] = {}
+        for record in records:
+            if counts[record.file_name] > 1:
+                listed.setdefault(record.file_name, []).append(record)
+        doubtful = set[str]()
+        for file, own in listed.items():
+            names = [known[key] for record in own if (key := key_of(record.image_id)) is not None]
+            if (other := self.pictures.other_than(file, names)) is not None:
+                doubtful.add(file)
+                problem = f"{len(own)} images, the first of them {own[0].image_id}, are found in '{file}'"
+                fix = "they are left out; write the folder into file_name, or name it (data.train_images)"
+                self.report("images", f"{problem}, but one may be '{other}'", fix, "broken")
+        return [record for record in records if record.file_name not in doubtful]
 
     def say_spellings(self) -> None:
         """Say where the names of pictures left a choice, and note that some were found under other names."""
@@ -356,6 +386,12 @@ def load_file(
     if not content["categories"]:
         raise DataError(f"{path}: 'categories' is empty; pass a COCO instances file, which names its classes")
     return content
+
+
+def _ids_of_several_files(images: list[Any]) -> set[Id]:
+    names: dict[Id, Any] = {}
+    keyed = ((key_of(item.get("id")), image_name(item)) for item in images if isinstance(item, dict))
+    return {key for key, name in keyed if key is not None and names.setdefault(key, name) != name}
 
 
 def _is_name(item: dict[str, Any]) -> bool:

@@ -11,11 +11,14 @@ import mmap
 import os
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
+from detection.data.checks import nearest
 from detection.data.federated import image_name
 from detection.data.headers import EXTENSIONS
-from detection.data.tree import PICTURES, Tree, base_of, loose, role_of, role_of_path, suffix
+from detection.data.records import DataError
+from detection.data.tree import PICTURES, Tree, base_of, cleaned, loose, role_of, role_of_path, suffix
 
 HEAD = 1 << 20  # bytes in which the first names of pictures are looked for
 SIDE_TASKS = ("keypoint", "caption", "stuff", "panoptic", "image_info", "person")  # beside the instances of a set
@@ -41,7 +44,7 @@ def _is_instances(tree: Tree, name: str, keys: Sequence[bytes]) -> bool:
         start = content[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
         if not start.startswith(b"{") or content.find(b'"images"') < 0:
             return False
-        if content.find(b'"segments_info"') >= 0 or content.find(b'"caption"') >= 0:
+        if content.find(b'"segments_info"') >= 0 or (content.find(b'"caption"') >= 0 and content.find(b'"bbox"') < 0):
             return False
         whole = all(content.find(key) >= 0 for key in keys)
     return whole or _is_cut_off(path)  # whoever reads that one will say so
@@ -110,6 +113,9 @@ class PictureFinder:
         self.tree, self.role = tree, role_of_file(file)
         self._kinds = sorted({suffix(name) for name in tree.pictures})
         said = tree.folder(images) if images.strip("/. ") else None
+        if said is None and images.strip("/. "):
+            raise DataError(f"{tree.root}: there is no folder '{images}'{nearest(images, tree.folders())}")
+        self._is_said = said is not None
         folders = self._folders(file)
         found = [said] if said is not None else tree.best_bases(names, folders)
         if not found:
@@ -136,10 +142,12 @@ class PictureFinder:
 
     def _order(self, folder: str, file: str) -> tuple[bool, ...]:
         """Less for a folder that says more clearly that it is that of the annotation file."""
+        own = base_of(file)
+        elsewhere = bool(own) and not f"{folder}/".startswith(f"{own}/")  # in another data set below the root
         last, stem = loose(os.path.basename(folder)), loose(PurePosixPath(file).stem)
         named = bool(last) and last in (stem, stem.removeprefix("instances_"))
         fits = self.role is not None and role_of_path(f"{folder}/x") == self.role
-        return not named, not fits, folder != os.path.dirname(file), last not in PICTURES
+        return elsewhere, not named, not fits, folder != os.path.dirname(file), last not in PICTURES
 
     def find(self, name: str) -> str | None:
         """The picture of a `file_name`; one of another extension, or of any, where there is just one of its stem."""
@@ -153,11 +161,30 @@ class PictureFinder:
             found = others.pop() if len(others) == 1 else None
         return found
 
+    def other_than(self, found: str, names: Sequence[str]) -> str | None:
+        """Another picture that one of these written names may as well mean; None where the folder was said."""
+        if self._is_said:
+            return None
+        for name in names:
+            for other in self._of_own_role(self.tree.by_name(name)):
+                if other != found and _depth(name, other) >= _depth(name, found):
+                    return other
+        return None
+
+    def _of_own_role(self, pictures: Sequence[str]) -> Sequence[str]:
+        return [f for f in pictures if role_of_path(f) in (None, self.role)] if self.role else pictures
+
     def _of_other_kinds(self, name: str) -> list[str]:
         stem = name[: -len(suffix(name))] if suffix(name) in EXTENSIONS else name
         return [stem + kind for kind in self._kinds]
 
     def _anywhere(self, name: str) -> str | None:
         found = self.tree.by_name(name)
-        fitting = [f for f in found if role_of_path(f) in (None, self.role)] or found if self.role else found
+        fitting = self._of_own_role(found) or found
         return fitting[0] if len(fitting) == 1 else None
+
+
+def _depth(written: str, picture: str) -> int:
+    """How many of a written path's last parts are a picture's, too."""
+    pairs = zip(reversed(cleaned(written)), reversed(picture.split("/")), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: loose(pair[0]) == loose(pair[1]), pairs))

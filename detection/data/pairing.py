@@ -6,6 +6,7 @@ the labels of another picture that happens to have its name.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -73,15 +74,35 @@ def _pair_by(
     for name in sorted(labels, key=_preference):
         if name not in pairs.pictures and name not in pairs.spare:
             wanted.setdefault(of_label(name), []).append(name)
-    for key, (label, *others) in wanted.items():
+    for key, names in wanted.items():
         found = sorted(free.get(key, ()), key=_rank)
-        if not found or (unique and (len(found) > 1 or others or _roles_differ(found[0], label))):
+        if not found or (unique and (len(found) > 1 or len(names) > 1 or _roles_differ(found[0], names[0]))):
             continue
-        pairs.pictures[label] = found
-        pairs.spare |= dict.fromkeys(others, label)
-        pairs.label |= dict.fromkeys(found, label)
+        chosen = _nearest(found, names)
+        pairs.pictures |= chosen
+        pairs.spare |= dict.fromkeys([name for name in names if name not in chosen], next(iter(chosen)))
+        pairs.label |= {picture: label for label, own in chosen.items() for picture in own}
         if how:
-            pairs.loosely |= dict.fromkeys(found, how)
+            pairs.loosely |= dict.fromkeys([picture for own in chosen.values() for picture in own], how)
+
+
+def _nearest(pictures: Sequence[str], labels: Sequence[str]) -> dict[str, list[str]]:
+    """The pictures of each label file among those that a rule can't tell apart: those with most folders in common."""
+    if len({PurePosixPath(name).parent for name in pictures}) == 1:
+        return {labels[0]: list(pictures)}
+    chosen: dict[str, list[str]] = {}
+    for picture in pictures:
+        label = max(labels, key=lambda name: _in_common(picture, name))  # the first of equals
+        chosen.setdefault(label, []).append(picture)
+    for label, own in chosen.items():
+        most = max(_in_common(picture, label) for picture in own)
+        chosen[label] = [picture for picture in own if _in_common(picture, label) == most]
+    return chosen
+
+
+def _in_common(picture: str, label: str) -> int:
+    first, second = (Counter(map(loose, PurePosixPath(name).parts[:-1])) for name in (picture, label))
+    return (first & second).total()
 
 
 def _folders(name: str) -> Key:

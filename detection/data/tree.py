@@ -109,7 +109,7 @@ class Tree(Folder):
         return [name for name in self.files if suffix(name) in UNREAD]
 
     def remarks(self, labelled: Container[str] = ()) -> list[Defect]:
-        """Notes on pictures that nobody reads: in hidden folders, and of kinds that are not read.
+        """Notes on pictures that nobody reads: in hidden folders, behind links that lead out, of unread kinds.
 
         Args:
             labelled: pictures that are reported one by one, as they have labels.
@@ -118,6 +118,8 @@ class Tree(Folder):
             Defect(name, "folder", "it holds pictures", "hidden folders are not read; move them", "note")
             for name in self.hidden
         ]
+        fix = "what is behind it is not read; copy or move it"
+        notes += [Defect(name, "link", "it leads out of the root", fix, "note") for name in self.outside]
         kinds: dict[str, list[str]] = {}
         for name in self.unread:
             if name not in labelled:
@@ -136,6 +138,10 @@ class Tree(Folder):
 
     def is_folder(self, name: str) -> bool:
         return name in self._folders
+
+    def folders(self) -> list[str]:
+        """Every folder below the root that has files in or below it."""
+        return sorted(self._folders - {""})
 
     def below(self, folder: str) -> list[str]:
         """The files below a folder, those in sub-folders included."""

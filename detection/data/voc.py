@@ -139,7 +139,7 @@ class _Reader:
             return None
         name = self._image_of(file, tree)
         if name is None:
-            fix = f"it and its {len(tree.findall('object'))} objects are left out; restore the image or delete the XML"
+            fix = f"it and its {len(_objects_of(tree))} objects are left out; restore the image or delete the XML"
             self.report(file, "file", "its image is missing", fix, "broken")
             return None
         self._remarks(file, tree)
@@ -180,7 +180,7 @@ class _Reader:
             self.report(file, "folder", "<folder> is empty", "it is not used", "note")
         if tree.find("size/depth") is not None and not (tree.findtext("size/depth") or "").strip():
             self.report(file, "size", "<depth> is empty", "it is not used: images are read as RGB", "note")
-        if bare := sum(item.find("difficult") is None for item in tree.findall("object")):
+        if bare := sum(item.find("difficult") is None for item in _objects_of(tree)):
             self.report(file, "objects", f"{bare} have no <difficult>", "they count as not difficult", "note")
 
     def _with_size(self, file: str, name: str, tree: Element) -> _Parsed | None:
@@ -195,7 +195,7 @@ class _Reader:
             self.report(name, "image", problem, "the image is left out; restore the file", "broken")
             return None
         objects = []
-        for position, item in enumerate(tree.findall("object")):
+        for position, item in enumerate(_objects_of(tree)):
             label = (item.findtext("name") or "").strip()
             if label:
                 objects.append((label, item))
@@ -212,7 +212,7 @@ class _Reader:
                     tree = read_xml(self.tree.root / file)
                 except DataError:
                     continue  # parse() reports the file where it is part of the split
-                names |= {(item.findtext("name") or "").strip() for item in tree.findall("object")}
+                names |= {(item.findtext("name") or "").strip() for item in _objects_of(tree)}
         return names - {""}
 
     def record(self, position: int, parsed: _Parsed, classes: tuple[str, ...]) -> Record:
@@ -273,6 +273,11 @@ class _Reader:
             objects.report(what, problem, "the object has no mask; number the instances in the XML's order")
             return None
         return segment
+
+
+def _objects_of(tree: Element) -> list[Element]:
+    """The objects, also where a tool has put them into an element of their own."""
+    return list(tree.iter("object"))
 
 
 def _float(text: str | None) -> float | None:

@@ -144,7 +144,7 @@ class VocLayout:
         """The list files of this data set, from the most official folder that has some."""
         ranked: dict[int, list[str]] = {}
         for name in self.tree.below(self.base):
-            if (rank := list_rank(name, self.base)) is not None:
+            if (rank := list_rank(name, self.base)) is not None and (rank < LISTS[""] or self._names_any(name)):
                 ranked.setdefault(rank, []).append(name)
         files = {PurePosixPath(name).stem: name for name in ranked[min(ranked)]} if ranked else {}
         lists: dict[str, list[str]] = {}
@@ -162,6 +162,11 @@ class VocLayout:
             else:
                 lists[plain] = list(dict.fromkeys((*lists[plain], *lines)))
         return lists, places
+
+    def _names_any(self, file: str) -> bool:
+        """Whether a line of a text file, which may be notes, names a picture or an XML file."""
+        table, lines = self._names(), (self.tree.root / file).read_text("utf-8-sig", errors="replace").splitlines()
+        return any(_look_up(FLAG.sub("", line).strip(), table) for line in lines if line.strip())
 
     def lines(self, file: str) -> list[str]:
         """The lines of a list file."""

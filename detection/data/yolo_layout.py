@@ -128,10 +128,13 @@ class YoloLayout:
         if file is None:
             return None
         self.source = file
-        names = _stripped(_text(self.tree, file, "write one class name a line"))
+        names = [line.strip() for line in _text(self.tree, file, "write one class name a line").rstrip().splitlines()]
         if not names:
             raise DataError(f"{self.tree.root / file}: it names no class; write one class name a line")
-        return dict(enumerate(names))
+        for number in (number for number, name in enumerate(names) if not name):
+            fix = f"it counts as 'class {number}'; delete it, or name the class"
+            self.defects.append(Defect(file, f"line {number + 1}", "it names no class", fix))
+        return {number: name or f"class {number}" for number, name in enumerate(names)}
 
     def _file_of_names(self) -> str | None:
         """The file that `names` leads to, where that is a path and no name."""
@@ -180,7 +183,8 @@ class YoloLayout:
         return file in NAME_FILES or file.startswith("readme") or (listed and not in_labels) or self._names_split(name)
 
     def _names_split(self, name: str) -> bool:
-        return role_of_folder(PurePosixPath(name).stem) is not None and name.count("/") <= self.base.count("/") + 1
+        named = role_of_folder(PurePosixPath(name).stem) is not None and name.count("/") <= self.base.count("/") + 1
+        return named and not _holds_labels(self.tree, name)  # a picture may be called `train_1`
 
     def orphans(self, split: str) -> list[Defect]:
         """The label files of a split that no picture belongs to, and those that another one stands before."""
@@ -214,7 +218,8 @@ class YoloLayout:
     def absent(self) -> dict[str, str]:
         """What is wrong with the keys of splits whose entry leads nowhere."""
         keys = [key for key in SPLITS if self.config.get(key) and key not in self._parts]
-        return {key: f"'{self.config[key]}' of '{key}' is not there" for key in keys}
+        link = next((f", but '{name}' is a link that leads out of the root" for name in self.tree.outside), "")
+        return {key: f"'{self.config[key]}' of '{key}' is not there{link}" for key in keys}
 
     @cached_property
     def _parts(self) -> dict[str, tuple[list[str], list[Defect]]]:
@@ -222,7 +227,7 @@ class YoloLayout:
         named = {key: self.config[key] for key in SPLITS if self.config.get(key)}
         folders = self._by_folder()
         if not named:
-            return self._by_list() or {name: (pictures, []) for name, pictures in folders.items()}
+            return self._by_list() or {name: (found, self._left_over(folders, name)) for name, found in folders.items()}
         parts: dict[str, tuple[list[str], list[Defect]]] = {}
         for key, value in named.items():
             defects: list[Defect] = []
@@ -337,6 +342,15 @@ class YoloLayout:
         if len(folders) > 1:
             folders.pop("", None)
         return folders
+
+    def _left_over(self, folders: dict[str, list[str]], split: str) -> list[Defect]:
+        """Said with the first split: pictures with labels that lie in no split's folder."""
+        taken = {name for pictures in folders.values() for name in pictures}
+        left = [name for name in self._pictures if name in self.pairs.label and name not in taken]
+        if not left or split != next(iter(folders)):
+            return []
+        problem = f"{len(left)} labelled pictures lie in no split's folder"
+        return [Defect(left[0], "file", problem, "they are not read; move them into one")]
 
 
 def _text(tree: Tree, file: str, fix: str) -> str:

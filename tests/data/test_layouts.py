@@ -331,8 +331,13 @@ def test_a_coco_image_that_is_listed_twice(tmp_path: Path) -> None:
     assert "image 0: 'a.png' is listed twice; it is read once" in problems(index)
     assert {defect.severity for defect in index.defects} == {"repairable"}
     whole["images"][-1] = whole["images"][0] | {"file_name": "b.png"}
+    save(tmp_path, "c.png")
+    whole["images"].append({"id": 7, "file_name": "c.png", "width": 48, "height": 32})
     write(tmp_path, {"a.json": json.dumps(whole)})
-    assert "image 0: the id is used twice, now for 'b.png'" in problems(read(tmp_path))
+    index = read(tmp_path)  # nobody knows whose the objects of image 0 are
+    assert names_of(index) == ["b.png", "c.png"] and [len(record.boxes) for record in index.records] == [1, 0]
+    assert "image 0: the id is used for several files, here for 'a.png'; the image is left out" in problems(index)
+    assert "here for 'b.png'" in problems(index) and {defect.severity for defect in index.defects} == {"broken"}
 
 
 def test_why_no_object_is_left(tmp_path: Path) -> None:
