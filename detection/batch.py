@@ -271,6 +271,9 @@ def check_targets(images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]]
         missing = needed - set(target)
         if missing:
             raise ValueError(f"the target of image {i} has no {' and no '.join(sorted(missing))}")
+        for name in sorted(needed):
+            if not isinstance(target[name], Tensor):
+                raise ValueError(f"image {i}: {name} must be a tensor, not {type(target[name]).__name__}")
         boxes, labels = target["boxes"], target["labels"]
         if boxes.ndim != 2 or boxes.shape[-1] != 4:
             raise ValueError(f"image {i}: boxes must be (N, 4) as x1, y1, x2, y2, not {tuple(boxes.shape)}")

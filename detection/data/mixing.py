@@ -45,7 +45,9 @@ def mosaic(pictures: Sequence[Picture], rng: random.Random) -> Picture:
     random where it is longer. Objects keep what is left of their boxes; those of which nothing is left have empty ones.
     """
     height, width = pictures[0].image.shape[:2]
-    x, y = (round(side * rng.uniform(0.3, 0.7)) for side in (width, height))
+    if min(height, width) < 2:  # which nothing can be put together to
+        return pictures[0]
+    x, y = (min(max(round(side * rng.uniform(0.3, 0.7)), 1), side - 1) for side in (width, height))
     quarters = [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
     canvas, boxes, masks, points = np.empty_like(pictures[0].image), [], [], []
     for picture, (x1, y1, x2, y2) in zip(pictures, quarters, strict=True):

@@ -39,6 +39,7 @@ ROUNDING = 1e-4  # of shares, whose boxes are float32
 HAIR = 1e-8  # of a side, see `_inside`
 REFLECTING = (cv2.BORDER_REFLECT, cv2.BORDER_REFLECT_101, cv2.BORDER_WRAP)
 NORMALISERS = (A.Normalize, A.ToFloat, A.FromFloat, A.ToTensorV2, A.ToTensor3D)
+THRESHOLDS = ("min_visibility", "min_area", "min_width", "min_height", "max_accept_ratio")  # of BboxParams
 GIVEN = {"image", "bboxes", "masks"}  # what a transform may ask for
 
 
@@ -107,6 +108,12 @@ def check_steps(steps: Sequence[Step]) -> None:
                 "from ImageOnlyTransform if it changes colours alone"
             )
     for step in _compositions(steps):
+        boxes = getattr(step, "processors", {}).get("bboxes")
+        if boxes is not None and (unused := [name for name in THRESHOLDS if getattr(boxes.params, name, None)]):
+            raise ValueError(
+                f"augmentations: {unused[0]} in the bbox_params of {type(step).__name__} would not be used: leave it "
+                "out, and set data.min_visibility or data.min_box_side, for boxes are dropped once, behind all of them"
+            )
         if isinstance(step, A.SelectiveChannelTransform) and (names := moving([step])):
             raise ValueError(f"augmentations: {names[0]} would move some channels and not the others; use it directly")
 
@@ -284,6 +291,8 @@ class Pipeline:
         height, width, channels = data["image"].shape
         try:
             out: dict[str, Any] = self._compose(**data)
+        except DataError:
+            raise
         except Exception as error:
             culprit = _culprit(error)
             if not culprit.__module__.startswith("albumentations."):
@@ -306,6 +315,12 @@ class Pipeline:
         """What albumentations asks after each transform: `(N, 6)` boxes in shares of the sides -> those left, cut."""
         if not len(rows):
             return np.zeros((0, 6))
+        if rows.shape[1] != 6:
+            own = [name for leaf in _leaves(self._compose.transforms) if (name := _name_of_own(leaf))]
+            raise DataError(
+                f"apply_to_bboxes of {' or '.join(own)} gives rows {rows.shape}: change the first four columns of the "
+                "rows (N, 6) that it is given, and keep the other two"
+            )
         cut = rows.astype(np.float64)
         cut[:, :4] = _inside(cut[:, :4], np.array([shape["width"], shape["height"]] * 2))
         whole, left = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (rows, cut))
@@ -357,6 +372,11 @@ def boxes_around(masks: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Boxes `(N, 4)` of masks `(N, H, W)`; of an empty mask `(0, 0, 0, 0)`."""
     corners = [(x, y, x + w, y + h) for x, y, w, h in map(cv2.boundingRect, masks)]
     return np.array(corners, np.float32).reshape(-1, 4)
+
+
+def _name_of_own(leaf: A.BasicTransform) -> str | None:
+    """The name of a user's own transform."""
+    return None if type(leaf).__module__.startswith("albumentations.") else type(leaf).__name__
 
 
 def _culprit(error: BaseException) -> type[Step]:

@@ -248,6 +248,15 @@ def test_mosaic_keeps_objects_in_step(seed: int) -> None:
                 assert out.image[y, x, 0] // 40 == label // 40
 
 
+@pytest.mark.parametrize(("height", "width"), [(1, 40), (40, 1), (2, 2), (1, 1)])
+def test_mosaic_of_the_narrowest_pictures(height: int, width: int) -> None:
+    box, label = np.array([[0, 0, width, height]], np.float32), np.ones(1, np.int64)
+    pictures = [Picture(np.full((height, width, 3), i, np.uint8), box, label, None) for i in range(4)]
+    for seed in range(20):
+        out = mosaic(pictures, random.Random(seed))
+        assert out.image.shape == (height, width, 3) and len(out.boxes) == len(out.labels) in (1, 4)
+
+
 def test_mosaic_scales_by_the_smallest_factor_that_covers() -> None:
     """Four equal pictures: the quarters show 4 windows of one aspect, none stretched by more than rounding."""
     image = np.broadcast_to(np.arange(200, dtype=np.uint8)[None, :, None], (100, 200, 3))

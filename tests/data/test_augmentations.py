@@ -49,6 +49,16 @@ class Forgetful(Shifted):
         super().__init__(step=width, p=p)
 
 
+class Cornered(A.DualTransform):
+    """Gives corners alone."""
+
+    def apply(self, img: np.ndarray, **params: Any) -> np.ndarray:
+        return img
+
+    def apply_to_bboxes(self, bboxes: np.ndarray, **params: Any) -> np.ndarray:
+        return bboxes[:, :4]
+
+
 class Floats(A.ImageOnlyTransform):
     """Gives another type."""
 
@@ -77,6 +87,10 @@ def test_own_transforms_move_objects() -> None:
         (A.SelectiveChannelTransform([A.Rotate()]), "Rotate would move some channels"),
         (Bare(), "Bare moves pixels but no boxes or masks: write its apply_to_bboxes"),
         (A.RandomCrop, "with all their arguments"),
+        (
+            A.Compose([A.Blur()], bbox_params=A.BboxParams("pascal_voc", min_visibility=0.9)),
+            "min_visibility in the bbox_params of Compose would not be used.* and set data.min_visibility",
+        ),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
@@ -93,6 +107,7 @@ def test_what_would_come_out_wrong_is_refused(step: Any, message: str) -> None:
         (A.RandomCrop(500, 500), "RandomCrop among the augmentations fails on this image of 160 x 120 .* 3 objects"),
         (A.ToGray(num_output_channels=1, p=1), "uint8 and shape .120, 160.*, not uint8"),
         (Floats(p=1), "float32"),
+        (Cornered(p=1), "apply_to_bboxes of Cornered gives rows .3, 4.: change the first four columns"),
     ],
 )
 def test_what_an_image_can_not_take_names_the_image(step: Step, message: str, tmp_path: Path) -> None:

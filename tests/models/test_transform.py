@@ -125,6 +125,7 @@ WRONG_TARGETS: list[tuple[Any, str]] = [
     (target([GOOD], [1.0], torch.float32), r"image 1: labels must be \(1,\) integers.*float32"),
     (target([GOOD], [True], torch.bool), r"image 1: labels must be \(1,\) integers.*bool"),
     (target([GOOD], [[1]]), r"image 1: labels must be \(1,\) integers, not \(1, 1\)"),
+    ({"boxes": [GOOD], "labels": torch.ones(1, dtype=INTS)}, "image 1: boxes must be a tensor, not list"),
     ({"boxes": torch.zeros(0, 4)}, "target of image 1 has no labels"),
     ({}, "target of image 1 has no boxes and no labels"),
 ]
