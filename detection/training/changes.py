@@ -78,7 +78,8 @@ def check_changes(checkpoint: Mapping[str, Any], model: Settings, data: Settings
     changes = list(differences(before, dict(model), "model"))
     changes += differences(checkpoint.get("datamodule_hyper_parameters", {}), dict(data), "data")
     changes = [change for change in changes if change[0] != "data.classes"]  # as model.class_names
-    by_torch = str(dict(model.get("schedule") or {}).get("class_path", "")).startswith("torch.")
+    schedules = [dict(settings.get("schedule") or {}) for settings in (before, model)]
+    by_torch = any(str(schedule.get("class_path", "")).startswith("torch.") for schedule in schedules)
     refused = [change for change in changes if _why(change[0], by_torch)]
     if not refused and (odd := _other_tensor(checkpoint.get("state_dict", {}), module)):
         refused = [change for change in changes if change[0].startswith("model.detector")] or [odd]
@@ -139,11 +140,12 @@ def take_rates(optimizer: Optimizer, scheduler: LRScheduler, given: Sequence[Set
     Args:
         optimizer: restored, with the rates of then.
         scheduler: restored; one of `LambdaLR` has today's function.
-        given: of each group, what it was built with: the rate before the schedule, and the decay and other options.
+        given: of each group, what it was built with: the rate that the schedule began with, decay, other options.
     """
     before = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
     for group, options in zip(optimizer.param_groups, given, strict=True):
-        group.update({name: value for name, value in options.items() if name != "lr"})
+        cycled = ("lr", "momentum", "betas") if "max_momentum" in group else ("lr",)  # by a schedule, as its state
+        group.update({name: value for name, value in options.items() if name not in cycled})
     wanted = [float(options["lr"]) for options in given]
     for group, was, now in zip(optimizer.param_groups, before, wanted, strict=True):
         group["initial_lr"] = now

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from detection.recipes import blame, describe, packages_of
+from detection.training.storable import without_unreadable
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +255,7 @@ class WholeFiles(TorchCheckpointIO):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with partial_file.open("wb") as file:
-                torch.save(checkpoint, file)
+                torch.save(without_unreadable(checkpoint), file)
                 file.flush()
                 os.fsync(file.fileno())
             if path.name == LAST and path.exists():

@@ -27,7 +27,7 @@ from detection.models.two_stage import FasterRCNN
 from detection.recipes import RecipeError, describe, rebuild, trusting
 from detection.training.agreement import check_form, check_targets
 from detection.training.changes import check_changes, check_groups, steps_by_time, take_rates, total_steps
-from detection.training.checkpoints import announce_parts
+from detection.training.checkpoints import WholeFiles, announce_parts
 from detection.training.compiling import checkpoint_activations, compile_parts
 from detection.training.encoding import encode_detections, grid_of, kinds_of
 from detection.training.freezing import Freeze, Freezing, share_anew
@@ -47,6 +47,7 @@ from detection.training.optimisation import (
 )
 from detection.training.own_metrics import OwnMetrics
 from detection.training.precision import choose_precision
+from detection.training.storable import check_states
 from detection.training.tile_batches import run_in_parts
 from detection.weights import NO_RECIPE, CheckpointError, check_sums, readable
 
@@ -266,6 +267,8 @@ class DetectionModule(L.LightningModule):
         return str(Path(self.trainer.ckpt_path or "").parent)
 
     def on_train_start(self) -> None:
+        if isinstance(self.trainer.strategy.checkpoint_io, WholeFiles):
+            check_states(self.trainer)
         self._freeze()  # in a resumed epoch, which has begun already
         if self._resumed is not None:
             take_rates(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler, self._given)
@@ -374,8 +377,8 @@ class DetectionModule(L.LightningModule):
         optimizer = build_optimizer(self.optimizer, groups, lr, self.weight_decay, fused)
         if self._resumed is not None:
             check_groups(self._resumed, optimizer, self._run_name())
-        self._given = settings_of(optimizer, self.optimizer)
         scheduler = build_scheduler(self.schedule, optimizer, steps, by_time)
+        self._given = settings_of(optimizer, self.optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -207,9 +207,14 @@ def takes_fused(factory: Callable[..., Any]) -> bool:
 
 
 def settings_of(optimizer: Optimizer, factory: OptimizerFactory) -> list[dict[str, Any]]:
-    """What the settings say of each group: rate, decay and the factory's arguments, but nothing that is state."""
+    """What the settings say of each group: rate, decay and the factory's arguments, but nothing that is state.
+
+    The rate is that which a schedule that was built begins with: some of torch's set it themselves.
+    """
     names = {"lr", "weight_decay", *getattr(factory, "keywords", {})}
-    return [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
+    found = [{name: group[name] for name in names & group.keys()} for group in optimizer.param_groups]
+    rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    return [options | {"lr": rate} for options, rate in zip(found, rates, strict=True)]
 
 
 def takes(factory: Callable[..., Any], argument: str) -> bool:

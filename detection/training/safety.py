@@ -56,7 +56,8 @@ def check_start(folder: Path, model: nn.Module, slots: int, workers: int) -> Non
     except OSError as error:
         raise RunError(f"{blame_disk(folder, error)}: name another with --output") from error
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    size = sum(t.numel() * t.element_size() for t in model.state_dict().values()) + slots * trained
+    held = [value for value in model.state_dict().values() if isinstance(value, Tensor)]  # it may hold other state, too
+    size = sum(tensor.numel() * tensor.element_size() for tensor in held) + slots * trained
     free = shutil.disk_usage(folder).free
     if free < 2 * size:
         raise RunError(
