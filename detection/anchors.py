@@ -96,6 +96,8 @@ class AnchorGenerator(nn.Module):
         ]
         cells = self._own(str(device), lambda: [cell.to(device) for cell in self._cells])
         levels = zip(cells, shapes, steps, strict=True)
+        if torch.compiler.is_exporting():  # where sides are symbols, by which nothing can be looked up
+            return [self._lay(*level) for level in levels]
         return self._laid((tuple(shapes), tuple(steps), str(device)), lambda: [self._lay(*level) for level in levels])
 
     def _lay(self, cell: Tensor, shape: tuple[int, int], step: tuple[int, int]) -> Tensor:

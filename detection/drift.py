@@ -8,19 +8,23 @@ files make the detector again, does not see it.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from functools import partial
-from inspect import isfunction, ismethod
+from inspect import isfunction, ismethod, signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torchvision.models.detection import faster_rcnn, keypoint_rcnn, mask_rcnn
 
 from detection.models.family.keypoints import KeypointPredictor
 from detection.models.masks import MaskPredictor
 from detection.models.roi_heads import FastRCNNPredictor
-from detection.recipes import RecipeError, describe, packages_of, rebuild
+from detection.recipes import PACKAGE, WEIGHTS, RecipeError, describe, packages_of, rebuild
+
+log = logging.getLogger(__name__)
 
 # The argument of our builders that sets what has this path in the detector.
 ARGUMENTS = {
@@ -65,6 +69,7 @@ ALIKE = {
     keypoint_rcnn.KeypointRCNNPredictor: KeypointPredictor,
 }
 ROUNDED = 1e-2  # what a detector's way through bfloat16 may leave on a constant
+LIBRARIES = (PACKAGE, "builtins", "torch", "torchvision", "timm")
 NO_SETTING = ("training", "recipe", "resolved", "unrecorded")
 
 
@@ -77,14 +82,14 @@ def present_recipe(detector: Any) -> dict[str, Any] | None:
     recipe: dict[str, Any] | None = detector.recipe
     if recipe is None:
         return None
-    changed = _changes(detector, recipe)
+    changed = [path for path in _changes(detector, recipe) if not _is_state(detector, path)]
     if not changed:
         return recipe
     followed = copy.deepcopy(recipe)
     for path in changed:
         _follow(followed, path, detector)
     try:
-        left = _changes(detector, followed)
+        left = [path for path in _changes(detector, followed) if not _is_state(detector, path, said=True)]
     except (RecipeError, TypeError, ValueError):
         left = changed
     if left:
@@ -93,6 +98,28 @@ def present_recipe(detector: Any) -> dict[str, Any] | None:
             "without: give it to the builder"
         )
     return followed
+
+
+def _is_state(detector: Any, path: str, said: bool = False) -> bool:
+    """Whether a path is of what a user's own part keeps beside its arguments, as a count of its calls.
+
+    Nothing tells that from a setting which was changed by hand, so it is logged, unless it was `said`.
+    """
+    *names, key = path.split(".")
+    part: Any = detector
+    for name in names:
+        part = getattr(part, name, None)
+    if not _is_of_users(part) or key not in vars(part) or key in signature(type(part)).parameters:
+        return False
+    if not said:
+        value = vars(part)[key]
+        now = value if _is_plain(value) else f"a {type(value).__name__}"
+        log.warning("%s is %s now, which no file keeps: register it as a buffer if it matters", path, now)
+    return True
+
+
+def _is_of_users(part: Any) -> bool:
+    return type(part).__module__.partition(".")[0] not in LIBRARIES and hasattr(part, "__dict__")
 
 
 def _changes(detector: Any, recipe: Mapping[str, Any]) -> list[str]:
@@ -112,7 +139,10 @@ def _differences(detector: nn.Module, twin: nn.Module) -> Iterator[str]:
     exchanged = [name for name in own.keys() & theirs.keys() if not _same_class(own[name], theirs[name])]
     for name in sorted(exchanged, key=len):
         yield name
-    shapes = [{name: tuple(t.shape) for name, t in module.state_dict().items()} for module in (detector, twin)]
+    shapes = [
+        {name: tuple(t.shape) for name, t in module.state_dict().items() if isinstance(t, Tensor)}
+        for module in (detector, twin)
+    ]
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         if shapes[0].get(name) != shapes[1].get(name):
             yield name.rpartition(".")[0].rpartition(".")[0] if name.count(".") > 2 else name
@@ -124,14 +154,26 @@ def _differences(detector: nn.Module, twin: nn.Module) -> Iterator[str]:
 
 def _unlike(own: nn.Module, other: nn.Module) -> Iterator[str]:
     """Names of settings and parts that differ in two modules of a class; an empty one for the module as a whole."""
-    for key, value in _settings(other).items():
-        if getattr(own, key, None) != value:
-            yield key
-    names = {key for module in (own, other) for key in _parts(module)}
-    yield from sorted(key for key in names if not _same_part(getattr(own, key, None), getattr(other, key, None)))
+    yield from _changed_settings(own, other)
+    for key in sorted({key for module in (own, other) for key in _parts(module)}):
+        part, twin = getattr(own, key, None), getattr(other, key, None)
+        if not _same_part(part, twin):
+            inner = _changed_settings(part, twin) if _is_of_users(part) and _is_described_alike(part, twin) else []
+            yield from [f"{key}.{name}" for name in inner] or [key]
     if _in_tensors(own) != _in_tensors(other):
         yield ""
     yield from _changed_constants(own)
+
+
+def _changed_settings(own: Any, other: Any) -> list[str]:
+    """Names of the other's settings that are different here; no recipe names a file of weights."""
+    now, then = _settings(own), _settings(other)
+    return [key for key, value in then.items() if key not in WEIGHTS and (key not in now or now[key] != value)]
+
+
+def _is_described_alike(own: Any, other: Any) -> bool:
+    same = type(own) is type(other) and not isfunction(own) and not ismethod(own)
+    return same and bool(_described(own) == _described(other))
 
 
 def _changed_constants(module: nn.Module) -> Iterator[str]:
@@ -189,7 +231,8 @@ def _described(value: Any) -> Any:
 
 
 def _same_class(own: nn.Module, other: nn.Module) -> bool:
-    kinds = [ALIKE.get(type(module), type(module)) for module in (own, other)]
+    types = [type_before_parametrizations(module) for module in (own, other)]  # each has a class of its own
+    kinds = [ALIKE.get(kind, kind) for kind in types]
     quicker = kinds[0].__module__.startswith("detection.models.fast")  # as `accelerate` makes them, with equal results
     return kinds[0] is kinds[1] or (quicker and issubclass(kinds[0], kinds[1]))
 

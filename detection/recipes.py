@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import is_dataclass
 from enum import Enum
 from functools import partial, wraps
 from inspect import Parameter, isclass, isfunction, signature
@@ -115,8 +116,11 @@ def note(made: Any, path: str, arguments: Mapping[str, Any]) -> None:
     plain = {name: describe(value) for name, value in named.items()}
     missing = [name for name, value in plain.items() if value is NotImplemented]
     try:
-        made.recipe = None if missing or not _is_importable(path) else {"class_path": path, "init_args": plain}
-        made.unrecorded = {where: kind for name in missing for where, kind in blame(named[name], name).items()}
+        recipe = None if missing or not _is_importable(path) else {"class_path": path, "init_args": plain}
+        lost = {where: kind for name in missing for where, kind in blame(named[name], name).items()}
+        set_attribute = object.__setattr__ if is_dataclass(made) else setattr  # one may be frozen
+        set_attribute(made, "recipe", recipe)
+        set_attribute(made, "unrecorded", lost)
     except AttributeError:
         pass
 
@@ -150,17 +154,29 @@ def describe(value: Any) -> Any:
         items = [describe(item) for item in value]
         return NotImplemented if NotImplemented in items else items
     if isinstance(value, Mapping):
-        entries = {str(name): describe(item) for name, item in value.items()}
+        if not all(isinstance(name, str) for name in value):  # which a file's JSON would turn into text
+            pairs = describe([[name, item] for name, item in value.items()])
+            path = f"{keyed.__module__}.{keyed.__qualname__}"
+            return pairs if pairs is NotImplemented else {"class_path": path, "init_args": {"pairs": pairs}}
+        entries = {name: describe(item) for name, item in value.items()}
         return NotImplemented if NotImplemented in entries.values() else entries
     if isinstance(value, partial) and not value.args:
         inner, arguments = describe(value.func), describe(value.keywords)
         usable = isinstance(inner, dict) and "partial" in inner and arguments is not NotImplemented
         return inner | {"init_args": arguments} if usable else NotImplemented
+    if isfunction(value) and (recipe := getattr(value, "recipe", None)):  # which another one has made
+        return recipe
     if isclass(value) or isfunction(value):
         path = f"{value.__module__}.{value.__qualname__}"
         return {"class_path": path, "init_args": {}, "partial": True} if _is_importable(path) else NotImplemented
     recipe = getattr(value, "recipe", None)
     return NotImplemented if recipe is None else recipe
+
+
+@recorded
+def keyed(pairs: list[Any]) -> dict[Any, Any]:
+    """A dictionary from its keys and values, as recipes have those whose keys are not text."""
+    return dict(pairs)
 
 
 def blame(value: Any, where: str) -> dict[str, str]:
@@ -301,8 +317,13 @@ def _make(maker: Callable[..., Any], arguments: Mapping[str, Any], complaint: st
 
 
 def _needs_more(maker: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
+    parameters = signature(maker).parameters.values()
+    if isclass(maker) and [p.kind for p in parameters] == [Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD]:
+        # It hands on whatever it is given, so the class behind it says what is wanted.
+        below = [base for base in maker.__mro__ if "__init__" in vars(base)][1:2]
+        return any(_needs_more(base, arguments) for base in below)
     kinds = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    wanted = (p for p in signature(maker).parameters.values() if p.kind in kinds and p.default is Parameter.empty)
+    wanted = (p for p in parameters if p.kind in kinds and p.default is Parameter.empty)
     return any(p.name not in arguments for p in wanted)
 
 

@@ -6,6 +6,7 @@ Files are read without unpickling objects (`weights_only`), or from safetensors.
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import re
 import zipfile
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 from detection.recipes import RecipeError
+
+log = logging.getLogger(__name__)
 
 # A name such as "DEFAULT" or "IMAGENET1K_V1", torchvision's own enumeration member, a path, or None for none.
 Weights: TypeAlias = str | Path | WeightsEnum | None
@@ -145,7 +148,8 @@ def read_saved(path: Path) -> Saved:
     if path.suffix == ".safetensors":
         tensors, facts = read_safetensors(path)
         names = ("recipe", "class_names", "category_ids", "origins", "tiles")
-        return Saved(upgrade_names(tensors), **{name: facts.get(name) for name in names})
+        known = {name: facts.get(name) for name in names}
+        return Saved(tensors if known["recipe"] else upgrade_names(tensors), **known)
     content = read_torch(path)
     settings = content.get("hyper_parameters", {})
     tensors = find_state(content, path)
@@ -153,8 +157,9 @@ def read_saved(path: Path) -> Saved:
     data = content.get("datamodule_hyper_parameters") or {}
     sizes = (data["min_size"], data["max_size"]) if {"min_size", "max_size"} <= data.keys() else None
     tiles = (data["tile"], data["tile_overlap"]) if data.get("tile") else None
-    known: dict[str, Any] = {"sizes": sizes, "edges": (content.get("skeleton") or {}).get("edges"), "tiles": tiles}
-    return Saved(upgrade_names(own or tensors), settings.get("detector"), settings.get("class_names"), **known)
+    known = {"sizes": sizes, "edges": (content.get("skeleton") or {}).get("edges"), "tiles": tiles}
+    recipe, found = settings.get("detector"), own or tensors
+    return Saved(found if recipe else upgrade_names(found), recipe, settings.get("class_names"), **known)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -371,7 +376,8 @@ def pick_classes(
     targets = torch.tensor([new for new, _ in kept])
     sources = torch.tensor([old for _, old in kept])
     adapted = fit_keypoints(state, fresh)
-    for name, rows in ((n, class_rows(n)) for n in state):
+    for name in state:
+        rows = class_rows(name) or _rows_of_own(name, state[name], fresh.get(name), num_classes, len(labels))
         if not rows or len(state[name]) == rows == 4:  # one box for all classes
             continue
         if len(state[name]) != rows * num_classes or len(fresh[name]) != rows * len(labels):
@@ -383,6 +389,16 @@ def pick_classes(
         new_rows[targets] = old_rows[sources].to(new_rows)
         adapted[name] = new_rows.flatten(0, 1)
     return adapted
+
+
+def _rows_of_own(name: str, saved: Tensor, fresh: Tensor | None, num_classes: int, wanted: int) -> int:
+    """As `class_rows`, of a predictor with other names: by its number of rows, which the log says."""
+    if "predictor" not in name or "keypoint" in name or fresh is None or not saved.ndim:
+        return 0
+    rows = next((n for n in (1, 4) if len(saved) == n * num_classes and len(fresh) == n * wanted), 0)
+    if rows:
+        log.info("%s is taken for the last layer of a predictor, with %d rows for each class", name, rows)
+    return rows
 
 
 def class_rows(name: str) -> int:

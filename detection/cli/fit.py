@@ -108,9 +108,9 @@ class FitCLI(LightningCLI):
         """The flags of the trainer, the model and the data; classes come from the data."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults(DEFAULTS)
-        parser.add_class_arguments(DetectionModule, "model", skip=FROM_DATA, instantiate=False)
+        parser.add_class_arguments(DetectionModule, "model", skip=FROM_DATA, instantiate=False, fail_untyped=False)
         parser.set_defaults({"model.optimizer": SGD_MOMENTUM, "model.schedule": COSINE})
-        parser.add_class_arguments(DetectionDataModule, "data", instantiate=False)
+        parser.add_class_arguments(DetectionDataModule, "data", instantiate=False, fail_untyped=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The flags of the run itself."""

@@ -1,7 +1,8 @@
 """Detectors as graphs, from uint8 pixels to boxes, without this package at the other end.
 
 The exported graph is the detector's own parts. On a copy of it, those few steps are replaced that loop over images or
-count values in Python, by others with the same results: NMS, the choice of the best, the pooling, the anchors' cache.
+count values in Python, by others with the same results: NMS, the choice of the best, the pooling. A method that a
+subclass of the user's has instead stays.
 A graph pools each region from its own level alone, and leaves out the padding: ONNX Runtime's RoiAlign costs the same
 for a region of a single cell as for any other.
 
@@ -23,9 +24,8 @@ from timm.layers import Conv2dSame
 from torch import Tensor, library, nn
 from torch.nn import functional as F
 
-from detection.anchors import AnchorGenerator
 from detection.batch import Batch
-from detection.boxes import grouped_nms, resize_boxes
+from detection.boxes import grouped_nms, nms_apart, resize_boxes
 from detection.models.family.keypoints import KeypointRoIHeads
 from detection.models.masks import MaskBranch
 from detection.models.pooling import RoIPool, RoIPooler, align, finest, level_indices
@@ -54,7 +54,9 @@ def check_exportable(model: nn.Module) -> None:
         raise ExportError(
             "Soft-NMS takes one step a detection, which ONNX has no operator for: set soft_nms_sigma null"
         )
-    if isinstance(model.rpn, RegionProposalNetwork) and model.rpn.anchor_generator.infer_strides:
+    if any(getattr(part, "nms", grouped_nms) not in (grouped_nms, nms_apart) for part in (model.rpn, *_stages(model))):
+        raise ExportError("nms of the detector is a function of your own, which no graph has: take ours to export")
+    if getattr(getattr(model.rpn, "anchor_generator", None), "infer_strides", False):
         raise ExportError("anchors with infer_strides depend on the size of the batch: build it with declared strides")
     if any(isinstance(module, RoIPool) for module in model.modules()):
         raise ExportError("RoI Pool rounds differently in ONNX (MaxRoiPool): train with RoIPooler to export")
@@ -90,8 +92,8 @@ class ExportableDetector(nn.Module):
         self.model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
         for module in self.model.modules():
             for kind, functions in self.replacements().items():
-                if isinstance(module, kind):
-                    for name, function in functions.items():
+                for name, function in functions.items() if isinstance(module, kind) else ():
+                    if _is_ours(module, name, kind):
                         setattr(module, name, MethodType(function, module))
         _pad_by_constants(self.model.backbone)
 
@@ -99,7 +101,6 @@ class ExportableDetector(nn.Module):
         """Methods of parts, by name, and what stands in their place."""
         return {
             RegionProposalNetwork: {"best": _best, "suppress": _suppress, "nms_of_groups": _nms_of_groups},
-            AnchorGenerator: {"forward": _lay_anchors},
             RoIPooler: {"pool": _pool},
             RoIHeads: {"nms_per_class": _nms_per_class, "predict": _predict, "nms_of_groups": _nms_of_groups},
             MaskBranch: {"add_masks": _add_masks},
@@ -168,6 +169,12 @@ class ExportableDetector(nn.Module):
         return padded, new.expand(images.shape[0], 2), old.long().expand(images.shape[0], 2)
 
 
+def _is_ours(module: nn.Module, name: str, kind: type[nn.Module]) -> bool:
+    """Whether a method is our part's or its quick form's, rather than that of a user's subclass, which stays."""
+    home = next((base for base in type(module).__mro__ if name in vars(base)), kind)
+    return home is kind or home.__module__.startswith("detection.")
+
+
 def _counted(number: Tensor, *most: Any) -> Any:
     """A number from 1 to each of `most` that the graph counts: a symbol of its own in all shapes behind it."""
     counted: Any = number.item()
@@ -177,16 +184,10 @@ def _counted(number: Tensor, *most: Any) -> Any:
     return counted
 
 
-def _lay_anchors(
-    self: AnchorGenerator, shapes: Sequence[tuple[int, int]], strides: Sequence[int], *_: Any
-) -> list[Tensor]:
-    return [self._lay(c, s, (step, step)) for c, s, step in zip(self._cells, shapes, strides, strict=True)]
-
-
 def _predict(self: RoIHeads, features: FeatureMaps, boxes: Tensor) -> tuple[Tensor, Tensor]:
     """As `RoIHeads.predict`, but the head sees no padding; logits and deltas of that are 0."""
     pooler = self.box_roi_pool
-    if not isinstance(pooler, RoIPooler):
+    if not isinstance(pooler, RoIPooler) or not _is_ours(pooler, "pool", RoIPooler):
         return RoIHeads.predict(self, features, boxes)
     maps, strides = finest(features, pooler.num_levels)
     regions = boxes.float().nan_to_num(0.0, 0.0, 0.0)

@@ -21,8 +21,10 @@ from torch.utils._pytree import tree_leaves
 from torchvision.ops import FrozenBatchNorm2d
 
 from detection.fitting import trial
-from detection.models.fast.convolution import conv2d
+from detection.models.fast.convolution import QuickConv2d, conv2d
 from detection.models.fast.padding import pad_same
+
+PLAIN = (nn.Conv2d, QuickConv2d, Conv2dSame)  # that do nothing but a convolution, as a subclass or parametrised one may
 
 
 class FoldedConv2d(nn.Conv2d):
@@ -142,7 +144,7 @@ def fold_frozen_norms(network: nn.Module, example: Tensor) -> None:
     uses.update(id(conv) for conv, output in outputs if any(output is result for result in results))
     replaced: dict[int, nn.Module] = {}
     for conv, norm in pairs:
-        if conv.bias is None and uses[id(conv)] == 1 and id(norm) not in replaced:
+        if conv.bias is None and uses[id(conv)] == 1 and id(norm) not in replaced and type(conv) in PLAIN:
             replaced[id(norm)] = statistics = FoldedNorm(norm)
             replaced[id(conv)] = FoldedConv2d(conv, statistics)
     for parent in modules:

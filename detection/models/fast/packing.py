@@ -23,14 +23,12 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from detection.devices import has_kernels
 from detection.models.backbones import Trunk
-from detection.models.fast.convolution import QuickConv2d
-from detection.models.fast.folding import FoldedNorm
+from detection.models.fast.folding import PLAIN, FoldedNorm
 from detection.models.fast.linear import OneDNNLinear
 from detection.models.fast.padding import pad_same
 from detection.models.fast.winograd import AtPoints, filtered, is_filtered
 from detection.models.roi_heads import TwoFCHead
 
-PLAIN = (nn.Conv2d, QuickConv2d, Conv2dSame)
 LINEAR = {nn.Linear, OneDNNLinear}
 # The kernels' names of activations, and their arguments.
 ACTIVATIONS: dict[type[nn.Module], tuple[str, list[float]]] = {
