@@ -23,6 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from detection import fasterrcnn_efficientnet_lite0_fpn
 from detection.anchors import AnchorGenerator
 from detection.errors import SettingsError
+from detection.fitting import PartError
 from detection.interop import load_detector, save_detector
 from detection.interop.export import ExportError, trace
 from detection.interop.files import take_weights
@@ -35,6 +36,7 @@ from detection.training.checkpoints import WholeFiles
 from detection.training.module import DetectionModule
 
 IMAGES = list(torch.rand(2, 3, 64, 80, generator=torch.Generator().manual_seed(0)))
+SIZES = [[16.0], [32.0], [48.0], [64.0], [96.0]]
 PACKAGE = __name__.partition(".")[0]
 
 
@@ -128,12 +130,20 @@ class Wrapped(nn.Module):
         return found
 
 
+class Miscounted(AnchorGenerator):
+    """Lays another number of anchors than it says."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(SIZES)
+        self.factor = factor
+
+    def forward(self, *given: Any) -> list[Tensor]:
+        return [torch.cat([anchors, anchors])[: int(self.factor * len(anchors))] for anchors in super().forward(*given)]
+
+
 class Doubled(RoIPooler):
     def pool(self, *given: Any) -> Tensor:
         return 2 * super().pool(*given)
-
-
-SIZES = [[16.0], [32.0], [48.0], [64.0], [96.0]]
 
 
 class Counting(nn.Module):
@@ -235,6 +245,12 @@ def test_a_graph_keeps_what_a_subclass_does_otherwise(parts: dict[str, Any]) -> 
         assert counts[i] == len(wanted["boxes"]) > 20
         torch.testing.assert_close(boxes[i, : counts[i]], wanted["boxes"])
         torch.testing.assert_close(scores[i, : counts[i]], wanted["scores"])
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_anchors_that_are_not_as_many_as_was_said_are_named(factor: float) -> None:
+    with pytest.raises(PartError, match=r"rpn_anchor_generator: Miscounted gave anchors \(\d+, 4\) in the place of"):
+        build(rpn_anchor_generator=Miscounted(factor))
 
 
 def test_nms_of_ones_own_is_in_no_graph() -> None:

@@ -272,7 +272,7 @@ class RegionProposalNetwork(nn.Module):
         return self.objectness_loss(objectness.flatten().float(), (labels > 0).flatten().float()).view_as(labels)
 
     def check(self, features: FeatureMaps) -> None:
-        """Run the head once on features `(1, C, h, w)`; see `detection.fitting`.
+        """Run head and anchors once on features `(1, C, h, w)`; see `detection.fitting`.
 
         Raises:
             PartError: it does not keep its contract, or there are not as many anchor sizes as levels.
@@ -294,5 +294,11 @@ class RegionProposalNetwork(nn.Module):
             size = tuple(feature.shape[-2:])
             expect("rpn_head", self.head, "objectness logits", logits, (1, per_cell[0], *size))
             expect("rpn_head", self.head, "box deltas", delta, (1, 4 * per_cell[0], *size))
+        shapes = [(m.shape[-2], m.shape[-1]) for m in features.maps]
+        image_size = tuple(side * features.strides[0] for side in shapes[0])
+        device, part = features.maps[0].device, self.anchor_generator
+        laid = run("rpn_anchor_generator", part, "__call__", shapes, features.strides, image_size, device)
+        for (height, width), anchors in zip(shapes, laid, strict=True):
+            expect("rpn_anchor_generator", part, "anchors", anchors, (height * width * per_cell[0], 4))
         two = features.maps[0].new_zeros(2, dtype=torch.float32)
         check_training("rpn_", self, self.objectness_loss, two, two)
