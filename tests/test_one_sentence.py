@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from detection.cli.fit import FitCLI, main
 from detection.data import scenes
 from detection.inference import Detector
+from detection.models.fast.folding import FoldedNorm
 from detection.training.precision import WeightPrecision
 from tests.runs import TINY, run_script, scene_flags
 from tests.test_drift import build
@@ -101,6 +102,9 @@ def test_suggestions_lead_where_they_should(
     [
         ["--trainer.precision", "bf16-true"],
         ["--trainer.precision", "64-true"],
+        ["--trainer.precision", "bf16-true", "--model.detector.norm", "frozen"],  # as with weights, which TINY lacks
+        ["--trainer.precision", "64-true", "--model.detector.norm", "frozen"],
+        ["--trainer.precision", "16-true", "--model.detector.norm", "frozen", "--model.lr", "1e-5"],
         ["--trainer.precision", "bf16-mixed", "--trainer.gradient_clip_val", "0.1", "--model.optimizer", "AdamW"],
         ["--trainer.precision", "16-mixed", "--trainer.gradient_clip_val", "0.1", "--model.optimizer", "AdamW"],
         ["--trainer.precision", "16-true", "--model.lr", "1e-5"],
@@ -124,6 +128,23 @@ def test_it_trains(flags: list[str], args: list[str]) -> None:
         assert gradient <= 0.1 * (1 + 1e-5)
     detector = Detector.from_checkpoint(cli.folder / "last.ckpt", "cpu")  # and the file is one like any other
     assert detector.model.roi_heads.box_predictor.cls_score.weight.dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("detector", ["fasterrcnn_efficientnet_lite0_fpn", "fasterrcnn_resnet_fpn"])
+def test_whole_detectors_with_frozen_norms_train_in_that_type(
+    detector: str, precision: str, data: Path, tmp_path: Path
+) -> None:
+    """The quickstart's own, with its weights, and a small ResNet."""
+    small = ["--model.detector.backbone_name", "resnet18", "--model.detector.weights_backbone", "null"]
+    own = [*small, "--model.detector.norm", "frozen"] if "resnet" in detector else []
+    rest = ["--data.num_workers", "0", "--output", str(tmp_path), "--trainer.max_steps", "2", "--wandb", "off"]
+    given = ["--config", "quickstart", *scene_flags(data), *rest, "--data.batch_size", "2"]
+    cli = FitCLI([*given, "--trainer.precision", precision, "--model.detector", f"detection.{detector}", *own])
+    cli.fit()
+    assert cli.trainer.global_step == 2 and "val/map" in cli.trainer.callback_metrics
+    assert any(isinstance(module, FoldedNorm) for module in cli.model.modules())
 
 
 def test_float64_weights_give_the_same_maps_and_leave_anchors_alone() -> None:

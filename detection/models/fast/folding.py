@@ -47,10 +47,14 @@ class FoldedConv2d(nn.Conv2d):
         self.norm = (norm,)  # in a tuple, so that the state_dict has it under its own name alone
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight `(C', C, n, n)` and bias `(C',)` of the one convolution that does both."""
+        """Weight `(C', C, n, n)` and bias `(C',)` of the one convolution that does both, in the weight's type.
+
+        Statistics may be of another type: `bf16-true` and the like convert layers that have parameters alone.
+        """
         norm = self.norm[0]
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        return self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+        weight, bias = self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+        return weight.to(self.weight.dtype), bias.to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, h, w)` -> `(B, C', h', w')`, convolved and normalised."""
@@ -61,7 +65,8 @@ class FoldedConv2d(nn.Conv2d):
         if slow and torch.is_grad_enabled():
             # On a CPU the gradient of a depthwise convolution takes 2 to 50 times as long in bfloat16 as in float32.
             with torch.autocast("cpu", enabled=False):
-                return conv2d(x.float(), *self.folded(), *geometry).to(x.dtype)
+                weight, bias = self.folded()
+                return conv2d(x.float(), weight.float(), bias.float(), *geometry).to(x.dtype)
         return conv2d(x, *self.folded(), *geometry)
 
 
@@ -107,7 +112,10 @@ class OnePassNormAct(FrozenBatchNormAct2d):  # type: ignore[misc]
 
 
 def _normalise(norm: Any, x: Tensor) -> Tensor:
-    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    values = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    is_double = x.dtype == torch.float64  # the kernels take halves with float32 statistics, but not doubles
+    mean, var, weight, bias = (value.double() if is_double else value for value in values)
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, norm.eps)
 
 
 def fold_frozen_norms(network: nn.Module, example: Tensor) -> None:

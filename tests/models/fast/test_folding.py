@@ -22,6 +22,7 @@ from detection.models.fast.folding import (
     fold_frozen_norms,
 )
 from detection.models.norms import group_norm
+from detection.training.precision import WeightPrecision
 
 IMAGES = torch.rand(2, 3, 96, 128, generator=torch.Generator().manual_seed(0))
 
@@ -106,6 +107,25 @@ def test_the_gradients_are_those_of_the_two_modules() -> None:
         network(image).square().sum().backward()
     torch.testing.assert_close(images[1].grad, images[0].grad)
     torch.testing.assert_close(folded[0].weight.grad, plain[0].weight.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["torchvision", "tf_efficientnet_lite0", "densenet121"])
+def test_weights_of_another_type_give_the_same(name: str, dtype: torch.dtype) -> None:
+    """`bf16-true` and `64-true` convert what has parameters, so that statistics stay in float32."""
+    network = frozen(name)
+    with torch.no_grad():
+        expected = outputs(network)
+    fold_frozen_norms(network, IMAGES)
+    exchange(network, NORMS)
+    WeightPrecision("of a test", dtype).convert_module(network)
+    limit = 0.05 if dtype == torch.bfloat16 else 1e-5
+    found = outputs(network)
+    for wanted, given in zip(expected, found, strict=True):
+        assert given.dtype == dtype and (given.detach() - wanted).norm() <= limit * wanted.norm()
+    found[-1].sum().backward()
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    assert len(gradients) > 30 and all(g.dtype == dtype and g.isfinite().all() for g in gradients)
 
 
 def test_under_autocast_the_output_stays_in_half_precision() -> None:
