@@ -141,8 +141,8 @@ def pad_images(images: Sequence[Tensor], divisor: int = 32) -> tuple[Tensor, Ten
     sizes = [tuple(image.shape[-2:]) for image in images]
     height, width = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
     padded = images[0].new_zeros((len(images), images[0].shape[0], height, width))
-    for slot, image in zip(padded, images, strict=True):
-        slot[:, : image.shape[-2], : image.shape[-1]].copy_(image)
+    for i, image in enumerate(images):  # by index: the views of an iteration would refuse images that need gradients
+        padded[i, :, : image.shape[-2], : image.shape[-1]].copy_(image)
     return padded, torch.tensor(sizes, dtype=torch.int64)
 
 
@@ -249,7 +249,7 @@ def check_images(images: Sequence[Tensor], channels: int = 3, depth: int = 8) ->
         if image.dtype != integers and not image.is_floating_point():
             raise ValueError(f"image {i} is {image.dtype}: give {name} in [0, {highest}] or float in [0, 1]")
         if image.is_floating_point():
-            peak = float(image.abs().amax())
+            peak = float(image.detach().abs().amax())
             # Images that were normalised already stay within a few units; only 0 to 255 is far outside.
             if not peak <= 16:
                 wrong = "holds NaN or infinity" if peak != peak or peak == float("inf") else f"reaches {peak:g}"

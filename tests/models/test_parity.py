@@ -214,8 +214,8 @@ def assert_worth_comparing(found: Trace) -> None:
 
 
 @pytest.fixture(scope="module")
-def frozen_twin(calibrated: Calibrated, real_samples: Sample) -> tuple[FasterRCNN, Trace]:
-    """A small detector whose normalisation is frozen, as with pretrained weights, and torchvision's trace."""
+def frozen_twins(calibrated: Calibrated) -> tuple[FasterRCNN, nn.Module]:
+    """A small detector whose normalisation is frozen, as with pretrained weights, and torchvision's."""
     options = {**OPTIONS, **SMALL}
     live = calibrated(partial(tv_resnet, "resnet18", **options))
     theirs = tv_resnet("resnet18", FrozenBatchNorm2d, 3, **options)
@@ -226,6 +226,13 @@ def frozen_twin(calibrated: Calibrated, real_samples: Sample) -> tuple[FasterRCN
     ours.load_state_dict(theirs.state_dict(), strict=True)
     for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert a.requires_grad == b.requires_grad, name
+    return ours, theirs
+
+
+@pytest.fixture(scope="module")
+def frozen_twin(frozen_twins: tuple[FasterRCNN, nn.Module], real_samples: Sample) -> tuple[FasterRCNN, Trace]:
+    """Ours of the two, and torchvision's trace."""
+    ours, theirs = frozen_twins
     found = trace(theirs, real_samples)
     assert_worth_comparing(found)
     return ours, found
@@ -235,6 +242,37 @@ def frozen_twin(calibrated: Calibrated, real_samples: Sample) -> tuple[FasterRCN
 def test_frozen_twins_agree(form: str, frozen_twin: tuple[FasterRCNN, Trace], real_samples: Sample) -> None:
     ours, expected = frozen_twin
     assert_same(trace(FORMS[form](ours), real_samples), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("of", ["losses", "scores", "boxes"])
+def test_gradients_reach_the_images(
+    of: str, form: str, frozen_twins: tuple[FasterRCNN, nn.Module], real_samples: Sample
+) -> None:
+    """As adversarial examples and saliency maps need them; images of different sizes, so that one is padded."""
+    ours, theirs = frozen_twins
+    ours = FORMS[form](ours)
+    found, expected = (image_gradients(model, of, real_samples) for model in (ours, theirs))
+    for image, (a, b) in enumerate(zip(found, expected, strict=True)):
+        differs = (a - b).abs() > 1e-3 * b.square().mean().sqrt()
+        # Of cells that are equal but for rounding the stem's maximum takes either, and whose is the gradient: a few.
+        share = float(differs.float().mean())
+        assert share <= 0.05, f"the gradient of image {image} differs in {share:.1%} of its values"
+
+
+def image_gradients(model: nn.Module, of: str, sample: Sample) -> list[Tensor]:
+    """The gradient `(3, h, w)` of each image, of the sum of losses, or of the squares of a part of the detections.
+
+    The photographs get noise, as one has columns of a single colour, where cells of the stem are equal.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = [(image + torch.rand(image.shape, generator=generator)) / 2 for image in sample[0]]
+    images = [image.requires_grad_() for image in images]
+    if of == "losses":
+        total = sum(model.train()(images, sample[1]).values())
+    else:
+        total = sum(found[of].square().sum() for found in model.eval()(images))
+    return list(torch.autograd.grad(total, images))
 
 
 TV = "torchvision.models.detection"

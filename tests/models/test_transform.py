@@ -57,6 +57,15 @@ def test_padding_is_zero_after_normalisation() -> None:
     torch.testing.assert_close(normalised[0, :, 31, 39], expected)
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_padding_keeps_gradients_apart() -> None:
+    images = [torch.rand(3, *size, requires_grad=True) for size in ((32, 40), (50, 32))]
+    batch = ImageTransform(32, 64).eval()(images, None, 2)
+    batch.images[:, :, :, :32].sum().backward()
+    covered = [image.grad.amax(dim=0) > 0 for image in images]  # type: ignore[union-attr]
+    assert covered[0][:, :32].all() and not covered[0][:, 32:].any() and covered[1].all()
+
+
 def test_several_sizes_are_drawn_in_training_only() -> None:
     transform = ImageTransform((32, 48, 64), 1000)
     image = [torch.zeros(3, 100, 100)]
