@@ -27,6 +27,7 @@ from detection.data.coco import read_coco
 from detection.data.dataset import DetectionDataset
 from detection.data.images import read_image
 from detection.data.samplers import TrainBatchSampler
+from detection.inference import Detector
 from detection.interop import save_detector
 from detection.models.fast import accelerate
 from detection.training.module import DetectionModule
@@ -156,6 +157,15 @@ def test_checkpoint_alone_detects_the_same(run: tuple[FitCLI, Path], data: Path)
     for got, want in zip(found, expected, strict=True):
         for name, value in want.items():
             assert torch.equal(got[name], value), name
+
+
+def test_a_folder_is_its_best_checkpoint_in_python_too(run: tuple[FitCLI, Path], tmp_path: Path) -> None:
+    by_folder, by_file = (Detector.from_checkpoint(path, "cpu") for path in (run[1], run[1] / "best.ckpt"))
+    assert by_folder.class_names == scenes.CLASSES
+    for own, wanted in zip(by_folder.model.parameters(), by_file.model.parameters(), strict=True):
+        assert torch.equal(own, wanted)
+    with pytest.raises(FileNotFoundError, match=rf"no best.ckpt or last.ckpt in .*; name one of its runs.*{run[1]}"):
+        Detector.from_checkpoint(run[1].parent)
 
 
 def test_saved_configuration_repeats_the_run(run: tuple[FitCLI, Path], data: Path) -> None:

@@ -33,6 +33,7 @@ from detection.inference.tta import TestTimeAugmentation
 from detection.interop import CheckpointError, load_detector
 from detection.models.two_stage import FasterRCNN
 from detection.resizing import resized_size
+from detection.training.checkpoints import best_or_last
 from detection.training.encoding import encode_detections, grid_of
 from detection.weights import read_saved
 
@@ -95,21 +96,21 @@ class Detector:
     def from_checkpoint(
         cls, path: str | Path, device: str = "auto", precision: Precision = "32", trust: Iterable[str] = ()
     ) -> Detector:
-        """The detector of a run's `.ckpt`, or of a `.safetensors` file of `save_detector` or `detection convert`.
+        """The detector of a run, or of a `.safetensors` file of `save_detector` or `detection convert`.
 
         A file of `detection export` gives an `ExportedDetector`: `.onnx`, `.xml` or `.pt2`.
 
         Args:
-            path: of the file.
+            path: of the file, or of a run's folder, for its `best.ckpt`, or else its `last.ckpt`.
             device, precision: see the class. An exported file runs on the CPU, in the precision it was written in.
             trust: packages whose parts it may use besides this one's, e.g. `("my_parts",)`: their code runs.
 
         Raises:
             CheckpointError: the file doesn't say how to build its detector, or what its classes are called.
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is none, or a folder has neither.
             ValueError: a device or a precision that an exported file does not have.
         """
-        path = Path(path)
+        path = best_or_last(Path(path)) if Path(path).is_dir() else Path(path)
         if path.suffix in EXPORTED:
             from detection.inference.exported import ExportedDetector
 
@@ -149,7 +150,11 @@ class Detector:
 
         A detector whose images are not padded (`size_divisible` 1) gets them one at a time, or the largest of a batch
         would pad the others.
+
+        Raises:
+            ValueError: `batch_size` is less than 1.
         """
+        check_batch_size(batch_size)
         batch_size = 1 if self._divisor == 1 else batch_size
         pixels = [to_pixels(image, self.form) for image in images]
         parts = [pixels[i : i + batch_size] for i in range(0, len(pixels), batch_size)]
@@ -186,6 +191,12 @@ class Detector:
             points, certain = (detection[name].float().cpu().numpy() for name in ("keypoints", "keypoints_scores"))
             found = replace(found, keypoints=points, keypoint_scores=certain, edges=self.edges)
         return found.take(order)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise a ValueError where a batch would have no image."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
 
 
 def most_detections(model: nn.Module) -> int:

@@ -18,7 +18,7 @@ from torch import distributed as dist
 from detection.batch import Id
 from detection.data.headers import LARGEST
 from detection.inference.detections import Detections
-from detection.inference.detector import Detector
+from detection.inference.detector import Detector, check_batch_size
 from detection.inference.ensemble import Ensemble
 from detection.inference.films import Film
 from detection.inference.sources import ANNOTATED, RESULTS, Images, Listed, Pixels, Video
@@ -91,8 +91,10 @@ def predict(
         tracks: new ones, to give objects ids over the frames of a video, or over images in the order of their names.
 
     Raises:
-        ValueError: frames are to be shared, or the processes see different numbers of files.
+        ValueError: frames are to be shared, the processes see different numbers of files, or `batch_size` is less
+            than 1.
     """
+    check_batch_size(batch_size)
     if shared and tracks is not None:
         raise ValueError("objects are followed from frame to frame, so that all frames stay on one device")
     folder.mkdir(parents=True, exist_ok=True)
@@ -240,6 +242,7 @@ def _is_huge(pixels: Pixels) -> bool:
 
 def detect_tiled(detector: Detector | Ensemble, pixels: Pixels, tiles: Tiles, batch_size: int = 8) -> Detections:
     """Detections of an image `(H, W, 3)` looked at in tiles, `batch_size` of them at a time."""
+    check_batch_size(batch_size)
     height, width = pixels.shape[:2]
     windows = tiles.windows(height, width)
     parts: list[Detections] = []

@@ -17,7 +17,9 @@ from detection import maskrcnn_efficientnet_lite0_fpn, save_detector
 from detection.data.augment import eval_transform
 from detection.data.coco import read_coco
 from detection.data.dataset import DetectionDataset, collate
-from detection.inference import Detections, Detector
+from detection.inference import Detections, Detector, Tiles, predict
+from detection.inference.run import detect_tiled
+from detection.inference.sources import open_source
 from detection.training.encoding import encode_detections, grid_of
 from detection.weights import CheckpointError
 from tests.inference.blobs import NAMES, Blobs, scene
@@ -82,6 +84,20 @@ def test_a_file_brings_its_class_names(model, tmp_path):
         Detector.from_checkpoint(tmp_path / "nameless.safetensors")
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         Detector.from_checkpoint(tmp_path / "none.ckpt")
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_without_images_is_refused(size, model, photos, tmp_path):
+    detector, pixels = Detector(model, NAMES), scene(60, 80)
+    calls = [
+        lambda: detector.predict([pixels], batch_size=size),
+        lambda: predict(detector, open_source(str(photos)), tmp_path / "out", batch_size=size),
+        lambda: detect_tiled(detector, pixels, Tiles(32), size),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"batch_size is {size}: it must be at least 1"):
+            call()
+    assert not (tmp_path / "out").exists()
 
 
 def test_half_precision_finds_boxes_in_float32(model):
