@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -151,6 +152,16 @@ def test_a_larger_batch_does_not_end_the_epoch(begin: Begin) -> None:
     with pytest.warns(UserWarning, match="may be seen twice"):
         resumed = follow(["--resume", str(folder), "--data.batch_size", "4"])[1]
     assert resumed.sizes == [4] * (1 + 2)
+
+
+@pytest.mark.parametrize("limit", [[], ["--trainer.limit_train_batches", "5"]], ids=["all", "limited"])
+def test_an_epoch_that_was_over_leaves_nothing_to_share(limit: list[str], begin: Begin) -> None:
+    folder, before = begin("--data.batch_size", "1", *limit, stop=5 if limit else 8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*may be seen twice")
+        resumed = follow(["--resume", str(folder), "--data.batch_size", "2"])[1]
+    assert before.sizes == [1] * (5 if limit else 8) and resumed.sizes == [2] * 4
+    assert len({file for batch in resumed.files for file in batch}) == 8  # the second epoch from its start
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,9 @@ class KeepLast(Checkpoint):
         if self._restored is not None:
             # Lightning restores a loader only where it makes it after reading the checkpoint. Ours is made before, when
             # the schedule asks for the number of steps (`estimated_stepping_batches`).
-            trainer.train_dataloader.load_state_dict(self._restored["loader"])  # type: ignore[union-attr]
-            _share_epoch_anew(trainer, self._restored.get("batches", {}).get("batches"))
+            batches = self._restored.get("batches", {}).get("batches")
+            trainer.train_dataloader.load_state_dict(_next(self._restored["loader"], batches))  # type: ignore[union-attr]
+            _share_epoch_anew(trainer, batches)
             # The counts that `_begin_anew` wrote were for Lightning alone: the next checkpoint has true ones.
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
             states = self._restored["random"]
@@ -211,6 +212,17 @@ def _begin_anew(progress: dict[str, Any]) -> None:
     """Let Lightning do a validation from its first image: to it these counts say that the first batch was cut off."""
     for counts in (progress["total"], progress["current"]):
         counts.update(ready=1, started=1, processed=0, completed=0)
+
+
+def _next(loader: dict[str, int], batches: float | None) -> dict[str, int]:
+    """Where the loader goes on: with the next epoch, where `limit_train_batches` has ended one before its data did.
+
+    Args:
+        loader: its state, which does not know of the limit.
+        batches: see `_share_epoch_anew`.
+    """
+    is_over = batches is not None and loader["start_batch"] >= batches
+    return loader | {"epoch": loader["epoch"] + 1, "start_batch": 0} if is_over else loader
 
 
 def _share_epoch_anew(trainer: L.Trainer, batches: float | None) -> None:
