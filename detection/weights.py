@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 from detection.recipes import RecipeError
+from detection.unopened import NO_RUN, why_unopened
 
 log = logging.getLogger(__name__)
 
@@ -175,12 +175,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def read_torch(path: Path) -> dict[str, Any]:
     """What `torch.save` has written, as long as it is tensors and plain values: nothing else is unpickled."""
-    with readable(path):
+    with readable(path), torch.serialization.safe_globals([(_Flags, "argparse.Namespace")]):
         check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, not a state_dict; save model.state_dict()")
-    return dict(content)
+    return {name: value for name, value in content.items() if not isinstance(value, _Flags)}
+
+
+class _Flags:
+    """In the place of the `argparse.Namespace` that training scripts, such as torchvision's, save: it takes nothing."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None: ...
 
 
 def check_sums(path: Any) -> None:
@@ -193,25 +201,17 @@ def check_sums(path: Any) -> None:
 
 @contextmanager
 def readable(path: Any) -> Iterator[None]:
-    """Whatever goes wrong inside, with a file that may be damaged, foreign or hostile, is a CheckpointError."""
+    """Whatever goes wrong inside, with a PyTorch file that may be damaged, foreign or hostile, is a CheckpointError."""
     try:
+        if str(path).endswith(".safetensors") and Path(path).is_file():
+            raise CheckpointError(NO_RUN)
         yield
     except FileNotFoundError:
         raise FileNotFoundError(f"no checkpoint at {path}") from None
     except (CheckpointError, RecipeError) as error:
         raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it needs {wanted[1]}" if wanted else "it needs more than tensors and plain values, or is damaged"
-        raise CheckpointError(
-            f"{path}: not opened, as {reason}, and unpickling objects can run anything. Where the file was made, keep "
-            f'its tensors only: torch.save({{"state_dict": torch.load(path, weights_only=False)["state_dict"]}}, new)'
-        ) from error
     except Exception as error:  # a damaged or foreign file may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise CheckpointError(
-            f"{path}: not a whole file of this kind, or not of this version ({reason}); fetch or write it again"
-        ) from error
+        raise CheckpointError(f"{path}: {why_unopened(path, error)}") from error
 
 
 def find_state(content: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -72,6 +73,41 @@ def test_a_file_with_objects_is_refused_and_says_what_to_do(tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=r"evil\.pth: not opened, as it needs posix\.system.*keep its tensors"):
         weights.read_tensors(tmp_path / "evil.pth")
     assert not (tmp_path / "mark").exists()
+
+
+def test_the_flags_that_a_training_script_saved_are_left_out(tmp_path: Path) -> None:
+    """As torchvision's does: a namespace is not even made, so that no state of it can come in."""
+    flags = argparse.Namespace(lr=0.02, dtype=torch.float32)
+    torch.save({"model": STATE, "optimizer": {"state": {}}, "epoch": 3, "args": flags}, tmp_path / "model_3.pth")
+    assert weights.read_torch(tmp_path / "model_3.pth").keys() == {"model", "optimizer", "epoch"}
+    assert same(weights.find_weights(tmp_path / "model_3.pth"), STATE)
+    torch.save({"model": STATE | {"b": flags}}, tmp_path / "inside.pth")
+    with pytest.raises(CheckpointError, match=r"inside\.pth: no state_dict in it: b is no tensor"):
+        weights.find_weights(tmp_path / "inside.pth")
+    torch.save({"model": STATE, "args": argparse.Namespace(a=Gadget(tmp_path / "mark"))}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match=r"evil\.pth: not opened, as it needs posix\.system"):
+        weights.find_weights(tmp_path / "evil.pth")
+    assert not (tmp_path / "mark").exists()
+    assert not any("Namespace" in str(known) for known in torch.serialization.get_safe_globals()), "allowed for good"
+
+
+def test_the_advice_on_a_file_that_is_refused_works(tmp_path: Path) -> None:
+    path, new = tmp_path / "w.pth", tmp_path / "new.pth"
+    for content, advice in (
+        (nn.Linear(2, 2), "torch.save(torch.load(path, weights_only=False).state_dict(), new)"),
+        ({"model": STATE, "log": Path()}, 'torch.save(torch.load(path, weights_only=False)["model"], new)'),
+    ):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError) as refused:
+            weights.read_tensors(path)
+        assert advice in str(refused.value)
+        eval(advice, {"torch": torch, "path": path, "new": new})
+        assert weights.read_tensors(new)
+    path.write_text("<!DOCTYPE html><p>Sign in to download")
+    with pytest.raises(
+        CheckpointError, match=r"w\.pth: no file of torch\.save, as it begins with '<!DOCTYPE html><p>S"
+    ):
+        weights.read_tensors(path)
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
