@@ -16,6 +16,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from safetensors.torch import save_file
 
 from detection.training.checkpoints import OF_TRAINING, KeepBest, Start, WholeFiles, progress, start
 
@@ -89,6 +90,13 @@ def test_best_is_for_use_and_last_to_go_on_from(tmp_path: Path) -> None:
     for named in (best, tmp_path):
         with pytest.raises(ValueError, match=r"last.ckpt of its run does, and --weights begins another run with them"):
             start(str(named), tmp_path)
+
+
+def test_a_file_of_weights_alone_is_no_run_to_go_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "mine.safetensors"
+    save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"mine\.safetensors holds weights, but no run .*: begin one .* --weights /"):
+        start(str(path), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere/last.ckpt", "empty"])

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from detection.cli.detected import Detected, of_file, of_run, runs_in
+from detection.cli.detected import WITHOUT_RUN, Detected, of_file, of_run, runs_in
 from detection.cli.flags import TRUST, answered, check_ranges, take_trust
 from detection.cli.wording import Flags
 from detection.data.records import DataError
@@ -134,6 +134,11 @@ def _sides(runs: list[Path], against: list[Path] | None) -> tuple[list[Path], li
 
 
 def _detected(path: Path, given: argparse.Namespace, trust: list[str]) -> Detected:
+    if path.suffix == WITHOUT_RUN:
+        raise DataError(
+            f"{path}: a {WITHOUT_RUN} file does not say what it was trained on: `detection evaluate --ckpt {path}` it "
+            "on data that is named, and compare the results file that this writes, with --gt"
+        )
     if path.suffix != ".json":
         return of_run(path, given.split, trust, given.root, given.accelerator, given.batch_size)
     if given.gt is None:

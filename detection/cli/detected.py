@@ -28,10 +28,13 @@ from detection.evaluation.collect import CollectDetections
 from detection.evaluation.mean_ap import MeanAP
 from detection.evaluation.report import LoadImage
 from detection.evaluation.results import ImageResult, image_result
+from detection.inference.detector import most_detections
+from detection.interop import load_detector
 from detection.training.checkpoints import best_or_last
 from detection.training.module import DetectionModule
-from detection.weights import read_torch, readable
+from detection.weights import NO_NAMES, CheckpointError, read_saved, read_torch, readable
 
+WITHOUT_RUN = ".safetensors"  # such a file has a detector, but not what it was trained on
 KEPT, OF = "detections_{split}_{checkpoint}", "of.json"  # folder beside the checkpoint; what its files are of
 
 
@@ -167,24 +170,48 @@ def detect_all(module: DetectionModule, data: DetectionDataModule, accelerator: 
     return metric
 
 
+def module_of(ckpt: Path, trust: list[str]) -> DetectionModule:
+    """The module of a run's checkpoint, or one around the detector of a `.safetensors` file.
+
+    Raises:
+        CheckpointError: the file does not say how to build its detector, or what its classes are called.
+    """
+    if ckpt.suffix != WITHOUT_RUN:
+        return DetectionModule.load_from_checkpoint(ckpt, trust, map_location="cpu")
+    model, names = load_detector(ckpt, trust), read_saved(ckpt).class_names
+    if names is None:
+        raise CheckpointError(f"{ckpt}: {NO_NAMES}")
+    return DetectionModule(model, names, detections_per_img=most_detections(model))
+
+
+def content_of(ckpt: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run: nothing, where it is a `.safetensors` file."""
+    return {} if ckpt.suffix == WITHOUT_RUN else read_torch(ckpt)
+
+
 def data_of_run(ckpt: Path, trust: list[str], module: DetectionModule, settings: dict[str, Any]) -> DetectionDataModule:
     """The data of the checkpoint's training with these settings in place of its own."""
     settings = {"classes": module.class_names} | settings
-    if "min_size" in (read_torch(ckpt).get("datamodule_hyper_parameters") or {}):  # of a `DetectionDataModule`
+    if "min_size" in (content_of(ckpt).get("datamodule_hyper_parameters") or {}):  # of a `DetectionDataModule`
         with readable(ckpt):
             data = DetectionDataModule.load_from_checkpoint(ckpt, trust, **settings)
         if "root" not in settings and (home := data.hparams["root"]) and not Path(home).exists():
             raise DataError(f"{home}: the data of the training is not there (any more): give its folder as --root")
         return data
+    alone = ckpt.suffix == WITHOUT_RUN
     if "val_split" not in settings:
         raise DataError(
-            f"{ckpt}: it was trained with loaders that can't be made again; name data: --annotations, or --root and "
-            "--format"
+            f"{ckpt}: a {WITHOUT_RUN} file does not say what it was trained on; name data: --annotations or --root"
+            if alone
+            else f"{ckpt}: it was trained with loaders that can't be made again; name data: --annotations, or --root "
+            "and --format"
         )
     shape = module.detector.transform
-    sizes = {"min_size": shape.min_size[-1], "max_size": shape.max_size}
+    sizes: dict[str, Any] = {"min_size": shape.min_size[-1], "max_size": shape.max_size}
     sizes |= {"channels": shape.channels, "depth": shape.image_depth}
     sizes |= {"masks": module.detector.has_masks, "keypoints": "keypoints" in module.metric.iou_type}
+    if alone and (tiles := read_saved(ckpt).tiles):
+        sizes |= {"tile": tiles[0], "tile_overlap": tiles[1]}
     return DetectionDataModule(**sizes | settings)
 
 

@@ -13,7 +13,7 @@ import yaml
 from numpy.typing import NDArray
 
 from detection.batch import Id
-from detection.cli.detected import data_of_run
+from detection.cli.detected import WITHOUT_RUN, content_of, data_of_run, module_of
 from detection.cli.flags import check_ranges, join_ckpts, members, run_command
 from detection.cli.folder import CONFIG
 from detection.cli.output import set_up_output
@@ -32,8 +32,6 @@ from detection.inference.detector import EXPORTED
 from detection.inference.exported import ExportedDetector
 from detection.inference.fusing import Fusion, check_members
 from detection.inference.fusing import fuse as fuse_found
-from detection.training.module import DetectionModule
-from detection.weights import read_torch
 
 Form = Literal["coco", "voc", "yolo"]
 
@@ -61,7 +59,8 @@ def evaluate(
 
     Args:
         ckpt: run's folder, or its checkpoint; model, classes and sizes come from it, and data that is not named here.
-            Several with `fuse`. Or a file of `detection export`, run as in `predict`, on data that is named here.
+            Several with `fuse`. Or a .safetensors file, or one of `detection export`, which is run as in `predict`:
+            on data that is named here.
         results: COCO results file, in place of a checkpoint; goes with `annotations` alone.
         split: val or test of the training data; of other data the name of one of its splits, or all.
         root: folder of the training data, if it has moved; with another `split`, `format` or `annotations`, of other
@@ -111,11 +110,12 @@ def evaluate(
     trainer = L.Trainer(accelerator=accelerator, callbacks=[collect], use_distributed_sampler=False, **settings)
     seen = list[MeanAP]()
     for path in ckpts:
-        module = DetectionModule.load_from_checkpoint(path, trust, map_location="cpu")
-        data = data_of_run(path, trust, module, moved | changes)
-        if not changes and split == "test" and data.hparams["test_split"] is None:
+        module = module_of(path, trust)
+        other = changes or ({"val_split": split} if path.suffix == WITHOUT_RUN and root is not None else {})
+        data = data_of_run(path, trust, module, moved | other)
+        if not other and split == "test" and data.hparams["test_split"] is None:
             raise DataError(f"{path}: the model was trained without naming a test split; use --split val")
-        data.predict_split = "test" if not changes and split == "test" else "val"
+        data.predict_split = "test" if not other and split == "test" else "val"
         kinds: tuple[IouType, ...] = module.metric.iou_type if masks else ("bbox",)
         collect.metric = MeanAP(module.class_names, module.hparams["detections_per_img"], kinds)
         seen.append(collect.metric)
@@ -135,17 +135,15 @@ def evaluate(
     metric.frequencies = dataset.frequencies
     home, name = dataset.root, split if annotations is None else annotations.stem
     facts = _facts(ckpts, fuse) | {"data": home.name, "split": name, "precision": precision}
-    run, kept = ckpts[0].resolve().parent, read_torch(ckpts[0])
-    config = run / "config.yaml"
-    said = config.read_text() if config.is_file() else yaml.safe_dump(dict(kept.get("hyper_parameters", {})))
-    title = f"Evaluation of {run.parent.name}/{run.name}"
+    title, said, leads = _of_run(ckpts[0])
     title += f" and {len(ckpts) - 1} more, fused" if fuse else ""
-    folder = output or ckpts[0].parent / f"evaluation_{name}{f'_{fuse}' if fuse else ''}"
+    of = f"{ckpts[0].stem}_" if ckpts[0].suffix == WITHOUT_RUN else ""
+    folder = output or ckpts[0].parent / f"evaluation_{of}{name}{f'_{fuse}' if fuse else ''}"
 
     def load(result: ImageResult) -> Pixels:
         return read_image(home / result.file_name, result.size, form=data.form)
 
-    _write(folder, metric, dataset.category_ids, load, title, facts, said, _leads(run), beside)
+    _write(folder, metric, dataset.category_ids, load, title, facts, said, leads, beside)
 
 
 def _fused(seen: Sequence[MeanAP], ckpts: Sequence[Path], how: Fusion) -> MeanAP:
@@ -167,7 +165,7 @@ def _fused(seen: Sequence[MeanAP], ckpts: Sequence[Path], how: Fusion) -> MeanAP
 
 def _facts(ckpts: Sequence[Path], fuse: str | None) -> dict[str, str]:
     """Where the detections come from; of each checkpoint where there are several."""
-    kept = [read_torch(path) for path in ckpts]
+    kept = [content_of(path) for path in ckpts]
     names = [path.name if fuse is None else f"{path.resolve().parent.name}/{path.name}" for path in ckpts]
     facts = {
         "checkpoint": ", ".join(names),
@@ -208,6 +206,16 @@ def _other_data(
     if root is None:
         raise DataError(f"data of format {format} needs --root, its folder")
     return other | {"format": format, "val_split": split, "val_images": ""}
+
+
+def _of_run(ckpt: Path) -> tuple[str, str, list[tuple[str, str]]]:
+    """What the report says of the run: its title, the settings, and commands that lead on; of a file its name alone."""
+    if ckpt.suffix == WITHOUT_RUN:
+        return f"Evaluation of {ckpt.name}", "", []
+    run, kept = ckpt.resolve().parent, content_of(ckpt)
+    config = run / CONFIG
+    said = config.read_text() if config.is_file() else yaml.safe_dump(dict(kept.get("hyper_parameters", {})))
+    return f"Evaluation of {run.parent.name}/{run.name}", said, _leads(run)
 
 
 def _leads(run: Path) -> list[tuple[str, str]]:

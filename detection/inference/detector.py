@@ -35,7 +35,7 @@ from detection.models.two_stage import FasterRCNN
 from detection.resizing import resized_size
 from detection.training.checkpoints import best_or_last
 from detection.training.encoding import encode_detections, grid_of
-from detection.weights import read_saved
+from detection.weights import NO_NAMES, read_saved
 
 ImageLike: TypeAlias = str | Path | Image.Image | Pixels | Tensor
 Precision = Literal["32", "bf16", "16"]
@@ -123,7 +123,7 @@ class Detector:
         model = load_detector(path, trust)
         saved = read_saved(path)
         if saved.class_names is None:
-            raise CheckpointError(f"{path}: does not name its classes; write it with save_detector(..., class_names)")
+            raise CheckpointError(f"{path}: {NO_NAMES}")
         options: dict[str, Any] = {"device": device, "precision": precision, "edges": saved.edges}
         detector = cls(model, saved.class_names, saved.category_ids, **options)
         detector.tiles = Tiles(*saved.tiles) if saved.tiles else None

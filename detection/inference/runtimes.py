@@ -13,7 +13,7 @@ from detection.inference.exported import RUNTIMES, kept_facts
 from detection.interop import load_detector
 from detection.interop.exported_files import to_onnx
 from detection.interop.openvino import to_openvino
-from detection.weights import CheckpointError, read_saved
+from detection.weights import NO_NAMES, CheckpointError, read_saved
 
 Runtime = Literal["pytorch", "onnxruntime", "openvino"]
 
@@ -48,7 +48,7 @@ def file_of(ckpt: Path, runtime: Runtime, precision: str = "32", trust: Iterable
         return path
     model, saved = load_detector(ckpt, trust), read_saved(ckpt)
     if saved.class_names is None:
-        raise CheckpointError(f"{ckpt}: does not name its classes; write it with save_detector(..., class_names)")
+        raise CheckpointError(f"{ckpt}: {NO_NAMES}")
     facts = {**kept_facts(model, saved.class_names, saved.category_ids, saved.tiles), "made_of": made_of}
     with tempfile.TemporaryDirectory(dir=ckpt.parent) as folder:  # so that no half of a file is ever found
         new = Path(folder) / path.name

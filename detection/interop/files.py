@@ -32,6 +32,7 @@ from detection.models.two_stage import FasterRCNN
 from detection.recipes import RecipeError, blame, rebuild, trusting
 from detection.weights import (
     FACTS,
+    NO_NAMES,
     NO_RECIPE,
     CheckpointError,
     Saved,
@@ -80,7 +81,7 @@ def detector_for_classes(
     """
     saved = _read_own(Path(path))
     if saved.recipe is None or saved.class_names is None:
-        raise CheckpointError(f"{path}: does not name its classes; write it with save_detector(..., class_names)")
+        raise CheckpointError(f"{path}: {NO_NAMES}")
     class_names = saved.class_names if class_names is None else class_names
     arguments = {**saved.recipe["init_args"], "num_classes": len(class_names) + 1}
     if num_keypoints is not None:

@@ -119,10 +119,12 @@ def progress(path: Path) -> tuple[int, int]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is cut off, damaged, or no checkpoint of a training.
+        ValueError: it is cut off, damaged, or no checkpoint of a training, as a `.safetensors` file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: {WANTED}")
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} holds weights, but no run to go on with: begin one with them, --weights {path}")
     try:
         with zipfile.ZipFile(path) as archive:
             whole = archive.testzip() is None

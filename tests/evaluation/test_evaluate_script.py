@@ -18,6 +18,7 @@ import torch
 from detection import Detector, maskrcnn_efficientnet_lite0_fpn
 from detection.__main__ import main
 from detection.cli.comparing import same_images
+from detection.cli.convert import bring
 from detection.cli.detected import of_file, of_run
 from detection.cli.evaluate import evaluate
 from detection.commit import code_version
@@ -32,6 +33,8 @@ from detection.models.roi_heads import TwoFCHead
 from detection.training.module import DetectionModule
 from detection.training.optimisation import CosineSchedule
 from tests.runs import ROOT, run_script
+
+RESULT = "evaluation_mine_objects"
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +249,28 @@ def test_a_checkpoint_of_other_loaders_takes_named_data_alone(trained, tmp_path)
     x1, y1, x2, y2 = found.boxes[0].tolist()
     assert best["score"] == pytest.approx(float(found.scores[0]), abs=1e-5)
     assert best["bbox"] == pytest.approx([x1, y1, x2 - x1, y2 - y1], abs=1e-2)
+
+
+@pytest.mark.slow
+def test_a_file_of_weights_alone_has_the_figures_of_its_run(trained, tmp_path, capsys):
+    folder, file = trained[0], tmp_path / "mine.safetensors"
+    bring(folder / "last.ckpt", file, certificate=False)
+    data = {"root": folder, "annotations": Path("objects.json"), "accelerator": "cpu", "batch_size": 12}
+    evaluate(folder / "last.ckpt", **data, output=tmp_path / "run")
+    evaluate(file, **data)
+    of_run, of_file = (json.loads((tmp_path / out / "figures.json").read_text()) for out in ("run", RESULT))
+    assert of_file["figures"] == pytest.approx(of_run["figures"], abs=1e-6) and of_run["figures"]["bbox_map"] > 0
+    assert "<title>Evaluation of mine.safetensors" in (tmp_path / RESULT / "report.html").read_text()
+    write_voc(read_coco(folder, "objects.json"), tmp_path / "voc", "test")
+    evaluate(file, root=tmp_path / "voc", split="test", accelerator="cpu", masks=False)
+    assert (tmp_path / "evaluation_mine_test" / "figures.json").is_file()
+    with pytest.raises(DataError, match=r"mine\.safetensors: .*not say what it was trained on; name data: --an"):
+        evaluate(file, accelerator="cpu")
+    said = str(main(["compare", str(file), str(folder / "last.ckpt")]))
+    assert "evaluate --ckpt" in said and said.endswith("compare the results file that this writes, with --gt")
+    assert "a .safetensors file holds a detector, but not its run" in str(
+        main(["suspects", str(file), "--split", "val"])
+    )
 
 
 def test_a_results_file_alone(tmp_path, pycoco, capsys):
