@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -37,6 +38,7 @@ OLD_NAMES = (  # what torchvision called its tensors before version 0.13; it upg
     (r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1"),
     *((rf"^roi_heads\.mask_head\.mask_fcn{i + 1}\.(weight|bias)$", rf"roi_heads.mask_head.{i}.0.\1") for i in range(4)),
 )
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel and AveragedModel, torch.compile, a LightningModule
 
 
 NO_RECIPE = "it does not say how to build its detector: build that as in training, and give it the tensors"
@@ -174,7 +176,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             facts: dict[str, Any] = json.loads((file.metadata() or {}).get(FACTS, "{}"))
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole .safetensors file ({error}); fetch or write it again") from error
-    return tensors, facts
+    return tensors if facts else unwrapped(tensors), facts
 
 
 def read_torch(path: Path) -> dict[str, Any]:
@@ -222,13 +224,31 @@ def find_state(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The state_dict in the content of a file: the content itself, or what stands under the usual names."""
     for name in ("state_dict", "model", "model_state_dict"):
         if isinstance(content.get(name), Mapping):
+            if "model_ema" in content:
+                _say(f"{path} holds {name} and model_ema, an average of it: {name} is taken")
             content = content[name]
-    state = {str(name).removeprefix("module."): value for name, value in content.items()}
+    state = unwrapped(content)
     others = [name for name, value in state.items() if not isinstance(value, Tensor) and not hasattr(value, "dtype")]
     if others or not state:
         found = f"{others[0]} is no tensor" if others else "it is empty"
         raise CheckpointError(f"{path}: no state_dict in it: {found}; save model.state_dict()")
     return state
+
+
+@cache
+def _say(text: str) -> None:
+    """In the log, once however often a file is read."""
+    log.warning(text)
+
+
+def unwrapped(state: Mapping[Any, Any]) -> dict[str, Any]:
+    """The same under the names of the detector itself: without the prefixes that wrappers put before every name.
+
+    The count that an `AveragedModel` has beside them, `n_averaged`, is left out.
+    """
+    own = {str(n): value for n, value in state.items() if n != "n_averaged" or getattr(value, "ndim", 0) > 0}
+    prefix = next((p for p in WRAPPERS if own and all(name.startswith(p) for name in own)), None)
+    return own if prefix is None else unwrapped({name.removeprefix(prefix): value for name, value in own.items()})
 
 
 def upgrade_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

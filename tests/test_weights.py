@@ -28,11 +28,46 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("wrap", ["bare", "model", "state_dict", "module.", "detector."])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        "bare",
+        "model",
+        "state_dict",
+        "module.",
+        "detector.",
+        "_orig_mod.",
+        "module._orig_mod.",
+        "model.",
+        "model.module.",
+    ],
+)
 def test_files_of_all_kinds(wrap: str, tmp_path: Path) -> None:
     state = {f"{wrap}{k}": v for k, v in STATE.items()} if wrap.endswith(".") else STATE
     torch.save({wrap: state, "epoch": 3} if wrap in ("model", "state_dict") else state, tmp_path / "w.pth")
     assert same(weights.read_tensors(tmp_path / "w.pth"), STATE)
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_what_wrappers_put_before_the_names_is_taken_off(name: str, tmp_path: Path) -> None:
+    """As of the average of a compiled model, in a LightningModule; what stands before some names alone is theirs."""
+    state = {f"model.module._orig_mod.{k}": v for k, v in STATE.items()} | {"model.n_averaged": torch.tensor(5)}
+    part = {"module.a": torch.ones(1), "b": torch.ones(1), "n_averaged": torch.ones(3)}
+    for given, wanted in ((state, STATE), (part, part)):
+        if name.endswith(".pth"):
+            torch.save({"model": given}, tmp_path / name)
+        else:
+            save_file(given, tmp_path / name)
+        found = weights.find_weights(tmp_path / name)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_which_of_a_model_and_its_average_is_taken_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({"model": STATE, "model_ema": {"module.a": torch.ones(1)}}, tmp_path / "w.pth")
+    with caplog.at_level("WARNING", logger="detection"):
+        assert same(weights.find_weights(tmp_path / "w.pth"), STATE) and weights.find_weights(tmp_path / "w.pth")
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"{tmp_path / 'w.pth'} holds model and model_ema, an average of it: model is taken"]
 
 
 def test_what_a_file_says_of_itself(tmp_path: Path) -> None:
