@@ -28,6 +28,7 @@ from detection.interop.foreign import PIXELS, read_foreign
 from detection.interop.names import load, state_of
 from detection.interop.semantics import Library as Rules
 from detection.interop.told import CONFIG, DEFAULT, TENSORS, Told, origins_of
+from detection.models.pretrained import fit_classes
 from detection.models.two_stage import FasterRCNN
 from detection.recipes import RecipeError, blame, rebuild, trusting
 from detection.weights import (
@@ -111,6 +112,8 @@ def take_sizes(model: FasterRCNN, min_size: int | Sequence[int], max_size: int) 
 def take_weights(model: FasterRCNN, path: str | Path, class_names: Sequence[str]) -> None:
     """Begin with the weights of a file; classes of the same name keep what was learned of them, others begin anew.
 
+    For a file that does not name its classes see `fit_classes`.
+
     Args:
         model: gets them.
         path: `.ckpt` of a run, `.safetensors` or `.pth`.
@@ -124,8 +127,11 @@ def take_weights(model: FasterRCNN, path: str | Path, class_names: Sequence[str]
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     saved = read_saved(path)
-    old = list(class_names) if saved.class_names is None else saved.class_names
-    _named(path, lambda: load(model, adapt_classes(saved.tensors, model.state_dict(), old, class_names)))
+
+    def take() -> None:
+        load(model, fit_classes(saved.tensors, model.state_dict(), saved.class_names, class_names, path))
+
+    _named(path, take)
 
 
 def save_detector(

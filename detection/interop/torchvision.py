@@ -12,14 +12,14 @@ from detection.interop import rows
 from detection.interop.builders import box_pool_of, resnet_of, style_of
 from detection.interop.kinds import TORCHVISION, refuse
 from detection.interop.names import check_scores, count_blocks, load, state_of
-from detection.models import zoo
+from detection.models import pretrained, zoo
 from detection.models.family import keypoint_builders
 from detection.models.pooling import RoIPooler
 from detection.models.two_stage import FasterRCNN
 from detection.weights import CheckpointError, fold_epsilon, unfold_epsilon, upgrade_names
 
 # The published files whose frozen normalisation goes without epsilon, by the names that torch.hub gives them.
-WITHOUT_EPSILON = tuple(getattr(reference, name).COCO_V1.url.rpartition("/")[2] for name in zoo.WITHOUT_EPSILON)
+WITHOUT_EPSILON = tuple(getattr(reference, name).COCO_V1.url.rpartition("/")[2] for name in pretrained.WITHOUT_EPSILON)
 HEATMAPS = "roi_heads.keypoint_predictor.kps_score_lowres.bias"  # has a number for each key point
 MOBILE = "fasterrcnn_mobilenet_v3_large_fpn"
 MOBILE_320 = "fasterrcnn_mobilenet_v3_large_320_fpn"

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torchvision.models import detection as reference
 
 from detection.mask_grid import TorchvisionMaskGrid
 from detection.models.backbones import (
@@ -29,16 +28,16 @@ from detection.models.backbones import (
 )
 from detection.models.compose import COCO_CATEGORIES, cascade_rcnn, faster_rcnn, mask_branch
 from detection.models.masks import MaskHead, MaskPredictor
+from detection.models.pretrained import load_weights
 from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor
 from detection.models.rpn import RPNHead
 from detection.models.trunks import AnyPyramid
 from detection.models.two_stage import TwoStageDetector
 from detection.parts import Factory, Factory2
 from detection.recipes import rebuildable, recorded
-from detection.weights import Weights, adapt_classes, find_class_names, find_weights, fit_stem, fold_epsilon, is_given
+from detection.weights import Weights, is_given
 
 HALF = (0.5, 0.5, 0.5)  # brings images to [-1, 1], as the packaged weights of EfficientNet-Lite0 want them
-WITHOUT_EPSILON = [f"{kind}RCNN_ResNet50_FPN_Weights" for kind in ("Faster", "Mask", "Keypoint")]
 
 
 @recorded
@@ -384,27 +383,3 @@ def _norm(norm: Norm | None, weights: Weights) -> Norm | None:
 
 def _count(num_classes: int | None, class_names: Sequence[str] | None) -> int:
     return num_classes or (len(class_names) + 1 if class_names else COCO_CATEGORIES)
-
-
-def load_weights(
-    model: TwoStageDetector,
-    backbone: Weights,
-    weights: Weights = None,
-    published: str | None = None,
-    class_names: Sequence[str] | None = None,
-) -> TwoStageDetector:
-    """Load the weights of the whole detector, and note what having weights decided, for the recipe."""
-    if is_given(weights):
-        names: Any = getattr(reference, published) if published else None
-        state = find_weights(weights, names)
-        if published in WITHOUT_EPSILON and weights in (names.COCO_V1, "COCO_V1", "DEFAULT"):
-            # torchvision trained these without the epsilon of the frozen normalisation, and evaluates them so. Taking
-            # it off the variance gives the same numbers, and needs no setting that every checkpoint would carry.
-            state = fold_epsilon(state)
-        old_names = find_class_names(weights, names) if class_names else None
-        if class_names and old_names:
-            state = adapt_classes(state, model.state_dict(), old_names, class_names)
-        model.load_state_dict(fit_stem(state, model.state_dict()))
-    if is_given(weights) or is_given(backbone):
-        model.resolved = {"norm": "frozen", "trainable_backbone_layers": 3}
-    return model

@@ -93,6 +93,32 @@ def test_other_classes_keep_those_of_the_same_name(small: FasterRCNN, tmp_path: 
         detector_for_classes(tmp_path / "unnamed.safetensors", ["fox"])
 
 
+@pytest.mark.parametrize("begin", ["take_weights", "builder"])
+def test_a_file_that_does_not_name_its_classes_is_begun_with(
+    begin: str, small: FasterRCNN, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "mine.pth"
+    torch.save(small.state_dict(), path)
+    score, box = (f"roi_heads.box_predictor.{name}.weight" for name in ("cls_score", "bbox_pred"))
+    old = small.state_dict()
+    for names, told in ((NAMES, "they are taken for those of the data"), (["a", "b"], "anew, for 2 in place of 3")):
+        options: dict[str, Any] = {"num_classes": len(names) + 1, "norm": "frozen"}
+        with caplog.at_level("INFO", logger="detection"):
+            if begin == "builder":
+                new = zoo.fasterrcnn_resnet_fpn(**options, weights=path, class_names=names).state_dict()
+            else:
+                model = zoo.fasterrcnn_resnet_fpn(**options)
+                fresh = {name: value.clone() for name, value in model.state_dict().items()}
+                files.take_weights(model, path, names)
+                new = model.state_dict()
+                assert names == NAMES or torch.equal(new[score][1:], fresh[score][1:])
+        said = caplog.records[-1].getMessage()
+        assert said.startswith(f"{path} does not name its classes: ") and told in said
+        assert torch.equal(new["roi_heads.box_head.fc6.weight"], old["roi_heads.box_head.fc6.weight"])
+        assert torch.equal(new[score][0], old[score][0]) and torch.equal(new[box][:4], old[box][:4])
+        assert torch.equal(new[score][1:3], old[score][1:3]) == (names == NAMES)
+
+
 def test_files_that_can_not_be_used(small: FasterRCNN, tmp_path: Path) -> None:
     path = tmp_path / "ours.safetensors"
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*ours\.safetensors"):

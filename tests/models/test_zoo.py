@@ -20,6 +20,7 @@ from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import FastRCNNPredictor, TwoFCHead
 from detection.models.rpn import RPNHead
 from detection.recipes import rebuild
+from detection.weights import CheckpointError
 
 TWINS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
     name: (getattr(zoo, name), getattr(reference, name))
@@ -303,3 +304,11 @@ def test_overlap_losses_train_both_stages_and_come_back_from_a_checkpoint(loss: 
     assert 0 < losses["loss_box_reg"] < 2 * loss.weight and 0 < losses["loss_rpn_box_reg"] < 2 * loss.weight
     again = rebuild(model.recipe or {})
     assert type(again.rpn.box_loss) is type(loss) and again.roi_heads.box_loss.weight == loss.weight
+
+
+def test_weights_of_another_detector_are_refused_in_a_line(tmp_path: Path) -> None:
+    torch.save(zoo.fasterrcnn_resnet_fpn(num_classes=4).state_dict(), tmp_path / "mine.pth")
+    wanted = r"mine\.pth: these are not the weights of this detector: size mismatch for roi_heads\.box_predictor.*"
+    with pytest.raises(CheckpointError, match=wanted) as refused:
+        zoo.fasterrcnn_resnet_fpn(num_classes=7, weights=tmp_path / "mine.pth")
+    assert "\n" not in str(refused.value)
