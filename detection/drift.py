@@ -22,7 +22,8 @@ from torchvision.models.detection import faster_rcnn, keypoint_rcnn, mask_rcnn
 from detection.models.family.keypoints import KeypointPredictor
 from detection.models.masks import MaskPredictor
 from detection.models.roi_heads import FastRCNNPredictor
-from detection.recipes import PACKAGE, WEIGHTS, RecipeError, describe, packages_of, rebuild
+from detection.recipes import WEIGHTS, describe, packages_of, rebuild
+from detection.trust import PACKAGE, RecipeError
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from detection.data.records import DataError
 from detection.devices import smaller_precision
-from detection.recipes import RecipeError
+from detection.trust import RecipeError
 from detection.weights import CheckpointError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)

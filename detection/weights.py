@@ -22,7 +22,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
-from detection.recipes import RecipeError
+from detection.trust import RecipeError
 from detection.unopened import NO_RUN, why_unopened
 
 log = logging.getLogger(__name__)

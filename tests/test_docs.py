@@ -33,7 +33,8 @@ from detection.cli.check import data_of, splits_of
 from detection.cli.configuration import CONFIGS
 from detection.cli.fit import main
 from detection.data import scenes
-from detection.recipes import RecipeError, rebuild
+from detection.recipes import rebuild
+from detection.trust import RecipeError
 from tests.runs import TINY, rows, scene_flags
 
 ROOT = Path(__file__).resolve().parents[1]

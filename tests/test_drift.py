@@ -25,8 +25,9 @@ from detection.matching import BalancedSampler, HardExampleSampler, Matcher
 from detection.models.fast import accelerate
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import TwoFCHead
-from detection.recipes import RecipeError, describe
+from detection.recipes import describe
 from detection.training.module import DetectionModule
+from detection.trust import RecipeError
 
 
 def build(num_classes: int = 4, **options: Any) -> Any:

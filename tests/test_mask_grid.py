@@ -30,8 +30,9 @@ from detection.models import zoo
 from detection.models.backbones import resnet_fpn
 from detection.models.masks import MaskHead, MaskPredictor
 from detection.models.pooling import RoIPooler
-from detection.recipes import EVERYTHING, rebuild
+from detection.recipes import rebuild
 from detection.training.encoding import encode_detections, grid_of
+from detection.trust import EVERYTHING
 
 SIZE = (24, 31)
 TORCHVISION = {"class_path": "detection.mask_grid.TorchvisionMaskGrid", "init_args": {}}

@@ -25,8 +25,9 @@ from detection.fitting import PartError
 from detection.interop import CheckpointError, load_detector
 from detection.models.fast import accelerate
 from detection.models.two_stage import TwoStageDetector
-from detection.recipes import EVERYTHING, RecipeError, named_in, rebuild
+from detection.recipes import named_in, rebuild
 from detection.training.module import DetectionModule
+from detection.trust import EVERYTHING, RecipeError
 from tests.runs import ROOT, differences, rehearsed, rows, run_script, state
 
 EXAMPLES = ROOT / "examples"

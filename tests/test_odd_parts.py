@@ -31,9 +31,10 @@ from detection.losses import classification_loss
 from detection.models.fast.folding import fold_frozen_norms
 from detection.models.pooling import RoIPooler
 from detection.models.roi_heads import FastRCNNPredictor, TwoFCHead
-from detection.recipes import EVERYTHING, describe, rebuild
+from detection.recipes import describe, rebuild
 from detection.training.checkpoints import WholeFiles
 from detection.training.module import DetectionModule
+from detection.trust import EVERYTHING
 
 IMAGES = list(torch.rand(2, 3, 64, 80, generator=torch.Generator().manual_seed(0)))
 SIZES = [[16.0], [32.0], [48.0], [64.0], [96.0]]

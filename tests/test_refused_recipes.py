@@ -18,14 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from detection.models import zoo
-from detection.recipes import (
-    A_RUN,
-    EVERYTHING,
-    RecipeError,
-    _is_harmless,
-    import_path,
-    rebuild,
-)
+from detection.recipes import rebuild
+from detection.trust import A_RUN, EVERYTHING, RecipeError, _is_harmless, import_path
 from detection.weights import FACTS, CheckpointError
 from tests.test_recipes import SMALL
 

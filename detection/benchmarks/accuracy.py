@@ -21,9 +21,10 @@ from torch import nn
 from detection.benchmarks.peers import TorchvisionDetector
 from detection.data.datamodule import DetectionDataModule
 from detection.models.backbones import efficientnet_lite0_fpn
-from detection.recipes import EVERYTHING, rebuild
+from detection.recipes import rebuild
 from detection.training.module import DetectionModule
 from detection.training.optimisation import CosineSchedule
+from detection.trust import EVERYTHING
 
 Row = dict[str, Any]
 FIGURES = ("map", "map_50", "map_75")

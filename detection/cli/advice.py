@@ -15,7 +15,8 @@ from detection.data.anchor_fit import Grid
 from detection.data.audit import Audit
 from detection.data.records import DataError
 from detection.data.tree import role_of
-from detection.recipes import EVERYTHING, rebuild
+from detection.recipes import rebuild
+from detection.trust import EVERYTHING
 
 OWN = CONFIGS / f"{OWN_DATA}.yaml"  # what `--data.root` trains with
 

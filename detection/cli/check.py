@@ -23,7 +23,8 @@ from detection.data.finding import Stage, find
 from detection.data.reading import check_records
 from detection.data.records import DataError, Index
 from detection.data.spectral import PixelFormat
-from detection.recipes import EVERYTHING, import_from_working_directory, rebuild
+from detection.recipes import rebuild
+from detection.trust import EVERYTHING, import_from_working_directory
 
 DESCRIPTION = """Finds what is wrong in a data set before training, and says what is in it.
 

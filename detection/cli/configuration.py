@@ -21,18 +21,9 @@ from detection.data.channels import measure_channels
 from detection.data.datamodule import DetectionDataModule
 from detection.data.spectral import RGB
 from detection.models import relatives, zoo
-from detection.recipes import (
-    A_RUN,
-    EVERYTHING,
-    WEIGHTS,
-    RecipeError,
-    find,
-    import_path,
-    named_in,
-    rebuild,
-    trusted_names,
-)
+from detection.recipes import WEIGHTS, named_in, rebuild
 from detection.training.checkpoints import LAST, progress
+from detection.trust import A_RUN, EVERYTHING, RecipeError, find, import_path, trusted_names
 from detection.upgrades import upgrade
 
 QUICKSTART, OWN_DATA = "quickstart", "own_data"

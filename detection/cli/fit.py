@@ -33,7 +33,7 @@ from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
 from detection.errors import RunError, SettingsError, explain
 from detection.interop.files import take_weights
-from detection.recipes import RecipeError, import_from_working_directory, packages_of, rebuild
+from detection.recipes import packages_of, rebuild
 from detection.training import tuning
 from detection.training.callbacks import Bar, PredictionPictures, Results, SplitFile, Throughput
 from detection.training.checkpoints import (
@@ -57,6 +57,7 @@ from detection.training.safety import Guard, check_start, end_other_ranks, end_w
 from detection.training.sharing import SyncNorms
 from detection.training.tracking import Tracking
 from detection.training.tuning import Find
+from detection.trust import RecipeError, import_from_working_directory
 
 log = logging.getLogger(__name__)
 

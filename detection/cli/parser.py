@@ -17,8 +17,8 @@ import detection
 from detection.cli.configuration import CONFIGS, PRESETS, defaults
 from detection.cli.wording import KINDS, flag_before, in_words, is_about_names, nearest
 from detection.models import relatives, zoo
-from detection.recipes import NEVER, advice
 from detection.training.optimisation import MOVED
+from detection.trust import NEVER, advice
 from detection.upgrades import ARGUMENTS
 
 TYPICAL = "detection.models.zoo.fasterrcnn_resnet_fpn"  # has the arguments that most builders share

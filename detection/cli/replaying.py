@@ -24,11 +24,11 @@ from detection.cli.output import set_up_output
 from detection.cli.wording import Flags
 from detection.data.records import DataError
 from detection.errors import complaint
-from detection.recipes import import_from_working_directory
 from detection.training.checkpoints import Start
 from detection.training.logged import Saved, compare, logged, reasons, saved, verdict, was_on_gpu
 from detection.training.replay import Recorder, Replayed, Restore, as_json
 from detection.training.replay_pictures import draw_step
+from detection.trust import import_from_working_directory
 
 log = logging.getLogger(__name__)
 

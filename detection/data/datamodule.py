@@ -36,7 +36,8 @@ from detection.data.tiled import TileView, describe_tiles
 from detection.data.train_loader import TrainLoader
 from detection.data.workers import check_shared_memory, init_worker
 from detection.parts import Reader
-from detection.recipes import RecipeError, rebuild, trusting
+from detection.recipes import rebuild
+from detection.trust import RecipeError, trusting
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,8 @@ from detection.interop.semantics import Library as Rules
 from detection.interop.told import CONFIG, DEFAULT, TENSORS, Told, origins_of
 from detection.models.pretrained import fit_classes
 from detection.models.two_stage import FasterRCNN
-from detection.recipes import RecipeError, blame, rebuild, trusting
+from detection.recipes import blame, rebuild
+from detection.trust import RecipeError, trusting
 from detection.weights import (
     FACTS,
     NO_NAMES,
@@ -71,7 +72,7 @@ def detector_for_classes(
     """A detector to train further on other classes; those of the same name keep what was learned of them.
 
     Args:
-        path: as for `load_detector`; packages other than this one are trusted with `detection.recipes.trusting`, on
+        path: as for `load_detector`; packages other than this one are trusted with `detection.trust.trusting`, on
             the command line with `--trust`.
         class_names: of the foreground, label 1 first; None for those of the file. On the command line, the data's.
         num_keypoints: of each object, likewise; where there are others than in the file, the last layer of their branch

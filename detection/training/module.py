@@ -24,7 +24,7 @@ from detection.interop.files import take_sizes
 from detection.models.fast import REPEATABLE, accelerate, exchange
 from detection.models.transform import ImageTransform
 from detection.models.two_stage import FasterRCNN
-from detection.recipes import RecipeError, describe, rebuild, trusting
+from detection.recipes import describe, rebuild
 from detection.training.agreement import check_form, check_targets
 from detection.training.changes import check_changes, check_groups, steps_by_time, take_rates, total_steps
 from detection.training.checkpoints import WholeFiles, announce_parts
@@ -49,6 +49,7 @@ from detection.training.own_metrics import OwnMetrics
 from detection.training.precision import choose_precision
 from detection.training.storable import check_states
 from detection.training.tile_batches import run_in_parts
+from detection.trust import RecipeError, trusting
 from detection.weights import NO_RECIPE, CheckpointError, check_sums, readable
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from detection.data.datamodule import DetectionDataModule
 from detection.data.dataset import DetectionDataset, collate
 from detection.data.pipeline import Step, recipe_of
 from detection.data.records import DataError, Index, Record
-from detection.recipes import RecipeError, rebuild, trusting
+from detection.recipes import rebuild
+from detection.trust import RecipeError, trusting
 from tests.data.test_pipeline import EVERY, HEIGHT, SHAPES, WIDTH, assert_where_the_pixels_are, run, scene
 
 

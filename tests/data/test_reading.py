@@ -21,7 +21,8 @@ from detection.cli.fit import main
 from detection.data.datamodule import DetectionDataModule
 from detection.data.reading import check_index
 from detection.data.records import DataError, Index, Record
-from detection.recipes import RecipeError, recorded, trusting
+from detection.recipes import recorded
+from detection.trust import RecipeError, trusting
 from tests.runs import run_script
 
 ROOT = Path(__file__).resolve().parents[2]

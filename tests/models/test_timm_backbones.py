@@ -26,7 +26,8 @@ from detection.models.backbones import (
     timm_fpn,
 )
 from detection.models.pyramid import FeaturePyramidNetwork
-from detection.recipes import RecipeError, rebuild
+from detection.recipes import rebuild
+from detection.trust import RecipeError
 
 SWIN, VIT = "swin_tiny_patch4_window7_224", "vit_small_patch16_224"
 
