@@ -83,6 +83,19 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+def unexplained(error: Exception, what: str) -> str:
+    """A sentence on settings that a library refuses, of which nothing else is known.
+
+    Args:
+        error: that it has raised.
+        what: can't be done with these settings, e.g. `can't be built`.
+    """
+    said = " ".join(str(error).split())
+    if isinstance(error, ValueError | MisconfigurationException):
+        return said
+    return f"these settings {what}: {type(error).__name__}: {said} (JSONARGPARSE_DEBUG=true shows where)"
+
+
 def complaint(command: Callable[[], object]) -> str | None:
     """Run a command of a script; the sentence on what went wrong, for `sys.exit`. What is a bug is raised."""
     try:

@@ -28,6 +28,7 @@ from detection.errors import SettingsError
 from detection.evaluation.ablation_table import MINUS, Row, latex, markdown, write_table
 from detection.evaluation.mean_ap import MeanAP
 from detection.training import planned as trainings
+from detection.training.locking import locked
 from detection.training.planned import Planned, State, Stopped, train
 from tests.evaluation import test_oks
 from tests.evaluation.test_comparison import CLASSES, detect, scenes
@@ -166,8 +167,8 @@ def test_a_signal_lets_all_save_and_the_same_plan_goes_on(tmp_path: Path, stub: 
 
 def test_what_another_call_trains_is_waited_for_and_not_trained_twice(tmp_path: Path, stub: None) -> None:
     plan = plan_of(tmp_path, "base", "swap")
-    lock = trainings._locked(plan[0].folder)
-    assert lock is not None and trainings._locked(plan[0].folder) is None
+    lock = locked(plan[0].folder / trainings.LOCK)
+    assert lock is not None and locked(plan[0].folder / trainings.LOCK) is None
 
     def other() -> None:
         while plan[1].checkpoint() is None:  # the one that is free is trained meanwhile

@@ -68,7 +68,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[FitCLI, P
 def test_run_folder_holds_what_it_should(run: tuple[FitCLI, Path]) -> None:
     names = {path.name for path in run[1].iterdir()}
     files = {"README.md", "config.yaml", "metrics.csv", "plots", "predictions.jpg"}
-    assert names == files | {"best.ckpt", "last.ckpt", "previous.ckpt"}
+    assert names == files | {"best.ckpt", "last.ckpt", "previous.ckpt", ".lock"}
     plots = {path.stem for path in (run[1] / "plots").iterdir()}
     assert plots == {"confusion", "curves", "mistakes", "precision_recall", "reliability", "scores", "sizes"}
     assert min(Image.open(run[1] / "predictions.jpg").size) > 100

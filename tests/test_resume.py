@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import multiprocessing
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import lightning as L
@@ -11,11 +18,14 @@ import numpy as np
 import pytest
 import torch
 
-from detection.cli.fit import FitCLI
+from detection.cli.fit import FitCLI, main
 from detection.data import scenes
 from detection.data.datamodule import DetectionDataModule
+from detection.errors import RunError
+from detection.training import locking
+from detection.training.locking import LOCK, alone, locked
 from detection.training.resume import random_state, set_random_state
-from tests.runs import TINY, differences, rehearsed, rows, scene_flags, state
+from tests.runs import ROOT, TINY, differences, rehearsed, rows, scene_flags, state
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +126,70 @@ def test_loaders_leave_the_random_numbers_alone(data: Path) -> None:
     iter(datamodule.val_dataloader())
     next(iter(datamodule.train_dataloader()))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_that_another_process_trains_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(locking, "PATIENCE", 0.0)
+    make(data, tmp_path, "--trainer.max_epochs", "1").fit()
+    folder = only_folder(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    lock = locked(folder / LOCK)
+    assert lock is not None
+    for resume in (folder, folder / "last.ckpt"):
+        assert main(["--resume", str(resume), "--trainer.max_epochs", "2"]) == 1
+        (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert f"{folder}: another process is training this run: wait for it" in said
+    assert main(["--resume", str(folder), "--trainer.fast_dev_run", "true"]) == 0  # leaves nothing
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    os.close(lock)
+    assert main(["--resume", str(folder), "--trainer.max_epochs", "2"]) == 0
+
+
+def test_a_lock_is_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with alone(tmp_path):
+        with monkeypatch.context() as patched:
+            patched.setattr(locking, "PATIENCE", 0.0)
+            with pytest.raises(RunError, match="another process is training"), alone(tmp_path):
+                pass
+        loader = multiprocessing.get_context("fork").Process(target=sleep, args=(60,), daemon=True)
+        loader.start()  # as of a loader, which outlives a run that is killed
+    with alone(tmp_path):
+        loader.kill()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with alone(tmp_path), alone(tmp_path):  # a file system without locks is no reason not to train
+        pass
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_trains_and_a_kill_leaves_no_lock(data: Path, tmp_path: Path) -> None:
+    own = ["--output", str(tmp_path), "--data.num_workers", "1", "--save_every", "0", "--wandb", "off"]
+    flags = ["--config", "quickstart", *TINY, *own, *scene_flags(data), "--resume", "auto", "--trainer.max_epochs"]
+    command = [sys.executable, "-m", "detection", "fit", *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def begin(epochs: int) -> subprocess.Popen[str]:
+        return subprocess.Popen([*command, str(epochs)], env=environment, stderr=subprocess.PIPE, text=True)
+
+    with begin(1000) as first:
+        try:
+            while not list(tmp_path.glob("*/*/last.ckpt")):
+                assert first.poll() is None
+                sleep(0.1)
+            with begin(1000) as second:
+                said = second.communicate(timeout=300)[1]
+            assert second.returncode == 1 and "another process is training this run" in said
+            assert first.poll() is None
+        finally:
+            first.kill()
+    epochs = 1 + torch.load(only_folder(tmp_path) / "last.ckpt", weights_only=True)["epoch"]
+    with begin(epochs + 1) as third:
+        said = third.communicate(timeout=300)[1]
+    assert third.returncode == 0, said
+    steps = [row["step"] for row in rows(only_folder(tmp_path)) if row["lr"]]
+    assert steps == [str(step) for step in range(4 * (epochs + 1))]

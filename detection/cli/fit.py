@@ -7,6 +7,7 @@ import os
 import sys
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from detection.cli.output import set_up_output
 from detection.cli.parser import Parser, cause
 from detection.data.datamodule import DetectionDataModule
 from detection.data.records import DataError
-from detection.errors import RunError, SettingsError, explain
+from detection.errors import RunError, SettingsError, explain, unexplained
 from detection.interop.files import take_weights
 from detection.recipes import packages_of, rebuild
 from detection.training import tuning
@@ -48,6 +49,7 @@ from detection.training.checkpoints import (
     kept,
     start,
 )
+from detection.training.locking import alone
 from detection.training.loggers import RUN_FLAGS, MetricsFile, Tracker, WandbMode
 from detection.training.module import DetectionModule
 from detection.training.optimisation import COSINE, SGD_MOMENTUM, state_per_parameter
@@ -300,9 +302,15 @@ class FitCLI(LightningCLI):
         if self.config.find:
             tuning.find_batch_size(self.trainer, self.model, self.datamodule)
             return
-        if _rank() == 0 and not self.config.trainer.fast_dev_run:
+        writes = _rank() == 0 and not self.config.trainer.fast_dev_run
+        if writes:
             slots = state_per_parameter(self.model.optimizer)
             check_start(self.folder, self.model, slots, 2 * self.datamodule.hparams["num_workers"])
+        with alone(self.folder) if writes else nullcontext():
+            self._train(writes)
+
+    def _train(self, writes: bool) -> None:
+        if writes:
             never = never_validates(self.trainer)
             if never and self._saves:
                 log.warning("%s: this run is never validated, so it keeps no %s, but %s", never, BEST, LAST)
@@ -318,7 +326,7 @@ class FitCLI(LightningCLI):
                 "nothing was trained: max_epochs, max_steps, max_time or limit_train_batches of trainer leave no step",
                 on_all_ranks=True,
             )
-        if _rank() == 0 and not self.config.trainer.fast_dev_run:
+        if writes:
             self._write_readme(validated=(self.folder / BEST).is_file())
         if not self.guard.begun:
             log.warning("no batch was left to train on: to go on further raise --trainer.max_epochs or max_steps")
@@ -349,7 +357,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except UNEXPLAINED as error:
         if os.environ.get("JSONARGPARSE_DEBUG"):
             raise
-        return _fail(RunError(_unknown(error, "can't be built")))
+        return _fail(RunError(unexplained(error, "can't be built")))
     try:
         cli.fit()
     except Interrupted as stop:
@@ -360,7 +368,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if not begun:
             cli.clean_up()
             if sentence is None and not os.environ.get("JSONARGPARSE_DEBUG"):
-                sentence = _unknown(error, "can't be trained with")
+                sentence = unexplained(error, "can't be trained with")
         if sentence is not None and not (_rank() and getattr(error, "on_all_ranks", False)):
             sys.stderr.write(f"error: {sentence}{f' (rank {_rank()})' if _rank() else ''}\n")
         end_other_ranks(cli.trainer, error)
@@ -373,14 +381,6 @@ def main(args: Sequence[str] | None = None) -> int:
 def _is_mistake(error: Exception) -> bool:
     """Whether settings are to blame for what ended a run before its first step, and not the machine."""
     return explain(error) is None or isinstance(error, ValueError | MisconfigurationException)
-
-
-def _unknown(error: Exception, what: str) -> str:
-    """A sentence on settings that a library refuses, of which nothing else is known."""
-    said = " ".join(str(error).split())
-    if isinstance(error, ValueError | MisconfigurationException):
-        return said
-    return f"these settings {what}: {type(error).__name__}: {said} (JSONARGPARSE_DEBUG=true shows where)"
 
 
 def _has_bar(given: Namespace) -> bool:

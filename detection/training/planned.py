@@ -7,7 +7,6 @@ stays, what was interrupted is resumed, and what still trains is waited for.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from detection.training.checkpoints import best_or_last, newest_run
+from detection.training.locking import locked
 from detection.training.resume import INTERRUPTED
 
 STATE, LOCK, LOG = "run.json", "lock", "log.txt"
@@ -199,7 +199,7 @@ def train(
                     waiting.remove(run)
                     left_out[run] = why
                     say(f"{run.swap}, seed {run.seed}: left out, {why}")
-                elif (lock := _locked(run.folder)) is not None:
+                elif (lock := locked(run.folder / LOCK)) is not None:
                     waiting.remove(run)
                     say(f"{run.swap}, seed {run.seed}: training, see {run.folder / LOG}")
                     active.append(Training(run, free[0], lock))
@@ -226,18 +226,6 @@ def _noted() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _locked(folder: Path) -> int | None:
-    """The lock of a run, as an open file; None where another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
 
 
 def _too_long(run: Planned, plan: Sequence[Planned], left: float) -> str:
