@@ -27,6 +27,7 @@ def bring(
     stride_in_1x1: bool | None = None,
     config: Path | None = None,
     semantics: Rules | None = None,
+    class_names: list[str] | None = None,
     certificate: bool = True,
     images: str | None = None,
     data: Path | None = None,
@@ -50,18 +51,24 @@ def bring(
             the checkpoint, else the library's defaults.
         semantics: train on by the rules of torchvision, detectron2 or mmdetection. By default those of the library that
             wrote the checkpoint.
+        class_names: of a checkpoint that does not name them, without the background, label 1 first: '[car, tractor]'.
         certificate: false writes none, which saves the time of running both detectors.
         images: image, folder or pattern to compare on; drawn scenes by default.
         data: folder of labelled images, to state the AP that is lost.
     """
     source = chosen(source)
     model, saved = import_detector(
-        source, style, contiguous, without_epsilon, trust, bgr, stride_in_1x1, config, semantics
+        source, style, contiguous, without_epsilon, trust, bgr, stride_in_1x1, config, semantics, class_names
     )
     save_detector(output, model, saved.class_names, saved.category_ids, saved.origins, saved.tiles)
     print(f"{output}: {model.num_classes - 1} classes, {sum(p.numel() for p in model.parameters()):,} parameters")
     if saved.origins:
         print(report(saved.origins))
+    if saved.class_names is None:
+        print(
+            f"note: {source.name} does not name its {model.num_classes - 1} classes, without which the file is neither "
+            "predicted with nor trained on: add --class_names '[car, tractor, ...]', label 1 first"
+        )
     if certificate:
         named: dict[str, Any] = {
             "style": style,

@@ -194,6 +194,7 @@ def import_detector(
     stride_in_1x1: bool | None = None,
     config: Path | None = None,
     semantics: Rules | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> tuple[FasterRCNN, Saved]:
     """The detector in a file of torchvision, Detectron2 or MMDetection, or in a checkpoint of one of our runs.
 
@@ -209,6 +210,8 @@ def import_detector(
             with its bases, a `.py` of MMDetection. Nothing in it is run. By default what a checkpoint of MMDetection
             has of it, and else the library's defaults.
         semantics: whose rules training on follows, see `Semantics`; by default those of the library that wrote it.
+        class_names: of the foreground, label 1 first, for a file that does not name them. By default those of the data
+            set that has so many classes: COCO, or VOC.
 
     Returns:
         the detector, and its tensors with recipe, class names, category ids, and where each fact is from.
@@ -221,7 +224,12 @@ def import_detector(
         raise FileNotFoundError(f"no checkpoint at {source}")
     with trusting(trust):
         halves: dict[str, Any] = {"bgr": bgr, "stride_in_1x1": stride_in_1x1}
-        return _named(source, lambda: _import(source, style, halves, contiguous, without_epsilon, config, semantics))
+        model, saved, named = _named(
+            source, lambda: _import(source, style, halves, contiguous, without_epsilon, config, semantics)
+        )
+    if class_names is None:
+        return model, saved
+    return model, _named(source, lambda: _rename(saved, list(class_names), model.num_classes - 1, named))
 
 
 def _import(
@@ -232,7 +240,8 @@ def _import(
     without_epsilon: bool | None,
     config: Path | None,
     semantics: Rules | None,
-) -> tuple[FasterRCNN, Saved]:
+) -> tuple[FasterRCNN, Saved, bool]:
+    """As `import_detector`, and whether the file itself names its classes."""
     state, meta = read_foreign(source)
     names: list[str] | None = None
     facts, said = Told(), style is not None or halves["bgr"] is not None
@@ -256,16 +265,28 @@ def _import(
         raise CheckpointError(f"{what}: only checkpoints of Detectron2 and MMDetection have one")
     elif any(name.startswith("detector.") for name in state):
         saved = read_saved(source)
-        return load_detector(source).train(), saved
+        return load_detector(source).train(), saved, saved.class_names is not None
     else:
         said = True
         model = torchvision.from_torchvision(state, source.name, None, without_epsilon, contiguous)
+    named = names is not None and len(names) == model.num_classes - 1
     if names is None and (model.num_classes, model.num_keypoints) == (2, 17):
         names = ["person"]  # COCO's key points
     names, ids = _classes(model.num_classes, names)
     style_from = CONFIG if facts.style else TENSORS if said else DEFAULT
     origins = origins_of(model.recipe or {}, facts, style_from)
-    return model, Saved(model.state_dict(), model.recipe, names, ids, origins=origins)
+    return model, Saved(model.state_dict(), model.recipe, names, ids, origins=origins), named
+
+
+def _rename(saved: Saved, given: list[str], count: int, named: bool) -> Saved:
+    """The same with the class names that were given, where the file itself has none."""
+    if len(given) != count:
+        raise CheckpointError(f"{len(given)} class names are given for {count} classes: name each but the background")
+    if given == saved.class_names:
+        return saved
+    if named:
+        raise CheckpointError(f"it names its classes, {', '.join(saved.class_names or [])}: give no others")
+    return replace(saved, class_names=given, category_ids=list(range(1, count + 1)))
 
 
 def _follow(config: Path, read: Callable[[Path], Told]) -> Told:

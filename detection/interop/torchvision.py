@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from detection.models.family import keypoint_builders
 from detection.models.pooling import RoIPooler
 from detection.models.two_stage import FasterRCNN
 from detection.weights import CheckpointError, fold_epsilon, unfold_epsilon, upgrade_names
+
+log = logging.getLogger(__name__)
 
 # The published files whose frozen normalisation goes without epsilon, by the names that torch.hub gives them.
 WITHOUT_EPSILON = tuple(getattr(reference, name).COCO_V1.url.rpartition("/")[2] for name in pretrained.WITHOUT_EPSILON)
@@ -81,7 +84,14 @@ def from_torchvision(
         CheckpointError: tensors that are missing, left over or of the wrong shape.
     """
     state = upgrade_names(state)
-    build = _build(builder or find_builder(state, file_name))
+    name = builder or find_builder(state, file_name)
+    if builder is None and name == MOBILE and file_name and not file_name.startswith(MOBILE):
+        log.warning(
+            "%s: the two MobileNet detectors have the same tensors, and this is built as that of 800 pixels; let its "
+            "name begin with %s where it is that of 320, or train on with --data.min_size 320 --data.max_size 640",
+            *(file_name, MOBILE_320),
+        )
+    build = _build(name)
     live = any(name.startswith("backbone.body.") and name.endswith("num_batches_tracked") for name in state)
     if contiguous:
         state = rows.to_contiguous(state)

@@ -12,8 +12,17 @@ from torch import Tensor, nn
 from torchvision.models import detection as reference
 from torchvision.ops import FrozenBatchNorm2d
 
+from detection import Detector
+from detection.cli.convert import main as convert
 from detection.interop import CheckpointError, export_detector, import_detector, load_detector, rows, save_detector
-from detection.interop.torchvision import WITHOUT_EPSILON, advice, find_builder, from_torchvision, to_torchvision
+from detection.interop.torchvision import (
+    MOBILE_320,
+    WITHOUT_EPSILON,
+    advice,
+    find_builder,
+    from_torchvision,
+    to_torchvision,
+)
 from detection.models import zoo
 from detection.models.backbones import resnet_fpn
 from detection.models.pooling import RoIPool
@@ -96,6 +105,42 @@ def test_here_and_back_through_files(tmp_path: Path) -> None:
         export_detector(tmp_path / "ours.safetensors", tmp_path / f"back{suffix}", "torchvision")
         back = read(tmp_path / f"back{suffix}")
         assert set(back) == set(state) and all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_a_detector_of_own_classes_is_named_when_it_is_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / f"{MOBILE}-mine.pth", tmp_path / "ours.safetensors"
+    torch.save({"model": torchvisions(MOBILE).state_dict()}, source)
+    flags = ["import", "--source", str(source), "--output", str(output), "--certificate", "false"]
+    assert convert(flags) is None and "--class_names '[car, tractor, ...]'" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"ours\.safetensors: does not name its classes: .* --class_names"):
+        Detector.from_checkpoint(output, "cpu")
+    assert "mine.pth: 3 class names are given for 4 classes" in str(convert([*flags, "--class_names", "[a, b, c]"]))
+    assert convert([*flags, "--class_names", "[cat, dog, fox, hen]"]) is None
+    assert "note:" not in capsys.readouterr().out
+    detector = Detector.from_checkpoint(output, "cpu")
+    assert detector.class_names == ("cat", "dog", "fox", "hen")
+    assert "it names its classes, cat, dog, fox, hen: give no others" in str(named_anew(output, tmp_path / "best.ckpt"))
+
+
+def named_anew(file: Path, run: Path) -> str | None:
+    """What is said of a run whose classes are given other names than it has."""
+    model = load_detector(file)
+    content: dict[str, Any] = {"state_dict": {f"detector.{k}": v for k, v in model.state_dict().items()}}
+    content["hyper_parameters"] = {"detector": model.recipe, "class_names": ["cat", "dog", "fox", "hen"]}
+    torch.save(content, run)
+    return convert(["import", "--source", str(run), "--output", str(file), "--class_names", "[a, b, c, d]"])
+
+
+def test_a_mobilenet_of_another_file_name_may_be_either(caplog: pytest.LogCaptureFixture) -> None:
+    state = torchvisions(MOBILE).state_dict()
+    with caplog.at_level("WARNING", logger="detection"):
+        assert from_torchvision(state, f"{MOBILE_320}-mine.pth").transform.min_size == (320,)
+        assert from_torchvision(state, f"{MOBILE}-mine.pth").transform.min_size == (800,) and not caplog.records
+        assert from_torchvision(state, "mine_320.pth").transform.min_size == (800,)
+    said = caplog.records[0].getMessage()
+    assert said.startswith("mine_320.pth: the two MobileNet detectors") and f"begin with {MOBILE_320} where" in said
 
 
 @pytest.mark.rehearsal
