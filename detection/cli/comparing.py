@@ -136,8 +136,8 @@ def _sides(runs: list[Path], against: list[Path] | None) -> tuple[list[Path], li
 def _detected(path: Path, given: argparse.Namespace, trust: list[str]) -> Detected:
     if path.suffix == WITHOUT_RUN:
         raise DataError(
-            f"{path}: a {WITHOUT_RUN} file does not say what it was trained on: `detection evaluate --ckpt {path}` it "
-            "on data that is named, and compare the results file that this writes, with --gt"
+            f"{path}: a {WITHOUT_RUN} file does not say what it was trained on: compare the results file that "
+            f"`detection evaluate --ckpt {path} --root DATA` writes, with --gt"
         )
     if path.suffix != ".json":
         return of_run(path, given.split, trust, given.root, given.accelerator, given.batch_size)

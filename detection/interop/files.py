@@ -217,7 +217,7 @@ def import_detector(
         the detector, and its tensors with recipe, class names, category ids, and where each fact is from.
 
     Raises:
-        CheckpointError: it can't be read, or does not fit; the message names the file.
+        CheckpointError: it can't be read, or does not fit, as the class names may; the message names the file.
         FileNotFoundError: there is none.
     """
     if not source.is_file():

@@ -267,42 +267,9 @@ def test_a_file_of_weights_alone_has_the_figures_of_its_run(trained, tmp_path, c
     with pytest.raises(DataError, match=r"mine\.safetensors: .*not say what it was trained on; name data: --an"):
         evaluate(file, accelerator="cpu")
     said = str(main(["compare", str(file), str(folder / "last.ckpt")]))
-    assert "evaluate --ckpt" in said and said.endswith("compare the results file that this writes, with --gt")
-    assert "a .safetensors file holds a detector, but not its run" in str(
-        main(["suspects", str(file), "--split", "val"])
-    )
-
-
-def test_a_results_file_alone(tmp_path, pycoco, capsys):
-    rng = np.random.default_rng(0)
-    gt = {"images": [], "annotations": [], "categories": [{"id": 9, "name": "a"}, {"id": 4, "name": "b"}]}
-    dt = []
-    for image in ("x", "y<b>", "z"):
-        gt["images"].append({"id": image, "file_name": f"{image[0]}.png", "width": 64, "height": 48})
-        cv2.imwrite(str(tmp_path / f"{image[0]}.png"), rng.integers(0, 255, (48, 64, 3), np.uint8))
-        for category in (9, 4, 9):
-            box = [*rng.uniform(0, 20, 2), *rng.uniform(5, 20, 2)]
-            item = {"image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-            gt["annotations"].append(item | {"id": len(gt["annotations"]) + 1})
-            moved = (np.array(box) + rng.normal(0, 1.5, 4)).clip(0.5).tolist()
-            dt.append({"image_id": image, "category_id": category, "bbox": moved, "score": float(rng.random())})
-    dt.append(dt[4] | {"bbox": [40, 30, 10, 10], "score": 0.99})
-    (tmp_path / "gt.json").write_text(json.dumps(gt))
-    (tmp_path / "dt.json").write_text(json.dumps(dt))
-    evaluate(results=tmp_path / "dt.json", annotations=tmp_path / "gt.json", images=tmp_path)
-    official = pycoco(gt, dt)
-    out = tmp_path / "evaluation_dt"
-    assert report_of(out) == pytest.approx(official["figures"], abs=1e-12) and official["figures"]["map"] > 0.05
-    printed = capsys.readouterr().out
-    for k, name in enumerate("ba"):
-        assert f"  {name}{official['precision'][:, :, k, 0, 2].mean():8.4f}" in printed
-    counts = {name: re.search(rf"^ *{name} +\S+ +(\d+) objects?$", printed, re.MULTILINE)[1] for name in (*"ab", "map")}
-    assert counts == {"a": "6", "b": "3", "map": "9"}
-    assert re.search(r"^map_large +- +0 objects$", printed, re.MULTILINE) and "-1.0" not in printed
-    page = (out / "report.html").read_text()
-    assert '"id":"y\\u003cb>"' in page and "y<b>" not in page
-    assert len(re.search(r'class="pictures">([^<]+)<', page)[1].split()) == 3
-    assert json.loads((out / "detections_bbox.json").read_text())[0]["image_id"] == "x"
+    assert said.endswith(f"results file that `detection evaluate --ckpt {file} --root DATA` writes, with --gt")
+    said = str(main(["suspects", str(file), "--split", "val"]))
+    assert "a .safetensors file holds a detector, but not its run" in said
 
 
 @pytest.mark.parametrize(
