@@ -40,7 +40,6 @@ OLD_NAMES = (  # what torchvision called its tensors before version 0.13; it upg
 )
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel and AveragedModel, torch.compile, a LightningModule
 
-
 NO_RECIPE = "it does not say how to build its detector: build that as in training, and give it the tensors"
 NO_NAMES = (
     "does not name its classes: write it with `detection convert import --class_names`, or with "

@@ -28,8 +28,8 @@ from detection.interop.foreign import PIXELS, read_foreign
 from detection.interop.names import load, state_of
 from detection.interop.semantics import Library as Rules
 from detection.interop.told import CONFIG, DEFAULT, TENSORS, Told, origins_of
-from detection.models.pretrained import fit_classes
 from detection.models.two_stage import FasterRCNN
+from detection.pretrained import fit_classes
 from detection.recipes import blame, rebuild
 from detection.trust import RecipeError, trusting
 from detection.weights import (

@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 from torchvision.models import detection as reference
 
+from detection import pretrained
 from detection.interop import rows
 from detection.interop.builders import box_pool_of, resnet_of, style_of
 from detection.interop.kinds import TORCHVISION, refuse
 from detection.interop.names import check_scores, count_blocks, load, state_of
-from detection.models import pretrained, zoo
+from detection.models import zoo
 from detection.models.family import keypoint_builders
 from detection.models.pooling import RoIPooler
 from detection.models.two_stage import FasterRCNN

