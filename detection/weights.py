@@ -369,7 +369,7 @@ def pick_classes(
     sources = torch.tensor([old for _, old in kept])
     adapted = fit_keypoints(state, fresh)
     for name in state:
-        rows = class_rows(name) or _rows_of_own(name, state[name], fresh.get(name), num_classes, len(labels))
+        rows = class_rows(name) or _rows_of_own(name, state, fresh, num_classes, len(labels))
         if not rows or len(state[name]) == rows == 4:  # one box for all classes
             continue
         if len(state[name]) != rows * num_classes or len(fresh[name]) != rows * len(labels):
@@ -383,11 +383,15 @@ def pick_classes(
     return adapted
 
 
-def _rows_of_own(name: str, saved: Tensor, fresh: Tensor | None, num_classes: int, wanted: int) -> int:
-    """As `class_rows`, of a predictor with other names: by its number of rows, which the log says."""
-    if "predictor" not in name or "keypoint" in name or fresh is None or not saved.ndim:
+def _rows_of_own(name: str, state: Mapping[str, Any], fresh: Mapping[str, Any], num_classes: int, wanted: int) -> int:
+    """As `class_rows`, of a predictor none of whose layers is known by name: by the number of rows, as the log says."""
+    home = re.match(r".*predictor[^.]*\.", name)
+    if home is None or "keypoint" in name or name not in fresh or not state[name].ndim:
         return 0
-    rows = next((n for n in (1, 4) if len(saved) == n * num_classes and len(fresh) == n * wanted), 0)
+    if any(class_rows(other) for other in state if other.startswith(home[0])):  # whose other layers have no classes
+        return 0
+    counts = len(state[name]), len(fresh[name])
+    rows = next((n for n in (1, 4) if counts == (n * num_classes, n * wanted)), 0)
     if rows:
         log.info("%s is taken for the last layer of a predictor, with %d rows for each class", name, rows)
     return rows

@@ -35,9 +35,11 @@ from detection.recipes import describe, rebuild
 from detection.training.checkpoints import WholeFiles
 from detection.training.module import DetectionModule
 from detection.trust import EVERYTHING
+from detection.weights import adapt_classes
 
 IMAGES = list(torch.rand(2, 3, 64, 80, generator=torch.Generator().manual_seed(0)))
 SIZES = [[16.0], [32.0], [48.0], [64.0], [96.0]]
+LAYERS = {"conv5_mask": 256, "mask_fcn_logits": 64}
 PACKAGE = __name__.partition(".")[0]
 
 
@@ -209,6 +211,16 @@ def test_classes_of_the_same_name_keep_the_rows_of_a_predictor_with_other_names(
     fresh = new.roi_heads.box_predictor.classes.bias.tolist()
     take_weights(new, tmp_path / "own.safetensors", ["x", "y"])
     assert new.roi_heads.box_predictor.classes.bias.tolist() == [0.0, *fresh[1:]]
+
+
+def test_layers_that_happen_to_have_as_many_rows_as_classes_are_left_alone() -> None:
+    """Our mask predictor's hidden layer has 256 channels, four for each of 64 classes."""
+    names = [f"class {i}" for i in range(63)]
+    state = {f"roi_heads.mask_predictor.{layer}.bias": torch.rand(n) for layer, n in LAYERS.items()}
+    fresh = {name: torch.zeros_like(value) for name, value in state.items()}
+    adapted = adapt_classes(state, fresh, names, names[::-1])
+    hidden, last = state
+    assert torch.equal(adapted[hidden], state[hidden]) and adapted[last][1] == state[last][-1]
 
 
 @pytest.mark.parametrize("value", [{1: 3.0, 2: [0.5]}, {1: {2: "a"}}, {"1": 3.0}, {None: 1, True: 2}])
